@@ -1,0 +1,60 @@
+# make train   build the environment and run the main job
+# make test    build the environment and run all tests
+#
+# PYTHON=python3.12   the interpreter to build the environment from (3.11 or newer)
+# TORCH=system        use the torch (2.11 or newer, CUDA for instance) that PYTHON already has instead of the pinned one
+# ARGS="--steps 50"   passed on to the command that the target runs
+
+PYTHON ?= python3
+TORCH ?= pinned
+VENV ?= .venv
+EXTRAS ?= app,icons,tensorboard,dev
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(TORCH)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: train test lint types check format clean
+
+train: $(STAMP)
+	$(BIN)/revnet train $(ARGS)
+
+# One thread per worker: two workers with two threads each would share two cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: lint types test
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+
+# torch is installed before anything that depends on it, so that the pin alone decides which build is taken.
+$(VENV)/.installed-pinned: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch==2.13.0
+	$(PIP) install --constraint constraints.txt hatchling editables
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# setuptools is left out with torch because torch releases bound it differently.
+$(VENV)/.installed-system: constraints.txt pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	@$(BIN)/python -c 'import torch; print("using torch", torch.__version__)'
+	grep --invert-match --extended-regexp '^(torch|setuptools)==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install --constraint $(VENV)/constraints.txt hatchling editables
+	$(PIP) install --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,66 @@
+"""Reversible residual networks for PyTorch: activation memory that does not grow with depth."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._couplings import Additive as Additive
+    from ._couplings import Affine as Affine
+    from ._couplings import Bijection as Bijection
+    from ._couplings import Coupling as Coupling
+    from ._couplings import Leapfrog as Leapfrog
+    from ._couplings import Midpoint as Midpoint
+    from ._couplings import Momentum as Momentum
+    from ._errors import ReversibleError as ReversibleError
+    from ._execution import Plan as Plan
+    from ._memory import MemoryReport as MemoryReport
+    from ._memory import measure_memory as measure_memory
+    from ._planner import plan as plan
+    from ._replay import Deterministic as Deterministic
+    from ._routing import route_args as route_args
+    from ._sequence import Reversible as Reversible
+    from ._sequence import ReversibleBlock as ReversibleBlock
+    from ._sequence import ReversibleSequence as ReversibleSequence
+    from ._sequence import SequentialSequence as SequentialSequence
+    from ._steps import Step as Step
+    from ._streams import Fixed as Fixed
+    from ._streams import Float as Float
+
+# Loaded on first use, so that `revnet --help` does not wait for what it does not need.
+_MODULES = {
+    "Additive": "_couplings",
+    "Affine": "_couplings",
+    "Bijection": "_couplings",
+    "Coupling": "_couplings",
+    "Deterministic": "_replay",
+    "Fixed": "_streams",
+    "Float": "_streams",
+    "Leapfrog": "_couplings",
+    "MemoryReport": "_memory",
+    "Midpoint": "_couplings",
+    "Momentum": "_couplings",
+    "Plan": "_execution",
+    "Reversible": "_sequence",
+    "ReversibleBlock": "_sequence",
+    "ReversibleError": "_errors",
+    "ReversibleSequence": "_sequence",
+    "SequentialSequence": "_sequence",
+    "Step": "_steps",
+    "measure_memory": "_memory",
+    "plan": "_planner",
+    "route_args": "_routing",
+}
+
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
