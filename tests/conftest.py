@@ -1,9 +1,53 @@
+"""Every test starts from the same seed; uninitialised memory is NaN; CUDA tests skip where there is none."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
 import pytest
-import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch  # after the line above, which CUDA reads once
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "revnet",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("revnet")
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Seeds the generator and fills `torch.empty` with NaN (torch does so only with deterministic algorithms)."""
+    torch.manual_seed(0)
+    # On CUDA the deterministic switch would also change which attention kernels may run.
+    deterministic = "gpu" not in request.keywords
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Switches the cycle collector off: memory must go when the last reference goes."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
