@@ -1,0 +1,583 @@
+"""The eager engine: an ordinary forward pass whose saved tensors are rebuilt, step by step, when backward asks.
+
+A step is `streams[target] = combine(streams[target], fn(*streams[source], **kwargs))`. The forward pass records the
+ordinary autograd graph under saved-tensor hooks that keep empty handles. The first handle of a step that backward
+opens makes the call *walk* from the nearest known state down to that step: each step on the way runs `fn` once, and its
+output undoes the combine; at the step itself, what `fn` saves is caught for the waiting handles.
+
+The rules, cited below by number:
+
+ 1. One evaluation of `fn` per step in backward, which serves the inversion and the gradient.
+ 2. State is found by walking, never by assuming an order. One lock per call.
+ 3. What was restored belongs to the backward call (graph task) that asked for it.
+ 4. What a handle caught dies with the handle. What the engine keeps is saved through a no-op Function, so that enclosing
+    hooks manage it too. A known state dies with the last handle above it.
+ 5. Parameters and keyword tensors are not recomputed: they pass through.
+ 6. A replay sees what the call saw: layout of the sources, parameters, buffers, training flags, containers among the
+    keywords, randomness, autocast.
+ 7. A replay that differs from its forward raises, and so does what was changed in place in between.
+ 8. Without gradients there is no engine, only the loop.
+ 9. A forward enters blocks by their `__call__`; a replay calls branches.
+10. The combine runs inside the hooks as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from ._couplings import Coupling, tree_leaves, tree_map
+from ._errors import ReversibleError
+from ._replay import AutocastState, KeywordState, ModuleState, RandomState, _modules, devices_of
+# STREAMS
+
+ContextFn = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a sequence asks of its calls."""
+
+    preserve_rng_state: bool = True
+    determinism_check: str = "default"
+    context_fn: ContextFn | None = None
+
+
+class _Layout:
+    """Shape, strides, dtype and `requires_grad` of a tensor that a step read (rule 6)."""
+
+    __slots__ = ("shape", "stride", "dtype", "requires_grad")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.dtype = tensor.dtype
+        self.requires_grad = tensor.requires_grad
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """`tensor` as the step saw it: a new leaf of the same layout."""
+        tensor = tensor.detach()
+        if tensor.dtype is not self.dtype:
+            tensor = tensor.to(self.dtype)
+        if tensor.stride() != self.stride:
+            # An expanded dimension has stride 0 and cannot be written to: fill one slice, and expand that.
+            base = [1 if step == 0 else size for size, step in zip(self.shape, self.stride, strict=True)]
+            slices = tuple(slice(0, size) for size in base)
+            tensor = tensor.new_empty_strided(base, self.stride).copy_(tensor[slices]).expand(self.shape)
+        return tensor.requires_grad_(self.requires_grad)
+
+
+@dataclass(eq=False, slots=True)
+class _Record:
+    """What the replay of one step needs."""
+
+    name: str
+    fn: Callable[..., Any]
+    target: int
+    source: tuple[int, ...]
+    coupling: Coupling
+    keywords: KeywordState
+    modules: ModuleState
+    random: RandomState | None
+    context: contextlib.AbstractContextManager[Any] | None
+    layouts: list[Any]
+    target_layout: Any
+    kept: _Saved | None
+    # Per tensor that the call saved: shape, dtype, device, strides; None where it passed through.
+    saved: list[Any]
+    saved_by_branch: int = 0
+
+
+class _Token:
+    """Shared by the handles of one step: alive while a handle is."""
+
+    __slots__ = ("call", "step", "__weakref__")
+
+    def __init__(self, call: Call, step: int) -> None:
+        self.call = call
+        self.step = step
+
+
+class _Kept:
+    """A saved tensor that passes through, with the version it had."""
+
+    __slots__ = ("tensor", "version", "name")
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+        self.name = name
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AssertionError("never differentiated")
+
+
+class _Saved:
+    """Tensors that the engine keeps, under the hooks of whoever encloses it (rule 4)."""
+
+    __slots__ = ("node", "spec")
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.spec = pytree.tree_flatten(tree)
+        anchor = torch.empty(0, requires_grad=True)
+        # The node hangs on a tensor of its own. On the graph of the streams it would close a cycle through C++.
+        self.node: Any = _Keep.apply(anchor, *(leaf.detach() for leaf in leaves)).grad_fn  # type: ignore[no-untyped-call]
+
+    def load(self) -> Any:
+        try:
+            return pytree.tree_unflatten(self.node.saved_tensors, self.spec)
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise ReversibleError(
+                "a stream that the sequence returned, and from which backward rebuilds the activations, was changed in "
+                "place. Change a copy: `y = y.clone()`."
+            ) from error
+
+
+class _Task:
+    """What one backward call has restored (rule 3)."""
+
+    __slots__ = ("position", "state", "caught", "loaded")
+
+    def __init__(self) -> None:
+        self.position: int | None = None
+        self.state: list[Any] = []
+        self.caught: dict[int, dict[int, tuple[Tensor, int]]] = {}
+        self.loaded: dict[int, list[Any]] = {}
+
+
+class _Stop(Exception):
+    """Ends a replay at the last tensor that backward needs."""
+
+
+class Call:
+    """One forward pass over streams, and what its backward needs.
+
+    Args:
+        streams: the streams before the first step: tensors, or trees of tensors.
+        stream: how streams are held.
+        options: see `Options`.
+        executions: the execution of every step of the sequence.
+    """
+
+    def __init__(
+        self, streams: Sequence[Any], stream: Any, options: Options, executions: Sequence[str]
+    ) -> None:
+        self.stream = stream
+        self.options = options
+        self.executions = executions
+        self.recording = torch.is_grad_enabled()
+        leaves = [leaf for value in streams for leaf in tree_leaves(value)]
+        self.devices = devices_of(leaves)
+        self.autocast = AutocastState([device.type for device in self.devices])
+        self.values: list[Any] = list(streams)
+        self.aux: dict[str, Any] = {}
+        self.lock = threading.RLock()
+        self.records: list[_Record | None] = []
+        self.tokens: list[weakref.ref[_Token]] = []
+        # Position p is the state before step p.
+        self.known: dict[int, _Saved | list[Any]] = {}
+        self.tasks: dict[int, _Task] = {}
+        self.running = False
+        self.top = -1
+
+    # Forward
+
+    def enter(self, *streams: Any) -> None:
+        """Take up the streams as a block received them through its `__call__` (rule 9)."""
+        if all(_same(mine, given) for mine, given in zip(self.values, streams, strict=True)):
+            self.values = list(streams)
+            return
+        # A hook on the block put other streams in: below this point state cannot be found by walking.
+        self._mark()
+        self.values = list(streams)
+
+    def step(
+        self,
+        index: int,
+        fn: Callable[..., Any],
+        target: int,
+        source: tuple[int, ...],
+        coupling: Coupling,
+        kwargs: dict[str, Any],
+        name: str,
+    ) -> None:
+        """Apply step `index` of the sequence to the streams."""
+        execution = self.executions[index]
+        position = len(self.records)
+        if not self.recording or execution == "store":
+            if self.recording:
+                if position and self.records[-1] is not None:
+                    self._mark()
+                self._append(None)
+            sources = [self.values[i] for i in source]
+            out = self._branch(fn(*sources, **kwargs), target, name)
+            self.values[target] = self._combine(coupling, self.values[target], out, name)
+            return
+        sources = [self.values[i] for i in source]
+        roots = [root for value in sources for leaf in tree_leaves(value) for root in (leaf, leaf._base)]
+        versions = [leaf._version for value in sources for leaf in tree_leaves(value)]
+        contexts = self.options.context_fn() if self.options.context_fn is not None else None
+        record = _Record(
+            name=name,
+            fn=fn,
+            target=target,
+            source=source,
+            coupling=coupling,
+            keywords=KeywordState(kwargs),
+            modules=ModuleState([*_modules(fn), *_modules(coupling)]),
+            random=RandomState(self.devices) if self.options.preserve_rng_state else None,
+            context=contexts[1] if contexts else None,
+            layouts=[tree_map(_Layout, value) for value in sources],
+            target_layout=tree_map(_Layout, self.values[target]),
+            kept=_Saved(self.values[target]) if execution == "checkpoint" else None,
+            saved=[],
+        )
+        token = self._append(record)
+        pack = _packing(record, token, roots)
+        self.running = True
+        try:
+            with saved_tensors_hooks(pack, _unpack), contexts[0] if contexts else contextlib.nullcontext():
+                out = fn(*sources, **kwargs)
+            record.modules.settle()
+            if record.random is not None and not record.random.moved():
+                record.random = None
+            if versions != [leaf._version for value in sources for leaf in tree_leaves(value)]:
+                raise ReversibleError(
+                    f"{name} changed its input in place. The stream it reads is needed to rebuild the activations: "
+                    "work on a copy, or use the out-of-place operation."
+                )
+            out = self._branch(out, target, name)
+            record.saved_by_branch = len(record.saved)
+            with saved_tensors_hooks(pack, _unpack):
+                self.values[target] = self._combine(coupling, self.values[target], out, name)
+        finally:
+            self.running = False
+
+    def finish(self, *streams: Any) -> Sequence[Any]:
+        """The streams after the last step, as its block gave them; from here on, the call lives as long as its handles."""
+        if self.records and self.records[-1] is not None:
+            self._mark()
+        self.top = len(self.records) - 1
+        return streams or self.values
+
+    def _append(self, record: _Record | None) -> _Token:
+        token = _Token(self, len(self.records))
+        self.records.append(record)
+        self.tokens.append(weakref.ref(token))
+        return token
+
+    def _mark(self) -> None:
+        """Keep the present state as a place to walk from."""
+        self.known[len(self.records)] = _Saved(self.values)
+
+    def _branch(self, out: Any, target: int, name: str) -> Any:
+        """The branch's output, its extra output put aside."""
+        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, self.values[target]):
+            out, self.aux[name] = out
+        return out
+
+    def _combine(self, coupling: Coupling, target: Any, out: Any, name: str) -> Any:
+        try:
+            return coupling.combine(target, out)
+        except (TypeError, ValueError) as error:
+            raise ReversibleError(f"{name} {error}") from error
+
+    # Backward
+
+    def recover(self, step: int, index: int) -> Tensor:
+        """The tensor that a handle stands for."""
+        with self.lock:
+            task_id = torch._C._current_graph_task_id()
+            task = self._task(task_id)
+            caught = task.caught.get(step)
+            if caught is None or index not in caught:
+                try:
+                    self._walk(task, step)
+                except BaseException:
+                    self.tasks.pop(task_id, None)
+                    raise
+                caught = task.caught[step]
+            tensor, version = caught.pop(index)
+            if tensor._version != version:
+                raise ReversibleError(
+                    f"{self._name(step)}: a tensor that backward needs was changed in place by the branch itself, which "
+                    "stored execution does not allow either. Use the out-of-place operation."
+                )
+            return tensor
+
+    def _name(self, step: int) -> str:
+        record = self.records[step]
+        return record.name if record is not None else f"step {step}"
+
+    def _task(self, task_id: int) -> _Task:
+        if task_id == -1:
+            return _Task()
+        task = self.tasks.get(task_id)
+        if task is None:
+            task = self.tasks[task_id] = _Task()
+            call = weakref.ref(self)
+
+            def forget() -> None:
+                alive = call()
+                if alive is not None:
+                    alive.tasks.pop(task_id, None)
+
+            torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
+        return task
+
+    def _nearest(self, task: _Task, step: int) -> tuple[int, list[Any]]:
+        """The lowest known state from which `step` can be reached (rule 2)."""
+        candidates = [position for position in self.known if position >= step]
+        if self.running:
+            candidates.append(len(self.records) - 1)
+        if task.position is not None and task.position >= step:
+            candidates.append(task.position)
+        if not candidates:
+            raise ReversibleError(
+                f"{self._name(step)}: backward went through this part of the graph before, and what it needs is freed. "
+                "Give retain_graph=True to the first backward."
+            )
+        position = min(candidates)
+        if position == task.position:
+            return position, task.state
+        if self.running and position == len(self.records) - 1:
+            return position, [tree_map(torch.Tensor.detach, value) for value in self.values]
+        if position not in task.loaded:
+            known = self.known[position]
+            # Loaded once per backward: an enclosing checkpoint gives a saved tensor only once.
+            task.loaded[position] = known.load() if isinstance(known, _Saved) else known
+        return position, task.loaded[position]
+
+    def _walk(self, task: _Task, step: int) -> None:
+        """Restore the state before `step`, and what its call saved."""
+        for done in [k for k in task.caught if self.tokens[k]() is None]:
+            del task.caught[done]
+        position, state = self._nearest(task, step)
+        state = list(state)
+        task.position, task.state = None, []
+        for k in range(position - 1, step - 1, -1):
+            self._undo(task, k, state, catch=k == step)
+        if position == step:
+            record = self._record(step)
+            caught = task.caught.setdefault(step, {})
+            out = self._replay(record, state, caught, early=not self.running)
+            self._replay_combine(record, state[record.target], out, caught)
+        task.position, task.state = step, state
+        self._release(task, step, state)
+
+    def _undo(self, task: _Task, k: int, state: list[Any], catch: bool) -> None:
+        record = self._record(k)
+        caught: dict[int, tuple[Tensor, int]] | None = task.caught.setdefault(k, {}) if catch else None
+        out = None
+        if record.kept is not None:
+            state[record.target] = record.kept.load()
+            if caught is not None:
+                out = self._replay(record, state, caught, early=True)
+        else:
+            out = self._replay(record, state, caught)
+            with torch.no_grad():
+                state[record.target] = record.coupling.invert(state[record.target], out)
+        if caught is not None:
+            self._replay_combine(record, state[record.target], out, caught)
+
+    def _record(self, k: int) -> _Record:
+        record = self.records[k]
+        assert record is not None, "a stored step lies above the state kept before it"
+        return record
+
+    def _replay(
+        self, record: _Record, state: list[Any], caught: dict[int, tuple[Tensor, int]] | None, early: bool = False
+    ) -> Any:
+        """Call the branch again as forward did; its output, or None if it was stopped early."""
+        where = record.name
+        record.modules.check(where)
+        record.keywords.check(where)
+        sources = [
+            pytree.tree_map(lambda layout, leaf: layout.apply(leaf), layouts, state[i])
+            if not isinstance(layouts, _Layout)
+            else layouts.apply(state[i])
+            for layouts, i in zip(record.layouts, record.source, strict=True)
+        ]
+        pack = _Catching(record, 0, caught, self.running, early and record.saved_by_branch == len(record.saved))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.autocast.restored())
+            if not record.modules.plain:
+                stack.enter_context(record.modules.restored())
+            if record.random is not None:
+                stack.enter_context(record.random.restored())
+            stack.enter_context(torch.enable_grad())
+            if record.context is not None:
+                stack.enter_context(record.context)
+            stack.enter_context(saved_tensors_hooks(pack, _identity))
+            try:
+                out = record.fn(*sources, **record.keywords.fresh())
+            except _Stop:
+                return None
+        pack.check(record.saved_by_branch)
+        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, state[record.target]):
+            out = out[0]
+        return out
+
+    def _replay_combine(self, record: _Record, target: Any, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
+        """Catch what the combine saved (rule 10)."""
+        if record.saved_by_branch == len(record.saved):
+            return
+        layouts = record.target_layout
+        pack = _Catching(record, record.saved_by_branch, caught, False, False)
+        target = tree_map(lambda leaf, layout: layout.apply(leaf), target, layouts)
+        with self.autocast.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _identity):
+            record.coupling.combine(target, out)
+        pack.check(len(record.saved))
+
+    def _release(self, task: _Task, step: int, state: list[Any]) -> None:
+        """Drop every known state that no handle needs any more (rule 4)."""
+        if self.running or self.tokens[step]() is None:
+            return
+        while self.top > step and self.tokens[self.top]() is None:
+            self.top -= 1
+        if self.top > step:
+            return
+        for position in [position for position in self.known if position > step]:
+            del self.known[position]
+        for position in [position for position in task.loaded if position > step]:
+            del task.loaded[position]
+        self.known[step] = list(state)
+        for k in range(len(self.records) - 1, step, -1):
+            self.records.pop()
+
+
+class _Catching:
+    """Pack hook of a replay: compares what is saved with what forward saved, and catches it."""
+
+    __slots__ = ("record", "count", "caught", "partial", "early")
+
+    def __init__(
+        self, record: _Record, start: int, caught: dict[int, tuple[Tensor, int]] | None, partial: bool, early: bool
+    ) -> None:
+        self.record = record
+        self.count = start
+        self.caught = caught
+        self.partial = partial
+        self.early = early
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        index = self.count
+        self.count += 1
+        saved = self.record.saved
+        tensor_ = tensor.detach()
+        if index < len(saved):
+            forward = saved[index]
+            if forward is not None:
+                if forward != _describe(tensor):
+                    raise ReversibleError(_mismatch(self.record.name, index, forward, _describe(tensor)))
+                if self.caught is not None:
+                    self.caught[index] = (tensor_, tensor_._version)
+        elif not self.partial:
+            raise ReversibleError(_mismatch(self.record.name, index, None, _describe(tensor)))
+        if self.early and self.count == len(saved):
+            raise _Stop
+        return tensor_
+
+    def check(self, expected: int) -> None:
+        if self.count != expected and not self.partial:
+            raise ReversibleError(
+                f"{self.record.name}: the replay saved {self.count} tensors for backward where the forward saved "
+                f"{expected}. The branch did not do the same work twice: look for a condition on state that the first "
+                "call changed, or randomness of Python or NumPy."
+            )
+
+
+def _packing(record: _Record, token: _Token, roots: list[Tensor | None]) -> Callable[[Tensor], Any]:
+    """Pack hook of the forward pass: keeps nothing but a handle, except for what passes through (rule 5)."""
+    sources = {root.untyped_storage()._cdata for root in roots if root is not None}
+    passing = {tensor.untyped_storage()._cdata for tensor, _, _ in record.keywords.versions} - sources
+    saved = record.saved
+    name = record.name
+
+    def pack(tensor: Tensor) -> Any:
+        root = tensor if tensor._base is None else tensor._base
+        if (root.requires_grad and root.is_leaf and not any(root is other for other in roots)) or (
+            passing and tensor.untyped_storage()._cdata in passing
+        ):
+            saved.append(None)
+            return _Kept(tensor, name)
+        saved.append(_describe(tensor))
+        return token, len(saved) - 1
+
+    return pack
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, _Kept):
+        if packed.tensor._version != packed.version:
+            raise ReversibleError(
+                f"{packed.name}: a parameter or keyword tensor was changed in place between forward and backward. Call "
+                "backward before the optimizer's step (or any other in-place write)."
+            )
+        return packed.tensor
+    token, index = packed
+    return token.call.recover(token.step, index)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _describe(tensor: Tensor) -> tuple[Any, ...]:
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return tensor.shape, tensor.dtype, tensor.device, strides
+
+
+def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:
+    def text(described: Any) -> str:
+        if described is None:
+            return "nothing"
+        shape, dtype, device, strides = described
+        return f"{tuple(shape)} {dtype} on {device}, strides {strides}"
+
+    return (
+        f"{name}: saved tensor {index} is {text(replay)} in the replay but was {text(forward)} in the forward pass. The "
+        "branch did not do the same work twice: look for a condition on state that the first call changed, or randomness "
+        "of Python or NumPy."
+    )
+
+
+def _same(mine: Any, given: Any) -> bool:
+    """Whether a block received the stream that the step before it left, perhaps as another tensor object."""
+    if mine is given:
+        return True
+    if not isinstance(mine, Tensor):
+        mine, spec = pytree.tree_flatten(mine)
+        given, given_spec = pytree.tree_flatten(given)
+        return bool(spec == given_spec) and all(_same(a, b) for a, b in zip(mine, given, strict=True))
+    return (
+        isinstance(given, Tensor)
+        and mine.dtype is given.dtype
+        and mine.shape == given.shape
+        and mine.stride() == given.stride()
+        and mine.data_ptr() == given.data_ptr()
+        and mine._version == given._version
+    )
+
+
+def _fits(out: Any, target: Any) -> bool:
+    return not isinstance(target, Tensor) and bool(pytree.tree_structure(out) == pytree.tree_structure(target))

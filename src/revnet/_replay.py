@@ -1,0 +1,303 @@
+"""What a branch saw when it was called, recorded so that a replay sees the same (rule 6 of the engine)."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import ReversibleError
+
+
+class RandomState:
+    """State of the CPU generator and of the generators of `devices`, at one moment."""
+
+    __slots__ = ("cpu", "devices")
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.cpu = torch.default_generator.get_state()
+        self.devices = [(device, _read_generator(device)) for device in devices]
+
+    def moved(self) -> bool:
+        """Whether a generator has been drawn from since."""
+        if any(_read_generator(device) != state for device, state in self.devices):
+            return True
+        return not torch.equal(self.cpu.view(torch.int64), torch.default_generator.get_state().view(torch.int64))
+
+    def set(self) -> None:
+        torch.default_generator.set_state(self.cpu)
+        for device, state in self.devices:
+            _write_generator(device, state)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Draw from this state inside; leave the generators as they were found."""
+        found = RandomState([device for device, _ in self.devices])
+        self.set()
+        try:
+            yield
+        finally:
+            found.set()
+
+
+def _read_generator(device: torch.device) -> Any:
+    if device.type == "cuda":
+        # Seed and offset are host integers: reading them neither allocates nor synchronises.
+        generator = torch.cuda.default_generators[_index(device)]
+        return generator.initial_seed(), generator.get_offset()
+    return _Bytes(torch.get_device_module(device.type).get_rng_state(device))
+
+
+def _write_generator(device: torch.device, state: Any) -> None:
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[_index(device)]
+        seed, offset = state
+        if generator.initial_seed() != seed:
+            generator.manual_seed(seed)
+        generator.set_offset(offset)
+    else:
+        torch.get_device_module(device.type).set_rng_state(state.tensor, device)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+class _Bytes:
+    """A generator state that compares by content."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bytes) and torch.equal(self.tensor, other.tensor)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class AutocastState:
+    """Autocast of the CPU and of the device types in use."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, device_types: Sequence[str]) -> None:
+        self.state = self._read(dict.fromkeys(("cpu", *device_types)))
+
+    @staticmethod
+    def _read(device_types: Any) -> dict[str, Any]:
+        cache = torch.is_autocast_cache_enabled()
+        return {t: (torch.is_autocast_enabled(t), torch.get_autocast_dtype(t), cache) for t in device_types}
+
+    @property
+    def enabled(self) -> bool:
+        return any(enabled for enabled, _, _ in self.state.values())
+
+    def restored(self) -> contextlib.AbstractContextManager[Any]:
+        """The recorded state inside; entering costs nothing where it is the present one."""
+        if self._read(self.state) == self.state:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for device_type, (enabled, dtype, cache) in self.state.items():
+            stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        return stack
+
+
+def _modules(fn: Callable[..., Any]) -> list[nn.Module]:
+    """Every distinct module that a call of `fn` may enter, as far as `fn` shows it."""
+    root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    if not isinstance(root, nn.Module):
+        return []
+    found = {root: None}
+    waiting = [root]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return list(found)
+
+
+def _swapped_by_fsdp(recorded: Tensor | None, present: Tensor | None) -> bool:
+    # FSDP2 exchanges sharded for gathered parameters between the calls; one of the two is a DTensor.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(recorded, distributed.DTensor) | isinstance(
+        present, distributed.DTensor
+    )
+
+
+class ModuleState:
+    """Parameters, buffers and training flags of a branch as its call saw them.
+
+    Made before the call, completed by `settle` after it: buffers that the call changed stay as copies of their value
+    before it, all others as references with their version.
+    """
+
+    __slots__ = ("modules", "training", "parameters", "buffers")
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.training = [module.training for module in modules]
+        self.parameters: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self.buffers: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor | None]] = [
+            (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
+            for module in modules
+            if module._buffers
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def settle(self) -> None:
+        # Read after the call, because a lazy module creates its parameters in its first call.
+        self.parameters = [
+            (module._parameters, name, parameter, parameter._version)
+            for module in self.modules
+            if module._parameters
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.buffers = [
+            (owner, name, buffer, version, None)
+            if owner.get(name) is buffer and buffer._version == version
+            else (owner, name, buffer, None, before)
+            for owner, name, buffer, version, before in self.buffers
+        ]
+
+    def check(self, where: str) -> None:
+        """Raise if a parameter, or a buffer that the call left alone, was changed in place since."""
+        for owner, name, parameter, version in self.parameters:
+            if parameter._version != version and (owner.get(name) is parameter or not isinstance(parameter, nn.Parameter)):
+                raise ReversibleError(_changed(where, "parameter", name))
+        for _, name, buffer, version, _ in self.buffers:
+            if version is not None and buffer._version != version:
+                raise ReversibleError(_changed(where, "buffer", name))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The modules as the call found them inside; as they are now afterwards."""
+        training = [module.training for module in self.modules]
+        swapped: list[tuple[dict[str, Any], str, Any]] = []
+        for owner, name, parameter, _ in self.parameters:
+            present = owner.get(name)
+            if present is not parameter and not _swapped_by_fsdp(parameter, present):
+                swapped.append((owner, name, present))
+                owner[name] = parameter
+        for owner, name, _, _, before in self.buffers:
+            if before is not None:
+                swapped.append((owner, name, owner.get(name)))
+                owner[name] = before.clone()
+        if training != self.training:
+            _set_training(self.modules, self.training)
+        try:
+            yield
+        finally:
+            for owner, name, present in reversed(swapped):
+                owner[name] = present
+            if training != self.training:
+                _set_training(self.modules, training)
+
+    @property
+    def plain(self) -> bool:
+        """Whether entering `restored` would change nothing now."""
+        return (
+            all(owner.get(name) is parameter for owner, name, parameter, _ in self.parameters)
+            and all(before is None for *_, before in self.buffers)
+            and all(module.training is flag for module, flag in zip(self.modules, self.training, strict=True))
+        )
+
+
+def _set_training(modules: list[nn.Module], flags: list[bool]) -> None:
+    for module, flag in zip(modules, flags, strict=True):
+        module.training = flag
+
+
+def _changed(where: str, kind: str, name: str) -> str:
+    return (
+        f"{where}: {kind} {name!r} was changed in place between forward and backward, so the forward pass cannot be "
+        "replayed. Call backward before the optimizer's step (or any other in-place write)."
+    )
+
+
+class KeywordState:
+    """Keywords of one call, containers copied, so that a replay reads what the call read and writes nothing back."""
+
+    __slots__ = ("kwargs", "versions")
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        self.versions: list[tuple[Tensor, int, str]] = []
+        self.kwargs = {name: self._copy(value, name) for name, value in kwargs.items()}
+
+    def _copy(self, value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                # A replay needs the value alone. The graph of a tensor made by an earlier step of the same call would
+                # hold that call, and the call this tensor: a cycle through C++ that nothing collects.
+                value = value.detach().requires_grad_()
+            self.versions.append((value, value._version, name))
+            return value
+        if type(value) is dict:
+            return {key: self._copy(item, name) for key, item in value.items()}
+        if type(value) in (list, tuple, set):
+            return type(value)(self._copy(item, name) for item in value)
+        return value
+
+    def fresh(self) -> dict[str, Any]:
+        """The keywords for one replay."""
+        return {name: _copy_containers(value) for name, value in self.kwargs.items()}
+
+    def check(self, where: str) -> None:
+        for tensor, version, name in self.versions:
+            if tensor._version != version:
+                raise ReversibleError(_changed(where, "keyword tensor", name))
+
+
+def _copy_containers(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _copy_containers(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_copy_containers(item) for item in value)
+    return value
+
+
+class Deterministic(nn.Module):
+    """Calls `net`, and can repeat a call with the same randomness.
+
+    Args:
+        net: any module.
+
+    `forward(*args, record_rng=False, set_rng=False, **kwargs)`: with `record_rng`, the state of the CPU generator and
+    of the generators of the devices of the tensors in `args` is kept; with `set_rng`, the call draws from the kept
+    state and leaves the generators as it found them.
+
+    Raises:
+        ReversibleError: `set_rng` before any `record_rng`.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self._recorded: RandomState | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recorded": None}
+
+    def forward(self, *args: Any, record_rng: bool = False, set_rng: bool = False, **kwargs: Any) -> Any:
+        if record_rng:
+            self._recorded = RandomState(devices_of(args))
+        if not set_rng:
+            return self.net(*args, **kwargs)
+        if self._recorded is None:
+            raise ReversibleError("Deterministic: set_rng=True, but no call was made with record_rng=True before.")
+        with self._recorded.restored():
+            return self.net(*args, **kwargs)
+
+
+def devices_of(tensors: Sequence[Any]) -> list[torch.device]:
+    """The accelerator devices among `tensors`, each once."""
+    found = {t.device for t in tensors if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta")}
+    return list(found)

@@ -1,0 +1,355 @@
+"""Sequences of residual blocks: reversible, and their plain twin."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._couplings import Additive
+from ._distributed import shared_generator
+from ._engine import Call, ContextFn, Options
+from ._execution import EXECUTIONS, resolve
+from ._routing import Routes, check_keywords, check_routes, route_args
+# STREAMS
+
+Execution = str | Sequence[str]
+
+_ADDITIVE = Additive()
+
+
+class _Door(threading.local):
+    """Hands the call that is under way to the block that a sequence enters by its `__call__`."""
+
+    call: Call | None = None
+    index: int = 0
+
+    def enter(self, call: Call, index: int, block: nn.Module, streams: Any, *branch_args: Any) -> Any:
+        self.call, self.index = call, index
+        try:
+            return block(*streams, *branch_args)
+        finally:
+            self.call = None
+
+    def take(self) -> tuple[Call | None, int]:
+        call, self.call = self.call, None
+        index, self.index = self.index, 0
+        return call, index
+
+
+_door = _Door()
+
+
+class ReversibleBlock(nn.Module):
+    """Two residual branches on two streams: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
+
+    Args:
+        f, g: modules that map a stream to a tensor of the same shape, or to `(tensor, aux)`.
+
+    Reference: Gomez et al. 2017, arXiv:1707.04585.
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        for name, branch in (("f", f), ("g", g)):
+            if not isinstance(branch, nn.Module):
+                raise TypeError(f"branch {name} is {type(branch).__name__}, but a branch is an nn.Module")
+        self.f = f
+        self.g = g
+        self.register_load_state_dict_pre_hook(_unwrap_deterministic)
+
+    def forward(
+        self, x1: Tensor, x2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
+    ) -> tuple[Tensor, Tensor]:
+        """The streams after the block.
+
+        Args:
+            x1, x2: any shape, floating-point, equal shapes.
+            f_args, g_args: keywords of `f` and of `g`.
+
+        Returns:
+            `(y1, y2)`; as part of a sequence, and alone, their activations are rebuilt in backward.
+        """
+        call, i = _door.take()
+        alone = call is None
+        if call is None:
+            _check_streams(x1, x2)
+            call = Call((x1, x2), None, Options(), ("invert", "invert"))
+        else:
+            call.enter(x1, x2)
+        del x1, x2
+        name = "" if alone else f"block {i}, "
+        call.step(2 * i, self.f, 0, (1,), _ADDITIVE, dict(f_args), f"{name}branch f")
+        call.step(2 * i + 1, self.g, 1, (0,), _ADDITIVE, dict(g_args), f"{name}branch g")
+        y1, y2 = call.finish() if alone else call.values
+        return y1, y2
+
+    def inverse(
+        self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
+    ) -> tuple[Tensor, Tensor]:
+        """The streams before the block, from those after it; differentiable. Randomness is not repeated."""
+        x2 = _ADDITIVE.invert(y2, _output(self.g(y1, **g_args)))
+        x1 = _ADDITIVE.invert(y1, _output(self.f(x2, **f_args)))
+        return x1, x2
+
+
+def _output(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _unwrap_deterministic(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
+    """Accept checkpoints of classes that wrap each branch, with keys `f.net.…` where ours are `f.…`."""
+    expected = {prefix + key for key in module.state_dict()}
+    for branch in ("f", "g"):
+        start = f"{prefix}{branch}."
+        wrapped = f"{start}net."
+        found = [key for key in state_dict if key.startswith(start)]
+        renamed = {key: start + key[len(wrapped) :] for key in found if key.startswith(wrapped)}
+        if len(renamed) == len(found) and not expected.issuperset(found) and expected.issuperset(renamed.values()):
+            for old, new in renamed.items():
+                state_dict[new] = state_dict.pop(old)
+
+
+class _Sequence(nn.Module):
+    """What the sequences share: routes, stochastic depth, the choice of execution."""
+
+    _allowed: Sequence[str] = EXECUTIONS
+
+    def __init__(
+        self, args_route: Routes, layer_dropout: float, depth: int, execution: Execution, options: Options
+    ) -> None:
+        super().__init__()
+        if depth == 0:
+            raise ValueError("blocks is empty: give at least one (f, g) pair")
+        check_routes(args_route, depth)
+        if not 0.0 <= layer_dropout < 1.0:
+            raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
+        self.args_route = dict(args_route)
+        self.layer_dropout = layer_dropout
+        self._depth = depth
+        self._options = options
+        self.execution = execution
+
+    @property
+    def execution(self) -> Execution:
+        """What stays of each step until backward; see `revnet.plan`. Switches at any time."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        self._executions = resolve(execution, 2 * self._depth, self._allowed)
+        self._execution = execution
+
+    def _blocks(self, kwargs: Mapping[str, Any]) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+        """The blocks of one forward pass, in order: index, keywords of the first branch, of the second."""
+        check_keywords(self.args_route, kwargs)
+        routed = route_args(self.args_route, kwargs, self._depth)
+        dropped = self._dropped()
+        return [(i, *routed[i]) for i in range(self._depth) if i not in dropped]
+
+    def _dropped(self) -> set[int]:
+        if not self.training or self.layer_dropout == 0.0:
+            return set()
+        draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
+        return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
+
+    def extra_repr(self) -> str:
+        parts = [f"depth={self._depth}", f"execution={self.execution!r}"]
+        if self.layer_dropout:
+            parts.append(f"layer_dropout={self.layer_dropout}")
+        return ", ".join(parts)
+
+
+class ReversibleSequence(_Sequence):
+    """Residual blocks on two streams, trained with activation memory that does not grow with depth.
+
+    Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
+
+    Args:
+        blocks: `(f, g)` pairs of modules that map a stream to a tensor of its shape (or to `(tensor, aux)`).
+        args_route: for each keyword of the forward pass, one pair `(to_f, to_g)` per block.
+        layer_dropout: probability with which each block is skipped in training (stochastic depth).
+        split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`.
+        merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams.
+        dim: dimension of `"chunk"` and `"concat"`.
+        execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"` keeps one stream
+            per step; or one of them per step (`f` and `g` of each block in turn).
+        preserve_rng_state: whether a replay repeats the randomness of the call.
+        determinism_check: `"default"` compares what a replay saves with what the forward saved; `"none"` does not.
+        context_fn: as in `torch.utils.checkpoint`: returns a pair of contexts, for the forward and for the replay of
+            each branch.
+
+    Raises:
+        ValueError: a route of another length than `blocks`, or an unknown option.
+        TypeError: a block that is not a pair of modules.
+
+    Example:
+        >>> net = ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)])
+        >>> net(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+
+    Reference: Gomez et al. 2017, arXiv:1707.04585; Kitaev et al. 2020, arXiv:2001.04451.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Iterable[nn.Module]],
+        args_route: Routes = {},
+        *,
+        layer_dropout: float = 0.0,
+        split: str = "copy",
+        merge: str = "mean",
+        dim: int = -1,
+        execution: Execution = "invert",
+        preserve_rng_state: bool = True,
+        determinism_check: str = "default",
+        context_fn: ContextFn | None = None,
+    ) -> None:
+        pairs = _pairs(blocks)
+        if split not in ("copy", "chunk"):
+            raise ValueError(f"split {split!r} is not 'copy' or 'chunk'")
+        if merge not in ("mean", "sum", "concat"):
+            raise ValueError(f"merge {merge!r} is not 'mean', 'sum' or 'concat'")
+        if determinism_check not in ("default", "none"):
+            raise ValueError(f"determinism_check {determinism_check!r} is not 'default' or 'none'")
+        options = Options(preserve_rng_state, determinism_check, context_fn)
+        super().__init__(args_route, layer_dropout, len(pairs), execution, options)
+        self.split = split
+        self.merge = merge
+        self.dim = dim
+        self.blocks = nn.ModuleList(ReversibleBlock(f, g) for f, g in pairs)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        """The merged streams after the last block.
+
+        Args:
+            x: any shape, floating-point. With `split="chunk"`, even in size along `dim`.
+            **kwargs: passed to the branches that `args_route` names.
+
+        Returns:
+            A tensor of the dtype of `x`, of its shape unless `split` and `merge` say otherwise; `(y, aux)` if branches
+            returned extra outputs, `aux` a dict from branch to output.
+        """
+        y1, y2, *aux = self.run(*self._split(x), **kwargs)
+        y = self._merge(y1, y2)
+        return (y, *aux) if aux else y
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _check_stream(x, "x")
+        if self.split == "copy":
+            return x, x
+        size = x.shape[self.dim]
+        if size % 2:
+            raise ValueError(f"split='chunk' halves dimension {self.dim} of x, whose size {size} is odd")
+        x1, x2 = x.chunk(2, self.dim)
+        return x1, x2
+
+    def _merge(self, y1: Tensor, y2: Tensor) -> Tensor:
+        if self.merge == "concat":
+            return torch.cat((y1, y2), self.dim)
+        return (y1 + y2) / 2 if self.merge == "mean" else y1 + y2
+
+    def run(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        """The streams after the last block, `(y1, y2)`, from those before the first.
+
+        Args:
+            x1, x2: any shape, equal, floating-point.
+
+        Returns:
+            `(y1, y2)`, or `(y1, y2, aux)` if branches returned extra outputs.
+        """
+        _check_streams(x1, x2)
+        blocks = self._blocks(kwargs)
+        call = Call((x1, x2), None, self._options, self._executions)
+        streams: Any = (x1, x2)
+        del x1, x2
+        for i, f_args, g_args in blocks:
+            streams = _door.enter(call, i, self.blocks[i], streams, f_args, g_args)
+        streams = call.finish(*streams)
+        return (*streams, call.aux) if call.aux else tuple(streams)
+
+    @torch.no_grad()
+    def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The streams before the first block, `(x1, x2)`, from those after the last.
+
+        Exact up to rounding in floating point. Randomness is not repeated: call it in `eval()`, or without dropout.
+        """
+        check_keywords(self.args_route, kwargs)
+        routed = route_args(self.args_route, kwargs, self._depth)
+        for block, (f_args, g_args) in zip(reversed(self.blocks), reversed(routed), strict=True):
+            y1, y2 = block.inverse(y1, y2, f_args, g_args)
+        return y1, y2
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, split={self.split!r}, merge={self.merge!r}, dim={self.dim}"
+
+
+class SequentialSequence(_Sequence):
+    """The non-reversible twin: each layer maps `x` to `x + f(x)`, then to `x + g(x)`.
+
+    Args:
+        layers: `(f, g)` pairs of modules that map `x` to a tensor of its shape.
+        args_route, layer_dropout: as in `ReversibleSequence`.
+        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step.
+    """
+
+    _allowed = tuple(name for name in EXECUTIONS if name != "invert")
+
+    def __init__(
+        self,
+        layers: Iterable[Iterable[nn.Module]],
+        args_route: Routes = {},
+        layer_dropout: float = 0.0,
+        execution: Execution = "store",
+    ) -> None:
+        pairs = _pairs(layers)
+        super().__init__(args_route, layer_dropout, len(pairs), execution, Options())
+        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        """`x` after the last layer: same shape and dtype; `(x, aux)` if branches returned extra outputs."""
+        _check_stream(x, "x")
+        blocks = self._blocks(kwargs)
+        call = Call((x,), None, Options(), self._executions)
+        del x
+        for i, f_args, g_args in blocks:
+            f, g = self.layers[i]
+            call.step(2 * i, f, 0, (0,), _ADDITIVE, f_args, f"layer {i}, branch f")
+            call.step(2 * i + 1, g, 0, (0,), _ADDITIVE, g_args, f"layer {i}, branch g")
+        (y,) = call.finish()
+        return (y, call.aux) if call.aux else y
+
+
+def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
+    pairs = []
+    for i, block in enumerate(blocks):
+        pair = (block.f, block.g) if isinstance(block, ReversibleBlock) else block
+        branches = tuple(pair) if isinstance(pair, Iterable) else (pair,)
+        if len(branches) != 2 or not all(isinstance(branch, nn.Module) for branch in branches):
+            raise TypeError(f"block {i} is {block!r}, but a block is a pair (f, g) of modules")
+        pairs.append(branches)
+    return pairs
+
+
+def _check_stream(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, but a stream is a tensor")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor: a stream is a dense tensor. Pad it, and pass a mask by args_route.")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}, but a stream is floating-point")
+
+
+def _check_streams(x1: Any, x2: Any) -> None:
+    _check_stream(x1, "x1")
+    _check_stream(x2, "x2")
+    if x1.shape != x2.shape or x1.dtype != x2.dtype or x1.device != x2.device:
+        raise ValueError(
+            f"the streams differ: x1 is {tuple(x1.shape)} {x1.dtype} on {x1.device}, "
+            f"x2 is {tuple(x2.shape)} {x2.dtype} on {x2.device}"
+        )
