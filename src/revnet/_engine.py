@@ -279,6 +279,13 @@ class Call:
         self.top = len(self.records) - 1
         return streams or self.values
 
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        # These hold the graph, and the graph's handles this call: keeping them would be a cycle through C++.
+        self.values, self.aux = [], {}
+
     def _append(self, record: _Record | None) -> _Token:
         token = _Token(self, len(self.records))
         self.records.append(record)

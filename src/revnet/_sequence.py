@@ -74,18 +74,22 @@ class ReversibleBlock(nn.Module):
             `(y1, y2)`; as part of a sequence, and alone, their activations are rebuilt in backward.
         """
         call, i = _door.take()
-        alone = call is None
-        if call is None:
-            _check_streams(x1, x2)
-            call = Call((x1, x2), None, Options(), ("invert", "invert"))
-        else:
+        if call is not None:
             call.enter(x1, x2)
-        del x1, x2
-        name = "" if alone else f"block {i}, "
+            del x1, x2
+            self._steps(call, i, f_args, g_args, f"block {i}, ")
+            return call.values[0], call.values[1]
+        _check_streams(x1, x2)
+        with Call((x1, x2), None, Options(), ("invert", "invert")) as call:
+            self._steps(call, 0, f_args, g_args, "")
+            y1, y2 = call.finish()
+        return y1, y2
+
+    def _steps(
+        self, call: Call, i: int, f_args: Mapping[str, Any], g_args: Mapping[str, Any], name: str
+    ) -> None:
         call.step(2 * i, self.f, 0, (1,), _ADDITIVE, dict(f_args), f"{name}branch f")
         call.step(2 * i + 1, self.g, 1, (0,), _ADDITIVE, dict(g_args), f"{name}branch g")
-        y1, y2 = call.finish() if alone else call.values
-        return y1, y2
 
     def inverse(
         self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
@@ -265,13 +269,13 @@ class ReversibleSequence(_Sequence):
         """
         _check_streams(x1, x2)
         blocks = self._blocks(kwargs)
-        call = Call((x1, x2), None, self._options, self._executions)
         streams: Any = (x1, x2)
-        del x1, x2
-        for i, f_args, g_args in blocks:
-            streams = _door.enter(call, i, self.blocks[i], streams, f_args, g_args)
-        streams = call.finish(*streams)
-        return (*streams, call.aux) if call.aux else tuple(streams)
+        with Call((x1, x2), None, self._options, self._executions) as call:
+            del x1, x2
+            for i, f_args, g_args in blocks:
+                streams = _door.enter(call, i, self.blocks[i], streams, f_args, g_args)
+            streams = call.finish(*streams)
+            return (*streams, call.aux) if call.aux else tuple(streams)
 
     @torch.no_grad()
     def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -315,14 +319,14 @@ class SequentialSequence(_Sequence):
         """`x` after the last layer: same shape and dtype; `(x, aux)` if branches returned extra outputs."""
         _check_stream(x, "x")
         blocks = self._blocks(kwargs)
-        call = Call((x,), None, Options(), self._executions)
-        del x
-        for i, f_args, g_args in blocks:
-            f, g = self.layers[i]
-            call.step(2 * i, f, 0, (0,), _ADDITIVE, f_args, f"layer {i}, branch f")
-            call.step(2 * i + 1, g, 0, (0,), _ADDITIVE, g_args, f"layer {i}, branch g")
-        (y,) = call.finish()
-        return (y, call.aux) if call.aux else y
+        with Call((x,), None, Options(), self._executions) as call:
+            del x
+            for i, f_args, g_args in blocks:
+                f, g = self.layers[i]
+                call.step(2 * i, f, 0, (0,), _ADDITIVE, f_args, f"layer {i}, branch f")
+                call.step(2 * i + 1, g, 0, (0,), _ADDITIVE, g_args, f"layer {i}, branch g")
+            (y,) = call.finish()
+            return (y, call.aux) if call.aux else y
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
