@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -15,8 +14,8 @@ class Coupling(nn.Module):
     A rule of the form `target + increment(out)` overrides `increment` alone: it is exact in fixed streams. Any other
     rule overrides `combine` and `invert`, with `invert(combine(target, out), out) == target`.
 
-    Inside, `target` has the structure and dtype of the stream, and `out` is what the branch returned, its floating-point
-    tensors cast to the stream's dtype.
+    `target` is the stream, a tensor or a tree of tensors; `out` is what the branch returned. A rule raises `TypeError` or
+    `ValueError` where they do not fit; the message goes on from "block 3, branch f".
     """
 
     def increment(self, out: Any) -> Any:
@@ -25,11 +24,11 @@ class Coupling(nn.Module):
 
     def combine(self, target: Any, out: Any) -> Any:
         """The target after the step."""
-        return tree_map(torch.add, target, like(target, self.increment(out)))
+        return tree_map(_add, target, fitting(target, self.increment(out)))
 
     def invert(self, target: Any, out: Any) -> Any:
         """The target before the step, from the target after it."""
-        return tree_map(torch.sub, target, like(target, self.increment(out)))
+        return tree_map(_subtract, target, self.increment(out))
 
     @property
     def translates(self) -> bool:
@@ -47,6 +46,15 @@ class Additive(Coupling):
         return out
 
 
+def _add(target: Tensor, increment: Tensor) -> Tensor:
+    # A stream keeps its dtype: without the cast, adding a wider output would promote it.
+    return target + increment.to(target.dtype)
+
+
+def _subtract(target: Tensor, increment: Tensor) -> Tensor:
+    return target - increment.to(target.dtype)
+
+
 def tree_map(fn: Any, tree: Any, *rest: Any) -> Any:
     """`fn` over the tensors of equally structured trees; the usual tree, one tensor, costs nothing extra."""
     if isinstance(tree, Tensor):
@@ -54,25 +62,36 @@ def tree_map(fn: Any, tree: Any, *rest: Any) -> Any:
     return pytree.tree_map(fn, tree, *rest)
 
 
+def tree_unzip(fn: Any, tree: Any, *rest: Any) -> tuple[Any, Any]:
+    """The two trees of the pairs that `fn` gives for each tensor of `tree`."""
+    if isinstance(tree, Tensor):
+        first, second = fn(tree, *rest)
+        return first, second
+    leaves, spec = pytree.tree_flatten(tree)
+    pairs = [fn(*leaves) for leaves in zip(leaves, *map(pytree.tree_leaves, rest), strict=True)]
+    return pytree.tree_unflatten([a for a, _ in pairs], spec), pytree.tree_unflatten([b for _, b in pairs], spec)
+
+
 def tree_leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a tree."""
     if isinstance(tree, Tensor):
         return [tree]
     return pytree.tree_leaves(tree)
 
 
-def like(target: Any, out: Any) -> Any:
-    """`out` in the dtypes of `target`, after a check that each tensor fits."""
+def fitting(target: Any, out: Any) -> Any:
+    """`out`, after a check that each of its tensors can be added to its counterpart in `target`."""
     if isinstance(target, Tensor):
-        return _like(target, out)
+        return _fitting(target, out)
     if pytree.tree_structure(target) != pytree.tree_structure(out):
         raise ValueError(
             f"returned {_describe(out)}, but its target stream is {_describe(target)}; "
             "a branch returns a tree of the same structure"
         )
-    return pytree.tree_map(_like, target, out)
+    return pytree.tree_map(_fitting, target, out)
 
 
-def _like(target: Tensor, out: Any) -> Tensor:
+def _fitting(target: Tensor, out: Any) -> Tensor:
     if not isinstance(out, Tensor):
         raise TypeError(f"returned {type(out).__name__}, but its target stream is {_describe(target)}")
     if out.shape != target.shape or out.device != target.device:
@@ -80,11 +99,9 @@ def _like(target: Tensor, out: Any) -> Tensor:
             f"returned {_describe(out)}, but its target stream is {_describe(target)}; "
             "a branch returns a tensor of the same shape on the same device"
         )
-    if out.dtype is target.dtype:
-        return out
     if not out.dtype.is_floating_point:
         raise TypeError(f"returned {_describe(out)}, but a stream of {target.dtype} takes floating-point outputs")
-    return out.to(target.dtype)
+    return out
 
 
 def _describe(tree: Any) -> str:

@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from ._couplings import Coupling, tree_leaves, tree_map
 from ._errors import ReversibleError
 from ._replay import AutocastState, KeywordState, ModuleState, RandomState, _modules, devices_of
-# STREAMS
+from ._steps import FixedArithmetic, FloatArithmetic, Stream
 
 ContextFn = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]]
 
@@ -159,9 +159,9 @@ class _Task:
 
     def __init__(self) -> None:
         self.position: int | None = None
-        self.state: list[Any] = []
+        self.state: list[Stream] = []
         self.caught: dict[int, dict[int, tuple[Tensor, int]]] = {}
-        self.loaded: dict[int, list[Any]] = {}
+        self.loaded: dict[int, list[Stream]] = {}
 
 
 class _Stop(Exception):
@@ -173,28 +173,32 @@ class Call:
 
     Args:
         streams: the streams before the first step: tensors, or trees of tensors.
-        stream: how streams are held.
+        arithmetic: how streams are held, and what a step does to them.
         options: see `Options`.
         executions: the execution of every step of the sequence.
     """
 
     def __init__(
-        self, streams: Sequence[Any], stream: Any, options: Options, executions: Sequence[str]
+        self,
+        streams: Sequence[Any],
+        arithmetic: FloatArithmetic | FixedArithmetic,
+        options: Options,
+        executions: Sequence[str],
     ) -> None:
-        self.stream = stream
+        self.arithmetic = arithmetic
         self.options = options
         self.executions = executions
         self.recording = torch.is_grad_enabled()
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.devices = devices_of(leaves)
         self.autocast = AutocastState([device.type for device in self.devices])
-        self.values: list[Any] = list(streams)
+        self.streams: list[Stream] = [arithmetic.open(value) for value in streams]
         self.aux: dict[str, Any] = {}
         self.lock = threading.RLock()
         self.records: list[_Record | None] = []
         self.tokens: list[weakref.ref[_Token]] = []
         # Position p is the state before step p.
-        self.known: dict[int, _Saved | list[Any]] = {}
+        self.known: dict[int, _Saved | list[Stream]] = {}
         self.tasks: dict[int, _Task] = {}
         self.running = False
         self.top = -1
@@ -203,12 +207,13 @@ class Call:
 
     def enter(self, *streams: Any) -> None:
         """Take up the streams as a block received them through its `__call__` (rule 9)."""
-        if all(_same(mine, given) for mine, given in zip(self.values, streams, strict=True)):
-            self.values = list(streams)
+        if all(_same(mine, given) for (mine, _), given in zip(self.streams, streams, strict=True)):
+            self.streams = [(value, held) for value, (_, held) in zip(streams, self.streams, strict=True)]
             return
         # A hook on the block put other streams in: below this point state cannot be found by walking.
-        self._mark()
-        self.values = list(streams)
+        if self.recording and self.records and self.records[-1] is not None:
+            self._mark()
+        self.streams = [self.arithmetic.open(value) for value in streams]
 
     def step(
         self,
@@ -228,11 +233,10 @@ class Call:
                 if position and self.records[-1] is not None:
                     self._mark()
                 self._append(None)
-            sources = [self.values[i] for i in source]
-            out = self._branch(fn(*sources, **kwargs), target, name)
-            self.values[target] = self._combine(coupling, self.values[target], out, name)
+            out = fn(*(self.streams[i][0] for i in source), **kwargs)
+            self._combine(coupling, target, self._branch(out, target, name), index, name)
             return
-        sources = [self.values[i] for i in source]
+        sources = [self.streams[i][0] for i in source]
         roots = [root for value in sources for leaf in tree_leaves(value) for root in (leaf, leaf._base)]
         versions = [leaf._version for value in sources for leaf in tree_leaves(value)]
         contexts = self.options.context_fn() if self.options.context_fn is not None else None
@@ -247,8 +251,8 @@ class Call:
             random=RandomState(self.devices) if self.options.preserve_rng_state else None,
             context=contexts[1] if contexts else None,
             layouts=[tree_map(_Layout, value) for value in sources],
-            target_layout=tree_map(_Layout, self.values[target]),
-            kept=_Saved(self.values[target]) if execution == "checkpoint" else None,
+            target_layout=tree_map(_Layout, self.streams[target][0]),
+            kept=_Saved(self.streams[target][1]) if execution == "checkpoint" else None,
             saved=[],
         )
         token = self._append(record)
@@ -268,7 +272,7 @@ class Call:
             out = self._branch(out, target, name)
             record.saved_by_branch = len(record.saved)
             with saved_tensors_hooks(pack, _unpack):
-                self.values[target] = self._combine(coupling, self.values[target], out, name)
+                self._combine(coupling, target, out, index, name)
         finally:
             self.running = False
 
@@ -277,14 +281,14 @@ class Call:
         if self.records and self.records[-1] is not None:
             self._mark()
         self.top = len(self.records) - 1
-        return streams or self.values
+        return streams or [value for value, _ in self.streams]
 
     def __enter__(self) -> Call:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         # These hold the graph, and the graph's handles this call: keeping them would be a cycle through C++.
-        self.values, self.aux = [], {}
+        self.streams, self.aux = [], {}
 
     def _append(self, record: _Record | None) -> _Token:
         token = _Token(self, len(self.records))
@@ -294,17 +298,17 @@ class Call:
 
     def _mark(self) -> None:
         """Keep the present state as a place to walk from."""
-        self.known[len(self.records)] = _Saved(self.values)
+        self.known[len(self.records)] = _Saved([held for _, held in self.streams])
 
     def _branch(self, out: Any, target: int, name: str) -> Any:
         """The branch's output, its extra output put aside."""
-        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, self.values[target]):
+        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, self.streams[target][0]):
             out, self.aux[name] = out
         return out
 
-    def _combine(self, coupling: Coupling, target: Any, out: Any, name: str) -> Any:
+    def _combine(self, coupling: Coupling, target: int, out: Any, index: int, name: str) -> None:
         try:
-            return coupling.combine(target, out)
+            self.streams[target] = self.arithmetic.combine(coupling, self.streams[target], out, index)
         except (TypeError, ValueError) as error:
             raise ReversibleError(f"{name} {error}") from error
 
@@ -351,7 +355,7 @@ class Call:
             torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
         return task
 
-    def _nearest(self, task: _Task, step: int) -> tuple[int, list[Any]]:
+    def _nearest(self, task: _Task, step: int) -> tuple[int, list[Stream]]:
         """The lowest known state from which `step` can be reached (rule 2)."""
         candidates = [position for position in self.known if position >= step]
         if self.running:
@@ -367,11 +371,11 @@ class Call:
         if position == task.position:
             return position, task.state
         if self.running and position == len(self.records) - 1:
-            return position, [tree_map(torch.Tensor.detach, value) for value in self.values]
+            return position, [(None, tree_map(torch.Tensor.detach, held)) for _, held in self.streams]
         if position not in task.loaded:
             known = self.known[position]
             # Loaded once per backward: an enclosing checkpoint gives a saved tensor only once.
-            task.loaded[position] = known.load() if isinstance(known, _Saved) else known
+            task.loaded[position] = [(None, held) for held in known.load()] if isinstance(known, _Saved) else known
         return position, task.loaded[position]
 
     def _walk(self, task: _Task, step: int) -> None:
@@ -391,18 +395,20 @@ class Call:
         task.position, task.state = step, state
         self._release(task, step, state)
 
-    def _undo(self, task: _Task, k: int, state: list[Any], catch: bool) -> None:
+    def _undo(self, task: _Task, k: int, state: list[Stream], catch: bool) -> None:
         record = self._record(k)
         caught: dict[int, tuple[Tensor, int]] | None = task.caught.setdefault(k, {}) if catch else None
         out = None
         if record.kept is not None:
-            state[record.target] = record.kept.load()
+            state[record.target] = (None, record.kept.load())
             if caught is not None:
                 out = self._replay(record, state, caught, early=True)
         else:
             out = self._replay(record, state, caught)
             with torch.no_grad():
-                state[record.target] = record.coupling.invert(state[record.target], out)
+                state[record.target] = self.arithmetic.invert(
+                    record.coupling, state[record.target][1], out, record.target_layout
+                )
         if caught is not None:
             self._replay_combine(record, state[record.target], out, caught)
 
@@ -411,19 +417,22 @@ class Call:
         assert record is not None, "a stored step lies above the state kept before it"
         return record
 
+    def _read(self, stream: Stream, layouts: Any) -> Any:
+        """The value of a stream as a step saw it: new leaves of the same layout."""
+        value, held = stream
+        if value is None:
+            with torch.no_grad():
+                value = self.arithmetic.read(held, layouts)
+        return tree_map(_Layout.apply, layouts, value) if not isinstance(layouts, _Layout) else layouts.apply(value)
+
     def _replay(
-        self, record: _Record, state: list[Any], caught: dict[int, tuple[Tensor, int]] | None, early: bool = False
+        self, record: _Record, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, early: bool = False
     ) -> Any:
         """Call the branch again as forward did; its output, or None if it was stopped early."""
         where = record.name
         record.modules.check(where)
         record.keywords.check(where)
-        sources = [
-            pytree.tree_map(lambda layout, leaf: layout.apply(leaf), layouts, state[i])
-            if not isinstance(layouts, _Layout)
-            else layouts.apply(state[i])
-            for layouts, i in zip(record.layouts, record.source, strict=True)
-        ]
+        sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, record.source, strict=True)]
         pack = _Catching(record, 0, caught, self.running, early and record.saved_by_branch == len(record.saved))
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autocast.restored())
@@ -440,22 +449,21 @@ class Call:
             except _Stop:
                 return None
         pack.check(record.saved_by_branch)
-        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, state[record.target]):
+        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, state[record.target][1]):
             out = out[0]
         return out
 
-    def _replay_combine(self, record: _Record, target: Any, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
+    def _replay_combine(self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
         """Catch what the combine saved (rule 10)."""
         if record.saved_by_branch == len(record.saved):
             return
-        layouts = record.target_layout
         pack = _Catching(record, record.saved_by_branch, caught, False, False)
-        target = tree_map(lambda leaf, layout: layout.apply(leaf), target, layouts)
+        stream = self._read(target, record.target_layout), target[1]
         with self.autocast.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _identity):
-            record.coupling.combine(target, out)
+            self.arithmetic.combine(record.coupling, stream, out, 0)
         pack.check(len(record.saved))
 
-    def _release(self, task: _Task, step: int, state: list[Any]) -> None:
+    def _release(self, task: _Task, step: int, state: list[Stream]) -> None:
         """Drop every known state that no handle needs any more (rule 4)."""
         if self.running or self.tokens[step]() is None:
             return

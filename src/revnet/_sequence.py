@@ -14,7 +14,7 @@ from ._distributed import shared_generator
 from ._engine import Call, ContextFn, Options
 from ._execution import EXECUTIONS, resolve
 from ._routing import Routes, check_keywords, check_routes, route_args
-# STREAMS
+from ._steps import FloatArithmetic
 
 Execution = str | Sequence[str]
 
@@ -78,16 +78,14 @@ class ReversibleBlock(nn.Module):
             call.enter(x1, x2)
             del x1, x2
             self._steps(call, i, f_args, g_args, f"block {i}, ")
-            return call.values[0], call.values[1]
+            return call.streams[0][0], call.streams[1][0]
         _check_streams(x1, x2)
-        with Call((x1, x2), None, Options(), ("invert", "invert")) as call:
+        with Call((x1, x2), FloatArithmetic(), Options(), ("invert", "invert")) as call:
             self._steps(call, 0, f_args, g_args, "")
             y1, y2 = call.finish()
         return y1, y2
 
-    def _steps(
-        self, call: Call, i: int, f_args: Mapping[str, Any], g_args: Mapping[str, Any], name: str
-    ) -> None:
+    def _steps(self, call: Call, i: int, f_args: Mapping[str, Any], g_args: Mapping[str, Any], name: str) -> None:
         call.step(2 * i, self.f, 0, (1,), _ADDITIVE, dict(f_args), f"{name}branch f")
         call.step(2 * i + 1, self.g, 1, (0,), _ADDITIVE, dict(g_args), f"{name}branch g")
 
@@ -104,9 +102,7 @@ def _output(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _unwrap_deterministic(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
-) -> None:
+def _unwrap_deterministic(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Accept checkpoints of classes that wrap each branch, with keys `f.net.…` where ours are `f.…`."""
     expected = {prefix + key for key in module.state_dict()}
     for branch in ("f", "g"):
@@ -270,7 +266,7 @@ class ReversibleSequence(_Sequence):
         _check_streams(x1, x2)
         blocks = self._blocks(kwargs)
         streams: Any = (x1, x2)
-        with Call((x1, x2), None, self._options, self._executions) as call:
+        with Call((x1, x2), FloatArithmetic(), self._options, self._executions) as call:
             del x1, x2
             for i, f_args, g_args in blocks:
                 streams = _door.enter(call, i, self.blocks[i], streams, f_args, g_args)
@@ -319,7 +315,7 @@ class SequentialSequence(_Sequence):
         """`x` after the last layer: same shape and dtype; `(x, aux)` if branches returned extra outputs."""
         _check_stream(x, "x")
         blocks = self._blocks(kwargs)
-        with Call((x,), None, Options(), self._executions) as call:
+        with Call((x,), FloatArithmetic(), Options(), self._executions) as call:
             del x
             for i, f_args, g_args in blocks:
                 f, g = self.layers[i]
@@ -344,7 +340,9 @@ def _check_stream(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, but a stream is a tensor")
     if x.is_nested:
-        raise TypeError(f"{name} is a nested tensor: a stream is a dense tensor. Pad it, and pass a mask by args_route.")
+        raise TypeError(
+            f"{name} is a nested tensor: a stream is a dense tensor. Pad it, and pass a mask by args_route."
+        )
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}, but a stream is floating-point")
 
