@@ -1,0 +1,432 @@
+"""A replay sees what the forward saw, and leaves no trace: buffers, weights, caches, contexts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from cases import Case, Linear, Mlp, build, every, named, randn, with_dropout
+from oracle import (
+    Evaluations,
+    assert_near,
+    assert_same_gradients,
+    assert_same_step,
+    gradients_of,
+    stored_copy,
+    train_step,
+    weighted,
+)
+from revnet import ReversibleSequence
+
+
+class EmaInPlace(nn.Module):
+    """Reads its running mean, then updates it in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x - self.mean).tanh()
+        with torch.no_grad():
+            self.mean.mul_(0.5).add_(x.mean(tuple(range(x.dim() - 1))))
+            self.steps += 1
+        return out
+
+
+class EmaReassigned(EmaInPlace):
+    """Puts a new tensor in the buffer's place first, then reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + x.detach().mean(tuple(range(x.dim() - 1)))
+        self.steps = self.steps + 1
+        return self.linear(x - self.mean).tanh()
+
+
+class BatchNorm(nn.Module):
+    """Linear, then batch norm over (batch, width)."""
+
+    def __init__(self, width: int, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, width), nn.BatchNorm1d(width, momentum=momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x)).tanh()
+
+
+def cumulative(width: int) -> nn.Module:
+    """Batch norm whose statistics depend on how often it ran."""
+    return BatchNorm(width, momentum=None)
+
+
+def spectral(width: int) -> nn.Module:
+    """The parametrization: power iteration in each training forward."""
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(width, width)), nn.Tanh())
+
+
+def spectral_by_hook(width: int) -> nn.Module:
+    """The older form: a pre-forward hook that sets a plain attribute."""
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(width, width)), nn.Tanh())
+
+
+STATEFUL = {
+    "batchnorm": BatchNorm,
+    "batchnorm-cumulative": cumulative,
+    "ema-in-place": EmaInPlace,
+    "ema-reassigned": EmaReassigned,
+    "spectral": spectral,
+    "spectral-by-hook": spectral_by_hook,
+}
+stateful = pytest.mark.parametrize("branch", STATEFUL.values(), ids=STATEFUL)
+
+
+def both(branch: object, depth: int = 3) -> tuple:
+    pairs = build([(branch, branch)] * depth, 8)
+    return ReversibleSequence(pairs), stored_copy(pairs)
+
+
+@stateful
+def test_buffers_move_once_per_step(branch: object):
+    net, oracle = both(branch)
+    for seed in range(3):
+        x = randn(6, 8, seed=seed, requires_grad=True)
+        assert_same_step(train_step(net, x), train_step(oracle, x), tolerance=1e-11)
+
+
+def test_counting_buffers_count_the_forward_alone():
+    net = ReversibleSequence(build([(BatchNorm, EmaInPlace)] * 2, 8))
+    out = net(randn(6, 8, requires_grad=True))
+    for _ in range(2):
+        assert [int(block.f.norm.num_batches_tracked) for block in net.blocks] == [1, 1]
+        assert [int(block.g.steps) for block in net.blocks] == [1, 1]
+        weighted(out).backward(retain_graph=True)
+
+
+@stateful
+def test_two_forwards_before_the_backward_see_their_own_buffers(branch: object):
+    net, oracle = both(branch)
+    found = []
+    for module in (net, oracle):
+        xs = [randn(6, 8, seed=seed, requires_grad=True) for seed in range(2)]
+        first, second = (weighted(module(x)) for x in xs)
+        first.backward()
+        middle = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        second.backward()
+        found.append(
+            {**{f"x{i}": x.grad for i, x in enumerate(xs)}, **gradients_of(module), **middle}
+            | {f"{name} at last": buffer.clone() for name, buffer in module.named_buffers()}
+        )
+    assert_same_gradients(*found, tolerance=1e-11)
+
+
+@stateful
+def test_backward_twice_sees_the_same_buffers(branch: object):
+    net, oracle = both(branch)
+    found = []
+    for module in (net, oracle):
+        x = randn(6, 8, requires_grad=True)
+        loss = weighted(module(x))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append({"x": x.grad, **gradients_of(module), **dict(module.named_buffers())})
+    assert_same_gradients(*found, tolerance=1e-11)
+
+
+@stateful
+def test_a_stateful_branch_shared_between_depths(branch: object):
+    pairs = build([(branch, branch)], 8) * 3
+    net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
+    x = randn(6, 8, requires_grad=True)
+    assert_same_step(train_step(net, x), train_step(oracle, x), tolerance=1e-11)
+
+
+def test_a_buffer_keeps_its_identity():
+    net = ReversibleSequence(build([(BatchNorm, EmaInPlace)], 8))
+    before = dict(net.named_buffers())
+    weighted(net(randn(6, 8, requires_grad=True))).backward()
+    assert all(buffer is before[name] for name, buffer in net.named_buffers())
+
+
+def test_batch_norm_in_eval_mode_stays_put():
+    case = named("convolution-L3-batchnorm")[0]
+    pairs = case.pairs()
+    net, oracle = ReversibleSequence(pairs, **case.options), stored_copy(pairs, **case.options)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    net.eval()
+    oracle.eval()
+    outcome = train_step(net, case.input())
+    assert_same_step(outcome, train_step(oracle, case.input()))
+    assert_same_gradients(outcome.buffers, before)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_lazy_modules_are_made_by_the_first_forward():
+    pairs = [(nn.LazyLinear(8, dtype=torch.float64), nn.LazyLinear(8, dtype=torch.float64)) for _ in range(2)]
+    net = ReversibleSequence(pairs)
+    x = randn(3, 8, requires_grad=True)
+    loss = weighted(net(x))
+    oracle, expected = stored_copy(pairs), randn(3, 8, requires_grad=True)
+    weighted(oracle(expected)).backward()
+    loss.backward()
+    assert_near(x.grad, expected.grad)
+    assert_same_gradients(gradients_of(net), gradients_of(oracle))
+
+
+@pytest.mark.parametrize("branch", [with_dropout(Mlp), BatchNorm], ids=["dropout", "batchnorm"])
+def test_functional_call_replays_with_the_weights_it_was_given(branch: object):
+    net, oracle = both(branch)
+    own = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    found = []
+    for module in (net, oracle):
+        given = {
+            name: randn(*parameter.shape, seed=place, requires_grad=True) * 0.3
+            for place, (name, parameter) in enumerate(module.named_parameters())
+        }
+        given = {name: tensor.detach().requires_grad_() for name, tensor in given.items()}
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        x = randn(6, 8, requires_grad=True)
+        torch.manual_seed(0)
+        weighted(torch.func.functional_call(module, {**given, **buffers}, (x,))).backward()
+        assert all(parameter.grad is None for parameter in module.parameters())
+        found.append({"x": x.grad, **{name: tensor.grad for name, tensor in given.items()}, **buffers})
+    assert_same_gradients(*found)
+    assert_same_gradients({name: parameter.detach() for name, parameter in net.named_parameters()}, own)
+
+
+def test_functional_call_with_weights_that_are_results_of_other_operations():
+    """As in meta-learning: the weights of the inner step carry a graph."""
+    net, oracle = both(Mlp)
+    found = []
+    for module in (net, oracle):
+        names, values = zip(*module.named_parameters(), strict=True)
+        x = randn(2, 6, 8)
+        slopes = torch.autograd.grad(weighted(module(x)), values, create_graph=True)
+        stepped = {n: p - 0.01 * s for n, p, s in zip(names, values, slopes, strict=True)}
+        weighted(torch.func.functional_call(module, stepped, (x,))).backward()
+        found.append(gradients_of(module))
+    assert_same_gradients(*found, tolerance=1e-11)
+
+
+def test_a_parameter_or_branch_put_in_anothers_place_after_forward_takes_no_part():
+    net, oracle = both(Mlp, depth=3)
+    found = []
+    for module in (net, oracle):
+        x = randn(2, 6, 8, requires_grad=True)
+        old = dict(module.named_parameters())
+        loss = weighted(module(x))
+        module.blocks[0].f.enter.weight = nn.Parameter(torch.zeros_like(module.blocks[0].f.enter.weight))
+        module.blocks[2].g = build([(Mlp, Mlp)], 8, seed=9)[0][0]
+        replaced = module.blocks[0].f.enter.weight
+        loss.backward()
+        assert replaced.grad is None
+        assert module.blocks[0].f.enter.weight is replaced
+        found.append({"x": x.grad, **{name: parameter.grad for name, parameter in old.items()}})
+    assert_same_gradients(*found)
+
+
+class Remembers(nn.Module):
+    """Appends what it computed to its own place in a cache, and reads all of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.key = ""
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        new = self.linear(x).tanh()
+        cache[self.key] = torch.cat((cache[self.key], new), 1) if self.key in cache else new
+        return new * cache[self.key].mean(1, keepdim=True)
+
+
+class Appends(Remembers):
+    """Appends to a list that every branch shares, and reads the last two entries."""
+
+    def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+        new = self.linear(x).tanh()
+        cache.append(new)
+        return new * sum(entry.mean(1, keepdim=True) for entry in cache[-2:])
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize(("branch", "empty"), [(Remembers, dict), (Appends, list)], ids=["dict", "list"])
+def test_a_cache_is_written_once_per_forward(branch: type[Remembers], empty: type, calls: int):
+    pairs = build([(branch, branch)] * 3, 8)
+    for place, module in enumerate(branch for pair in pairs for branch in pair):
+        module.key = str(place)
+    route = {"cache": every(3, True, True)}
+    net, oracle = ReversibleSequence(pairs, route), stored_copy(pairs, route)
+    found = []
+    for module in (net, oracle):
+        cache = empty()
+        xs = [randn(2, 3, 8, seed=seed, requires_grad=True) for seed in range(calls)]
+        losses = [weighted(module(x, cache=cache)) for x in xs]
+        entries = cache if empty is list else [cache[str(place)] for place in range(6)]
+        assert [len(entries), entries[0].shape[1]] == ([6 * calls, 3] if empty is list else [6, 3 * calls])
+        written = [entry.detach().clone() for entry in entries]
+        (sum(losses) + entries[-1].sum()).backward()
+        assert len(entries) == len(written)
+        assert all(torch.equal(now, then) for now, then in zip(entries, written, strict=True))
+        found.append(
+            {f"x{i}": x.grad for i, x in enumerate(xs)}
+            | {f"entry {i}": entry for i, entry in enumerate(written)}
+            | gradients_of(module)
+        )
+    assert_same_gradients(*found)
+
+
+def test_the_containers_given_are_the_users_own_afterwards():
+    pairs = build([(Remembers, Remembers)] * 2, 8)
+    for place, module in enumerate(branch for pair in pairs for branch in pair):
+        module.key = str(place)
+    cache: dict[str, Tensor] = {"another": torch.ones(1)}
+    net = ReversibleSequence(pairs, {"cache": every(2, True, True)})
+    weighted(net(randn(2, 3, 8, requires_grad=True), cache=cache)).backward()
+    assert sorted(cache) == ["0", "1", "2", "3", "another"]
+
+
+class ReadsContainers(Linear):
+    """Reads tensors out of nested containers and a plain object."""
+
+    def forward(self, x: Tensor, settings: dict, pair: tuple) -> Tensor:
+        return super().forward(x * settings["scales"][0] + pair[0]).tanh() * pair[1]
+
+
+def test_keywords_may_be_containers_of_tensors_that_need_gradients():
+    pairs = build([(ReadsContainers, ReadsContainers)] * 3, 8)
+    route = {"settings": every(3, True, True), "pair": every(3, True, True)}
+    net, oracle = ReversibleSequence(pairs, route), stored_copy(pairs, route)
+    found = []
+    for module in (net, oracle):
+        x, scale, shift = (randn(2, 6, 8, seed=seed, requires_grad=True) for seed in range(3))
+        weighted(module(x, settings={"scales": [scale.exp()], "name": "any"}, pair=(shift, 0.5))).backward()
+        found.append({"x": x.grad, "scale": scale.grad, "shift": shift.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
+def test_context_fn_gives_each_branch_its_forward_and_its_replay_context():
+    events: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def context(kind: str) -> Iterator[None]:
+        events[f"enter {kind}"] += 1
+        yield
+        events[f"leave {kind}"] += 1
+
+    pairs = build([(with_dropout(Mlp), with_dropout(Mlp))] * 3, 8)
+    net = ReversibleSequence(pairs, context_fn=lambda: (context("forward"), context("replay")))
+    oracle = stored_copy(pairs)
+    x = randn(2, 6, 8, requires_grad=True)
+    assert_same_step(train_step(net, x), train_step(oracle, x))
+    assert events == {f"{verb} {kind}": 6 for verb in ("enter", "leave") for kind in ("forward", "replay")}
+
+
+SELECTIVE = functools.partial(
+    create_selective_checkpoint_contexts,
+    [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default],
+)
+
+
+@pytest.mark.parametrize("case", named("mlp-L8-dropout", "attention-L8-dropout"), ids=str)
+def test_selective_recomputation_keeps_the_matrix_products(case: Case):
+    pairs = case.pairs()
+    net, oracle = ReversibleSequence(pairs, context_fn=SELECTIVE), stored_copy(pairs)
+    flops, found = [], []
+    for module in (net, oracle):
+        x = case.input()
+        torch.manual_seed(0)
+        loss = weighted(module(x))
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
+        found.append({"x": x.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+    assert flops[0] == flops[1] > 0
+
+
+def test_selective_recomputation_keeps_torchs_limit_of_one_backward():
+    net = ReversibleSequence(build([(Mlp, Mlp)] * 2, 8), context_fn=SELECTIVE)
+    loss = weighted(net(randn(2, 6, 8, requires_grad=True)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+class Observes(nn.Module):
+    """Notes, in each evaluation, all that a branch can see of its surroundings."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.seen: list[dict] = []
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        self.seen.append(
+            {
+                "layout": (x.shape, x.stride(), x.dtype, x.device),
+                "gradient": (x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+                "training": self.training,
+                "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+                "scale": None if scale is None else (scale.requires_grad, scale.stride()),
+            }
+        )
+        return self.linear(x).sin()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("needs", [True, False], ids=["x-grad", "x-none"])
+@pytest.mark.parametrize("options", [{}, {"split": "chunk", "merge": "concat"}], ids=["copy", "chunk"])
+def test_a_replay_sees_the_surroundings_of_the_forward(options: dict, needs: bool, autocast: bool):
+    width = 4 if options else 8
+    pairs = build([(Observes, Observes)] * 3, width, dtype=torch.float32)
+    net = ReversibleSequence(pairs, {"scale": every(3, True, False)}, **options)
+    net.blocks[1].f.requires_grad_(False)
+    net.blocks[2].g.eval()
+    x = randn(2, 6, 8, dtype=torch.float32).requires_grad_(needs)
+    scale = randn(8, dtype=torch.float32).requires_grad_() * 2
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = net(x, scale=scale).sum()
+    net.train()
+    with torch.no_grad():
+        loss.backward()
+    for block in net.blocks:
+        for branch in (block.f, block.g):
+            forward, replay = branch.seen
+            assert replay == forward
+
+
+def test_each_branch_is_evaluated_once_per_backward():
+    for case in named("mlp-L8-dropout", "attention-L8-dropout", "shared-L4", "linear-L8-2d"):
+        net = ReversibleSequence(case.pairs(), **case.options)
+        counted = Evaluations(net)
+        loss = weighted(net(case.input()))
+        forward = counted.take()
+        loss.backward()
+        assert Counter(counted.take()) == Counter(forward)
+
+
+def test_a_partial_gradient_replays_only_what_it_must():
+    net = ReversibleSequence(build([(Mlp, Mlp)] * 8, 8))
+    counted = Evaluations(net)
+    loss = weighted(net(randn(2, 6, 8, requires_grad=True)))
+    counted.take()
+    torch.autograd.grad(loss, net.blocks[6].f.leave.weight, retain_graph=True)
+    assert sorted(counted.take()) == ["6.f", "6.g", "7.f", "7.g"]
+
+
+def test_store_replays_nothing():
+    net = ReversibleSequence(build([(Mlp, Mlp)] * 3, 8), execution="store")
+    counted = Evaluations(net)
+    loss = weighted(net(randn(2, 6, 8, requires_grad=True)))
+    assert len(counted.take()) == 6
+    loss.backward()
+    assert counted.take() == []
