@@ -276,12 +276,16 @@ class Call:
         finally:
             self.running = False
 
+    def start(self) -> list[Any]:
+        """The streams before the first step, as branches read them."""
+        return [value for value, _ in self.streams]
+
     def finish(self, *streams: Any) -> Sequence[Any]:
         """The streams after the last step, as its block gave them; from here on, the call lives as long as its handles."""
         if self.records and self.records[-1] is not None:
             self._mark()
         self.top = len(self.records) - 1
-        return streams or [value for value, _ in self.streams]
+        return streams or self.start()
 
     def __enter__(self) -> Call:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from ._couplings import Additive
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn, Options
+from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
 from ._routing import Routes, check_keywords, check_routes, route_args
-from ._steps import FloatArithmetic
+from ._steps import FixedArithmetic, FloatArithmetic
+from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
 
 Execution = str | Sequence[str]
+Streams = str | Fixed | Float
 
 _ADDITIVE = Additive()
 
@@ -121,7 +125,13 @@ class _Sequence(nn.Module):
     _allowed: Sequence[str] = EXECUTIONS
 
     def __init__(
-        self, args_route: Routes, layer_dropout: float, depth: int, execution: Execution, options: Options
+        self,
+        args_route: Routes,
+        layer_dropout: float,
+        depth: int,
+        execution: Execution,
+        options: Options,
+        streams: Streams = "float",
     ) -> None:
         super().__init__()
         if depth == 0:
@@ -133,7 +143,54 @@ class _Sequence(nn.Module):
         self.layer_dropout = layer_dropout
         self._depth = depth
         self._options = options
+        self.streams = _streams(streams)
+        self._monitor = RangeMonitor()
         self.execution = execution
+
+    def _arithmetic(self, x: Tensor) -> FloatArithmetic | FixedArithmetic:
+        """How this call holds its streams, after a look at what earlier calls found."""
+        fixed = self.streams
+        if fixed == "auto":
+            low = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
+            fixed = Fixed() if low else Float()
+        if isinstance(fixed, Float):
+            return FloatArithmetic()
+        self._raise(self._monitor.poll(), fixed)
+        return FixedArithmetic(fixed, self._monitor)
+
+    def check(self) -> None:
+        """Wait for the device and raise if a stream left the range of its format.
+
+        Without this call, the error is raised by the first forward pass after the news has reached the host.
+
+        Raises:
+            ReversibleError: a branch whose update left the range, was infinite or not a number.
+        """
+        fixed = self.streams if isinstance(self.streams, Fixed) else Fixed()
+        self._raise(self._monitor.check(), fixed)
+
+    def _raise(self, found: OutOfRange | None, fixed: Fixed) -> None:
+        for step, share in self._monitor.vanishing().items():
+            warnings.warn(
+                f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than half of "
+                f"2^-{fixed.fraction_bits}, the resolution of the streams, and change nothing. Use more fraction bits, "
+                "as in streams=revnet.Fixed(fraction_bits=40).",
+                stacklevel=3,
+            )
+        if found is None:
+            return
+        self._monitor.reset()
+        bits = fitting_fraction_bits(found.magnitude, fixed.dtype)
+        remedy = "Look for the cause in this branch."
+        if bits is not None:
+            remedy = f"Use streams=revnet.Fixed(fraction_bits={bits}, dtype={fixed.dtype}) or fewer fraction bits."
+        raise ReversibleError(
+            f"{self._step_name(found.step)}: a stream left the range of {fixed}, ±{fixed.limit:.6g}: the largest value "
+            f"was {found.magnitude:.6g}. The output of that forward pass is NaN there. {remedy}"
+        )
+
+    def _step_name(self, step: int) -> str:
+        return "the input" if step < 0 else f"block {step // 2}, branch {'fg'[step % 2]}"
 
     @property
     def execution(self) -> Execution:
@@ -159,7 +216,7 @@ class _Sequence(nn.Module):
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
 
     def extra_repr(self) -> str:
-        parts = [f"depth={self._depth}", f"execution={self.execution!r}"]
+        parts = [f"depth={self._depth}", f"streams={self.streams!r}", f"execution={self.execution!r}"]
         if self.layer_dropout:
             parts.append(f"layer_dropout={self.layer_dropout}")
         return ", ".join(parts)
@@ -177,6 +234,9 @@ class ReversibleSequence(_Sequence):
         split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`.
         merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams.
         dim: dimension of `"chunk"` and `"concat"`.
+        streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to stored execution in
+            every bit; `"float"` holds the tensors themselves; `"auto"` is fixed under autocast and for bfloat16 and
+            float16 inputs, float otherwise.
         execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"` keeps one stream
             per step; or one of them per step (`f` and `g` of each block in turn).
         preserve_rng_state: whether a replay repeats the randomness of the call.
@@ -205,6 +265,7 @@ class ReversibleSequence(_Sequence):
         split: str = "copy",
         merge: str = "mean",
         dim: int = -1,
+        streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
         determinism_check: str = "default",
@@ -218,7 +279,7 @@ class ReversibleSequence(_Sequence):
         if determinism_check not in ("default", "none"):
             raise ValueError(f"determinism_check {determinism_check!r} is not 'default' or 'none'")
         options = Options(preserve_rng_state, determinism_check, context_fn)
-        super().__init__(args_route, layer_dropout, len(pairs), execution, options)
+        super().__init__(args_route, layer_dropout, len(pairs), execution, options, streams)
         self.split = split
         self.merge = merge
         self.dim = dim
@@ -265,15 +326,15 @@ class ReversibleSequence(_Sequence):
         """
         _check_streams(x1, x2)
         blocks = self._blocks(kwargs)
-        streams: Any = (x1, x2)
-        with Call((x1, x2), FloatArithmetic(), self._options, self._executions) as call:
+        with Call((x1, x2), self._arithmetic(x1), self._options, self._executions) as call:
+            streams = call.start()
             del x1, x2
             for i, f_args, g_args in blocks:
                 streams = _door.enter(call, i, self.blocks[i], streams, f_args, g_args)
             streams = call.finish(*streams)
+            self._monitor.flush()
             return (*streams, call.aux) if call.aux else tuple(streams)
 
-    @torch.no_grad()
     def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The streams before the first block, `(x1, x2)`, from those after the last.
 
@@ -323,6 +384,15 @@ class SequentialSequence(_Sequence):
                 call.step(2 * i + 1, g, 0, (0,), _ADDITIVE, g_args, f"layer {i}, branch g")
             (y,) = call.finish()
             return (y, call.aux) if call.aux else y
+
+
+def _streams(streams: Streams) -> Streams:
+    named: dict[Any, Streams] = {"auto": "auto", "fixed": Fixed(), "float": Float()}
+    if isinstance(streams, Fixed | Float):
+        return streams
+    if streams not in named:
+        raise ValueError(f"streams {streams!r} is not 'auto', 'fixed', 'float' or a revnet.Fixed")
+    return named[streams]
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
