@@ -1,0 +1,256 @@
+"""The memory meter: bytes kept for the backward pass, the peak, and the gradients, on CPU and CUDA."""
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What one call held, in bytes above what was held before it.
+
+    Attributes:
+        saved_bytes: held when the function had returned, without the storages that the returned value reaches:
+            what waits for the backward pass.
+        peak_bytes: the highest point, through the backward pass.
+        grad_bytes: the `.grad` storages that the call created. They are part of `peak_bytes`.
+    """
+
+    saved_bytes: int
+    peak_bytes: int
+    grad_bytes: int
+
+
+def measure_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryReport:
+    """Returns the memory that `fn(*args, **kwargs)` and, if there is one, the backward pass of its result take.
+
+    If `fn` returns tensors that need a gradient, alone or in containers, the backward pass of their sum runs too and
+    leaves its gradients in `.grad`, as any backward pass does. A function may as well run its own backward pass and
+    return `None`; `saved_bytes` then holds the gradients it left.
+
+    On CPU the figures are the requests to torch's allocator, to the byte. Memory that was held before the call and is
+    freed during it changes nothing, and threads that `fn` itself starts are not seen. If `fn` allocates on a CUDA
+    device, the figures are those of the CUDA devices instead: `requested_bytes` of `torch.cuda.memory_stats`, summed
+    over the devices. Unlike `allocated_bytes` these do not depend on rounding nor on which cached block was at hand.
+    There, memory freed during the call lowers the figures, and the peak statistics of the devices are reset.
+
+    Args:
+        fn: called once.
+        *args: passed to `fn`.
+        **kwargs: passed to `fn`.
+
+    Raises:
+        RuntimeError: a torch profiler is running in this thread; on CPU the meter is one itself.
+
+    Example:
+        >>> w = torch.ones(1000, requires_grad=True)
+        >>> measure_memory(lambda: w.exp().sum())  # keeps w.exp() for the backward pass
+        MemoryReport(saved_bytes=4000, peak_bytes=8004, grad_bytes=4000)
+    """
+    if torch._C._autograd._profiler_enabled():
+        raise RuntimeError("measure_memory was called while a torch profiler runs: stop the profiler first")
+    cpu, cuda = _CpuMeter(), _CudaMeter()
+    with cpu.watch(), cuda.watch():
+        result = fn(*args, **kwargs)
+    meter: _Meter = cuda if cuda.used else cpu
+    saved = meter.held - sum(map(meter.created, _storages(_tensors_in(result))))
+
+    outputs = [t for t in _tensors_in(result) if t.requires_grad]
+    if outputs:
+        # The gradient of a sum, as `sum().backward()` makes it, yet made where it is not counted.
+        ones = [t.detach().new_ones(()).expand_as(t) for t in outputs]
+        with cpu.watch(), cuda.watch():
+            torch.autograd.backward(outputs, ones)
+    grads = sum(map(meter.created, _storages(_gradients())))
+    return MemoryReport(saved, meter.peak, grads)
+
+
+class _Meter(Protocol):
+    """Bytes above the start, over one or more watches; what happens between two watches is not counted."""
+
+    held: int
+    peak: int
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Counts what is allocated and released inside."""
+
+    def created(self, storage: torch.UntypedStorage) -> int:
+        """Returns the bytes of `storage` if they were allocated under watch and are still held, else 0."""
+
+
+class _CpuMeter:
+    """Follows the events of the CPU allocator, block by block."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.peak = 0
+        self._blocks: dict[int, int] = {}
+        _quiet_kineto()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        with profiler.profile(use_kineto=True, profile_memory=True) as events:
+            yield
+        for address, size in _cpu_allocations(events):
+            if size > 0:
+                self._blocks[address] = size
+                self.held += size
+                self.peak = max(self.peak, self.held)
+            else:
+                # A block from before the watch is none of ours, and its size is not known: torch learns sizes only
+                # while a profiler runs, and can mistake a block for one that an earlier profile saw at this address.
+                self.held -= self._blocks.pop(address, 0)
+
+    def created(self, storage: torch.UntypedStorage) -> int:
+        return self._blocks.get(storage.data_ptr(), 0) if storage.device.type == "cpu" else 0
+
+
+class _CudaMeter:
+    """Reads the CUDA allocator's statistics, which count every thread, those of the backward pass included."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.peak = 0
+        self.used = False
+        self._older: set[StorageWeakRef] = set()
+        if torch.cuda.is_initialized():
+            # Garbage that happened to be collected during the call would be taken for memory that it gave back.
+            gc.collect()
+            _reserve_blas_workspace()
+            # The references keep no memory, only the identities: a new storage cannot be mistaken for an older one.
+            self._older = {StorageWeakRef(s) for s in _storages(_all_tensors()) if s.device.type == "cuda"}
+            self._older |= {StorageWeakRef(s) for s in _storages(_gradients()) if s.device.type == "cuda"}
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        for device in _cuda_devices():
+            torch.cuda.reset_peak_memory_stats(device)
+        start, _, allocations = _cuda_statistics()
+        base = start - self.held
+        yield
+        held, peak, allocations_now = _cuda_statistics()
+        self.held = held - base
+        self.peak = max(self.peak, peak - base)
+        self.used |= allocations_now > allocations
+
+    def created(self, storage: torch.UntypedStorage) -> int:
+        if storage.device.type != "cuda" or StorageWeakRef(storage) in self._older:
+            return 0
+        return storage.nbytes()
+
+
+@cache
+def _quiet_kineto() -> None:
+    """Keeps the profiler's start and stop marks off stderr, unless the user asked for a level."""
+    if "KINETO_LOG_LEVEL" not in os.environ:
+        os.environ["KINETO_LOG_LEVEL"] = "6"
+        # The level is read once, by the first profile of the process.
+        with profiler.profile(use_kineto=True):
+            pass
+        del os.environ["KINETO_LOG_LEVEL"]
+
+
+def _cpu_allocations(events: profiler.profile) -> list[tuple[int, int]]:
+    """Returns `(address, bytes)` of each allocation and, with negative bytes, each release, in order of time."""
+    found = []
+    pending = events.kineto_results.experimental_event_tree() if events.kineto_results else []
+    while pending:
+        event = pending.pop()
+        pending.extend(event.children)
+        fields = event.extra_fields
+        if isinstance(fields, torch._C._profiler._ExtraFields_Allocation) and fields.device.type == "cpu":
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda event: event[0])]
+
+
+def _cuda_devices() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+
+
+def _cuda_statistics() -> tuple[int, int, int]:
+    """Returns the bytes held, their peak and the number of allocations so far, summed over the devices."""
+    held = peak = allocations = 0
+    for device in _cuda_devices():
+        statistics = torch.cuda.memory_stats(device)
+        # The asynchronous allocator does not count requested bytes.
+        counted = "requested_bytes" if torch.cuda.get_allocator_backend() == "native" else "allocated_bytes"
+        held += statistics.get(f"{counted}.all.current", 0)
+        peak += statistics.get(f"{counted}.all.peak", 0)
+        allocations += statistics.get("allocation.all.allocated", 0)
+    return held, peak, allocations
+
+
+def _reserve_blas_workspace() -> None:
+    """Makes cuBLAS take its workspaces now: the first product of a thread would, and they stay (32 MiB on an H100)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), device="cuda", requires_grad=True)
+        # The backward pass has a thread of its own for each device, and there its hooks run.
+        x.register_hook(lambda gradient: (torch.cuda.current_blas_handle(), gradient)[1])
+        torch.cuda.current_blas_handle()
+        torch.autograd.backward(x * 1)
+
+
+def _all_tensors() -> list[Tensor]:
+    """Returns every tensor that Python can see."""
+    # Types and not isinstance, which asks proxies for their __class__ and so runs code of theirs.
+    types: set[type] = {Tensor}
+    pending: list[type] = [Tensor]
+    while pending:
+        subclasses: list[type] = type.__subclasses__(pending.pop())
+        types.update(subclasses)
+        pending.extend(subclasses)
+    return [obj for obj in gc.get_objects() if type(obj) in types]
+
+
+def _gradients() -> list[Tensor]:
+    """Returns the `.grad` of every tensor that Python can see."""
+    with torch._C.DisableTorchFunctionSubclass():
+        # Of other tensors than these, torch warns that their .grad is not filled.
+        owners = [t for t in _all_tensors() if t.requires_grad and (t.is_leaf or t.retains_grad)]
+        return [t.grad for t in owners if t.grad is not None]
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors that `value` reaches through containers and dataclasses."""
+    pending, seen = [value], set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            pending.extend(item)
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            pending.extend(getattr(item, field.name) for field in dataclasses.fields(item))
+
+
+def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    """Returns the distinct storages behind `tensors`."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    pending = list(tensors)
+    while pending:
+        tensor = pending.pop()
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            pending.extend(getattr(tensor, name) for name in names)
+        elif tensor.layout is torch.sparse_coo:
+            pending.extend((tensor._indices(), tensor._values()))
+        elif tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage
+    return list(storages.values())
