@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -270,12 +271,32 @@ def test_an_exception_leaves_nothing_behind(device):
 
 
 def test_a_running_profiler_is_refused():
-    with torch.autograd.profiler.profile(), pytest.raises(RuntimeError, match="stop the profiler first"):
+    with torch.autograd.profiler.profile(), pytest.raises(RuntimeError, match="let it end first"):
         measure_memory(lambda: None)
 
 
-def test_nothing_is_printed():
-    script = "import torch, revnet; revnet.measure_memory(torch.ones, 3); revnet.measure_memory(torch.ones, 3)"
+def test_a_second_measurement_at_the_same_time_is_refused():
+    # torch has one profiler for the process: two threads that start one crash it.
+    with ThreadPoolExecutor(1) as pool:
+
+        def fn():
+            with pytest.raises(RuntimeError, match="let it end first"):
+                measure_memory(torch.ones, 3)
+            with pytest.raises(RuntimeError, match="let it end first"):
+                pool.submit(measure_memory, torch.ones, 3).result()
+
+        measure_memory(fn)
+        assert pool.submit(measure_memory, torch.ones, 3).result() == MemoryReport(0, 12, 0)
+
+
+def test_nothing_is_printed_and_the_environment_is_left_alone():
+    script = """
+import os, torch, revnet
+before = dict(os.environ)
+revnet.measure_memory(torch.ones, 3)
+revnet.measure_memory(torch.ones, 3)
+assert dict(os.environ) == before
+"""
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
 

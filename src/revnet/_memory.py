@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -51,15 +52,28 @@ def measure_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryR
         **kwargs: passed to `fn`.
 
     Raises:
-        RuntimeError: a torch profiler is running in this thread; on CPU the meter is one itself.
+        RuntimeError: a torch profiler or another measurement is running, in whichever thread. The meter is a profiler
+            itself, and torch has one for the whole process.
 
     Example:
         >>> w = torch.ones(1000, requires_grad=True)
         >>> measure_memory(lambda: w.exp().sum())  # keeps w.exp() for the backward pass
         MemoryReport(saved_bytes=4000, peak_bytes=8004, grad_bytes=4000)
     """
-    if torch._C._autograd._profiler_enabled():
-        raise RuntimeError("measure_memory was called while a torch profiler runs: stop the profiler first")
+    if profiler._is_profiler_enabled or not _one_at_a_time.acquire(blocking=False):
+        raise RuntimeError(
+            "measure_memory was called while a torch profiler or another measurement runs: let it end first"
+        )
+    try:
+        return _measure(fn, args, kwargs)
+    finally:
+        _one_at_a_time.release()
+
+
+_one_at_a_time = Lock()
+
+
+def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> MemoryReport:
     cpu, cuda = _CpuMeter(), _CudaMeter()
     with cpu.watch(), cuda.watch():
         result = fn(*args, **kwargs)
@@ -247,7 +261,9 @@ def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
         tensor = pending.pop()
         if is_traceable_wrapper_subclass(tensor):
             names, _ = tensor.__tensor_flatten__()
-            pending.extend(getattr(tensor, name) for name in names)
+            # A DTensor names its device mesh among its parts.
+            parts = (getattr(tensor, name) for name in names)
+            pending.extend(part for part in parts if isinstance(part, Tensor))
         elif tensor.layout is torch.sparse_coo:
             pending.extend((tensor._indices(), tensor._values()))
         elif tensor.layout is torch.strided:
