@@ -1,27 +1,253 @@
-"""How each step is executed: what stays of it until backward."""
+"""How each step is executed: what stays of it until backward. Plans are executions that fit a budget."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
-EXECUTIONS = ("store", "checkpoint", "invert")
+import torch
+from torch import Tensor
+
+from ._errors import ReversibleError
+
+EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
-def resolve(execution: str | Sequence[str], steps: int, allowed: Sequence[str] = EXECUTIONS) -> list[str]:
+def parse_bytes(size: int | float | str) -> int:
+    """The number of bytes that `size` says: a number, or text such as "8GiB" or "1.5 GB".
+
+    Raises:
+        ValueError: text that is no size, or a number that is negative or no number.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", size)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"{size!r} is not a size: write bytes, or a number and a unit, as in '8GiB' or '800 MB'")
+        return int(float(match[1]) * unit)
+    if not math.isfinite(size) or size < 0:
+        raise ValueError(f"{size!r} is not a size: a number of bytes is finite and not negative")
+    return int(size)
+
+
+def format_bytes(size: int) -> str:
+    """`size` in the largest binary unit of which it has at least one."""
+    amount, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(amount) < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{size} B" if unit == "B" else f"{amount:.2f} {unit}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One execution per step, chosen for a memory budget by `revnet.plan`, with what it is predicted to cost.
+
+    Attributes:
+        executions: per step of the sequence, in order.
+        names: per step, the block and branch.
+        kept_bytes: per step, what stays of it on the device from its forward to its backward. A stream tensor that
+            several steps keep counts for the first of them.
+        peak_bytes: predicted peak of one forward and backward, above what was held before.
+        seconds: predicted time of one forward and backward.
+        stored_seconds: the same for stored execution.
+        budget: bytes that were asked for.
+        shape, dtype, device: of the input that the plan was made for.
+        estimated: whether times follow from counts of floating-point operations, not from measurements.
+        gap: proven bound of how much faster another plan for this budget could be, as a share of `seconds`; zero for a
+            plan that is proven to be the fastest.
+    """
+
+    executions: tuple[str, ...]
+    names: tuple[str, ...]
+    kept_bytes: tuple[int, ...]
+    peak_bytes: int
+    seconds: float
+    stored_seconds: float
+    budget: int
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    estimated: bool = False
+    gap: float = 0.0
+
+    @property
+    def slowdown(self) -> float:
+        """Predicted time relative to stored execution."""
+        return self.seconds / self.stored_seconds if self.stored_seconds else 1.0
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise unless `x` needs no more memory than the input that the plan was made for.
+
+        Raises:
+            ReversibleError: `x` is larger in some dimension, has another number of them, or a wider dtype.
+        """
+        planned = getattr(torch, self.dtype).itemsize
+        if (
+            x.dim() == len(self.shape)
+            and all(size <= limit for size, limit in zip(x.shape, self.shape, strict=True))
+            and x.element_size() <= planned
+        ):
+            return
+        raise ReversibleError(
+            f"the input is {tuple(x.shape)} {_dtype(x.dtype)}, larger than {self.shape} {self.dtype}, for which the plan "
+            f"of {format_bytes(self.budget)} was made. Make a plan with this input: net.execution = revnet.plan(net, x, "
+            "budget)."
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to `path` as JSON, entirely or not at all."""
+        path = Path(path)
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """The plan that `save` wrote to `path`.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**_checked(found))
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a plan: {error}") from error
+
+    def __str__(self) -> str:
+        source = "estimated from FLOPs" if self.estimated else "measured"
+        lines = [
+            f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: {len(self.executions)} steps",
+            f"budget          {format_bytes(self.budget):>12}",
+            f"predicted peak  {format_bytes(self.peak_bytes):>12}",
+            f"predicted time  {_milliseconds(self.seconds):>12}   {self.slowdown:.3f} × stored ({source})",
+        ]
+        if self.gap:
+            lines.append(f"no plan is more than {100 * self.gap:.2g} % faster")
+        lines += ["", f"{'steps':<28}{'execution':<12}{'kept per step':>14}{'kept in all':>14}"]
+        for steps, execution, kept in self._rows():
+            each = "–" if len(set(kept)) > 1 else format_bytes(kept[0])
+            lines.append(f"{steps:<28}{execution:<12}{each:>14}{format_bytes(sum(kept)):>14}")
+        return "\n".join(lines)
+
+    def _rows(self) -> list[tuple[str, str, list[int]]]:
+        """Runs of steps, or of pairs of steps, that are executed alike."""
+        steps = list(zip(self.names, self.executions, self.kept_bytes, strict=True))
+        width = 2 if len(steps) % 2 == 0 and all(_branch(a[0]) != _branch(b[0]) for a, b in _pairs(steps)) else 1
+        rows: list[tuple[str, str, list[int]]] = []
+        units = [steps[i : i + width] for i in range(0, len(steps), width)]
+        for _, run in groupby(units, key=lambda unit: [execution for _, execution, _ in unit]):
+            found = list(run)
+            for column in zip(*found, strict=True):
+                # With two alike executions in every unit, one row says it.
+                rows.append((_span([name for name, _, _ in column]), column[0][1], [kept for _, _, kept in column]))
+        return rows
+
+
+_FORMAT = "revnet plan 1"
+
+
+def _checked(found: Any) -> dict[str, Any]:
+    """The fields of a plan, of the right types and lengths; data alone can do no harm, but can be wrong."""
+    if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
+        raise ValueError(f"its format is not {_FORMAT!r}")
+    types = get_type_hints(Plan)
+    if set(found) != {field.name for field in fields(Plan)}:
+        raise ValueError(f"its fields are {', '.join(sorted(found))}")
+    values = {}
+    for name, value in found.items():
+        kind = types[name]
+        if get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            if not isinstance(value, list) or not all(type(entry) is item for entry in value):
+                raise ValueError(f"{name} is not a list of {item.__name__}")
+            values[name] = tuple(value)
+        elif kind is float and type(value) in (int, float):
+            values[name] = float(value)
+        elif type(value) is kind:
+            values[name] = value
+        else:
+            raise ValueError(f"{name} is {value!r}, not {kind.__name__}")
+    for name in values["executions"]:
+        if name not in EXECUTIONS:
+            raise ValueError(f"execution {name!r} is not one of {', '.join(map(repr, EXECUTIONS))}")
+    if not len(values["executions"]) == len(values["names"]) == len(values["kept_bytes"]) > 0:
+        raise ValueError("executions, names and kept_bytes differ in length, or are empty")
+    if not isinstance(getattr(torch, values["dtype"], None), torch.dtype):
+        raise ValueError(f"dtype {values['dtype']!r} is not one of torch's")
+    return values
+
+
+def resolve(execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence[str] = EXECUTIONS) -> list[str]:
     """One execution per step.
 
     Args:
-        execution: the name of one for all steps, or one name per step.
+        execution: the name of one for all steps, one name per step, or a plan.
         steps: number of steps.
         allowed: the names that may be given.
 
     Raises:
         ValueError: a name is unknown here, or the number of names is not the number of steps.
     """
-    names = [execution] * steps if isinstance(execution, str) else list(execution)
+    if isinstance(execution, Plan):
+        names = list(execution.executions)
+        if len(names) != steps:
+            raise ValueError(
+                f"the plan was made for {len(names)} steps, but this sequence has {steps}: plans fit one depth. Make one "
+                "with revnet.plan(net, x, budget)."
+            )
+    else:
+        names = [execution] * steps if isinstance(execution, str) else list(execution)
     for name in names:
         if name not in allowed:
             raise ValueError(f"execution {name!r} is not one of {', '.join(map(repr, allowed))}")
     if len(names) != steps:
         raise ValueError(f"execution names {len(names)} steps, but there are {steps}: two per block, f before g")
     return names
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _branch(name: str) -> str:
+    """What two steps of one block differ in: their names without the number of the block."""
+    return re.sub(r"[0-9]+", "#", name)
+
+
+def _pairs(steps: list[tuple[str, str, int]]) -> list[tuple[tuple[str, str, int], tuple[str, str, int]]]:
+    return list(zip(steps[::2], steps[1::2], strict=True))
+
+
+def _span(names: list[str]) -> str:
+    """`block 0, branch f` to `block 3, branch f` as `block 0–3, branch f`."""
+    first, last = re.search(r"[0-9]+", names[0]), re.search(r"[0-9]+", names[-1])
+    if first is None or last is None or first[0] == last[0]:
+        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    return f"{names[0][: first.end()]}–{last[0]}{names[0][first.end() :]}"
