@@ -1,0 +1,1 @@
+"""The `revnet` command: train a reversible transformer on real data, sample from it, compare executions."""

@@ -1,0 +1,210 @@
+"""Examples as tokens: captions and images, batches in an order that any number of processes can share."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+PAD, START, FIRST_BYTE, FIRST_WORD = 0, 1, 2, 258
+
+
+class Words:
+    """Captions as tokens: frequent words as themselves, everything else as its UTF-8 bytes.
+
+    Args:
+        words: The words with a token of their own.
+        length: Tokens per caption, `START` and padding included.
+    """
+
+    def __init__(self, words: Sequence[str], length: int) -> None:
+        self.words = list(words)
+        self.length = length
+        self._ids = {word: FIRST_WORD + i for i, word in enumerate(self.words)}
+
+    @classmethod
+    def learn(cls, captions: Iterable[str], most: int = 4096, longest: int = 64) -> Words:
+        """Takes the `most` frequent words, and a length that holds every caption up to `longest` tokens."""
+        captions = list(captions)
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        words = cls([word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]], longest)
+        words.length = min(longest, 1 + max(len(words._tokens(caption)) for caption in captions))
+        return words
+
+    @property
+    def vocab(self) -> int:
+        """Different tokens."""
+        return FIRST_WORD + len(self.words)
+
+    def _tokens(self, caption: str) -> list[int]:
+        tokens: list[int] = []
+        for word in split_words(caption):
+            known = self._ids.get(word)
+            tokens += [known] if known is not None else [FIRST_BYTE + byte for byte in word.encode()]
+        return tokens
+
+    def encode(self, captions: Sequence[str]) -> Array:
+        """(captions, length), int64: padding, the caption (cut where too long), `START`."""
+        out = np.full((len(captions), self.length), PAD, dtype=np.int64)
+        for row, caption in zip(out, captions, strict=True):
+            tokens = [*self._tokens(caption)[: self.length - 1], START]
+            row[-len(tokens) :] = tokens
+        return out
+
+
+def split_words(caption: str) -> list[str]:
+    """Words and punctuation marks in lower case."""
+    return re.findall(r"\w+|[^\w\s]", caption.lower())
+
+
+class Patches:
+    """Images as tokens: each patch is the nearest entry of a code book.
+
+    Args:
+        codes: (vocab, patch, patch, channels), uint8.
+        rows, columns: Patches per image.
+    """
+
+    def __init__(self, codes: Array, rows: int, columns: int) -> None:
+        self.codes = codes
+        self.rows, self.columns = rows, columns
+        self._flat = codes.reshape(len(codes), -1).astype(np.float32)
+
+    @classmethod
+    def learn(cls, images: Array, patch: int, vocab: int, seed: int = 0) -> Patches:
+        """A code book of the patches of `images` (n, height, width, channels), uint8.
+
+        It is lossless where there are no more than `vocab` different patches, otherwise their k-means centres.
+        """
+        pieces = cut(images, patch)
+        distinct = np.unique(pieces.reshape(-1, pieces.shape[-1]), axis=0)
+        if len(distinct) > vocab:
+            from sklearn.cluster import MiniBatchKMeans
+
+            sample = pieces.reshape(-1, pieces.shape[-1])
+            sample = sample[np.random.default_rng(seed).permutation(len(sample))[:100_000]].astype(np.float32)
+            means = MiniBatchKMeans(vocab, random_state=seed, n_init=1, batch_size=4096).fit(sample).cluster_centers_
+            distinct = np.unique(means.round().clip(0, 255).astype(np.uint8), axis=0)
+        _, height, width, channels = images.shape
+        return cls(distinct.reshape(-1, patch, patch, channels), height // patch, width // patch)
+
+    @property
+    def vocab(self) -> int:
+        """Different tokens."""
+        return len(self.codes)
+
+    def encode(self, images: Array) -> Array:
+        """images (n, height, width, channels), uint8 -> (n, rows * columns), int64."""
+        pieces = cut(images, self.codes.shape[1]).astype(np.float32)
+        # |piece - code|² without |piece|², which is the same for every code.
+        distance = (self._flat**2).sum(axis=1) - 2 * pieces @ self._flat.T
+        return distance.argmin(axis=-1).astype(np.int64)
+
+    def decode(self, tokens: Array) -> Array:
+        """tokens (n, rows * columns) -> (n, height, width, channels), uint8."""
+        patch, channels = self.codes.shape[2:]
+        grid = self.codes[tokens].reshape(len(tokens), self.rows, self.columns, patch, patch, channels)
+        return grid.transpose(0, 1, 3, 2, 4, 5).reshape(len(tokens), self.rows * patch, self.columns * patch, channels)
+
+
+def cut(images: Array, patch: int) -> Array:
+    """images (n, height, width, channels) -> (n, patches, patch * patch * channels) in raster order."""
+    n, height, width, channels = images.shape
+    grid = images.reshape(n, height // patch, patch, width // patch, patch, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, patch * patch * channels)
+
+
+class Data(Protocol):
+    """A data set that is split for training and validation."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All that sampling needs to know, as JSON."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Examples in each split, "train" and "held_out"."""
+
+    def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
+        """Prefix (n, prefix_length) and tokens (n, length), int64, of the examples at `indices`.
+
+        draws: (n,) in [0, 1), the free choices of an example, such as one caption of several.
+        """
+
+
+@dataclass
+class Images:
+    """Captioned images.
+
+    Args:
+        name: What the run is called.
+        captions: One or more captions for each image.
+        load: Gives image i as (height, width, channels), uint8.
+        splits: Image numbers for "train" and "held_out".
+        words, patches: The codecs.
+        show: Captions for the grid of samples.
+    """
+
+    name: str
+    captions: Sequence[Sequence[str]]
+    load: Callable[[int], Array]
+    splits: dict[str, Array]
+    words: Words
+    patches: Patches
+    show: Sequence[str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images in each split."""
+        return {split: len(numbers) for split, numbers in self.splits.items()}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The codecs, as JSON."""
+        return {
+            "kind": "images",
+            "name": self.name,
+            "words": self.words.words,
+            "caption_length": self.words.length,
+            "codes": self.patches.codes.tolist(),
+            "rows": self.patches.rows,
+            "columns": self.patches.columns,
+            "show": list(self.show),
+        }
+
+    def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
+        """Captions and images as tokens."""
+        numbers = self.splits[split][indices]
+        captions = [self.captions[i][int(draw * len(self.captions[i]))] for i, draw in zip(numbers, draws, strict=True)]
+        return self.words.encode(captions), self.patches.encode(np.stack([self.load(i) for i in numbers]))
+
+
+def image_codecs(spec: dict[str, Any]) -> tuple[Words, Patches]:
+    """The codecs that `Images.spec` describes."""
+    codes = np.array(spec["codes"], dtype=np.uint8)
+    return Words(spec["words"], spec["caption_length"]), Patches(codes, spec["rows"], spec["columns"])
+
+
+def step_batch(data: Data, step: int, size: int, seed: int, rank: int = 0, world: int = 1) -> tuple[Array, Array]:
+    """The training examples of one step; a pure function, so that a resumed run reads what it would have read.
+
+    The `size` examples of a step are dealt to the ranks; each epoch visits every example once, in its own order.
+    """
+    count = data.counts["train"]
+    places = np.arange(step * size, (step + 1) * size)
+    indices = np.array([_order(count, seed, int(place) // count)[place % count] for place in places])
+    draws = np.random.default_rng([seed, step]).random(size)
+    return data.batch("train", indices[rank::world], draws[rank::world])
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> Array:
+    return np.random.default_rng([seed, epoch]).permutation(count)

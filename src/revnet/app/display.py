@@ -1,0 +1,80 @@
+"""What a training run shows: a live line in a terminal, plain lines in a pipe, and the closing tables."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10
+
+
+class Display:
+    """Progress of a run; use as a context.
+
+    Args:
+        steps: Steps in all.
+        unit: What a token is, such as "image token".
+        quiet: Show nothing, as all ranks but the first do.
+    """
+
+    def __init__(self, steps: int, unit: str, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False)
+        self.unit = unit
+        self.steps = steps
+        self._printed = 0.0
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("[bold]{task.fields[bits]:.3f}[/] bits/token [dim]{task.fields[rate]:,.0f} tokens/s"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            expand=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=steps, bits=float("nan"), rate=0.0, start=False)
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, soft_wrap=True)
+
+    def step(self, step: int, bits: float, rate: float) -> None:
+        """Progress after `step` steps; in a pipe one line every ten seconds."""
+        self._progress.start_task(self._task)
+        self._progress.update(self._task, completed=step, bits=bits, rate=rate)
+        if not self.console.is_terminal and time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self.say(f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s")
+
+
+def memory_table(title: str, rows: list[tuple[str, int, int]]) -> Table:
+    """Activation memory of each execution: name, bytes kept after the forward pass, peak bytes through backward."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table.add_column("execution")
+    for name in ("kept for backward", "peak", "peak / stored"):
+        table.add_column(name, justify="right")
+    stored = next(peak for name, _, peak in rows if name == "stored")
+    for name, kept, peak in rows:
+        table.add_row(name, size(kept), size(peak), f"{peak / stored:.2f}")
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes as text, such as 12.3 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

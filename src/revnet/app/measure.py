@@ -1,0 +1,79 @@
+"""What a training step needs in memory and loses in precision, under each execution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import revnet
+from revnet.app.model import Transformer
+
+EXECUTIONS = {"stored": "store", "checkpointed": None, "reversible": "invert"}
+
+
+class _Checkpointed(nn.Module):
+    """The blocks of a sequence under `torch.utils.checkpoint`, one by one."""
+
+    def __init__(self, sequence: revnet.ReversibleSequence) -> None:
+        super().__init__()
+        self.blocks, self.args_route = sequence.blocks, sequence.args_route
+
+    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
+        routed = revnet.route_args(self.args_route, keywords, len(self.blocks))
+        x1 = x2 = x
+        for block, (f_args, g_args) in zip(self.blocks, routed, strict=True):
+            x1, x2 = checkpoint(_block, block, x1, x2, f_args, g_args, use_reentrant=False)
+        return (x1 + x2) / 2
+
+
+def _block(block: Any, x1: Tensor, x2: Tensor, f_args: Any, g_args: Any) -> tuple[Tensor, Tensor]:
+    y1 = x1 + block.f(x2, **f_args)
+    return y1, x2 + block.g(y1, **g_args)
+
+
+@contextmanager
+def executed(model: Transformer, name: str) -> Iterator[None]:
+    """Runs the same network as "stored", "checkpointed" (per block, by torch) or "reversible"."""
+    layers: Any = model.layers
+    before = layers.execution
+    try:
+        execution = EXECUTIONS[name]
+        if execution is None:
+            model.layers = _Checkpointed(layers)  # type: ignore[assignment]
+        else:
+            layers.execution = execution
+        yield
+    finally:
+        model.layers = layers
+        layers.execution = before
+
+
+def step_memory(model: Transformer, loss: Callable[[], Tensor]) -> revnet.MemoryReport:
+    """Memory of one forward and backward beyond parameters and gradients, which stay as they are."""
+    held = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        return revnet.measure_memory(loss)
+    finally:
+        for parameter, grad in zip(model.parameters(), held, strict=True):
+            parameter.grad = grad
+
+
+@torch.no_grad()
+def reconstruction_error(model: Transformer, prefix: Tensor, tokens: Tensor) -> float:
+    """The largest error of the streams before the first block when computed from those after the last.
+
+    It is relative to the largest value of the streams; without dropout.
+    """
+    training = model.training
+    model.eval()
+    x, keywords = model.embed(prefix, tokens[:, :-1])
+    rebuilt = model.layers.inverse(*model.layers.run(x, x, **keywords), **keywords)
+    model.train(training)
+    return max(float((stream - x).abs().max()) for stream in rebuilt) / float(x.abs().max())

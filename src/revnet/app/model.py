@@ -1,0 +1,217 @@
+"""A decoder-only transformer on a reversible sequence: caption then image tokens, or the bytes of a text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import revnet
+
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a `Transformer`.
+
+    Args:
+        depth: Blocks; each is one attention branch and one feed-forward branch.
+        width: Features per token; a multiple of 4 times `heads`.
+        heads: Attention heads.
+        prefix_vocab: Different prefix (caption) tokens; id 0 is padding.
+        prefix_length: Prefix tokens before the first predicted token, at least 1.
+        vocab: Different predicted tokens.
+        rows, columns: The grid of image tokens in raster order; a text of length n has n rows and 1 column.
+        dropout: Share of each branch's output that is dropped in training.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    prefix_vocab: int
+    prefix_length: int
+    vocab: int
+    rows: int
+    columns: int
+    dropout: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Predicted tokens of one example."""
+        return self.rows * self.columns
+
+    @property
+    def text(self) -> bool:
+        """Whether the tokens are a text, not an image."""
+        return self.columns == 1
+
+
+def rotary_table(shape: Shape) -> Tensor:
+    """Cosines and sines for each slot: (2, slots, width // heads), float32.
+
+    Half of each head turns with the row and half with the column of a token. Prefix tokens stand on the diagonal before
+    the image, and so do all tokens of a text, which makes this the ordinary one-dimensional embedding for text.
+
+    Reference: Su et al. 2021, arXiv:2104.09864.
+    """
+    before = torch.arange(-shape.prefix_length, 0)
+    token = torch.arange(shape.length)
+    rows = torch.cat([before, token // shape.columns])
+    columns = torch.cat([before, token if shape.text else token % shape.columns])
+    pairs = shape.width // shape.heads // 2
+    pair = torch.arange(pairs)
+    frequencies = 10_000.0 ** -(pair / pairs) if shape.text else 100.0 ** -(pair // 2 * 2 / pairs)
+    places = torch.stack([rows, columns], dim=1).float().repeat(1, pairs // 2)
+    angles = (places * frequencies).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x: (batch, heads, slots, head width), turned by its slots' angles."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = table.unbind()
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Pre-norm causal self-attention, the branch f."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.norm = nn.LayerNorm(shape.width)
+        self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
+        self.out = nn.Linear(shape.width, shape.width, bias=False)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary_pos_emb: Tensor,
+        mask: Tensor | None = None,
+        cache: dict[Any, Any] | None = None,
+    ) -> Tensor:
+        """x: (batch, slots, width); mask: bool, True where a query (row) may see a key (column); None is causal.
+
+        A `cache` holds this layer's keys and values of earlier slots, and gets those of x appended.
+        """
+        batch, slots, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, slots, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb)
+        if cache is not None:
+            if self in cache:
+                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (k, v), strict=True))
+            cache[self] = k, v
+        # One slot sees all that the cache holds; more than one after a cache come with a mask.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and slots > 1)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(batch, slots, width)))
+
+
+class FeedForward(nn.Module):
+    """Pre-norm multilayer perceptron, the branch g."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(shape.width)
+        self.hidden = nn.Linear(shape.width, 4 * shape.width)
+        self.out = nn.Linear(4 * shape.width, shape.width)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, slots, width)."""
+        return self.dropout(self.out(F.gelu(self.hidden(self.norm(x)))))
+
+
+class Transformer(nn.Module):
+    """Predicts each token from the prefix and the tokens before it.
+
+    Args:
+        shape: The sizes.
+        sequence_options: Keyword arguments of `revnet.ReversibleSequence`, such as `execution`.
+
+    Reference: Ramesh et al. 2021 (DALL·E), arXiv:2102.12092; Gomez et al. 2017, arXiv:1707.04585.
+    """
+
+    rotary: Tensor
+
+    def __init__(self, shape: Shape, **sequence_options: Any) -> None:
+        super().__init__()
+        self.shape = shape
+        self.prefix_embedding = nn.Embedding(shape.prefix_vocab, shape.width)
+        self.embedding = nn.Embedding(shape.vocab, shape.width)
+        only_attention = ((True, False),) * shape.depth
+        self.layers = revnet.ReversibleSequence(
+            [(Attention(shape), FeedForward(shape)) for _ in range(shape.depth)],
+            args_route={"rotary_pos_emb": only_attention, "mask": only_attention, "cache": only_attention},
+            **sequence_options,
+        )
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocab, bias=False)
+        if not shape.text:
+            self.row = nn.Parameter(0.1 * torch.randn(shape.rows, 1, shape.width))
+            self.column = nn.Parameter(0.1 * torch.randn(shape.columns, shape.width))
+        self.register_buffer("rotary", rotary_table(shape), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Unit-scale branches whose sum over all blocks is of unit scale; a head that starts from equal odds."""
+        for name, parameter in self.named_parameters():
+            if "embedding" in name:
+                nn.init.normal_(parameter, std=0.5)
+            elif name == "head.weight":
+                nn.init.zeros_(parameter)
+            elif name.endswith(("qkv.weight", "hidden.weight", "out.weight")):
+                scale = math.sqrt(2 * self.shape.depth) if name.endswith("out.weight") else 1.0
+                nn.init.normal_(parameter, std=1 / (scale * math.sqrt(parameter.shape[1])))
+
+    def embed(self, prefix: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The input of `layers`: x (batch, slots, width) and its keyword arguments, for all slots."""
+        x = torch.cat([self.prefix_embedding(prefix), self.embedding(tokens)], dim=1)
+        slots = x.shape[1]
+        if not self.shape.text:
+            # Rotation is relative: which token a slot predicts is added to what it reads.
+            predicted = (self.row + self.column).flatten(0, 1)[: slots - prefix.shape[1] + 1]
+            x = x + F.pad(predicted, (0, 0, slots - len(predicted), 0))
+        mask = None
+        if self.shape.prefix_length > 1:
+            ones = torch.ones(slots, slots, dtype=torch.bool, device=x.device)
+            seen = F.pad(prefix != PAD, (0, tokens.shape[1]), value=True)
+            # A padding slot sees itself: a row that sees nothing would be NaN.
+            mask = ones.tril() & (seen[:, None, None, :] | torch.eye(slots, dtype=torch.bool, device=x.device))
+        return x, {"rotary_pos_emb": self.rotary[:, :slots], "mask": mask}
+
+    def forward(self, prefix: Tensor, tokens: Tensor, cache: dict[Any, Any] | None = None) -> Tensor:
+        """Logits of the token after each slot from the last prefix slot on.
+
+        Args:
+            prefix: (batch, prefix_length), int64; padding first.
+            tokens: (batch, n), int64, the first n tokens; n may be 0.
+            cache: A dict, empty at first; only slots that it does not hold yet are computed.
+
+        Returns:
+            (batch, m, vocab): m = n + 1, or with a filled cache the number of new slots.
+        """
+        x, keywords = self.embed(prefix, tokens)
+        start = prefix.shape[1] - 1
+        if cache is not None:
+            done = cache.get("slots", 0)
+            cache["slots"] = x.shape[1]
+            x, start = x[:, done:], max(start - done, 0)
+            keywords["rotary_pos_emb"] = self.rotary[:, done : done + x.shape[1]]
+            if keywords["mask"] is not None:
+                keywords["mask"] = keywords["mask"][:, :, done:]
+            elif done and x.shape[1] > 1:
+                keywords["mask"] = x.new_ones(x.shape[1], done + x.shape[1], dtype=torch.bool).tril(done)
+        return self.head(self.norm(self.layers(x, **keywords, cache=cache)[:, start:]))
+
+
+def bits_per_token(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
+    """The mean of -log2 p(token) over all tokens (batch, length) of a batch: a scalar with a gradient."""
+    logits = model(prefix, tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) / math.log(2)
