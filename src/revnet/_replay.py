@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ._errors import ReversibleError
 
@@ -123,12 +124,54 @@ def _modules(fn: Callable[..., Any]) -> list[nn.Module]:
     return list(found)
 
 
-def _swapped_by_fsdp(recorded: Tensor | None, present: Tensor | None) -> bool:
-    # FSDP2 exchanges sharded for gathered parameters between the calls; one of the two is a DTensor.
+def _is_dtensor(tensor: Tensor | None) -> bool:
     distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(recorded, distributed.DTensor) | isinstance(
-        present, distributed.DTensor
-    )
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _swapped_by_fsdp(recorded: Any, present: Any) -> bool:
+    # FSDP2 exchanges sharded for gathered parameters between the calls. A sharded one is a DTensor; with tensor
+    # parallelism the gathered one is, too, but on fewer dimensions of the mesh.
+    if _is_dtensor(recorded) and _is_dtensor(present):
+        return bool(recorded.device_mesh != present.device_mesh or recorded.placements != present.placements)
+    return _is_dtensor(recorded) or _is_dtensor(present)
+
+
+# Until torch 2.13, FSDP2 does not cast the inputs and outputs of a module that is called between its pre- and its
+# post-backward (fixed in pytorch #159359). That is where replays happen.
+_FSDP_REPLAYS_UNCAST = torch.__version__ < torch.torch_version.TorchVersion("2.13")
+
+
+@contextlib.contextmanager
+def _fsdp_casts(modules: list[nn.Module]) -> Iterator[None]:
+    """The casts of the mixed-precision policies of those modules that FSDP2 shards."""
+    handles = []
+    for module in modules:
+        policy = module._get_fsdp_state()._mp_policy  # type: ignore[operator]
+        if policy.cast_forward_inputs and policy.param_dtype is not None:
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, dtype=policy.param_dtype: _cast((args, kwargs), dtype), with_kwargs=True
+                )
+            )
+        if policy.output_dtype is not None:
+            handles.append(
+                module.register_forward_hook(lambda _, args, out, dtype=policy.output_dtype: _cast(out, dtype))
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+
+def _sharded_by_fsdp(modules: list[nn.Module]) -> list[nn.Module]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 class ModuleState:
@@ -138,10 +181,11 @@ class ModuleState:
     before it, all others as references with their version.
     """
 
-    __slots__ = ("modules", "training", "parameters", "buffers")
+    __slots__ = ("modules", "training", "parameters", "buffers", "uncast")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
+        self.uncast = _sharded_by_fsdp(modules) if _FSDP_REPLAYS_UNCAST else []
         self.training = [module.training for module in modules]
         self.parameters: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self.buffers: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor | None]] = [
@@ -171,10 +215,12 @@ class ModuleState:
     def check(self, where: str) -> None:
         """Raise if a parameter, or a buffer that the call left alone, was changed in place since."""
         for owner, name, parameter, version in self.parameters:
-            if parameter._version != version and (owner.get(name) is parameter or not isinstance(parameter, nn.Parameter)):
+            if parameter._version != version and (
+                owner.get(name) is parameter or not isinstance(parameter, nn.Parameter) or _is_dtensor(parameter)
+            ):
                 raise ReversibleError(_changed(where, "parameter", name))
-        for _, name, buffer, version, _ in self.buffers:
-            if version is not None and buffer._version != version:
+        for _, name, buffer, before, _ in self.buffers:
+            if before is not None and buffer._version != before:
                 raise ReversibleError(_changed(where, "buffer", name))
 
     @contextlib.contextmanager
@@ -194,7 +240,8 @@ class ModuleState:
         if training != self.training:
             _set_training(self.modules, self.training)
         try:
-            yield
+            with _fsdp_casts(self.uncast):
+                yield
         finally:
             for owner, name, present in reversed(swapped):
                 owner[name] = present
@@ -205,7 +252,8 @@ class ModuleState:
     def plain(self) -> bool:
         """Whether entering `restored` would change nothing now."""
         return (
-            all(owner.get(name) is parameter for owner, name, parameter, _ in self.parameters)
+            not self.uncast
+            and all(owner.get(name) is parameter for owner, name, parameter, _ in self.parameters)
             and all(before is None for *_, before in self.buffers)
             and all(module.training is flag for module, flag in zip(self.modules, self.training, strict=True))
         )
