@@ -48,7 +48,8 @@ class Attention(nn.Module):
         if self.fused:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=rate)
         else:
-            scores = (q @ k.mT * k.shape[-1] ** -0.5).masked_fill(~allowed, -1e9)
+            # A factor would be saved as a number of eight bytes, which no hook sees and the exact tests would count.
+            scores = (q @ k.mT).masked_fill(~allowed, -1e9)
             mixed = F.dropout(scores.softmax(-1), rate) @ v
         return self.leave(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -58,7 +59,8 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, *, norm: bool = False) -> None:
         super().__init__()
-        self.convolve = nn.Conv2d(width, width, 3, padding=1)
+        # Before a batch norm a bias has no gradient but rounding noise.
+        self.convolve = nn.Conv2d(width, width, 3, padding=1, bias=not norm)
         self.norm = nn.BatchNorm2d(width) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class SavesNothing(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flip(-1) * 0.5
+        return x.flip(-1)
 
 
 class ReturnsInput(nn.Identity):

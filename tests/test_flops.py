@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import CASES, Attention, Case, Mlp, build, randn, with_dropout
+from cases import BY_NAME, CASES, Attention, Case, Mlp, build, randn, with_dropout
 from oracle import OperationLog, stored_copy, weighted
 from revnet import ReversibleSequence
 
@@ -49,16 +49,16 @@ def test_store_does_exactly_the_work_of_the_stored_loop(case: Case):
     assert flops(net, case.input(), case.keywords()) == flops(oracle, case.input(), case.keywords())
 
 
-def test_each_further_backward_repeats_one_forward():
-    case = COUNTED[2]
-    net = ReversibleSequence(case.pairs(), **case.options)
+def test_each_further_backward_repeats_at_most_one_forward():
+    case = BY_NAME["mlp-L8"]
+    pairs = case.pairs()
+    net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
+    forward, stored = flops(oracle, case.input(), {})
     loss = weighted(net(case.input()))
-    counts = []
     for _ in range(3):
         with FlopCounterMode(display=False) as counter:
             loss.backward(retain_graph=True)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == counts[2] > 0
+        assert stored < counter.get_total_flops() <= stored + forward
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -81,7 +81,8 @@ def test_the_forward_does_operation_by_operation_the_plain_loop():
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
     x1, x2 = randn(2, 6, 8, seed=3), randn(2, 6, 8, seed=4)
     logs = []
-    free = ("aten.detach", "aten.view", "aten.alias", "aten.empty")
+    # The comparison is that of the generator's states, which says whether a branch drew.
+    free = ("aten.detach", "aten.view", "aten.alias", "aten.empty", "aten.equal")
     for module in (net, oracle):
         with OperationLog() as log:
             module.run(x1, x2)
