@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,9 @@ from torch.utils import _pytree as pytree
 
 from ._couplings import Coupling, tree_leaves, tree_map
 from ._errors import ReversibleError
+from ._kept import Hosted, Playing, Recording, Results, Saved
 from ._replay import AutocastState, KeywordState, ModuleState, RandomState, _modules, devices_of
-from ._steps import FixedArithmetic, FloatArithmetic, Stream
+from ._steps import FixedArithmetic, FloatArithmetic, Stream, branch_output
 
 ContextFn = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]]
 
@@ -91,7 +92,8 @@ class _Record:
     context: contextlib.AbstractContextManager[Any] | None
     layouts: list[Any]
     target_layout: Any
-    kept: _Saved | None
+    kept: Saved | Hosted | None
+    results: Results | None
     # Per tensor that the call saved: shape, dtype, device, strides; None where it passed through.
     saved: list[Any]
     saved_by_branch: int = 0
@@ -118,40 +120,6 @@ class _Kept:
         self.name = name
 
 
-class _Keep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.view_as(anchor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise AssertionError("never differentiated")
-
-
-class _Saved:
-    """Tensors that the engine keeps, under the hooks of whoever encloses it (rule 4)."""
-
-    __slots__ = ("node", "spec")
-
-    def __init__(self, tree: Any) -> None:
-        leaves, self.spec = pytree.tree_flatten(tree)
-        anchor = torch.empty(0, requires_grad=True)
-        # The node hangs on a tensor of its own. On the graph of the streams it would close a cycle through C++.
-        self.node: Any = _Keep.apply(anchor, *(leaf.detach() for leaf in leaves)).grad_fn  # type: ignore[no-untyped-call]
-
-    def load(self) -> Any:
-        try:
-            return pytree.tree_unflatten(self.node.saved_tensors, self.spec)
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise ReversibleError(
-                "a stream that the sequence returned, and from which backward rebuilds the activations, was changed in "
-                "place. Change a copy: `y = y.clone()`."
-            ) from error
-
-
 class _Task:
     """What one backward call has restored (rule 3)."""
 
@@ -162,6 +130,14 @@ class _Task:
         self.state: list[Stream] = []
         self.caught: dict[int, dict[int, tuple[Tensor, int]]] = {}
         self.loaded: dict[int, list[Stream]] = {}
+
+
+# Steps ahead of backward at which an offloaded target starts on its way to the device.
+_PREFETCH = 2
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _Stop(Exception):
@@ -198,7 +174,7 @@ class Call:
         self.records: list[_Record | None] = []
         self.tokens: list[weakref.ref[_Token]] = []
         # Position p is the state before step p.
-        self.known: dict[int, _Saved | list[Stream]] = {}
+        self.known: dict[int, Saved | list[Stream]] = {}
         self.tasks: dict[int, _Task] = {}
         self.running = False
         self.top = -1
@@ -247,20 +223,28 @@ class Call:
             source=source,
             coupling=coupling,
             keywords=KeywordState(kwargs),
-            modules=ModuleState([*_modules(fn), *_modules(coupling)]),
+            modules=ModuleState(list(dict.fromkeys([*_modules(fn), *_modules(coupling)]))),
             random=RandomState(self.devices) if self.options.preserve_rng_state else None,
             context=contexts[1] if contexts else None,
             layouts=[tree_map(_Layout, value) for value in sources],
             target_layout=tree_map(_Layout, self.streams[target][0]),
-            kept=_Saved(self.streams[target][1]) if execution == "checkpoint" else None,
+            kept=self._keep(execution, target, source, coupling),
+            results=Results() if execution == "select" else None,
             saved=[],
         )
         token = self._append(record)
         pack = _packing(record, token, roots)
         self.running = True
         try:
-            with saved_tensors_hooks(pack, _unpack), contexts[0] if contexts else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(saved_tensors_hooks(pack, _unpack))
+                if contexts is not None:
+                    stack.enter_context(contexts[0])
+                if record.results is not None:
+                    stack.enter_context(Recording(record.results, self.devices))
                 out = fn(*sources, **kwargs)
+            if record.results is not None:
+                record.results.settle()
             record.modules.settle()
             if record.random is not None and not record.random.moved():
                 record.random = None
@@ -275,6 +259,8 @@ class Call:
                 self._combine(coupling, target, out, index, name)
         finally:
             self.running = False
+            # Autograd holds the pack hook as long as what it packed.
+            roots.clear()
 
     def start(self) -> list[Any]:
         """The streams before the first step, as branches read them."""
@@ -294,6 +280,14 @@ class Call:
         # These hold the graph, and the graph's handles this call: keeping them would be a cycle through C++.
         self.streams, self.aux = [], {}
 
+    def _keep(self, execution: str, target: int, source: tuple[int, ...], coupling: Coupling) -> Saved | Hosted | None:
+        """The target before a step, where the step is not undone."""
+        held = self.streams[target][1]
+        if execution == "offload" and all(leaf.is_cuda for leaf in tree_leaves(held)) and not _capturing():
+            return Hosted(held)
+        undone = execution not in ("checkpoint", "offload") and target not in source
+        return None if undone and self.arithmetic.undoes(coupling) else Saved(held)
+
     def _append(self, record: _Record | None) -> _Token:
         token = _Token(self, len(self.records))
         self.records.append(record)
@@ -302,12 +296,13 @@ class Call:
 
     def _mark(self) -> None:
         """Keep the present state as a place to walk from."""
-        self.known[len(self.records)] = _Saved([held for _, held in self.streams])
+        self.known[len(self.records)] = Saved([held for _, held in self.streams])
 
     def _branch(self, out: Any, target: int, name: str) -> Any:
         """The branch's output, its extra output put aside."""
-        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, self.streams[target][0]):
-            out, self.aux[name] = out
+        out, aux = branch_output(out, self.streams[target][0])
+        if aux is not None:
+            self.aux[name] = aux
         return out
 
     def _combine(self, coupling: Coupling, target: int, out: Any, index: int, name: str) -> None:
@@ -379,7 +374,7 @@ class Call:
         if position not in task.loaded:
             known = self.known[position]
             # Loaded once per backward: an enclosing checkpoint gives a saved tensor only once.
-            task.loaded[position] = [(None, held) for held in known.load()] if isinstance(known, _Saved) else known
+            task.loaded[position] = [(None, held) for held in known.load()] if isinstance(known, Saved) else known
         return position, task.loaded[position]
 
     def _walk(self, task: _Task, step: int) -> None:
@@ -401,6 +396,9 @@ class Call:
 
     def _undo(self, task: _Task, k: int, state: list[Stream], catch: bool) -> None:
         record = self._record(k)
+        for lower in self.records[max(0, k - _PREFETCH) : k]:
+            if lower is not None and isinstance(lower.kept, Hosted):
+                lower.kept.prefetch()
         caught: dict[int, tuple[Tensor, int]] | None = task.caught.setdefault(k, {}) if catch else None
         out = None
         if record.kept is not None:
@@ -409,7 +407,7 @@ class Call:
                 out = self._replay(record, state, caught, early=True)
         else:
             out = self._replay(record, state, caught)
-            with torch.no_grad():
+            with self._as_called(record), torch.no_grad():
                 state[record.target] = self.arithmetic.invert(
                     record.coupling, state[record.target][1], out, record.target_layout
                 )
@@ -439,32 +437,41 @@ class Call:
         sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, record.source, strict=True)]
         pack = _Catching(record, 0, caught, self.running, early and record.saved_by_branch == len(record.saved))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.autocast.restored())
-            if not record.modules.plain:
-                stack.enter_context(record.modules.restored())
+            stack.enter_context(self._as_called(record))
             if record.random is not None:
                 stack.enter_context(record.random.restored())
             stack.enter_context(torch.enable_grad())
             if record.context is not None:
                 stack.enter_context(record.context)
+            if record.results is not None and not self.running:
+                stack.enter_context(Playing(record.results, record.name))
             stack.enter_context(saved_tensors_hooks(pack, _identity))
             try:
                 out = record.fn(*sources, **record.keywords.fresh())
             except _Stop:
                 return None
         pack.check(record.saved_by_branch)
-        if isinstance(out, tuple) and len(out) == 2 and not _fits(out, state[record.target][1]):
-            out = out[0]
-        return out
+        return branch_output(out, record.target_layout)[0]
+
+    @contextlib.contextmanager
+    def _as_called(self, record: _Record) -> Iterator[None]:
+        """Autocast and modules as the step's call found them."""
+        with self.autocast.restored():
+            if record.modules.plain:
+                yield
+            else:
+                with record.modules.restored():
+                    yield
 
     def _replay_combine(self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
         """Catch what the combine saved (rule 10)."""
         if record.saved_by_branch == len(record.saved):
             return
         pack = _Catching(record, record.saved_by_branch, caught, False, False)
-        stream = self._read(target, record.target_layout), target[1]
-        with self.autocast.restored(), torch.enable_grad(), saved_tensors_hooks(pack, _identity):
-            self.arithmetic.combine(record.coupling, stream, out, 0)
+        value = self._read(target, record.target_layout)
+        with self._as_called(record), torch.enable_grad(), saved_tensors_hooks(pack, _identity):
+            # What an arithmetic does around the rule saves nothing.
+            record.coupling.combine(value, out)
         pack.check(len(record.saved))
 
     def _release(self, task: _Task, step: int, state: list[Stream]) -> None:
@@ -596,7 +603,3 @@ def _same(mine: Any, given: Any) -> bool:
         and mine.data_ptr() == given.data_ptr()
         and mine._version == given._version
     )
-
-
-def _fits(out: Any, target: Any) -> bool:
-    return not isinstance(target, Tensor) and bool(pytree.tree_structure(out) == pytree.tree_structure(target))

@@ -1,0 +1,236 @@
+"""What stays of a step until backward: tensors on the device, in host memory, or results of its expensive operations."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._errors import ReversibleError
+from ._replay import RandomState
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AssertionError("never differentiated")
+
+
+class Saved:
+    """Tensors kept where they are, under the saved-tensor hooks of whoever encloses the sequence."""
+
+    __slots__ = ("node", "spec")
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.spec = pytree.tree_flatten(tree)
+        anchor = torch.empty(0, requires_grad=True)
+        # The node hangs on a tensor of its own. On the graph of the streams it would close a cycle through C++.
+        self.node: Any = _Keep.apply(anchor, *(leaf.detach() for leaf in leaves)).grad_fn  # type: ignore[no-untyped-call]
+
+    def load(self) -> Any:
+        """The tensors, after autograd's own check that nobody wrote to them."""
+        try:
+            return pytree.tree_unflatten(self.node.saved_tensors, self.spec)
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise ReversibleError(
+                "a stream that the sequence returned, and from which backward rebuilds the activations, was changed in "
+                "place. Change a copy: `y = y.clone()`."
+            ) from error
+
+
+class Hosted:
+    """Tensors copied to pinned host memory while compute goes on, and back when backward comes near.
+
+    The copies of a device run in order on one stream, so that a buffer may go to its next user before its last copy has
+    run. Buffers return to a pool: pinning memory anew in each call costs several times the step.
+    """
+
+    __slots__ = ("buffers", "spec", "devices", "coming")
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.spec = pytree.tree_flatten(tree)
+        self.buffers: list[Tensor] = []
+        self.devices = [leaf.device for leaf in leaves]
+        self.coming: list[Tensor] | None = None
+        for leaf in leaves:
+            leaf = leaf.detach()
+            stream = _copy_stream(leaf.device)
+            buffer = _Pool.take(leaf)
+            self.buffers.append(buffer)
+            stream.wait_stream(torch.cuda.current_stream(leaf.device))
+            with torch.cuda.stream(stream):
+                buffer.copy_(leaf, non_blocking=True)
+            leaf.record_stream(stream)
+
+    def prefetch(self) -> None:
+        """Start the copy back to the device."""
+        if self.coming is not None:
+            return
+        self.coming = []
+        for buffer, device in zip(self.buffers, self.devices, strict=True):
+            tensor = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device)
+            stream = _copy_stream(device)
+            # The memory may be in use by compute enqueued before the allocator gave it.
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                tensor.copy_(buffer, non_blocking=True)
+            tensor.record_stream(stream)
+            self.coming.append(tensor)
+
+    def load(self) -> Any:
+        """The tensors on their devices."""
+        self.prefetch()
+        arrived, self.coming = self.coming, None
+        assert arrived is not None
+        for device in set(self.devices):
+            torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
+        return pytree.tree_unflatten(arrived, self.spec)
+
+    def __del__(self) -> None:
+        for buffer in self.buffers:
+            _Pool.give(buffer)
+
+
+class _Pool:
+    """Pinned buffers not in use, by shape, strides and dtype."""
+
+    free: defaultdict[Any, list[Tensor]] = defaultdict(list)
+
+    @staticmethod
+    def take(like: Tensor) -> Tensor:
+        free = _Pool.free[like.shape, like.stride(), like.dtype, like.device]
+        if free:
+            return free.pop()
+        buffer = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, pin_memory=True)
+        buffer.__dict__["device_of_copies"] = like.device
+        return buffer
+
+    @staticmethod
+    def give(buffer: Tensor) -> None:
+        device = buffer.__dict__["device_of_copies"]
+        _Pool.free[buffer.shape, buffer.stride(), buffer.dtype, device].append(buffer)
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+class Results:
+    """Outputs of the expensive operations of one call of a branch: matrix products, convolutions, attention.
+
+    Expensive is what `torch.utils.flop_counter` counts, custom operators with a registered formula included.
+    """
+
+    __slots__ = ("functions", "outputs", "states", "written", "saved")
+
+    def __init__(self) -> None:
+        self.functions: list[Any] = []
+        self.outputs: list[Any] = []
+        # Generator states after operations that drew: a replay that skips the operation must still move on.
+        self.states: list[RandomState | None] = []
+        self.written: set[int] = set()
+        self.saved: Saved | None = None
+
+    def settle(self) -> None:
+        """Hand the outputs to whoever manages saved tensors here."""
+        self.saved = Saved(self.outputs)
+        self.outputs = []
+
+
+def _expensive(func: Any) -> bool:
+    from torch.utils.flop_counter import flop_registry
+
+    return func._overloadpacket in flop_registry
+
+
+class Recording(TorchDispatchMode):
+    """Runs a branch and keeps the results of its expensive operations."""
+
+    def __init__(self, results: Results, devices: Sequence[torch.device]) -> None:
+        super().__init__()
+        self.results = results
+        self.devices = devices
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        results = self.results
+        if func._schema.is_mutable:
+            self._protect(func, args, kwargs)
+        if not _expensive(func):
+            return func(*args, **kwargs)
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        before = RandomState(self.devices) if draws else None
+        out = func(*args, **kwargs)
+        results.functions.append(func)
+        results.outputs.append(pytree.tree_map_only(Tensor, Tensor.detach, out))
+        results.states.append(RandomState(self.devices) if before is not None and before.moved() else None)
+        return out
+
+    def _protect(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Copy a kept result before an in-place operation of the branch writes to it."""
+        written = {
+            value.untyped_storage()._cdata
+            for argument, value in _named(func, args, kwargs)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for value in pytree.tree_leaves(value)
+            if isinstance(value, Tensor)
+        }
+        for i, out in enumerate(self.results.outputs):
+            if i not in self.results.written and any(
+                isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in written
+                for leaf in pytree.tree_leaves(out)
+            ):
+                self.results.outputs[i] = pytree.tree_map_only(Tensor, Tensor.clone, out)
+                self.results.written.add(i)
+
+
+def _named(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
+    arguments = func._schema.arguments
+    named = list(zip(arguments, args, strict=False))
+    return named + [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
+
+
+class Playing(TorchDispatchMode):
+    """Runs a branch again with the kept results in place of its expensive operations."""
+
+    def __init__(self, results: Results, name: str) -> None:
+        super().__init__()
+        self.results = results
+        self.name = name
+        self.count = 0
+        assert results.saved is not None, "the call has ended"
+        self.outputs = results.saved.load()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _expensive(func):
+            return func(*args, **(kwargs or {}))
+        results, i = self.results, self.count
+        self.count += 1
+        if i >= len(results.functions) or func is not results.functions[i]:
+            raise ReversibleError(
+                f"{self.name}: operation {i} among the expensive ones is {func} in the replay but was "
+                f"{results.functions[i] if i < len(results.functions) else 'none'} in the forward pass."
+            )
+        state = results.states[i]
+        if state is not None:
+            state.set()
+        # A result that the branch goes on to overwrite is copied, so that the next replay finds it as it was.
+        again = Tensor.clone if i in results.written else Tensor.detach
+        return pytree.tree_map_only(Tensor, again, self.outputs[i])
