@@ -77,12 +77,7 @@ class Fixed:
 
     def encode(self, x: Tensor, monitor: RangeMonitor | None = None, step: int = -1) -> Tensor:
         """Return x as integers; x: any floating dtype and shape, strides as an elementwise operation on x."""
-        if _fusible(x):
-            return self._fused(None, x, 1, None, monitor, step)[0]
-        counts, fits = self._quantise(x)
-        if monitor is not None:
-            monitor.observe(~fits, _magnitude(x), step)
-        return torch.where(fits, counts, _SENTINEL[self.dtype]).to(self.dtype)
+        return self._encode(x, None, monitor, step)[0]
 
     def decode(self, held: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values of held integers, rounded to `dtype`, NaN where the sentinel stands."""
@@ -124,13 +119,22 @@ class Fixed:
             return self._fused(held, increment, -1, dtype, None, 0)
         return self._combine(held, increment, -1, dtype, None, 0)
 
+    def _encode(
+        self, x: Tensor, dtype: torch.dtype | None, monitor: RangeMonitor | None, step: int
+    ) -> tuple[Tensor, Any]:
+        """Return the integers and, where a dtype is given, their value, in one pass over the memory."""
+        if _fusible(x):
+            return self._fused(None, x, 1, dtype, monitor, step)
+        counts, fits = self._quantise(x)
+        if monitor is not None:
+            monitor.observe(~fits, _magnitude(x), step)
+        held = torch.where(fits, counts, _SENTINEL[self.dtype]).to(self.dtype)
+        return held, None if dtype is None else self._read(counts, fits, dtype)
+
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x · 2^fraction_bits rounded to int64, zero where it does not fit, and where it fits."""
-        if torch.compiler.is_compiling() and x.element_size() == 2:
-            # Inductor keeps 16-bit intermediates in float32 when it fuses; the forward and the inverse need not fuse
-            # alike, so they would round other numbers. Taking the bits forces the 16-bit rounding.
-            x = x.view(torch.int16).view(x.dtype)
-        scaled = torch.round(x.to(_wide(x.dtype)) * 2.0**self.fraction_bits)
+        x = _rounded(x) if torch.compiler.is_compiling() else x.to(_wide(x.dtype))
+        scaled = torch.round(x * 2.0**self.fraction_bits)
         fits = scaled.abs() < 2.0 ** _RANGE_BITS[self.dtype]
         return torch.where(fits, scaled, 0.0).to(torch.int64), fits
 
@@ -279,6 +283,26 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _rounded(x: Tensor) -> Tensor:
+    """Return x in its wide type, of 16-bit numbers the values that the 16 bits hold.
+
+    Inductor keeps 16-bit intermediates in float32 where it fuses. The addition and its inverse need not be fused alike:
+    without this rounding, which changes no number that was stored, they would not see the same increment.
+    """
+    wide = x.to(_wide(x.dtype))
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return wide
+    dropped = 16 if x.dtype == torch.bfloat16 else 13
+    finite = torch.where(wide.isfinite(), wide, 0.0)
+    bits = finite.view(torch.int32)
+    bits = (bits + (2 ** (dropped - 1) - 1) + ((bits >> dropped) & 1)) & -(2**dropped)
+    rounded = bits.view(torch.float32)
+    if x.dtype == torch.float16:
+        rounded = torch.where(finite.abs() < 2.0**-14, torch.round(finite * 2.0**24) * 2.0**-24, rounded)
+        rounded = torch.where(rounded.abs() > 65504.0, rounded * math.inf, rounded)
+    return torch.where(wide.isfinite(), rounded, wide)
+
+
 def _magnitude(x: Tensor) -> Tensor:
     return x.abs().to(torch.float32)
 
@@ -352,7 +376,7 @@ class _Cell:
 
     key: Tensor
     host: Tensor
-    # Per step, the share of nonzero increments that were rounded to zero in the last sample: -1 until it has arrived.
+    # Per step, the share of nonzero increments that the last sample saw rounded to zero, -1 until it has arrived.
     vanished: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -360,12 +384,13 @@ class RangeMonitor:
     """Learns from the device, without synchronisation, which step left the range of its stream.
 
     One for a sequence. The memory on the devices is not copied and not pickled: a copy starts empty. Memory is
-    allocated by `prepare`, at the latest in the first call; capture a CUDA graph after that.
+    allocated by `prepare`, or in the first call on a device; a CUDA graph can be captured after that.
     """
 
     def __init__(self) -> None:
         self._cells: dict[torch.device, _Cell] = {}
         self._calls: dict[int, int] = {}
+        self._awaited: set[int] = set()
         self._reported: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -375,9 +400,15 @@ class RangeMonitor:
         self.__init__()  # type: ignore[misc]
 
     def prepare(self, device: torch.device) -> _Cell:
-        """Allocate the memory on this device, unless it exists."""
+        """Allocate the memory on this device, unless it exists.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured; allocated now, the memory would belong to the graph.
+        """
         cell = self._cells.get(device)
         if cell is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("fixed-point streams in a CUDA graph: run the sequence once before capturing it")
             # In-place writes to an inference tensor would fail in the next training step.
             with torch.inference_mode(False):
                 key = torch.zeros(1, dtype=torch.int64, device=device)
@@ -409,12 +440,12 @@ class RangeMonitor:
         nonzero = some > 0
         small = nonzero & (some * 2.0**fixed.fraction_bits <= 0.5)
         share = small.sum().double() / nonzero.sum()
-        cell = self.prepare(increment.device)
-        host = cell.vanished.get(step)
-        if host is None:
+        vanished = self.prepare(increment.device).vanished
+        if step not in vanished:
             with torch.inference_mode(False):
-                host = cell.vanished[step] = _host(torch.full((), -1.0, dtype=torch.float64), increment.device)
-        host.copy_(share, non_blocking=True)
+                vanished[step] = _host(torch.empty((), dtype=torch.float64), increment.device)
+        vanished[step].fill_(-1.0).copy_(share, non_blocking=True)
+        self._awaited.add(step)
 
     def flush(self) -> None:
         """Enqueue the copy of the findings to the host."""
@@ -433,32 +464,34 @@ class RangeMonitor:
 
     def check(self) -> OutOfRange | None:
         """Wait for the devices and return the first finding."""
-        for cell in self._cells.values():
-            cell.host.copy_(cell.key)
-        self._wait()
-        return self.poll()
+        key = max((int(cell.key.item()) for cell in self._cells.values()), default=0)
+        return _finding(key) if key else None
 
     def reset(self) -> None:
         """Forget the findings. Waits for the devices, since a copy still under way would bring them back."""
-        self._wait()
-        for cell in self._cells.values():
+        for device, cell in self._cells.items():
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             cell.key.zero_()
             cell.host.zero_()
 
     def vanishing(self) -> dict[int, float]:
-        """Return the steps, not yet returned before, where most nonzero increments were rounded to zero, and the share.
+        """Return the steps, not yet returned, where most nonzero increments were rounded to zero, and their share.
 
         Reads what has arrived at the host; does not wait.
         """
-        shares = {step: float(host) for cell in self._cells.values() for step, host in cell.vanished.items()}
+        if torch.compiler.is_compiling() or not self._awaited:
+            return {}
+        shares = {
+            step: share
+            for cell in self._cells.values()
+            for step in self._awaited & cell.vanished.keys()
+            if (share := float(cell.vanished[step])) != -1.0
+        }
+        self._awaited -= shares.keys()
         news = {step: share for step, share in shares.items() if share > 0.5 and step not in self._reported}
         self._reported |= news.keys()
         return news
-
-    def _wait(self) -> None:
-        for device in self._cells:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
 
 
 # Increments looked at in one sample.
@@ -504,9 +537,9 @@ class _FixedAdd(torch.autograd.Function):
 
 class _FixedEncode(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None) -> tuple[Tensor, Tensor]:
-        held = fixed.encode(x, monitor)
-        return fixed.decode(held, x.dtype), held
+    def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> tuple[Tensor, Tensor]:
+        held, value = fixed._encode(x, x.dtype, monitor, step)
+        return value, held
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -514,8 +547,8 @@ class _FixedEncode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        return grads[0], None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -547,9 +580,9 @@ def fixed_add(
     return new_value, new_held
 
 
-def fixed_encode(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None) -> tuple[Tensor, Tensor]:
+def fixed_encode(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1) -> tuple[Tensor, Tensor]:
     """Return `(value, held)` of x, where value is held read in x's dtype, differentiable straight through."""
-    value, held = _FixedEncode.apply(x, fixed, monitor)  # type: ignore[no-untyped-call]
+    value, held = _FixedEncode.apply(x, fixed, monitor, step)  # type: ignore[no-untyped-call]
     return value, held
 
 
