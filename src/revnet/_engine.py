@@ -40,6 +40,7 @@ from ._errors import ReversibleError
 from ._kept import Hosted, Playing, Recording, Results, Saved
 from ._replay import AutocastState, KeywordState, ModuleState, RandomState, _modules, devices_of
 from ._steps import FixedArithmetic, FloatArithmetic, Stream, branch_output
+from ._streams import checksum
 
 ContextFn = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]]
 
@@ -97,6 +98,8 @@ class _Record:
     # Per tensor that the call saved: shape, dtype, device, strides; None where it passed through.
     saved: list[Any]
     saved_by_branch: int = 0
+    # Under determinism_check="exact": of the target before the step, and of the branch's output.
+    checksums: tuple[Tensor, Tensor] | None = None
 
 
 class _Token:
@@ -254,6 +257,8 @@ class Call:
                     "work on a copy, or use the out-of-place operation."
                 )
             out = self._branch(out, target, name)
+            if self.options.determinism_check == "exact":
+                record.checksums = _checksum(self.streams[target][1]), _checksum(out)
             record.saved_by_branch = len(record.saved)
             with saved_tensors_hooks(pack, _unpack):
                 self._combine(coupling, target, out, index, name)
@@ -404,15 +409,39 @@ class Call:
         if record.kept is not None:
             state[record.target] = (None, record.kept.load())
             if caught is not None:
-                out = self._replay(record, state, caught, early=True)
+                compare = record.checksums is not None and all(self._exact(i, k) for i in record.source)
+                out = self._replay(record, state, caught, early=not compare)
+                if compare:
+                    self._compare(record, 1, out)
         else:
             out = self._replay(record, state, caught)
             with self._as_called(record), torch.no_grad():
                 state[record.target] = self.arithmetic.invert(
                     record.coupling, state[record.target][1], out, record.target_layout
                 )
+            if self.arithmetic.exact:
+                self._compare(record, 0, state[record.target][1])
         if caught is not None:
             self._replay_combine(record, state[record.target], out, caught)
+
+    def _exact(self, stream: int, k: int) -> bool:
+        """Whether the walk finds this stream as forward left it before step k, in every bit."""
+        for record in self.records[k + 1 :]:
+            if record is None:
+                break
+            if record.target == stream:
+                return self.arithmetic.exact or record.kept is not None
+        return True
+
+    def _compare(self, record: _Record, which: int, tree: Any) -> None:
+        if record.checksums is None or torch.equal(record.checksums[which], _checksum(tree)):
+            return
+        raise ReversibleError(
+            f"{record.name} is not deterministic: called again on the same input, it gave another output, so its gradient "
+            "would be wrong. Randomness of Python, NumPy or an own torch.Generator is not repeated: draw from torch's "
+            "global generators. Kernels that add in changing order have deterministic forms: "
+            "torch.use_deterministic_algorithms(True)."
+        )
 
     def _record(self, k: int) -> _Record:
         record = self.records[k]
@@ -435,7 +464,8 @@ class Call:
         record.modules.check(where)
         record.keywords.check(where)
         sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, record.source, strict=True)]
-        pack = _Catching(record, 0, caught, self.running, early and record.saved_by_branch == len(record.saved))
+        early = early and record.saved_by_branch == len(record.saved)
+        pack = _Catching(record, 0, caught, self.options.determinism_check != "none", self.running, early)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._as_called(record))
             if record.random is not None:
@@ -467,7 +497,7 @@ class Call:
         """Catch what the combine saved (rule 10)."""
         if record.saved_by_branch == len(record.saved):
             return
-        pack = _Catching(record, record.saved_by_branch, caught, False, False)
+        pack = _Catching(record, record.saved_by_branch, caught, self.options.determinism_check != "none")
         value = self._read(target, record.target_layout)
         with self._as_called(record), torch.enable_grad(), saved_tensors_hooks(pack, _identity):
             # What an arithmetic does around the rule saves nothing.
@@ -494,14 +524,21 @@ class Call:
 class _Catching:
     """Pack hook of a replay: compares what is saved with what forward saved, and catches it."""
 
-    __slots__ = ("record", "count", "caught", "partial", "early")
+    __slots__ = ("record", "count", "caught", "compare", "partial", "early")
 
     def __init__(
-        self, record: _Record, start: int, caught: dict[int, tuple[Tensor, int]] | None, partial: bool, early: bool
+        self,
+        record: _Record,
+        start: int,
+        caught: dict[int, tuple[Tensor, int]] | None,
+        compare: bool,
+        partial: bool = False,
+        early: bool = False,
     ) -> None:
         self.record = record
         self.count = start
         self.caught = caught
+        self.compare = compare
         self.partial = partial
         self.early = early
 
@@ -513,18 +550,18 @@ class _Catching:
         if index < len(saved):
             forward = saved[index]
             if forward is not None:
-                if forward != _describe(tensor):
+                if self.compare and forward != _describe(tensor):
                     raise ReversibleError(_mismatch(self.record.name, index, forward, _describe(tensor)))
                 if self.caught is not None:
                     self.caught[index] = (tensor_, tensor_._version)
-        elif not self.partial:
+        elif not self.partial and self.compare:
             raise ReversibleError(_mismatch(self.record.name, index, None, _describe(tensor)))
         if self.early and self.count == len(saved):
             raise _Stop
         return tensor_
 
     def check(self, expected: int) -> None:
-        if self.count != expected and not self.partial:
+        if self.count < expected or (self.compare and self.count != expected and not self.partial):
             raise ReversibleError(
                 f"{self.record.name}: the replay saved {self.count} tensors for backward where the forward saved "
                 f"{expected}. The branch did not do the same work twice: look for a condition on state that the first "
@@ -566,6 +603,10 @@ def _unpack(packed: Any) -> Tensor:
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _checksum(tree: Any) -> Tensor:
+    return torch.stack([checksum(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)])
 
 
 def _describe(tensor: Tensor) -> tuple[Any, ...]:
