@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,12 +14,46 @@ from torch.utils import _pytree as pytree
 class Coupling(nn.Module):
     """How a step updates its target stream with the output of its branch, and how that is undone.
 
-    A rule of the form `target + increment(out)` overrides `increment` alone: it is exact in fixed streams. Any other
-    rule overrides `combine` and `invert`, with `invert(combine(target, out), out) == target`.
+    A rule of the form `scale(out) · target + increment(out)` overrides `increment`, and where the scale is not one,
+    `scale` and `least_scale`. Such a rule is exact in fixed streams. Any other rule overrides `combine` and `invert`,
+    with `invert(combine(target, out), out) == target`.
 
-    `target` is the stream, a tensor or a tree of tensors; `out` is what the branch returned. A rule raises `TypeError` or
-    `ValueError` where they do not fit; the message goes on from "block 3, branch f".
+    Float streams undo without being told only what adds to the target (`scale` left alone) or moves its elements
+    (`rearranges`): dividing by a scale multiplies rounding errors, at depth 256 by more than any format has digits.
+    Where a rule cannot be undone in the arithmetic of the call, its steps keep their targets instead. Gradients are
+    right either way.
+
+    `target` is the stream, a tensor or a tree of tensors; `out` is what the branch returned, the same in forward and
+    inverse. A rule raises `TypeError` or `ValueError` where they do not fit; the message goes on from "step 3".
+
+    Args:
+        approximate: undo the rule in float streams although rounding errors grow; `revnet.testing.check_inverse`
+            measures by how much.
+
+    Example:
+        >>> class Damped(Coupling):
+        ...     least_scale = Fraction(1, 2)
+        ...     def scale(self, out): return self.least_scale
+        ...     def increment(self, out): return out.tanh()
     """
+
+    # The smallest value of `scale`, or the scale itself as a Fraction where it is constant. None: fixed streams cannot
+    # bound what they must remember, and keep the target.
+    least_scale: float | Fraction | None = None
+    # Whether `combine` and `invert` only move elements: they then apply to integers as to floats, and are exact.
+    rearranges = False
+
+    def __init__(self, *, approximate: bool = False) -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def receive(self, out: Any) -> Any:
+        """The branch's output as a `Step` hands it on: `out`, or `(out, aux)`."""
+        return out
+
+    def scale(self, out: Any) -> Any:
+        """What the target is multiplied by: a `Fraction`, or positive factors in the structure of the target."""
+        return Fraction(1)
 
     def increment(self, out: Any) -> Any:
         """What is added to the target: the structure, shapes and device of the target, any floating dtype."""
@@ -24,16 +61,38 @@ class Coupling(nn.Module):
 
     def combine(self, target: Any, out: Any) -> Any:
         """The target after the step."""
-        return tree_map(_add, target, fitting(target, self.increment(out)))
+        increment = fitting(target, self.increment(out))
+        if self.scales:
+            target = _scaled(target, self.scale(out), _multiply)
+        return tree_map(_add, target, increment)
 
     def invert(self, target: Any, out: Any) -> Any:
         """The target before the step, from the target after it."""
-        return tree_map(_subtract, target, self.increment(out))
+        target = tree_map(_subtract, target, self.increment(out))
+        return _scaled(target, self.scale(out), _divide) if self.scales else target
+
+    @property
+    def scales(self) -> bool:
+        """Whether the rule multiplies the target."""
+        return type(self).scale is not Coupling.scale
+
+    @property
+    def linear(self) -> bool:
+        """Whether the rule has the form `scale(out) · target + increment(out)`."""
+        return type(self).combine is Coupling.combine and type(self).invert is Coupling.invert
 
     @property
     def translates(self) -> bool:
         """Whether the rule adds to the target something that does not depend on it."""
-        return type(self).combine is Coupling.combine and type(self).invert is Coupling.invert
+        return self.linear and not self.scales
+
+    @property
+    def bits_per_step(self) -> float:
+        """Bits that fixed streams must remember to undo one step exactly, at most, per element of the target."""
+        return -math.log2(self.least_scale) if self.least_scale else 0.0
+
+    def extra_repr(self) -> str:
+        return "approximate=True" if self.approximate else ""
 
 
 class Additive(Coupling):
@@ -46,6 +105,175 @@ class Additive(Coupling):
         return out
 
 
+class _Scheme(Coupling):
+    """`y = x + multiple · h · f`."""
+
+    multiple = 1.0
+
+    def __init__(self, step_size: float) -> None:
+        super().__init__()
+        self.step_size = step_size
+
+    def increment(self, out: Any) -> Any:
+        return tree_map(lambda leaf: self.multiple * self.step_size * leaf, out)
+
+    def extra_repr(self) -> str:
+        return f"step_size={self.step_size}"
+
+
+class Midpoint(_Scheme):
+    """`x[n+1] = x[n-1] + 2h · f(x[n])`: two streams hold `x[n-1]` and `x[n]`, and steps update them in turn.
+
+    Args:
+        step_size: h.
+
+    Reference: Gal et al. 2025, arXiv:2512.02056.
+    """
+
+    multiple = 2.0
+
+
+class Leapfrog(_Scheme):
+    """`v += h · f(x)`, then `x += h · v`: one step with the force f, one with `fn=None` that reads v.
+
+    The same trajectory as `x[n+1] = 2 x[n] - x[n-1] + h² · f(x[n])` (Störmer and Verlet), and for a Hamiltonian
+    H(x, v) = T(v) + U(x) with f = -∂U/∂x and ∂T/∂v in place of v, the symplectic scheme.
+
+    Args:
+        step_size: h.
+
+    Reference: Gal et al. 2025, arXiv:2512.02056; Hairer et al. 2003, doi:10.1017/S0962492902000144.
+    """
+
+
+class Momentum(Coupling):
+    """`v = γ · v + (1 - γ) · f(x)`, followed by a step with `fn=None` that adds v to x.
+
+    Args:
+        gamma: γ, between 0 and 1: a fraction, or a decimal number of at most four digits. In fixed streams a step takes
+            log2(1/γ) bits per element (0.152 for 0.9).
+
+    Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
+    """
+
+    def __init__(self, gamma: float | Fraction = 0.9, *, approximate: bool = False) -> None:
+        super().__init__(approximate=approximate)
+        # The decimal number that was written, not the binary one that is nearest.
+        self.gamma = Fraction(str(gamma))
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"Momentum(gamma={gamma}): expected a number between 0 and 1")
+        if self.gamma.denominator > _LARGEST_DENOMINATOR:
+            raise ValueError(
+                f"Momentum(gamma={gamma}): expected at most four decimal digits, or a Fraction with a denominator up "
+                f"to {_LARGEST_DENOMINATOR}"
+            )
+        self.least_scale = self.gamma
+
+    def scale(self, out: Any) -> Fraction:
+        return self.gamma
+
+    def increment(self, out: Any) -> Any:
+        return tree_map(lambda leaf: float(1 - self.gamma) * leaf, out)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}"
+
+
+# A scaling rounds to the denominator's multiple of the stream's resolution.
+_LARGEST_DENOMINATOR = 10_000
+
+
+class Affine(Coupling):
+    """`y = x · exp(s) + t`, undone by `x = (y - t) · exp(-s)`; the branch returns `(s, t)` side by side along `dim`.
+
+    The log-scale is bounded: `s = limit · tanh(raw / limit)`. The log-determinant of the step is the sum of s.
+
+    Args:
+        dim: dimension along which the branch's output has twice the size of the target.
+        limit: bound of the log-scale. In fixed streams a step takes at most limit / ln 2 bits per element.
+        log_det: return the log-determinant as the step's extra output, `{"log_det": (batch,)}`, together with what the
+            branch itself gave beside its output, as `"aux"`. For streams that are tensors.
+
+    Reference: Dinh et al. 2017, arXiv:1605.08803; Kingma and Dhariwal 2018, arXiv:1807.03039.
+    """
+
+    def __init__(self, dim: int = -1, *, limit: float = 2.0, log_det: bool = False, approximate: bool = False) -> None:
+        super().__init__(approximate=approximate)
+        if limit <= 0:
+            raise ValueError(f"Affine(limit={limit}): expected a positive bound of the log-scale")
+        self.dim = dim
+        self.limit = limit
+        self.log_det = log_det
+        self.least_scale = math.exp(-limit)
+
+    def receive(self, out: Any) -> Any:
+        if not self.log_det:
+            return out
+        out, *aux = out if isinstance(out, tuple) else (out,)
+        log_scale = self._log_scale(out)
+        return out, {"log_det": log_scale.flatten(1).sum(1), **({"aux": aux[0]} if aux else {})}
+
+    def scale(self, out: Any) -> Any:
+        return tree_map(lambda leaf: self._log_scale(leaf).exp(), out)
+
+    def increment(self, out: Any) -> Any:
+        return tree_map(lambda leaf: self._halves(leaf)[1], out)
+
+    def _log_scale(self, out: Any) -> Tensor:
+        return self.limit * (self._halves(out)[0] / self.limit).tanh()
+
+    def _halves(self, out: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(out, Tensor) or out.shape[self.dim] % 2:
+            raise ValueError(
+                f"returned {_describe(out)}, but an affine coupling takes log-scale and shift side by side along "
+                f"dimension {self.dim}: twice the size of its target there"
+            )
+        raw, shift = out.chunk(2, self.dim)
+        return raw, shift
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, limit={self.limit}"
+
+
+class Bijection(Coupling):
+    """`y = module(x)`, undone by `module.inverse(y)` or by a second module; the step has `fn=None`.
+
+    Args:
+        module: maps the stream to a stream, perhaps of another shape.
+        inverse: its inverse; `module.inverse` if not given.
+        rearranges: the module only moves elements (a permutation, pixel-unshuffle, a reshape), and so acts on integers
+            as on floats: exact in any stream.
+        approximate: undo it in float streams although `inverse` rounds, as that of an orthogonal matrix does.
+
+    Reference: Jacobsen et al. 2018, arXiv:1802.07088; Kingma and Dhariwal 2018, arXiv:1807.03039.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inverse: nn.Module | None = None,
+        *,
+        rearranges: bool = False,
+        approximate: bool = False,
+    ) -> None:
+        super().__init__(approximate=approximate)
+        if inverse is None and not callable(getattr(module, "inverse", None)):
+            raise TypeError(
+                f"Bijection({type(module).__name__}) has no inverse: give the module a method `inverse`, or a second "
+                "module that undoes it"
+            )
+        self.module = module
+        self.undo = inverse
+        self.rearranges = rearranges
+
+    def combine(self, target: Any, out: Any) -> Any:
+        return self.module(target)
+
+    def invert(self, target: Any, out: Any) -> Any:
+        inverse: Callable[[Any], Any] = self.module.inverse if self.undo is None else self.undo  # type: ignore[assignment]
+        return inverse(target)
+
+
 def _add(target: Tensor, increment: Tensor) -> Tensor:
     # A stream keeps its dtype: without the cast, adding a wider output would promote it.
     return target + increment.to(target.dtype)
@@ -53,6 +281,20 @@ def _add(target: Tensor, increment: Tensor) -> Tensor:
 
 def _subtract(target: Tensor, increment: Tensor) -> Tensor:
     return target - increment.to(target.dtype)
+
+
+def _multiply(target: Tensor, scale: Any) -> Tensor:
+    return target * (scale.to(target.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _divide(target: Tensor, scale: Any) -> Tensor:
+    return target / (scale.to(target.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _scaled(target: Any, scale: Any, apply: Callable[[Tensor, Any], Tensor]) -> Any:
+    if isinstance(scale, Fraction):
+        return tree_map(lambda leaf: apply(leaf, float(scale)), target)
+    return tree_map(apply, target, scale)
 
 
 def tree_map(fn: Any, tree: Any, *rest: Any) -> Any:

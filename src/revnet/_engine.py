@@ -139,10 +139,6 @@ class _Task:
 _PREFETCH = 2
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 class _Stop(Exception):
     """Ends a replay at the last tensor that backward needs."""
 
@@ -173,6 +169,7 @@ class Call:
         self.autocast = AutocastState([device.type for device in self.devices])
         self.streams: list[Stream] = [arithmetic.open(value) for value in streams]
         self.aux: dict[str, Any] = {}
+        self.capturing = bool(self.devices) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self.lock = threading.RLock()
         self.records: list[_Record | None] = []
         self.tokens: list[weakref.ref[_Token]] = []
@@ -227,12 +224,12 @@ class Call:
             coupling=coupling,
             keywords=KeywordState(kwargs),
             modules=ModuleState(list(dict.fromkeys([*_modules(fn), *_modules(coupling)]))),
-            random=RandomState(self.devices) if self.options.preserve_rng_state else None,
+            random=RandomState(self.devices) if self.options.preserve_rng_state and not self.capturing else None,
             context=contexts[1] if contexts else None,
             layouts=[tree_map(_Layout, value) for value in sources],
             target_layout=tree_map(_Layout, self.streams[target][0]),
             kept=self._keep(execution, target, source, coupling),
-            results=Results() if execution == "select" else None,
+            results=Results(execution == "select", self.capturing) if execution == "select" or self.capturing else None,
             saved=[],
         )
         token = self._append(record)
@@ -288,7 +285,7 @@ class Call:
     def _keep(self, execution: str, target: int, source: tuple[int, ...], coupling: Coupling) -> Saved | Hosted | None:
         """The target before a step, where the step is not undone."""
         held = self.streams[target][1]
-        if execution == "offload" and all(leaf.is_cuda for leaf in tree_leaves(held)) and not _capturing():
+        if execution == "offload" and all(leaf.is_cuda for leaf in tree_leaves(held)) and not self.capturing:
             return Hosted(held)
         undone = execution not in ("checkpoint", "offload") and target not in source
         return None if undone and self.arithmetic.undoes(coupling) else Saved(held)

@@ -205,10 +205,15 @@ class ModuleState:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
+        # Batch norm writes its statistics without a new version; only its counter tells. So what moves one buffer of a
+        # module is taken to move all.
+        moved = {
+            id(owner)
+            for owner, name, buffer, version, _ in self.buffers
+            if owner.get(name) is not buffer or buffer._version != version
+        }
         self.buffers = [
-            (owner, name, buffer, version, None)
-            if owner.get(name) is buffer and buffer._version == version
-            else (owner, name, buffer, None, before)
+            (owner, name, buffer, version, None) if id(owner) not in moved else (owner, name, buffer, None, before)
             for owner, name, buffer, version, before in self.buffers
         ]
 

@@ -1,22 +1,22 @@
-"""Sequences of residual blocks: reversible, and their plain twin."""
+"""Programs of steps: any, sequences of residual blocks, and their plain twin."""
 
 from __future__ import annotations
 
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._couplings import Additive
+from ._couplings import Additive, tree_leaves
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
 from ._routing import Routes, check_keywords, check_routes, route_args
-from ._steps import FixedArithmetic, FloatArithmetic
+from ._steps import FixedArithmetic, FloatArithmetic, Step, undo
 from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
 
 Execution = str | Sequence[str]
@@ -97,13 +97,10 @@ class ReversibleBlock(nn.Module):
         self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
     ) -> tuple[Tensor, Tensor]:
         """The streams before the block, from those after it; differentiable. Randomness is not repeated."""
-        x2 = _ADDITIVE.invert(y2, _output(self.g(y1, **g_args)))
-        x1 = _ADDITIVE.invert(y1, _output(self.f(x2, **f_args)))
-        return x1, x2
-
-
-def _output(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
+        streams = [y1, y2]
+        undo(streams, self.g, 1, (0,), _ADDITIVE, g_args)
+        undo(streams, self.f, 0, (1,), _ADDITIVE, f_args)
+        return streams[0], streams[1]
 
 
 def _unwrap_deterministic(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -119,41 +116,39 @@ def _unwrap_deterministic(module: nn.Module, state_dict: dict[str, Any], prefix:
                 state_dict[new] = state_dict.pop(old)
 
 
-class _Sequence(nn.Module):
-    """What the sequences share: routes, stochastic depth, the choice of execution."""
+class _Program(nn.Module):
+    """What all programs share: how streams are held, and the choice of execution."""
 
     _allowed: Sequence[str] = EXECUTIONS
+    # Whether a step can be undone in fixed streams alone.
+    _needs_fixed = False
 
-    def __init__(
-        self,
-        args_route: Routes,
-        layer_dropout: float,
-        depth: int,
-        execution: Execution,
-        options: Options,
-        streams: Streams = "float",
-    ) -> None:
+    def __init__(self, steps: int, execution: Execution, options: Options, streams: Streams = "float") -> None:
         super().__init__()
-        if depth == 0:
-            raise ValueError("blocks is empty: give at least one (f, g) pair")
-        check_routes(args_route, depth)
-        if not 0.0 <= layer_dropout < 1.0:
-            raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
-        self.args_route = dict(args_route)
-        self.layer_dropout = layer_dropout
-        self._depth = depth
+        if options.determinism_check not in ("default", "none", "exact"):
+            raise ValueError(f"determinism_check {options.determinism_check!r} is not 'default', 'none' or 'exact'")
+        self._count = steps
         self._options = options
         self.streams = _streams(streams)
         self._monitor = RangeMonitor()
         self.execution = execution
+
+    def _call(self, *streams: Any) -> Call:
+        return Call(streams, self._arithmetic(tree_leaves(streams[0])[0]), self._options, self._executions)
+
+    def _finish(self, call: Call, *streams: Any) -> tuple[Any, ...]:
+        """The streams of a call, with what branches returned beside their outputs, if anything."""
+        outputs = tuple(call.finish(*streams))
+        self._monitor.flush()
+        return (*outputs, call.aux) if call.aux else outputs
 
     def _arithmetic(self, x: Tensor) -> FloatArithmetic | FixedArithmetic:
         """How this call holds its streams, after a look at what earlier calls found."""
         fixed = self.streams
         if fixed == "auto":
             low = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
-            fixed = Fixed() if low else Float()
-        if isinstance(fixed, Float):
+            fixed = Fixed() if low or (self._needs_fixed and x.dtype is torch.float32) else Float()
+        if not isinstance(fixed, Fixed):
             return FloatArithmetic()
         self._raise(self._monitor.poll(), fixed)
         return FixedArithmetic(fixed, self._monitor)
@@ -190,7 +185,7 @@ class _Sequence(nn.Module):
         )
 
     def _step_name(self, step: int) -> str:
-        return "the input" if step < 0 else f"block {step // 2}, branch {'fg'[step % 2]}"
+        return "the input" if step < 0 else f"step {step}"
 
     @property
     def execution(self) -> Execution:
@@ -199,8 +194,138 @@ class _Sequence(nn.Module):
 
     @execution.setter
     def execution(self, execution: Execution) -> None:
-        self._executions = resolve(execution, 2 * self._depth, self._allowed)
+        self._executions = resolve(execution, self._count, self._allowed)
         self._execution = execution
+
+    def extra_repr(self) -> str:
+        return f"streams={self.streams!r}, execution={self.execution!r}"
+
+
+class Reversible(_Program):
+    """Steps over any number of streams, trained with activation memory that does not grow with their number.
+
+    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step` object may occur
+    many times: its parameters are registered once.
+
+    Args:
+        steps: in the order in which they are applied.
+        args_route: for each keyword of the forward pass, one boolean per step: whether its branch takes it.
+        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales its target, which
+            float streams cannot undo.
+        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked to `"invert"` but
+            cannot be undone in the streams of the call, it keeps its target: see `revnet.Coupling`.
+        preserve_rng_state, determinism_check, context_fn: as in `ReversibleSequence`.
+
+    Raises:
+        ValueError: no steps, a route of another length, or an unknown option.
+        TypeError: a step that is not a `Step`.
+
+    Example:
+        >>> net = Reversible([Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)])
+        >>> [tuple(y.shape) for y in net(*torch.randn(3, 2, 8))]
+        [(2, 8), (2, 8), (2, 8)]
+    """
+
+    def __init__(
+        self,
+        steps: Iterable[Step],
+        *,
+        args_route: Mapping[str, Sequence[bool]] = {},
+        streams: Streams = "auto",
+        execution: Execution = "invert",
+        preserve_rng_state: bool = True,
+        determinism_check: str = "default",
+        context_fn: ContextFn | None = None,
+    ) -> None:
+        program = list(steps)
+        if not program:
+            raise ValueError("steps is empty: give at least one revnet.Step")
+        for i, step in enumerate(program):
+            if not isinstance(step, Step):
+                raise TypeError(f"step {i} is {type(step).__name__}, but a program consists of revnet.Step")
+        for key, route in args_route.items():
+            if len(route) != len(program):
+                raise ValueError(
+                    f"args_route[{key!r}] has {len(route)} entries for {len(program)} steps: give one boolean per step"
+                )
+        super().__init__(len(program), execution, Options(preserve_rng_state, determinism_check, context_fn), streams)
+        distinct = list(dict.fromkeys(program))
+        self.steps = nn.ModuleList(distinct)
+        places = {step: place for place, step in enumerate(distinct)}
+        self._order = [places[step] for step in program]
+        self.args_route = dict(args_route)
+        self._width = 1 + max(max((step.target, *step.source)) for step in distinct)
+        undoes = FloatArithmetic().undoes
+        self._needs_fixed = any(step.coupling.scales and not undoes(step.coupling) for step in distinct)
+
+    def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The streams after the last step.
+
+        Args:
+            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or more.
+            **kwargs: passed to the branches that `args_route` names.
+
+        Returns:
+            As many streams, and a dict from step to extra output if branches returned `(update, aux)`.
+        """
+        program = self._program(streams, kwargs)
+        with self._call(*streams) as call:
+            del streams
+            for i, step, keywords in program:
+                call.step(i, step, step.target, step.source, step.coupling, keywords, f"step {i}")
+            return self._finish(call)
+
+    def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The streams before the first step, from those after the last; differentiable.
+
+        Computed in floating point, so exact up to rounding. Randomness is not repeated: call it in `eval()`, or without
+        dropout.
+        """
+        found = list(streams)
+        for _, step, keywords in reversed(self._program(streams, kwargs)):
+            undo(found, step, step.target, step.source, step.coupling, keywords)
+        return tuple(found)
+
+    def _program(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[int, Step, dict[str, Any]]]:
+        """The steps of one pass: index, step, keywords of its branch."""
+        if len(streams) < self._width:
+            raise ValueError(f"got {len(streams)} streams, but the steps refer to {self._width}")
+        for i, stream in enumerate(streams):
+            for leaf in tree_leaves(stream):
+                _check_stream(leaf, f"stream {i}")
+        check_keywords(self.args_route, kwargs)
+        routed = {key: value for key, value in kwargs.items() if key in self.args_route}
+        steps = cast(list[Step], list(self.steps))
+        return [
+            (i, steps[place], {key: value for key, value in routed.items() if self.args_route[key][i]})
+            for i, place in enumerate(self._order)
+        ]
+
+
+class _Blocks(_Program):
+    """What sequences of blocks share: routes and stochastic depth."""
+
+    def __init__(
+        self,
+        args_route: Routes,
+        layer_dropout: float,
+        depth: int,
+        execution: Execution,
+        options: Options,
+        streams: Streams = "float",
+    ) -> None:
+        if depth == 0:
+            raise ValueError("blocks is empty: give at least one (f, g) pair")
+        check_routes(args_route, depth)
+        if not 0.0 <= layer_dropout < 1.0:
+            raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
+        super().__init__(2 * depth, execution, options, streams)
+        self.args_route = dict(args_route)
+        self.layer_dropout = layer_dropout
+        self._depth = depth
+
+    def _step_name(self, step: int) -> str:
+        return "the input" if step < 0 else f"block {step // 2}, branch {'fg'[step % 2]}"
 
     def _blocks(self, kwargs: Mapping[str, Any]) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
         """The blocks of one forward pass, in order: index, keywords of the first branch, of the second."""
@@ -216,13 +341,11 @@ class _Sequence(nn.Module):
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
 
     def extra_repr(self) -> str:
-        parts = [f"depth={self._depth}", f"streams={self.streams!r}", f"execution={self.execution!r}"]
-        if self.layer_dropout:
-            parts.append(f"layer_dropout={self.layer_dropout}")
-        return ", ".join(parts)
+        dropout = f", layer_dropout={self.layer_dropout}" if self.layer_dropout else ""
+        return f"depth={self._depth}, {super().extra_repr()}{dropout}"
 
 
-class ReversibleSequence(_Sequence):
+class ReversibleSequence(_Blocks):
     """Residual blocks on two streams, trained with activation memory that does not grow with depth.
 
     Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
@@ -240,7 +363,9 @@ class ReversibleSequence(_Sequence):
         execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"` keeps one stream
             per step; or one of them per step (`f` and `g` of each block in turn).
         preserve_rng_state: whether a replay repeats the randomness of the call.
-        determinism_check: `"default"` compares what a replay saves with what the forward saved; `"none"` does not.
+        determinism_check: `"default"` compares shape, dtype, device and strides of what a replay saves with what the
+            forward saved; `"none"` does not; `"exact"` compares 64-bit checksums of the state (with float streams, of the
+            branch outputs of steps whose input is kept) and may synchronise.
         context_fn: as in `torch.utils.checkpoint`: returns a pair of contexts, for the forward and for the replay of
             each branch.
 
@@ -276,8 +401,6 @@ class ReversibleSequence(_Sequence):
             raise ValueError(f"split {split!r} is not 'copy' or 'chunk'")
         if merge not in ("mean", "sum", "concat"):
             raise ValueError(f"merge {merge!r} is not 'mean', 'sum' or 'concat'")
-        if determinism_check not in ("default", "none"):
-            raise ValueError(f"determinism_check {determinism_check!r} is not 'default' or 'none'")
         options = Options(preserve_rng_state, determinism_check, context_fn)
         super().__init__(args_route, layer_dropout, len(pairs), execution, options, streams)
         self.split = split
@@ -326,14 +449,12 @@ class ReversibleSequence(_Sequence):
         """
         _check_streams(x1, x2)
         blocks = self._blocks(kwargs)
-        with Call((x1, x2), self._arithmetic(x1), self._options, self._executions) as call:
+        with self._call(x1, x2) as call:
             streams = call.start()
             del x1, x2
             for i, f_args, g_args in blocks:
                 streams = _door.enter(call, i, self.blocks[i], streams, f_args, g_args)
-            streams = call.finish(*streams)
-            self._monitor.flush()
-            return (*streams, call.aux) if call.aux else tuple(streams)
+            return self._finish(call, *streams)
 
     def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The streams before the first block, `(x1, x2)`, from those after the last.
@@ -350,7 +471,7 @@ class ReversibleSequence(_Sequence):
         return f"{super().extra_repr()}, split={self.split!r}, merge={self.merge!r}, dim={self.dim}"
 
 
-class SequentialSequence(_Sequence):
+class SequentialSequence(_Blocks):
     """The non-reversible twin: each layer maps `x` to `x + f(x)`, then to `x + g(x)`.
 
     Args:
@@ -376,14 +497,14 @@ class SequentialSequence(_Sequence):
         """`x` after the last layer: same shape and dtype; `(x, aux)` if branches returned extra outputs."""
         _check_stream(x, "x")
         blocks = self._blocks(kwargs)
-        with Call((x,), FloatArithmetic(), Options(), self._executions) as call:
+        with self._call(x) as call:
             del x
             for i, f_args, g_args in blocks:
                 f, g = self.layers[i]
                 call.step(2 * i, f, 0, (0,), _ADDITIVE, f_args, f"layer {i}, branch f")
                 call.step(2 * i + 1, g, 0, (0,), _ADDITIVE, g_args, f"layer {i}, branch g")
-            (y,) = call.finish()
-            return (y, call.aux) if call.aux else y
+            y, *aux = self._finish(call)
+            return (y, *aux) if aux else y
 
 
 def _streams(streams: Streams) -> Streams:

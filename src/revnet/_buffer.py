@@ -1,0 +1,144 @@
+"""Integers multiplied by ratios without loss: what a division leaves over is remembered in a buffer.
+
+To multiply a count by n/d, its remainder modulo d goes to the buffer, as a digit of base d, and the quotient times n is
+topped up with a digit of base n from there. Both directions are the same exchange with n and d swapped.
+
+Reference: Maclaurin et al. 2015, arXiv:1502.03492, section 3.2; MacKay et al. 2018, arXiv:1810.10999.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ._couplings import tree_map, tree_unzip
+from ._streams import Fixed, RangeMonitor
+
+# The denominator of factors that are tensors, and what a buffer may hold.
+_DENOMINATOR = 2**16
+_LARGEST = 2**63 - 1
+
+
+@dataclass(eq=False, frozen=True)
+class _Past:
+    """The multiplications so far, latest first: how large the buffer may be, and whether a new one was begun."""
+
+    bound: int
+    begun: bool
+    before: _Past | None
+
+
+@dataclass(eq=False, frozen=True)
+class Remembering:
+    """A held stream that was multiplied: its counts, the buffer of each, and the buffers that are full."""
+
+    counts: Any
+    buffer: Any
+    full: list[Any]
+    past: _Past | None
+
+    def map(self, fn: Callable[[Any], Any]) -> Remembering:
+        """The same with `fn` of each tree of integers."""
+        return Remembering(fn(self.counts), fn(self.buffer), [fn(buffer) for buffer in self.full], self.past)
+
+
+pytree.register_pytree_node(
+    Remembering,
+    lambda held: ([held.counts, held.buffer, held.full], held.past),
+    lambda children, past: Remembering(*children, past),
+    serialized_type_name="revnet._buffer.Remembering",
+)
+
+
+def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor, step: int) -> Remembering:
+    """A held stream times `scale`.
+
+    Factors are rounded to multiples of 2^-16 unless they are one `Fraction`, products to multiples of the numerator.
+
+    Args:
+        held: a tree of integers, or what another multiplication returned.
+        scale: a `Fraction`, or a tree of positive factors.
+        least: the smallest factor there can be.
+        fixed: the format of the integers.
+        monitor: told where a product leaves the range or a factor is not a number; `step` is the number it reports.
+    """
+    if not isinstance(held, Remembering):
+        held = Remembering(held, tree_map(_empty, held), [], None)
+    numerators, denominator, least = _ratio(scale, least)
+    bound, buffer, full = 0 if held.past is None else held.past.bound, held.buffer, held.full
+    begun = _after(bound, denominator) > _LARGEST
+    if begun:
+        bound, buffer, full = 0, tree_map(_empty, buffer), [*full, buffer]
+    smallest, limit = torch.iinfo(fixed.dtype).min, 0.99 * fixed.limit * 2.0**fixed.fraction_bits
+
+    def times(count: Tensor, buffer: Tensor, numerator: Any) -> tuple[Tensor, Tensor]:
+        product = count.double() * numerator / denominator
+        inside = (product.abs() < limit) & (numerator > 0)
+        magnitude = torch.where(inside | (product.abs() >= limit), product.abs(), math.nan) * 2.0**-fixed.fraction_bits
+        monitor.observe(~inside & (count != smallest), magnitude.float(), step)
+        numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
+        count, buffer = _exchange(count, buffer, numerator, denominator, smallest)
+        return torch.where(inside, count, smallest).to(fixed.dtype), buffer
+
+    counts, buffer = _over(times, numerators, held.counts, buffer)
+    return Remembering(counts, buffer, full, _Past(_after(bound, denominator) // least, begun, held.past))
+
+
+def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
+    """What `multiply` was given."""
+    numerators, denominator, least = _ratio(scale, least)
+    smallest = torch.iinfo(fixed.dtype).min
+
+    def over(count: Tensor, buffer: Tensor, numerator: Any) -> tuple[Tensor, Tensor]:
+        numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
+        count, buffer = _exchange(count, buffer, denominator, numerator, smallest)
+        return count.to(fixed.dtype), buffer
+
+    counts, buffer = _over(over, numerators, held.counts, held.buffer)
+    past, full = held.past, held.full
+    assert past is not None, "divided more often than multiplied"
+    if past.begun:
+        *full, buffer = full
+    return counts if past.before is None else Remembering(counts, buffer, full, past.before)
+
+
+def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
+    """Numerators, zero where a factor is not a number; the denominator; the smallest numerator of the others."""
+    if isinstance(scale, Fraction):
+        return scale.numerator, scale.denominator, scale.numerator
+
+    def numerator(factor: Tensor) -> Tensor:
+        scaled = (factor.double() * _DENOMINATOR).round()
+        return torch.where(factor.isnan(), 0.0, scaled.clamp(smallest, 2.0**40)).to(torch.int64)
+
+    smallest = max(1, int(least * _DENOMINATOR))
+    return tree_map(numerator, scale), _DENOMINATOR, smallest
+
+
+def _over(fn: Callable[..., tuple[Tensor, Tensor]], numerators: Any, counts: Any, buffer: Any) -> tuple[Any, Any]:
+    if isinstance(numerators, int):
+        return tree_unzip(lambda *leaves: fn(*leaves, numerators), counts, buffer)
+    return tree_unzip(fn, counts, buffer, numerators)
+
+
+def _exchange(count: Tensor, buffer: Tensor, n: Any, d: Any, smallest: int) -> tuple[Tensor, Tensor]:
+    """Multiply by n/d; the smallest number, which stands for "not a number", stays."""
+    wide = count.to(torch.int64)
+    buffer = buffer * d + wide.remainder(d)
+    product = wide.div(d, rounding_mode="floor") * n + buffer.remainder(n)
+    return torch.where(count == smallest, smallest, product), buffer.div(n, rounding_mode="floor")
+
+
+def _after(bound: int, denominator: int) -> int:
+    return bound * denominator + denominator - 1
+
+
+def _empty(count: Tensor) -> Tensor:
+    return torch.zeros_like(count, dtype=torch.int64)
