@@ -1,0 +1,129 @@
+"""torch.compile around a sequence breaks the graph at it and is right; torch.export takes the plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import Attention, Linear, Mlp, build, randn
+from oracle import OperationLog, assert_near, assert_same_gradients, gradients_of, stored_copy, weighted
+from revnet import ReversibleSequence
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Model(nn.Module):
+    """Layers around a sequence, as in any real model."""
+
+    def __init__(self, body: nn.Module, seed: int = 5) -> None:
+        super().__init__()
+        (self.enter, self.leave) = build([(Linear, Linear)], 8, seed=seed)[0]
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.body(self.enter(x).tanh()))
+
+
+def models(makers: list) -> tuple[Model, Model]:
+    pairs = build(makers, 8)
+    return Model(ReversibleSequence(pairs)), Model(stored_copy(pairs))
+
+
+def test_the_graph_breaks_at_the_sequence():
+    model, _ = models([(Mlp, Mlp)] * 2)
+    explanation = torch._dynamo.explain(model)(randn(2, 6, 8))
+    assert explanation.graph_count >= 2
+    assert explanation.graph_break_count >= 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_has_the_gradients_of_the_plain_one(backend: str):
+    model, oracle = models([(Attention, Mlp)] * 3)
+    compiled = torch.compile(model, backend=backend)
+    for seed in range(3):
+        found = []
+        for module, call in ((model, compiled), (oracle, oracle)):
+            module.zero_grad()
+            x = randn(2, 6, 8, seed=seed, requires_grad=True)
+            out = call(x)
+            weighted(out).backward()
+            found.append({"x": x.grad, "out": out.detach(), **gradients_of(module)})
+        assert_same_gradients(*found)
+
+
+def test_a_compiled_sequence_and_compiled_branches_are_right():
+    pairs = build([(Mlp, Mlp)] * 2, 8)
+    oracle = stored_copy(pairs)
+    x, expected = randn(2, 6, 8, requires_grad=True), randn(2, 6, 8, requires_grad=True)
+    weighted(oracle(expected)).backward()
+    net = ReversibleSequence(pairs)
+    for call in (torch.compile(net, backend="aot_eager"), net):
+        net.zero_grad()
+        x.grad = None
+        weighted(call(x)).backward()
+        assert_near(x.grad, expected.grad)
+        assert_same_gradients(gradients_of(net), gradients_of(oracle))
+        for block in net.blocks:
+            block.f.compile(backend="aot_eager")
+
+
+def test_what_a_compiled_model_keeps_does_not_grow_with_depth():
+    """The activations inside the sequence are still rebuilt: each branch runs again in backward."""
+    model, _ = models([(Mlp, Mlp)] * 3)
+    compiled = torch.compile(model, backend="aot_eager")
+    times: list[int] = []
+    for block in model.body.blocks:
+        block.f.register_forward_hook(lambda *_: times.append(1))
+    loss = weighted(compiled(randn(2, 6, 8, requires_grad=True)))
+    assert len(times) == 3
+    loss.backward()
+    assert len(times) == 6
+
+
+def _without_gradients(model: nn.Module, x: Tensor) -> list[str]:
+    with torch.no_grad(), OperationLog() as log:
+        model(x)
+    return log.names
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_takes_the_plain_loop(strict: bool, training: bool):
+    model, oracle = models([(Attention, Mlp)] * 3)
+    model.train(training)
+    oracle.train(training)
+    x = randn(2, 6, 8)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), strict=strict)
+        plain = torch.export.export(oracle, (x,), strict=strict)
+        assert_near(exported.module()(x), oracle(x))
+
+    def calls(program: torch.export.ExportedProgram) -> list[str]:
+        return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+    assert calls(exported) == calls(plain)
+
+
+def test_export_with_gradients_enabled_takes_the_plain_loop_too():
+    model, oracle = models([(Mlp, Mlp)] * 2)
+    x = randn(2, 6, 8)
+    exported = torch.export.export(model.eval(), (x,))
+    assert_near(exported.module()(x), oracle.eval()(x))
+
+
+def test_export_with_a_dynamic_batch():
+    model, oracle = models([(Mlp, Mlp)] * 2)
+    with torch.no_grad():
+        exported = torch.export.export(model, (randn(2, 6, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        x = randn(5, 6, 8, seed=2)
+        assert_near(exported.module()(x), oracle(x))
