@@ -53,7 +53,7 @@ def format_bytes(size: int) -> str:
     return f"{size} B" if unit == "B" else f"{amount:.2f} {unit}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """One execution per step, chosen for a memory budget by `revnet.plan`, with what it is predicted to cost.
 
@@ -136,7 +136,14 @@ class Plan:
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is not a plan: {error}") from error
 
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self.executions)} steps, {format_bytes(self.peak_bytes)} of {format_bytes(self.budget)}, "
+            f"{self.slowdown:.3f} × stored)"
+        )
+
     def __str__(self) -> str:
+        """A table: the figures, then for each run of steps what is kept."""
         source = "estimated from FLOPs" if self.estimated else "measured"
         lines = [
             f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: {len(self.executions)} steps",

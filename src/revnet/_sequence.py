@@ -14,12 +14,12 @@ from ._couplings import Additive, tree_leaves
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
-from ._execution import EXECUTIONS, resolve
+from ._execution import EXECUTIONS, Plan, resolve
 from ._routing import Routes, check_keywords, check_routes, route_args
 from ._steps import FixedArithmetic, FloatArithmetic, Step, undo
 from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
 
-Execution = str | Sequence[str]
+Execution = str | Sequence[str] | Plan
 Streams = str | Fixed | Float
 
 _ADDITIVE = Additive()
@@ -133,7 +133,13 @@ class _Program(nn.Module):
         self._monitor = RangeMonitor()
         self.execution = execution
 
+    def _check_plan(self, x: Tensor) -> None:
+        """Raise where the input is larger than that for which the plan in force was made."""
+        if isinstance(self._execution, Plan) and torch.is_grad_enabled():
+            self._execution.check_input(x)
+
     def _call(self, *streams: Any) -> Call:
+        self._check_plan(tree_leaves(streams[0])[0])
         return Call(streams, self._arithmetic(tree_leaves(streams[0])[0]), self._options, self._executions)
 
     def _finish(self, call: Call, *streams: Any) -> tuple[Any, ...]:
@@ -293,7 +299,7 @@ class Reversible(_Program):
         for i, stream in enumerate(streams):
             for leaf in tree_leaves(stream):
                 _check_stream(leaf, f"stream {i}")
-        check_keywords(self.args_route, kwargs)
+        check_keywords(cast(Any, self.args_route), kwargs)
         routed = {key: value for key, value in kwargs.items() if key in self.args_route}
         steps = cast(list[Step], list(self.steps))
         return [
@@ -425,6 +431,7 @@ class ReversibleSequence(_Blocks):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         _check_stream(x, "x")
+        self._check_plan(x)
         if self.split == "copy":
             return x, x
         size = x.shape[self.dim]
@@ -464,7 +471,7 @@ class ReversibleSequence(_Blocks):
         check_keywords(self.args_route, kwargs)
         routed = route_args(self.args_route, kwargs, self._depth)
         for block, (f_args, g_args) in zip(reversed(self.blocks), reversed(routed), strict=True):
-            y1, y2 = block.inverse(y1, y2, f_args, g_args)
+            y1, y2 = cast(ReversibleBlock, block).inverse(y1, y2, f_args, g_args)
         return y1, y2
 
     def extra_repr(self) -> str:
@@ -500,7 +507,7 @@ class SequentialSequence(_Blocks):
         with self._call(x) as call:
             del x
             for i, f_args, g_args in blocks:
-                f, g = self.layers[i]
+                f, g = cast(nn.ModuleList, self.layers[i])
                 call.step(2 * i, f, 0, (0,), _ADDITIVE, f_args, f"layer {i}, branch f")
                 call.step(2 * i + 1, g, 0, (0,), _ADDITIVE, g_args, f"layer {i}, branch g")
             y, *aux = self._finish(call)

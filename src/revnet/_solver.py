@@ -9,12 +9,14 @@ Lagrangian dual of the budget, so is one that cannot beat a plan known already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Chain:
         steps: per step, its kind and the stream it updates.
         gradients: per step, bytes of parameter gradients that no later step has made.
         result: bytes of the result, which the caller holds through backward.
+        ending: bytes that it takes to make the result from the streams.
+        credit: bytes by which the gradients of the streams are fewer at the last step.
         prefetch: stream tensors that offloaded steps have on the device ahead of their use.
         overhead: bytes seen in a run beyond what the model says.
     """
@@ -65,6 +69,8 @@ class Chain:
     steps: tuple[tuple[int, int], ...]
     gradients: tuple[int, ...]
     result: int
+    ending: int
+    credit: int = 0
     prefetch: int = 2
     overhead: int = 0
     _moves: dict[tuple[int, int, _State], list[_Move]] = field(default_factory=dict, compare=False, repr=False)
@@ -75,6 +81,7 @@ class Chain:
         for gradient in reversed(self.gradients):
             made.append(total)
             total += gradient
+        made[0] -= self.credit
         return made[::-1]
 
     def size(self, parts: Sequence[int], kept: int = 0) -> int:
@@ -120,8 +127,8 @@ def _may_end(state: _State) -> bool:
 
 
 def _end(chain: Chain, state: _State) -> int:
-    """Bytes at the end of the forward pass above what is kept: the streams, and two passes that merge them."""
-    return chain.size(range(len(chain.sizes)), state.kept) + 2 * chain.result
+    """Bytes at the end of the forward pass above what is kept: the streams, and the result."""
+    return chain.size(range(len(chain.sizes)), state.kept) + chain.ending
 
 
 def _moves(chain: Chain, k: int, state: _State) -> list[_Move]:
@@ -138,9 +145,7 @@ def _moves(chain: Chain, k: int, state: _State) -> list[_Move]:
     return chain._moves[key]
 
 
-def _move(
-    chain: Chain, kind: int, target: int, state: _State, execution: str, cost: Cost, later: bool
-) -> _Move:
+def _move(chain: Chain, kind: int, target: int, state: _State, execution: str, cost: Cost, later: bool) -> _Move:
     parts = range(len(chain.sizes))
     kept, marked = state.kept, 0
     stored = execution == "store"
@@ -267,7 +272,15 @@ def _bounds(first: int, layers: list[_Layer], prices: Tensor) -> list[Tensor]:
     return bounds[::-1]
 
 
-def solve(chain: Chain, budget: int, effort: int = 4_000_000) -> Solution | None:
+@contextlib.contextmanager
+def _real() -> Iterator[None]:
+    """Tensors of the solver are real, on the CPU, wherever those of the sequence are."""
+    with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
+        yield
+
+
+@_real()
+def solve(chain: Chain, budget: int, effort: int = 1_000_000) -> Solution | None:
     """The fastest plan whose peak is within `budget` bytes, or None if there is none.
 
     Args:
@@ -375,7 +388,12 @@ def _least(first: list[_State], layers: list[_Layer], budget: int) -> tuple[int,
     for layer in layers:
         after: dict[int, tuple[int, int, int, int]] = {}
         columns = zip(
-            layer.owner.tolist(), layer.after.tolist(), layer.kept.tolist(), layer.need.tolist(), layer.moves, strict=True
+            layer.owner.tolist(),
+            layer.after.tolist(),
+            layer.kept.tolist(),
+            layer.need.tolist(),
+            layer.moves,
+            strict=True,
         )
         for number, (owner, to, more, need, move) in enumerate(columns):
             if owner not in reached:
@@ -398,13 +416,17 @@ def _least(first: list[_State], layers: list[_Layer], budget: int) -> tuple[int,
     return time, path[::-1]
 
 
+@_real()
 def minimum(chain: Chain) -> int:
     """The smallest peak that any plan has, in bytes."""
     first, layers = _layers(chain)
     names = [tuple(kind) for kind in chain.kinds]
-    low, high = 0, min(
-        simulate(chain, [_first(names[kind], execution) for kind, _ in chain.steps]).peak
-        for execution in ("store", "invert", "checkpoint")
+    low, high = (
+        0,
+        min(
+            simulate(chain, [_first(names[kind], execution) for kind, _ in chain.steps]).peak
+            for execution in ("store", "invert", "checkpoint")
+        ),
     )
     while low < high:
         found = _least(first, layers, (low + high) // 2 - chain.overhead)
