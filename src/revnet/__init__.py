@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ._couplings import Leapfrog as Leapfrog
     from ._couplings import Midpoint as Midpoint
     from ._couplings import Momentum as Momentum
+    from ._decisions import remember as remember
     from ._errors import ReversibleError as ReversibleError
     from ._execution import Plan as Plan
     from ._memory import MemoryReport as MemoryReport
@@ -48,6 +49,7 @@ _MODULES = {
     "Step": "_steps",
     "measure_memory": "_memory",
     "plan": "_planner",
+    "remember": "_decisions",
     "route_args": "_routing",
 }
 

@@ -49,10 +49,15 @@ class Remembering:
         return Remembering(fn(self.counts), fn(self.buffer), [fn(buffer) for buffer in self.full], self.past)
 
 
+def _unflatten(children: Any, past: Any) -> Remembering:
+    counts, buffer, full = children
+    return Remembering(counts, buffer, full, past)
+
+
 pytree.register_pytree_node(
     Remembering,
     lambda held: ([held.counts, held.buffer, held.full], held.past),
-    lambda children, past: Remembering(*children, past),
+    _unflatten,
     serialized_type_name="revnet._buffer.Remembering",
 )
 

@@ -10,8 +10,8 @@ The rules, cited below by number:
  1. One evaluation of `fn` per step in backward, which serves the inversion and the gradient.
  2. State is found by walking, never by assuming an order. One lock per call.
  3. What was restored belongs to the backward call (graph task) that asked for it.
- 4. What a handle caught dies with the handle. What the engine keeps is saved through a no-op Function, so that enclosing
-    hooks manage it too. A known state dies with the last handle above it.
+ 4. What a handle caught dies with the handle. What the engine keeps is saved through a no-op Function, so that
+    enclosing hooks manage it too. A known state dies with the last handle above it.
  5. Parameters and keyword tensors are not recomputed: they pass through.
  6. A replay sees what the call saw: layout of the sources, parameters, buffers, training flags, containers among the
     keywords, randomness, autocast.
@@ -36,6 +36,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from ._couplings import Coupling, tree_leaves, tree_map
+from ._decisions import Decisions
 from ._errors import ReversibleError
 from ._kept import Hosted, Playing, Recording, Results, Saved
 from ._replay import AutocastState, KeywordState, ModuleState, RandomState, _modules, devices_of
@@ -95,6 +96,7 @@ class _Record:
     target_layout: Any
     kept: Saved | Hosted | None
     results: Results | None
+    decisions: Decisions
     # Per tensor that the call saved: shape, dtype, device, strides; None where it passed through.
     saved: list[Any]
     saved_by_branch: int = 0
@@ -229,6 +231,7 @@ class Call:
             layouts=[tree_map(_Layout, value) for value in sources],
             target_layout=tree_map(_Layout, self.streams[target][0]),
             kept=self._keep(execution, target, source, coupling),
+            decisions=Decisions(name),
             results=Results(execution == "select", self.capturing) if execution == "select" or self.capturing else None,
             saved=[],
         )
@@ -238,6 +241,7 @@ class Call:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(saved_tensors_hooks(pack, _unpack))
+                stack.enter_context(record.decisions.recorded())
                 if contexts is not None:
                     stack.enter_context(contexts[0])
                 if record.results is not None:
@@ -269,7 +273,7 @@ class Call:
         return [value for value, _ in self.streams]
 
     def finish(self, *streams: Any) -> Sequence[Any]:
-        """The streams after the last step, as its block gave them; from here on, the call lives as long as its handles."""
+        """The streams after the last step, as its block gave them. Now the call lives as long as its handles."""
         if self.records and self.records[-1] is not None:
             self._mark()
         self.top = len(self.records) - 1
@@ -331,8 +335,8 @@ class Call:
             tensor, version = caught.pop(index)
             if tensor._version != version:
                 raise ReversibleError(
-                    f"{self._name(step)}: a tensor that backward needs was changed in place by the branch itself, which "
-                    "stored execution does not allow either. Use the out-of-place operation."
+                    f"{self._name(step)}: a tensor that backward needs was changed in place by the branch itself, "
+                    "which stored execution does not allow either. Use the out-of-place operation."
                 )
             return tensor
 
@@ -353,7 +357,7 @@ class Call:
                 if alive is not None:
                     alive.tasks.pop(task_id, None)
 
-            torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(forget)
         return task
 
     def _nearest(self, task: _Task, step: int) -> tuple[int, list[Stream]]:
@@ -434,8 +438,8 @@ class Call:
         if record.checksums is None or torch.equal(record.checksums[which], _checksum(tree)):
             return
         raise ReversibleError(
-            f"{record.name} is not deterministic: called again on the same input, it gave another output, so its gradient "
-            "would be wrong. Randomness of Python, NumPy or an own torch.Generator is not repeated: draw from torch's "
+            f"{record.name} is not deterministic: called again on the same input, it gave another output, so its "
+            "gradient would be wrong. Randomness of Python, NumPy or an own torch.Generator is not repeated: draw from torch's "
             "global generators. Kernels that add in changing order have deterministic forms: "
             "torch.use_deterministic_algorithms(True)."
         )
@@ -468,6 +472,7 @@ class Call:
             if record.random is not None:
                 stack.enter_context(record.random.restored())
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(record.decisions.repeated())
             if record.context is not None:
                 stack.enter_context(record.context)
             if record.results is not None and not self.running:
@@ -514,8 +519,7 @@ class Call:
         for position in [position for position in task.loaded if position > step]:
             del task.loaded[position]
         self.known[step] = list(state)
-        for k in range(len(self.records) - 1, step, -1):
-            self.records.pop()
+        del self.records[step + 1 :]
 
 
 class _Catching:
@@ -595,7 +599,8 @@ def _unpack(packed: Any) -> Tensor:
             )
         return packed.tensor
     token, index = packed
-    return token.call.recover(token.step, index)
+    tensor: Tensor = token.call.recover(token.step, index)
+    return tensor
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -619,9 +624,9 @@ def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:
         return f"{tuple(shape)} {dtype} on {device}, strides {strides}"
 
     return (
-        f"{name}: saved tensor {index} is {text(replay)} in the replay but was {text(forward)} in the forward pass. The "
-        "branch did not do the same work twice: look for a condition on state that the first call changed, or randomness "
-        "of Python or NumPy."
+        f"{name}: saved tensor {index} is {text(replay)} in the replay but was {text(forward)} in the forward pass. "
+        "The branch did not do the same work twice: look for a condition on state that the first call changed, or "
+        "randomness of Python or NumPy."
     )
 
 

@@ -119,7 +119,10 @@ class FixedArithmetic:
         if coupling.translates:
             increment = fitting(value, coupling.increment(out))
             value, counts = tree_unzip(
-                lambda *leaves: fixed_add(*leaves, self.fixed, self.monitor, index), value, _counts(held), increment
+                lambda value, counts, increment: fixed_add(value, counts, increment, self.fixed, self.monitor, index),
+                value,
+                _counts(held),
+                increment,
             )
             return value, _with_counts(held, counts)
         # The gradient is that of the rule on floats; the value, below, that of the integers.
