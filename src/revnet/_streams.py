@@ -161,7 +161,10 @@ class Fixed:
         return torch.where(inside, total, sentinel).to(self.dtype), self._read(total, inside, dtype)
 
     def _read(self, held: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.where(inside, held.to(_wide(dtype)) * 2.0**-self.fraction_bits, math.nan).to(dtype)
+        value = torch.where(inside, held.to(_wide(dtype)) * 2.0**-self.fraction_bits, math.nan)
+        # No `to` that changes nothing: in a compiled Function, torch 2.11 takes the two names of the result for two
+        # outputs, one of them without a gradient, and both lose it.
+        return value if value.dtype == dtype else value.to(dtype)
 
     def _fused(
         self,
@@ -238,17 +241,19 @@ class Fixed:
         scale, quarter = 2.0**self.fraction_bits, 2.0 ** (_RANGE_BITS[self.dtype] - 2)
         size = new.numel()
         length = min(size, _PIECE * torch.get_num_threads())
-        scratch = {
-            wide: torch.empty(length, dtype=wide)
-            for wide in {_wide(increment.dtype), *(() if value is None else (_wide(value.dtype),))}
-        }
+        # Where the value has the type that the arithmetic needs, its own memory serves.
+        wides = {_wide(x.dtype) for x in (increment, value) if x is not None}
+        scratch = {wide: torch.empty(length, dtype=wide) for wide in wides if value is None or value.dtype != wide}
         flat = [None if x is None else x.as_strided((size,), (1,)) for x in (held, increment, new, value)]
         for start in range(0, size, length):
             count = min(length, size - start)
             old, addend, into, read = (x if x is None or count == size else x[start : start + count] for x in flat)
             assert addend is not None
             assert into is not None
-            scaled = scratch[_wide(addend.dtype)][:count]
+            room = {wide: memory[:count] for wide, memory in scratch.items()}
+            if read is not None and read.dtype not in room:
+                room[read.dtype] = read
+            scaled = room[_wide(addend.dtype)]
             if addend.dtype == scaled.dtype:
                 torch.mul(addend, sign * scale, out=scaled)
             else:
@@ -259,7 +264,7 @@ class Fixed:
                 if old is not None:
                     into.add_(old)
                 if read is not None:
-                    wide = read if read.dtype == _wide(read.dtype) else scratch[_wide(read.dtype)][:count]
+                    wide = room[_wide(read.dtype)]
                     wide.copy_(into).mul_(1.0 / scale)
                     ordinary = _within(wide, quarter / scale)
                     if wide is not read:
@@ -268,9 +273,9 @@ class Fixed:
                 self._combine_into(old, addend, into, read, sign, monitor, step)
 
 
-# Elements per thread and piece: some 8 bytes each of scratch, old and new integers, increment and value stay in a
-# level-2 cache of 1 MiB, and the calls cost little beside the work. A multiple of the length that torch gives a thread.
-_PIECE = 65536
+# Elements per thread and piece: enough work for a call to cost little beside it, few enough for a level-2 cache. A
+# multiple of the length that torch gives to a thread.
+_PIECE = 131072
 
 
 def _within(x: Tensor, bound: float) -> bool:
@@ -418,6 +423,7 @@ class RangeMonitor:
 
     def observe(self, bad: Tensor, magnitude: Tensor, step: int) -> None:
         """Remember, on the device, the largest magnitude (float32) where `bad` holds, as found at this step."""
+        bad, magnitude = _local(bad), _local(magnitude)
         if bad.numel() == 0 or _is_fake(bad):
             return
         found = torch.where(bad, magnitude.view(torch.int32).to(torch.int64) + _key(step), 0)
@@ -428,12 +434,13 @@ class RangeMonitor:
 
     def sample(self, increment: Tensor, fixed: Fixed, step: int) -> None:
         """Measure, in the 1st, 2nd, 4th, 8th ... call of a step, how many of some increments are rounded to zero."""
+        increment = _local(increment.detach())
         calls = self._calls[step] = self._calls.get(step, 0) + 1
         if calls & (calls - 1) or increment.numel() == 0:
             return
         if increment.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        some = increment.detach()
+        some = increment
         for dim in range(some.dim()):
             some = some.narrow(dim, 0, max(1, min(some.shape[dim], _SAMPLE * some.shape[dim] // some.numel())))
         some = some.abs().to(_wide(some.dtype))
@@ -503,6 +510,14 @@ def _host(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory() if device.type == "cuda" else x
 
 
+def _local(x: Tensor) -> Tensor:
+    """This rank's part of a distributed tensor; any other tensor as it is."""
+    if torch.compiler.is_compiling():
+        return x
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return x.to_local() if distributed is not None and isinstance(x, distributed.DTensor) else x
+
+
 def _is_fake(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
@@ -532,7 +547,7 @@ class _FixedAdd(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         batched = (_batch_first(x, dim, info.batch_size) for x, dim in zip(args[:3], in_dims[:3], strict=True))
-        return _FixedAdd.apply(*batched, *args[3:]), (0, 0)  # type: ignore[no-untyped-call]
+        return _FixedAdd.apply(*batched, *args[3:]), (0, 0)
 
 
 class _FixedEncode(torch.autograd.Function):
@@ -552,7 +567,7 @@ class _FixedEncode(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return _FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:]), (0, 0)  # type: ignore[no-untyped-call]
+        return _FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:]), (0, 0)
 
 
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -576,13 +591,13 @@ def fixed_add(
     """
     if increment.shape != held.shape:
         increment = increment.expand(held.shape)
-    new_value, new_held = _FixedAdd.apply(value, held, increment, fixed, monitor, step)  # type: ignore[no-untyped-call]
+    new_value, new_held = _FixedAdd.apply(value, held, increment, fixed, monitor, step)
     return new_value, new_held
 
 
 def fixed_encode(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1) -> tuple[Tensor, Tensor]:
     """Return `(value, held)` of x, where value is held read in x's dtype, differentiable straight through."""
-    value, held = _FixedEncode.apply(x, fixed, monitor, step)  # type: ignore[no-untyped-call]
+    value, held = _FixedEncode.apply(x, fixed, monitor, step)
     return value, held
 
 
