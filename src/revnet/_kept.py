@@ -1,10 +1,10 @@
-"""What stays of a step until backward: tensors on the device, in host memory, or results of its expensive operations."""
+"""What stays of a step until backward: tensors on the device or in host memory, results of some of its operations."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Saved:
         leaves, self.spec = pytree.tree_flatten(tree)
         anchor = torch.empty(0, requires_grad=True)
         # The node hangs on a tensor of its own. On the graph of the streams it would close a cycle through C++.
-        self.node: Any = _Keep.apply(anchor, *(leaf.detach() for leaf in leaves)).grad_fn  # type: ignore[no-untyped-call]
+        self.node: Any = _Keep.apply(anchor, *(leaf.detach() for leaf in leaves)).grad_fn
 
     def load(self) -> Any:
         """The tensors, after autograd's own check that nobody wrote to them."""
@@ -106,7 +106,7 @@ class Hosted:
 class _Pool:
     """Pinned buffers not in use, by shape, strides and dtype."""
 
-    free: defaultdict[Any, list[Tensor]] = defaultdict(list)
+    free: ClassVar[defaultdict[Any, list[Tensor]]] = defaultdict(list)
 
     @staticmethod
     def take(like: Tensor) -> Tensor:
@@ -133,20 +133,31 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Results:
-    """Outputs of the expensive operations of one call of a branch: matrix products, convolutions, attention.
+    """Outputs of some operations of one call of a branch, which a replay takes instead of running them again.
 
-    Expensive is what `torch.utils.flop_counter` counts, custom operators with a registered formula included.
+    Args:
+        expensive: keep the outputs of matrix products, convolutions and attention: of what `torch.utils.flop_counter`
+            counts, custom operators with a registered formula included.
+        random: keep the outputs of operations that draw (of dropout, the mask). In a CUDA graph under capture the
+            generator cannot be set back.
     """
 
-    __slots__ = ("functions", "outputs", "states", "written", "saved")
+    __slots__ = ("expensive", "random", "functions", "outputs", "states", "written", "saved")
 
-    def __init__(self) -> None:
+    def __init__(self, expensive: bool, random: bool) -> None:
+        self.expensive = expensive
+        self.random = random
         self.functions: list[Any] = []
         self.outputs: list[Any] = []
         # Generator states after operations that drew: a replay that skips the operation must still move on.
         self.states: list[RandomState | None] = []
         self.written: set[int] = set()
         self.saved: Saved | None = None
+
+    def keeps(self, func: Any, args: Any, kwargs: Any) -> bool:
+        if self.expensive and _expensive(func):
+            return True
+        return self.random and draws(func, args, kwargs)
 
     def settle(self) -> None:
         """Hand the outputs to whoever manages saved tensors here."""
@@ -160,8 +171,16 @@ def _expensive(func: Any) -> bool:
     return func._overloadpacket in flop_registry
 
 
+def draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call of an operator takes random numbers."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    rates = [value for argument, value in _named(func, args, kwargs) if argument.name in ("p", "dropout_p")]
+    return rates != [0.0]
+
+
 class Recording(TorchDispatchMode):
-    """Runs a branch and keeps the results of its expensive operations."""
+    """Runs a branch and keeps results."""
 
     def __init__(self, results: Results, devices: Sequence[torch.device]) -> None:
         super().__init__()
@@ -173,13 +192,15 @@ class Recording(TorchDispatchMode):
         results = self.results
         if func._schema.is_mutable:
             self._protect(func, args, kwargs)
-        if not _expensive(func):
+        if not results.keeps(func, args, kwargs):
             return func(*args, **kwargs)
-        draws = torch.Tag.nondeterministic_seeded in func.tags
-        before = RandomState(self.devices) if draws else None
+        before = RandomState(self.devices) if not results.random and draws(func, args, kwargs) else None
         out = func(*args, **kwargs)
+        kept = pytree.tree_map_only(Tensor, Tensor.detach, out)
+        if func is torch.ops.aten.native_dropout.default:
+            kept = (None, kept[1])
         results.functions.append(func)
-        results.outputs.append(pytree.tree_map_only(Tensor, Tensor.detach, out))
+        results.outputs.append(kept)
         results.states.append(RandomState(self.devices) if before is not None and before.moved() else None)
         return out
 
@@ -219,18 +240,24 @@ class Playing(TorchDispatchMode):
         self.outputs = results.saved.load()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _expensive(func):
-            return func(*args, **(kwargs or {}))
         results, i = self.results, self.count
+        if not results.keeps(func, args, kwargs or {}):
+            return func(*args, **(kwargs or {}))
         self.count += 1
         if i >= len(results.functions) or func is not results.functions[i]:
             raise ReversibleError(
-                f"{self.name}: operation {i} among the expensive ones is {func} in the replay but was "
+                f"{self.name}: operation {i} among those whose results are kept is {func} in the replay but was "
                 f"{results.functions[i] if i < len(results.functions) else 'none'} in the forward pass."
             )
         state = results.states[i]
         if state is not None:
             state.set()
+        if func is torch.ops.aten.native_dropout.default:
+            mask, rate = self.outputs[i][1], args[1]
+            scale = 0.0 if rate == 1.0 else 1.0 / (1.0 - rate)
+            return torch.ops.aten.native_dropout_backward(args[0], mask, scale), mask.detach()
+        if func._schema.is_mutable:
+            return args[0].copy_(self.outputs[i])
         # A result that the branch goes on to overwrite is copied, so that the next replay finds it as it was.
         again = Tensor.clone if i in results.written else Tensor.detach
         return pytree.tree_map_only(Tensor, again, self.outputs[i])
