@@ -104,9 +104,9 @@ class Plan:
         ):
             return
         raise ReversibleError(
-            f"the input is {tuple(x.shape)} {_dtype(x.dtype)}, larger than {self.shape} {self.dtype}, for which the plan "
-            f"of {format_bytes(self.budget)} was made. Make a plan with this input: net.execution = revnet.plan(net, x, "
-            "budget)."
+            f"the input is {tuple(x.shape)} {_dtype(x.dtype)}, larger than {self.shape} {self.dtype}, for which the "
+            f"plan of {format_bytes(self.budget)} was made. Make a plan with this input: "
+            "net.execution = revnet.plan(net, x, budget)."
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -165,11 +165,12 @@ class Plan:
         width = 2 if len(steps) % 2 == 0 and all(_branch(a[0]) != _branch(b[0]) for a, b in _pairs(steps)) else 1
         rows: list[tuple[str, str, list[int]]] = []
         units = [steps[i : i + width] for i in range(0, len(steps), width)]
-        for _, run in groupby(units, key=lambda unit: [execution for _, execution, _ in unit]):
-            found = list(run)
-            for column in zip(*found, strict=True):
-                # With two alike executions in every unit, one row says it.
-                rows.append((_span([name for name, _, _ in column]), column[0][1], [kept for _, _, kept in column]))
+        for executions, run in groupby(units, key=lambda unit: [step[1] for step in unit]):
+            columns = zip(*run, strict=True)
+            rows += [
+                (_span([name for name, _, _ in column]), execution, [kept for _, _, kept in column])
+                for execution, column in zip(executions, columns, strict=True)
+            ]
         return rows
 
 
@@ -183,7 +184,7 @@ def _checked(found: Any) -> dict[str, Any]:
     types = get_type_hints(Plan)
     if set(found) != {field.name for field in fields(Plan)}:
         raise ValueError(f"its fields are {', '.join(sorted(found))}")
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in found.items():
         kind = types[name]
         if get_origin(kind) is tuple:
@@ -222,8 +223,8 @@ def resolve(execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence
         names = list(execution.executions)
         if len(names) != steps:
             raise ValueError(
-                f"the plan was made for {len(names)} steps, but this sequence has {steps}: plans fit one depth. Make one "
-                "with revnet.plan(net, x, budget)."
+                f"the plan was made for {len(names)} steps, but this sequence has {steps}: a plan fits one depth. "
+                "Make one with revnet.plan(net, x, budget)."
             )
     else:
         names = [execution] * steps if isinstance(execution, str) else list(execution)

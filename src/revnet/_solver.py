@@ -383,7 +383,7 @@ def _search(
 
 def _least(first: list[_State], layers: list[_Layer], budget: int) -> tuple[int, list[int]] | None:
     """A plan that fits, if there is one: from each state on, the fewest bytes kept are the best to go on with."""
-    reached: dict[int, tuple[int, int, tuple[int, ...] | None]] = {i: (0, 0, None) for i in range(len(first))}
+    reached: dict[int, tuple[int, int, tuple[int, ...] | None]] = dict.fromkeys(range(len(first)), (0, 0, None))
     history: list[dict[int, tuple[int, int, int, int]]] = []
     for layer in layers:
         after: dict[int, tuple[int, int, int, int]] = {}
