@@ -254,17 +254,25 @@ class Rehearsal:
         # Stand-ins have no gradients, so a run makes all of them: the model is asked about such a run.
         predicted = simulate(replace(chain, gradients=self._gradients({})), solution.executions).peak
         self.net.execution = list(solution.executions)
+        # A new monitor looks at every step of its first call, and later ones at fewer.
+        self.net._monitor = RangeMonitor()
+        torch.clear_autocast_cache()
         meter = _meter(self.device, self.mode)
         with meter.watch():
             outputs = list(_tensors_in(self.net(*self.inputs, **self.kwargs)))
         wanted = [leaf for leaf in outputs if leaf.requires_grad]
         ones = [leaf.detach().new_ones(()).expand_as(leaf) for leaf in wanted]
         with meter.watch():
+            torch.clear_autocast_cache()
             torch.autograd.backward(wanted, ones)
         _clear(self.net)
         for leaf in _tensors_in((self.inputs, self.kwargs)):
             leaf.grad = None
         return int(meter.peak - predicted)
+
+
+# Steps in the chain that is timed.
+_REPEATED = 3
 
 
 class _Stage:
@@ -283,23 +291,26 @@ class _Stage:
         self.values = values
         self.needs_grad = needs_grad
         self.arithmetic = arithmetic
+        self.leaves = [*_parameters(site.fn), *_parameters(site.coupling)]
+        self.leaves += [leaf for leaf in _tensors_in(site.kwargs) if leaf.is_leaf]
 
-    def call(self, execution: str) -> Call:
+    def call(self, execution: str, steps: int = 1) -> Call:
         """A call whose streams are not leaves, so that nothing but the call and its graph holds them."""
         streams = [
             pytree.tree_map_only(Tensor, partial(_fresh, requires_grad=grad), value)
             for value, grad in zip(self.values, self.needs_grad, strict=True)
         ]
-        return Call(streams, self.arithmetic, self.rehearsal.options, (execution,))
+        return Call(streams, self.arithmetic, self.rehearsal.options, [execution] * steps)
 
-    def step(self, call: Call) -> None:
+    def step(self, call: Call, index: int = 0) -> None:
         site = self.site
-        call.step(0, site.fn, site.target, site.source, site.coupling, site.kwargs, site.name)
+        call.step(index, site.fn, site.target, site.source, site.coupling, site.kwargs, site.name)
 
-    def run(self, execution: str) -> None:
-        """Forward and backward."""
-        call = self.call(execution)
-        self.step(call)
+    def run(self, execution: str, steps: int = 1) -> None:
+        """Forward and backward of the step, or of a chain of its like."""
+        call = self.call(execution, steps)
+        for index in range(steps):
+            self.step(call, index)
         root = _root(call.finish())
         call.__exit__()
         if root is not None:
@@ -307,11 +318,8 @@ class _Stage:
         self.clear()
 
     def clear(self) -> None:
-        for module in (self.site.fn, self.site.coupling):
-            _clear(module)
-        for leaf in pytree.tree_leaves(self.site.kwargs):
-            if isinstance(leaf, Tensor) and leaf.is_leaf:
-                leaf.grad = None
+        for leaf in self.leaves:
+            leaf.grad = None
         torch.clear_autocast_cache()
 
     def times(self, names: Sequence[str]) -> dict[str, int]:
@@ -321,16 +329,15 @@ class _Stage:
         device = self.rehearsal.device
         found: dict[str, list[int]] = {name: [] for name in names}
         began = time.perf_counter()
-        repeats = 3 if device.type == "cuda" else 1
         for turn in range(15):
             for name in names:
                 _synchronize(device)
                 start = time.perf_counter_ns()
-                for _ in range(repeats):
-                    self.run(name)
+                # In a chain, as in a sequence, the host runs ahead of the device.
+                self.run(name, _REPEATED)
                 _synchronize(device)
-                found[name].append((time.perf_counter_ns() - start) // repeats)
-            if turn >= 4 and time.perf_counter() - began > 2.0:
+                found[name].append((time.perf_counter_ns() - start) // _REPEATED)
+            if turn >= 2 and time.perf_counter() - began > 2.0:
                 break
         return _ordered({name: min(values) for name, values in found.items()})
 
