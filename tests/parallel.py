@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,20 +26,23 @@ Check = Callable[[int, int], None]
 WIDTH, TOKENS = 8, 4
 
 
-def run_checks(module: str, world_size: int, folder: Path, timeout: float = 110.0) -> dict[str, str]:
-    """Runs every function of the module's CHECKS on the ranks, in order.
+def run_checks(
+    module: str, world_size: int, folder: Path, checks_name: str = "CHECKS", timeout: float = 110.0
+) -> dict[str, str]:
+    """Runs every function of the module's CHECKS, or of another such dict, on the ranks, in order.
 
     Returns:
         Per name "passed", or why not. After the first failure the ranks end, and the rest was not run.
     """
-    checks = importlib.import_module(module).CHECKS
+    checks = getattr(importlib.import_module(module), checks_name)
     outcomes = dict.fromkeys(checks, "not run: an earlier check failed")
     path = folder / "passed.json"
     failure = ""
     try:
-        run_ranks(_rank, world_size, module, str(path), timeout=timeout)
+        run_ranks(_rank, world_size, module, checks_name, str(path), timeout=timeout)
     except Exception as error:
-        failure = str(error)
+        # The first rank to end is often not the one that failed: show what each said.
+        failure = "\n".join([str(error), *(file.read_text() for file in sorted(folder.glob("error-*")))])
     passed = json.loads(path.read_text()) if path.exists() else []
     outcomes |= dict.fromkeys(passed, "passed")
     if failure:
@@ -48,16 +52,17 @@ def run_checks(module: str, world_size: int, folder: Path, timeout: float = 110.
     return outcomes
 
 
-def _rank(rank: int, world_size: int, module: str, path: str) -> None:
+def _rank(rank: int, world_size: int, module: str, checks_name: str, path: str) -> None:
     # A branch that ends in F.linear returns a view; the combine works out of place, so no hook is lost.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     passed: list[str] = []
-    for name, check in importlib.import_module(module).CHECKS.items():
+    for name, check in getattr(importlib.import_module(module), checks_name).items():
         torch.manual_seed(0)
         try:
             check(rank, world_size)
         except BaseException as error:
-            error.add_note(f"in check {name!r} on rank {rank}")
+            text = f"check {name!r} on rank {rank}:\n{''.join(traceback.format_exception(error))}"
+            Path(path).with_name(f"error-{rank}").write_text(text)
             raise
         dist.barrier()
         passed.append(name)
