@@ -1,7 +1,7 @@
 """Integers multiplied by ratios without loss: what a division leaves over is remembered in a buffer.
 
-To multiply a count by n/d, its remainder modulo d goes to the buffer, as a digit of base d, and the quotient times n is
-topped up with a digit of base n from there. Both directions are the same exchange with n and d swapped.
+To multiply a count by n/d, it is multiplied by n, topped up with a digit of base n from the buffer, and divided by d.
+The remainder goes to the buffer as a digit of base d. Both directions are the same exchange, with n and d swapped.
 
 Reference: Maclaurin et al. 2015, arXiv:1502.03492, section 3.2; MacKay et al. 2018, arXiv:1810.10999.
 """
@@ -22,7 +22,9 @@ from ._couplings import tree_map, tree_unzip
 from ._streams import Fixed, RangeMonitor
 
 # The denominator of factors that are tensors, and what a buffer may hold.
-_DENOMINATOR = 2**16
+_DENOMINATOR = 2**24
+# Larger numerators times a remainder would overflow.
+_LARGEST_NUMERATOR = 2**38
 _LARGEST = 2**63 - 1
 
 
@@ -65,7 +67,8 @@ pytree.register_pytree_node(
 def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor, step: int) -> Remembering:
     """A held stream times `scale`.
 
-    Factors are rounded to multiples of 2^-16 unless they are one `Fraction`, products to multiples of the numerator.
+    Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by less than the
+    resolution of the format times one plus the factor.
 
     Args:
         held: a tree of integers, or what another multiplication returned.
@@ -78,7 +81,7 @@ def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMoni
         held = Remembering(held, tree_map(_empty, held), [], None)
     numerators, denominator, least = _ratio(scale, least)
     bound, buffer, full = 0 if held.past is None else held.past.bound, held.buffer, held.full
-    begun = _after(bound, denominator) > _LARGEST
+    begun = _after(bound, least, denominator) > _LARGEST
     if begun:
         bound, buffer, full = 0, tree_map(_empty, buffer), [*full, buffer]
     smallest, limit = torch.iinfo(fixed.dtype).min, 0.99 * fixed.limit * 2.0**fixed.fraction_bits
@@ -93,7 +96,7 @@ def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMoni
         return torch.where(inside, count, smallest).to(fixed.dtype), buffer
 
     counts, buffer = _over(times, numerators, held.counts, buffer)
-    return Remembering(counts, buffer, full, _Past(_after(bound, denominator) // least, begun, held.past))
+    return Remembering(counts, buffer, full, _Past(_after(bound, least, denominator), begun, held.past))
 
 
 def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
@@ -115,13 +118,13 @@ def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
 
 
 def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
-    """Numerators, zero where a factor is not a number; the denominator; the smallest numerator of the others."""
+    """Numerators, zero where a factor is too large or not a number; the denominator; the smallest other numerator."""
     if isinstance(scale, Fraction):
         return scale.numerator, scale.denominator, scale.numerator
 
     def numerator(factor: Tensor) -> Tensor:
         scaled = (factor.double() * _DENOMINATOR).round()
-        return torch.where(factor.isnan(), 0.0, scaled.clamp(smallest, 2.0**40)).to(torch.int64)
+        return torch.where(scaled < _LARGEST_NUMERATOR, scaled.clamp_min(smallest), 0.0).to(torch.int64)
 
     smallest = max(1, int(least * _DENOMINATOR))
     return tree_map(numerator, scale), _DENOMINATOR, smallest
@@ -135,14 +138,15 @@ def _over(fn: Callable[..., tuple[Tensor, Tensor]], numerators: Any, counts: Any
 
 def _exchange(count: Tensor, buffer: Tensor, n: Any, d: Any, smallest: int) -> tuple[Tensor, Tensor]:
     """Multiply by n/d; the smallest number, which stands for "not a number", stays."""
-    wide = count.to(torch.int64)
-    buffer = buffer * d + wide.remainder(d)
-    product = wide.div(d, rounding_mode="floor") * n + buffer.remainder(n)
-    return torch.where(count == smallest, smallest, product), buffer.div(n, rounding_mode="floor")
+    quotient = count.to(torch.int64).div(d, rounding_mode="floor")
+    rest = (count - quotient * d) * n + buffer.remainder(n)
+    buffer = buffer.div(n, rounding_mode="floor") * d + rest.remainder(d)
+    product = quotient * n + rest.div(d, rounding_mode="floor")
+    return torch.where(count == smallest, smallest, product), buffer
 
 
-def _after(bound: int, denominator: int) -> int:
-    return bound * denominator + denominator - 1
+def _after(bound: int, least: int, denominator: int) -> int:
+    return (bound // least) * denominator + denominator - 1
 
 
 def _empty(count: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -115,7 +116,7 @@ class _Scheme(Coupling):
         self.step_size = step_size
 
     def increment(self, out: Any) -> Any:
-        return tree_map(lambda leaf: self.multiple * self.step_size * leaf, out)
+        return tree_map(lambda leaf: _times(leaf, self.multiple * self.step_size), out)
 
     def extra_repr(self) -> str:
         return f"step_size={self.step_size}"
@@ -173,13 +174,13 @@ class Momentum(Coupling):
         return self.gamma
 
     def increment(self, out: Any) -> Any:
-        return tree_map(lambda leaf: float(1 - self.gamma) * leaf, out)
+        return tree_map(lambda leaf: _times(leaf, float(1 - self.gamma)), out)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"
 
 
-# A scaling rounds to the denominator's multiple of the stream's resolution.
+# Of a larger one, less would be left of a buffer of 63 bits.
 _LARGEST_DENOMINATOR = 10_000
 
 
@@ -283,8 +284,13 @@ def _subtract(target: Tensor, increment: Tensor) -> Tensor:
     return target - increment.to(target.dtype)
 
 
+def _times(x: Tensor, factor: float) -> Tensor:
+    # Multiplying by a Python number keeps it for backward as a tensor of its own, outside all hooks.
+    return torch.ops.aten.mul.Scalar(x, factor)  # type: ignore[no-any-return]
+
+
 def _multiply(target: Tensor, scale: Any) -> Tensor:
-    return target * (scale.to(target.dtype) if isinstance(scale, Tensor) else scale)
+    return target * scale.to(target.dtype) if isinstance(scale, Tensor) else _times(target, scale)
 
 
 def _divide(target: Tensor, scale: Any) -> Tensor:

@@ -1,0 +1,222 @@
+"""Checks for couplings and branches of your own: does the inverse invert, is the gradient that of stored execution?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ._couplings import Coupling
+from ._errors import ReversibleError
+
+__all__ = ["check_gradients", "check_inverse"]
+
+
+def check_inverse(program: nn.Module, *inputs: Any, tolerance: float | None = None, **kwargs: Any) -> float:
+    """The relative error with which `program.inverse` gives back what the forward pass was given.
+
+    Args:
+        program: a `Coupling`, for which `inputs` are a target and a branch output; or a module with `forward` and
+            `inverse`, such as `revnet.Reversible`, for which they are its streams.
+        inputs: tensors, or trees of tensors, floating-point.
+        tolerance: largest relative error of a tensor; by default 1000 times the precision of its dtype.
+        **kwargs: keywords of both directions.
+
+    Returns:
+        The largest relative error: the norm of the difference in units of the norm of what was given.
+
+    Raises:
+        ReversibleError: an error above the tolerance, an input changed in place, another structure, shape or dtype.
+    """
+    before = _clone(inputs)
+    name = ("target", "branch output").__getitem__ if isinstance(program, Coupling) else "stream {}".format
+    with torch.no_grad():
+        if isinstance(program, Coupling):
+            target, out = inputs
+            found: Any = (program.invert(program.combine(target, out), out), out)
+        else:
+            outputs = program(*inputs, **kwargs)
+            streams = outputs if isinstance(outputs, tuple) else (outputs,)
+            found = program.inverse(*streams[: len(inputs)], **kwargs)  # type: ignore[operator]
+            found = found if isinstance(found, tuple) else (found,)
+    _unchanged(inputs, before, type(program).__name__, name)
+    worst = 0.0
+    for i, (given, back) in enumerate(zip(before, found, strict=True)):
+        if pytree.tree_structure(given) != pytree.tree_structure(back):
+            raise ReversibleError(f"{name(i)} came back with another structure: inverse returns what forward takes")
+        for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(back), strict=True):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                raise ReversibleError(
+                    f"{name(i)} is {tuple(a.shape)} {a.dtype}, but came back as {tuple(b.shape)} {b.dtype}: the "
+                    "inverse undoes shape and dtype, too"
+                )
+            error = _error(b, a)
+            worst = max(worst, error)
+            allowed = 1000 * torch.finfo(a.dtype).eps if tolerance is None else tolerance
+            if not error <= allowed:
+                raise ReversibleError(
+                    f"{name(i)} came back with a relative error of {error:.2g}, more than {allowed:.2g}. If it is of "
+                    "the order of one, the inverse does not match: undo the operations of forward in reverse order, "
+                    "with the same branch output, in eval() or without randomness. If it is small, the rule loses "
+                    "digits: leave approximate=False, so that steps keep their targets, or give it as scale and "
+                    "increment and use streams='fixed'."
+                )
+    return worst
+
+
+def check_gradients(
+    program: nn.Module, *streams: Any, tolerance: float | None = None, seed: int = 0, **kwargs: Any
+) -> float:
+    """The relative error of the gradients of `program` against stored execution of the same program.
+
+    Every output counts: the gradient is that of a weighted sum over all elements of all of them. The `.grad` of
+    parameters, buffers and generators are left as they were.
+
+    Args:
+        program: `revnet.Reversible` or a sequence, in the mode and with the execution to be checked.
+        streams: tensors, or trees of tensors, floating-point; they get gradients as well.
+        tolerance: largest relative error of a gradient. By default zero with fixed streams, else 10,000 times the
+            precision of the dtype.
+        seed: of the randomness of each pass.
+        **kwargs: keywords of the forward pass; floating-point tensors that require a gradient get one.
+
+    Returns:
+        The largest relative error among the gradients of streams, keywords and parameters.
+
+    Raises:
+        ReversibleError: a wrong gradient, a branch that gives another result when called again, or a changed input.
+    """
+    execution = program.execution
+    parameters = dict(program.named_parameters())
+    before = _clone(streams)
+    buffers = [(buffer, buffer.detach().clone()) for buffer in program.buffers()]
+
+    def run(execution: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        program.execution = execution
+        leaves, given = _leaves(streams), _leaves(kwargs)
+        devices = [leaf.device for leaf in pytree.tree_leaves(leaves) if leaf.device.type == "cuda"]
+        with torch.random.fork_rng(devices=sorted({device.index or 0 for device in devices})):
+            torch.manual_seed(seed)
+            outputs = _floating(_run(program, leaves, given))
+            wanted = {f"stream {i}": leaf for i, leaf in enumerate(_floating(leaves))}
+            wanted |= {f"keyword tensor {i}": leaf for i, leaf in enumerate(_floating(given)) if leaf.requires_grad}
+            wanted |= {f"parameter {name}": value for name, value in parameters.items() if value.requires_grad}
+            total = torch.stack([_weighted(out).to(outputs[0].device) for out in outputs]).sum()
+            grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+        _unchanged(leaves, before, type(program).__name__, "stream {}".format)
+        return [out.detach() for out in outputs], dict(zip(wanted, grads, strict=True))
+
+    try:
+        outputs, expected = run("store")
+        again, repeated = run("store")
+        _deterministic(outputs, again, expected, repeated)
+        outputs, actual = run(execution)
+    finally:
+        program.execution = execution
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    for i, (a, b) in enumerate(zip(again, outputs, strict=True)):
+        if not torch.equal(a, b):
+            raise ReversibleError(
+                f"output {i} differs between execution={execution!r} and 'store': a branch reads what its own calls "
+                "change, such as a counter. Keep such state in buffers."
+            )
+    exact = program._arithmetic(_floating(streams)[0]).exact  # type: ignore[operator]
+    return _compare(actual, expected, 0.0 if exact and tolerance is None else tolerance)
+
+
+def _run(program: nn.Module, streams: Any, kwargs: Any) -> Any:
+    try:
+        return program(*streams, **kwargs)
+    except RuntimeError as error:
+        if isinstance(error, ReversibleError) or "in-place" not in str(error):
+            raise
+        raise ReversibleError(_IN_PLACE.format(type(program).__name__, "a stream")) from error
+
+
+_IN_PLACE = (
+    "{} changed {} in place. What a step reads is needed to rebuild the activations: work on a copy, or use the "
+    "out-of-place operation."
+)
+
+
+def _compare(actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: Any) -> float:
+    worst = 0.0
+    for name, right in expected.items():
+        found = actual[name]
+        if right is None or found is None:
+            if (right is None) != (found is None):
+                raise ReversibleError(f"{name} has {'no' if found is None else 'a'} gradient, unlike stored execution")
+            continue
+        error = _error(found, right)
+        worst = max(worst, error)
+        allowed = 10_000 * torch.finfo(right.dtype).eps if tolerance is None else tolerance
+        if not error <= allowed:
+            raise ReversibleError(
+                f"{name}: relative error {error:.2g} of the gradient, more than {allowed:.2g}. With float streams, "
+                "rounding errors of the rebuilt activations grow with depth: use streams='fixed', or keep the targets "
+                "of some steps with execution='checkpoint'. With fixed streams, a branch draws from Python's or NumPy's"
+                " generator, or reads state that is not a buffer: determinism_check='exact' names it. If a coupling "
+                "sets approximate or rearranges, check it with check_inverse."
+            )
+    return worst
+
+
+def _deterministic(outputs: list[Tensor], again: list[Tensor], expected: Any, repeated: Any) -> None:
+    same = all(map(torch.equal, outputs, again)) and all(
+        (grad is None) == (repeated[name] is None) and (grad is None or torch.equal(grad, repeated[name]))
+        for name, grad in expected.items()
+    )
+    if not same:
+        raise ReversibleError(
+            "two stored runs with the same seed differ, so no replay can be right. Draw from torch's global "
+            "generators, not from Python's, NumPy's or an own one; keep state in buffers; and on a GPU ask for "
+            "deterministic kernels with torch.use_deterministic_algorithms(True)."
+        )
+
+
+def _unchanged(inputs: Any, before: Any, name: str, names: Callable[[int], str]) -> None:
+    for i, (now, then) in enumerate(zip(inputs, before, strict=True)):
+        for a, b in zip(pytree.tree_leaves(now), pytree.tree_leaves(then), strict=True):
+            if not torch.equal(a, b):
+                raise ReversibleError(_IN_PLACE.format(name, names(i)))
+
+
+def _clone(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), tree)
+
+
+def _leaves(tree: Any) -> Any:
+    """A tree of fresh leaves: streams all with gradient, keywords where they had one."""
+    everything = isinstance(tree, tuple)
+    return pytree.tree_map_only(
+        Tensor,
+        lambda leaf: (
+            leaf.detach().clone().requires_grad_(leaf.is_floating_point() and (everything or leaf.requires_grad))
+        ),
+        tree,
+    )
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _weighted(out: Tensor) -> Tensor:
+    """A scalar in which every element counts differently and not linearly."""
+    wide = out.double()
+    weight = torch.arange(1, out.numel() + 1, dtype=wide.dtype, device=out.device).view(out.shape).cos()
+    return (weight * (wide + 0.1 * wide.square())).sum()
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected.double()).norm().item()
+    scale = expected.double().norm().item()
+    return float(difference / scale if scale else difference)
