@@ -1,0 +1,158 @@
+"""The checks for users pass what is right, and say what to fix where something is wrong."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revnet import (
+    Additive,
+    Affine,
+    Bijection,
+    Coupling,
+    Momentum,
+    Reversible,
+    ReversibleError,
+    ReversibleSequence,
+    Step,
+)
+from revnet.testing import check_gradients, check_inverse
+
+
+def branch(width: int = 4, out: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, out))
+
+
+def net(fn: Any = branch, coupling: Any = Additive, depth: int = 6, **options: Any) -> Reversible:
+    torch.manual_seed(0)
+    return Reversible([Step(fn(), i % 2, (i + 1) % 2, coupling()) for i in range(depth)], **options)
+
+
+def streams(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype)
+
+
+class Wrong(Coupling):
+    def combine(self, target: Tensor, out: Tensor) -> Tensor:
+        return target * 2 + out
+
+    def invert(self, target: Tensor, out: Tensor) -> Tensor:
+        return target / 2 - out
+
+
+class Widens(Coupling):
+    def combine(self, target: Tensor, out: Tensor) -> Tensor:
+        return target.double() + out
+
+    def invert(self, target: Tensor, out: Tensor) -> Tensor:
+        return target - out
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2).sin()
+
+
+class PythonRandom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() * random.random()
+
+
+class Counting(nn.Module):
+    """Another result in each call, from a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.sin() * self.calls
+
+
+@pytest.mark.parametrize("coupling", [Additive(), Affine(), Momentum(0.5)])
+def test_a_right_coupling_passes(coupling: Coupling):
+    out = torch.randn(3, 8 if isinstance(coupling, Affine) else 4)
+    assert check_inverse(coupling, torch.randn(3, 4), out) < 1e-6
+
+
+def test_a_wrong_inverse_is_named():
+    with pytest.raises(ReversibleError, match="target came back with a relative error .* reverse order"):
+        check_inverse(Wrong(), *streams())
+    with pytest.raises(ReversibleError, match="the inverse undoes shape and dtype"):
+        check_inverse(Widens(), *streams())
+
+
+def test_the_drift_of_a_program_is_measured():
+    right = net(depth=20).eval()
+    assert check_inverse(right, *streams()) < 1e-5
+    lossy = Reversible(
+        [s for _ in range(100) for s in (Step(branch(), 1, 0, Momentum(0.5)), Step(None, 0, 1))], streams="float"
+    ).eval()
+    with pytest.raises(ReversibleError, match="stream"):
+        check_inverse(lossy, *streams())
+
+
+@pytest.mark.parametrize("options", [{}, {"streams": "fixed"}, {"execution": "checkpoint"}], ids=str)
+def test_right_gradients_pass(options: dict[str, Any]):
+    error = check_gradients(net(**options), *streams())
+    assert error == 0 if options else error < 1e-4
+    pairs = [(branch(), branch()) for _ in range(3)]
+    assert check_gradients(ReversibleSequence(pairs, **options), torch.randn(3, 4)) < 1e-4
+
+
+def test_nothing_is_left_behind():
+    module = net(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), execution="checkpoint")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = torch.get_rng_state()
+    check_gradients(module, *(x := streams()))
+    del x
+    assert module.execution == "checkpoint"
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    torch.manual_seed(0)
+    assert state is not None
+
+
+def test_the_generators_are_left_alone():
+    module, given = net(), streams()
+    state = torch.get_rng_state()
+    check_gradients(module, *given)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_wrong_gradient_is_named():
+    class Claims(Wrong):
+        def __init__(self) -> None:
+            super().__init__(approximate=True)
+
+    with pytest.raises(ReversibleError, match=r"relative error .* check_inverse"):
+        check_gradients(net(coupling=Claims, streams="float"), *streams())
+
+
+@pytest.mark.parametrize("fn", [PythonRandom, Counting])
+def test_what_is_not_deterministic_is_named(fn: type[nn.Module]):
+    with pytest.raises(ReversibleError, match="two stored runs with the same seed differ"):
+        check_gradients(net(fn), *streams())
+
+
+def test_a_change_in_place_is_named():
+    with pytest.raises(ReversibleError, match="in place"):
+        check_gradients(net(InPlace), *streams())
+
+
+def test_a_bijection_without_the_right_inverse_is_named():
+    class Shift(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.roll(1, -1)
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return y.roll(1, -1)
+
+    module = Reversible([Step(branch()), Step(None, 0, coupling=Bijection(Shift(), rearranges=True))])
+    with pytest.raises(ReversibleError, match="stream 0 came back"):
+        check_inverse(module.eval(), *streams())
