@@ -64,7 +64,7 @@ pytree.register_pytree_node(
 )
 
 
-def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor, step: int) -> Remembering:
+def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> Remembering:
     """A held stream times `scale`.
 
     Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by less than the
@@ -90,7 +90,8 @@ def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMoni
         product = count.double() * numerator / denominator
         inside = (product.abs() < limit) & (numerator > 0)
         magnitude = torch.where(inside | (product.abs() >= limit), product.abs(), math.nan) * 2.0**-fixed.fraction_bits
-        monitor.observe(~inside & (count != smallest), magnitude.float(), step)
+        if monitor is not None:
+            monitor.observe(~inside & (count != smallest), magnitude.float(), step)
         numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
         count, buffer = _exchange(count, buffer, numerator, denominator, smallest)
         return torch.where(inside, count, smallest).to(fixed.dtype), buffer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from ._execution import EXECUTIONS, Plan, resolve
 from ._routing import Routes, check_keywords, check_routes, route_args
 from ._steps import FixedArithmetic, FloatArithmetic, Step, undo
 from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
+from ._traced import Part, active, outside, run_traced
 
 Execution = str | Sequence[str] | Plan
 Streams = str | Fixed | Float
@@ -77,6 +79,15 @@ class ReversibleBlock(nn.Module):
         Returns:
             `(y1, y2)`; as part of a sequence, and alone, their activations are rebuilt in backward.
         """
+        if active():
+            _check_streams(x1, x2)
+            parts = [
+                Part("branch f", self.f, _ADDITIVE, 0, (1,), dict(f_args)),
+                Part("branch g", self.g, _ADDITIVE, 1, (0,), dict(g_args)),
+            ]
+            engine = partial(self.forward, x1, x2, f_args, g_args)
+            y1, y2, *_ = run_traced(parts, (x1, x2), FloatArithmetic(), ("invert", "invert"), engine)
+            return y1, y2
         call, i = _door.take()
         if call is not None:
             call.enter(x1, x2)
@@ -142,6 +153,19 @@ class _Program(nn.Module):
         self._check_plan(tree_leaves(streams[0])[0])
         return Call(streams, self._arithmetic(tree_leaves(streams[0])[0]), self._options, self._executions)
 
+    def _traced(
+        self, parts: Sequence[Part], streams: Sequence[Any], engine: Callable[[], Any], blocks: Sequence[nn.Module] = ()
+    ) -> tuple[Any, ...]:
+        """What a call returns where saved-tensor hooks are out of reach."""
+        fixed = self._format(tree_leaves(streams[0])[0])
+        # The monitor's memory is not of the graph: there, what leaves the range shows as NaN alone.
+        arithmetic = FixedArithmetic(fixed, None) if isinstance(fixed, Fixed) else FloatArithmetic()
+        obstacle = ""
+        if self._options.context_fn is not None or self._options.determinism_check == "exact":
+            obstacle = "context_fn and determinism_check='exact' take effect in the replays of the engine"
+        found: tuple[Any, ...] = run_traced(parts, streams, arithmetic, self._executions, engine, blocks, obstacle)
+        return found
+
     def _finish(self, call: Call, *streams: Any) -> tuple[Any, ...]:
         """The streams of a call, with what branches returned beside their outputs, if anything."""
         outputs = tuple(call.finish(*streams))
@@ -150,14 +174,18 @@ class _Program(nn.Module):
 
     def _arithmetic(self, x: Tensor) -> FloatArithmetic | FixedArithmetic:
         """How this call holds its streams, after a look at what earlier calls found."""
-        fixed = self.streams
-        if fixed == "auto":
-            low = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
-            fixed = Fixed() if low or (self._needs_fixed and x.dtype is torch.float32) else Float()
+        fixed = self._format(x)
         if not isinstance(fixed, Fixed):
             return FloatArithmetic()
         self._raise(self._monitor.poll(), fixed)
         return FixedArithmetic(fixed, self._monitor)
+
+    def _format(self, x: Tensor) -> Fixed | Float:
+        """The format of streams that start as x."""
+        if isinstance(self.streams, Fixed | Float):
+            return self.streams
+        low = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
+        return Fixed() if low or (self._needs_fixed and x.dtype is torch.float32) else Float()
 
     def check(self) -> None:
         """Wait for the device and raise if a stream left the range of its format.
@@ -275,6 +303,12 @@ class Reversible(_Program):
             As many streams, and a dict from step to extra output if branches returned `(update, aux)`.
         """
         program = self._program(streams, kwargs)
+        if active():
+            parts = [
+                Part(f"step {i}", step, step.coupling, step.target, step.source, keywords)
+                for i, step, keywords in program
+            ]
+            return self._traced(parts, streams, partial(self.forward, *streams, **kwargs))
         with self._call(*streams) as call:
             del streams
             for i, step, keywords in program:
@@ -340,8 +374,12 @@ class _Blocks(_Program):
         dropped = self._dropped()
         return [(i, *routed[i]) for i in range(self._depth) if i not in dropped]
 
+    @property
+    def _draws_depth(self) -> bool:
+        return self.training and self.layer_dropout > 0.0
+
     def _dropped(self) -> set[int]:
-        if not self.training or self.layer_dropout == 0.0:
+        if not self._draws_depth:
             return set()
         draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
@@ -455,6 +493,16 @@ class ReversibleSequence(_Blocks):
             `(y1, y2)`, or `(y1, y2, aux)` if branches returned extra outputs.
         """
         _check_streams(x1, x2)
+        if active():
+            engine: Callable[[], tuple[Any, ...]] = partial(self.run, x1, x2, **kwargs)
+            if self._draws_depth and torch.compiler.is_dynamo_compiling():
+                return tuple(outside(engine))
+            parts = []
+            for i, f_args, g_args in self._blocks(kwargs):
+                block = cast(ReversibleBlock, self.blocks[i])
+                parts.append(Part(f"block {i}, branch f", block.f, _ADDITIVE, 0, (1,), f_args))
+                parts.append(Part(f"block {i}, branch g", block.g, _ADDITIVE, 1, (0,), g_args))
+            return self._traced(parts, (x1, x2), engine, list(self.blocks))
         blocks = self._blocks(kwargs)
         with self._call(x1, x2) as call:
             streams = call.start()
@@ -503,6 +551,17 @@ class SequentialSequence(_Blocks):
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
         """`x` after the last layer: same shape and dtype; `(x, aux)` if branches returned extra outputs."""
         _check_stream(x, "x")
+        if active():
+            engine = partial(self.forward, x, **kwargs)
+            if self._draws_depth and torch.compiler.is_dynamo_compiling():
+                return outside(engine)
+            parts = []
+            for i, f_args, g_args in self._blocks(kwargs):
+                f, g = cast(nn.ModuleList, self.layers[i])
+                parts.append(Part(f"layer {i}, branch f", f, _ADDITIVE, 0, (0,), f_args))
+                parts.append(Part(f"layer {i}, branch g", g, _ADDITIVE, 0, (0,), g_args))
+            y, *aux = self._traced(parts, (x,), engine)
+            return (y, *aux) if aux else y
         blocks = self._blocks(kwargs)
         with self._call(x) as call:
             del x

@@ -104,7 +104,7 @@ class FixedArithmetic:
 
     exact = True
 
-    def __init__(self, fixed: Fixed, monitor: RangeMonitor) -> None:
+    def __init__(self, fixed: Fixed, monitor: RangeMonitor | None) -> None:
         self.fixed = fixed
         self.monitor = monitor
 

@@ -1,0 +1,277 @@
+"""Whether a branch can be evaluated twice without a record of what its first evaluation saw."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._decisions import Decisions
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Module]) -> str:
+    """The first obstacle to evaluating the steps twice, as a sentence without its end; empty if there is none.
+
+    Args:
+        steps: as tuples in the order of `_traced.Part`.
+        streams: the streams before them, of which only shape, strides, dtype and device count.
+        blocks: modules around the branches, which the traced path does not call.
+    """
+    if _hooked(blocks):
+        return "a block has hooks"
+    for name, fn, coupling, target, source, kwargs in steps:
+        if not coupling.translates or target in source or any(True for _ in coupling.parameters()):
+            return f"{name}: its coupling, {coupling}, is none that adds to a stream that the branch does not read"
+        found = obstacle(fn, [streams[i] for i in source], streams[target], kwargs)
+        if found:
+            return f"{name} {found}"
+    return ""
+
+
+def _hooked(modules: Sequence[nn.Module]) -> bool:
+    return any(getattr(module, hooks, None) for module in modules for hooks in _HOOKS)
+
+
+# Per branch, what was found; the keys are all that can make a difference.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]) -> str:
+    """Why `fn(*sources, **kwargs)` is not a function of its tensors alone, as the end of a sentence; empty if it is.
+
+    A copy of the branch runs once on tensors without memory, so nothing of it is changed.
+
+    Args:
+        fn: the branch.
+        sources: the streams that it reads: tensors, of which only shape, strides, dtype and device count.
+        target: the stream that it updates.
+        kwargs: its keywords.
+    """
+    if not isinstance(fn, nn.Module):
+        return "is no module, so the tensors that it reads are unknown"
+    modules = list(fn.modules())
+    if _hooked(modules):
+        return "has hooks"
+    leaves, structure = pytree.tree_flatten((tuple(sources), target, dict(kwargs)))
+    key = (tuple(map(_key, leaves)), structure, tuple(module.training for module in modules))
+    known = _known.setdefault(fn, {})
+    if key not in known:
+        known[key] = _run(fn, sources, target, kwargs)
+    return known[key]
+
+
+def _key(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    return tuple(map(_size, leaf.shape)), tuple(map(_size, leaf.stride())), leaf.dtype, leaf.device
+
+
+def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]) -> str:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_transforms())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.enable_grad())
+        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        copies: dict[nn.Module, nn.Module] = {}
+        tensors: dict[Tensor, Tensor] = {}
+        stand_in = _copy(fn, copies, tensors, fake)
+        before = {copied: _attributes(copied) for copied in copies.values()}
+        inner = stack.enter_context(_Inner())
+        given = pytree.tree_map_only(Tensor, lambda x: _imitate(x, fake), (tuple(sources), dict(kwargs)))
+        for source in given[0]:
+            source.requires_grad_()
+        leaves, structure = pytree.tree_flatten(given)
+        watch = stack.enter_context(_Watch(own=tensors))
+        decisions = Decisions("")
+        stack.enter_context(decisions)
+        try:
+            out = stand_in(*given[0], **given[1])
+        except Exception as error:
+            return f"cannot be evaluated on tensors without memory ({type(error).__name__}: {error})"
+    if watch.found:
+        return str(watch.found)
+    if decisions.tensors:
+        return "remembers decisions"
+    if inner.found:
+        return "contains a reversible sequence"
+    for copied in before:
+        for name, value in _attributes(copied).items():
+            if before[copied].get(name, _MISSING) is not value:
+                return f"changes its attribute {name!r}"
+    after, structure_after = pytree.tree_flatten(given)
+    if structure != structure_after or any(a is not b for a, b in zip(leaves, after, strict=True)):
+        return "changes its keywords"
+    if isinstance(out, tuple):
+        return "returns extra outputs"
+    if not isinstance(out, Tensor) or out.shape != _imitate(target, fake).shape:
+        return "returns no tensor of the shape of its stream"
+    if _custom(out):
+        return "contains a torch.autograd.Function"
+    return ""
+
+
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def _without_transforms() -> Iterator[None]:
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def _size(size: Any) -> int:
+    """A dimension as a number; for a symbol the one it was made from, without a guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _imitate(x: Tensor, mode: FakeTensorMode) -> Tensor:
+    shape, strides = [_size(n) for n in x.shape], [_size(n) for n in x.stride()]
+    with mode:
+        imitated = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+    if isinstance(x, nn.Parameter):
+        return nn.Parameter(imitated, x.requires_grad)
+    return imitated
+
+
+def _copy(
+    module: nn.Module, copies: dict[nn.Module, nn.Module], tensors: dict[Tensor, Tensor], mode: FakeTensorMode
+) -> nn.Module:
+    """The module with its own attributes, and parameters and buffers without memory."""
+    if module in copies:
+        return copies[module]
+    copied = copies[module] = type(module).__new__(type(module))
+    copied.__dict__ = dict(module.__dict__)
+    copied.__dict__["_compiled_call_impl"] = None
+    for kind in ("_parameters", "_buffers"):
+        copied.__dict__[kind] = {
+            name: None if value is None else tensors.setdefault(value, _imitate(value, mode))
+            for name, value in module.__dict__[kind].items()
+        }
+    copied.__dict__["_modules"] = {
+        name: None if child is None else _copy(child, copies, tensors, mode)
+        for name, child in module.__dict__["_modules"].items()
+    }
+    return copied
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    own = {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
+    return {**own, **module._buffers}
+
+
+def _custom(out: Tensor) -> bool:
+    """Whether a Function written in Python takes part in the gradient of `out`."""
+    waiting, seen = [out.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+class _Inner:
+    """Notices reversible sequences that run inside of it."""
+
+    _running: ClassVar[list[_Inner]] = []
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def __enter__(self) -> _Inner:
+        self._running.append(self)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._running.pop()
+
+
+def inspecting() -> bool:
+    """Whether a branch is being inspected in which a sequence now runs."""
+    for inner in _Inner._running:
+        inner.found = True
+    return bool(_Inner._running)
+
+
+class _Watch(TorchDispatchMode):
+    """Looks out for operations that a second evaluation would not repeat."""
+
+    def __init__(self, own: Mapping[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.own = own
+        # Storages that outlive the call: of parameters, buffers, and, by their absence from `made`, of what is given.
+        self.made: set[int] = set()
+        self.results: list[Tensor] = []
+        self.found = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        named = _named(func, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(named):
+            self._find(f"draws random numbers ({func.name()})")
+        for argument, value in named:
+            real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+            if real and value.requires_grad and value not in self.own:
+                self._find("reads a tensor that needs a gradient and is not among its parameters")
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            for leaf in pytree.tree_leaves(value) if written else ():
+                if isinstance(leaf, Tensor) and _storage(leaf) not in self.made:
+                    self._find(f"changes a buffer, its input or a keyword in place ({func.name()})")
+        if _moves_statistics(func, named):
+            self._find(f"changes a buffer in place ({func.name()})")
+        out = func(*args, **kwargs)
+        given = {_storage(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in given:
+                self.made.add(_storage(leaf))
+                # Held, because the address of a freed storage may be given to another one.
+                self.results.append(leaf)
+        return out
+
+    def _find(self, what: str) -> None:
+        self.found = self.found or what
+
+
+def _storage(x: Tensor) -> int:
+    address: int = x.untyped_storage()._cdata
+    return address
+
+
+def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Each argument of the operation's schema with its value."""
+    found = list(itertools.zip_longest(func._schema.arguments[: len(args)], args))
+    by_name = {argument.name: argument for argument in func._schema.arguments}
+    return [*found, *((by_name[name], value) for name, value in kwargs.items() if name in by_name)]
+
+
+def _draws_nothing(named: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether an operation that may draw was asked for no dropout, as attention kernels usually are."""
+    values = {argument.name: value for argument, value in named}
+    rates = [values[name] for name in ("p", "dropout_p", "dropout") if name in values]
+    phases = [values[name] for name in ("train", "training") if name in values]
+    return any(rate == 0 for rate in rates) or any(phase is False for phase in phases)
+
+
+def _moves_statistics(func: Any, named: Sequence[tuple[Any, Any]]) -> bool:
+    # The schema of batch norm does not say that it writes its statistics.
+    values = {argument.name: value for argument, value in named}
+    training = values.get("training", values.get("train", values.get("use_input_stats", False)))
+    return "norm" in func.name() and values.get("running_mean") is not None and bool(training)

@@ -1,0 +1,73 @@
+"""What the traced path needs of torch._dynamo; imported only while that traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.comptime import comptime as comptime
+from torch._dynamo.exc import unimplemented
+
+from ._inspect import reason
+
+_found: list[str] = []
+
+
+def inspect(ctx: Any) -> None:
+    """Look at the steps of the function that is being traced, and remember why they cannot be replayed in the graph.
+
+    Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle raises at once.
+    """
+    steps, streams, blocks, obstacle = (_value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle"))
+    _found[:] = [obstacle or reason(steps, streams, blocks)]
+    tracer = getattr(ctx, "_ComptimeContext__tx", None)
+    if _found[0] and getattr(tracer, "one_graph", False):
+        unimplemented(
+            gb_type="revnet: branch that cannot be replayed in a graph",
+            context=_found[0],
+            explanation=f"{_found[0]}. The backward pass inside one graph evaluates each branch a second time, and the "
+            "second evaluation would differ.",
+            hints=[
+                "Compile without fullgraph=True: the sequence then runs outside the graph, with right gradients.",
+                "Compile the branches instead, as in `for block in net.blocks: block.f.compile(); block.g.compile()`.",
+                "Or keep the activations: `net.execution = 'store'`.",
+            ],
+        )
+
+
+def verdict() -> str:
+    """What `inspect` found."""
+    return _found[0]
+
+
+# torch.compile calls such a function once, while it traces, and takes the result for a constant.
+verdict._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.compiler.disable(reason="revnet: a sequence that cannot be replayed in a graph runs outside it")  # type: ignore[untyped-decorator]
+def call(engine: Callable[[], Any]) -> Any:
+    """What `engine` returns, computed outside the graph."""
+    return engine()
+
+
+def _value(ctx: Any, name: str) -> Any:
+    return _realized(ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker())
+
+
+def _realized(variable: Any) -> Any:
+    """The value of a variable of the function that is being traced, its tensors without memory."""
+    from torch._dynamo.variables import ConstDictVariable, TensorVariable
+    from torch._dynamo.variables.lists import BaseListVariable
+
+    variable = variable.realize()
+    if isinstance(variable, TensorVariable):
+        return variable.as_proxy().node.meta["example_value"]
+    if isinstance(variable, BaseListVariable):
+        items = [_realized(item) for item in variable.items]
+        return tuple(items) if variable.python_type() is not list else items
+    if isinstance(variable, ConstDictVariable):
+        return {key.vt.as_python_constant(): _realized(item) for key, item in variable.items.items()}
+    if hasattr(variable, "value"):
+        return variable.value
+    return variable.as_python_constant()

@@ -1,0 +1,318 @@
+"""Sequences as one differentiable operation, for `torch.compile` and for the transforms of `torch.func`.
+
+Neither allows saved-tensor hooks, on which the engine rests. Here the same steps are one `torch.autograd.Function` that
+saves the streams after the last step and the tensors that its branches read. Its backward walks down: it evaluates each
+branch once with `torch.func.vjp`, undoes the step with the result, and pulls the gradient through.
+
+A second evaluation is right only for branches that are functions of their tensors. What draws random numbers, moves
+statistics, has hooks or returns more than its update is found beforehand (`_inspect`): a compiled graph then breaks,
+and the engine runs between its parts; under a transform the steps are an ordinary loop, which keeps its activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+
+from ._couplings import Coupling, fitting
+from ._errors import ReversibleError
+from ._inspect import inspecting, reason
+from ._steps import FixedArithmetic, FloatArithmetic
+from ._streams import Fixed
+
+Arithmetic = FloatArithmetic | FixedArithmetic
+
+
+def active() -> bool:
+    """Whether hooks on saved tensors are out of reach: in a traced graph, or under a transform of `torch.func`."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None or inspecting()
+
+
+class Part(NamedTuple):
+    """A step of one call: `streams[target] = coupling.combine(streams[target], fn(*streams[source], **kwargs))`."""
+
+    name: str
+    fn: Any
+    coupling: Coupling
+    target: int
+    source: tuple[int, ...]
+    kwargs: dict[str, Any]
+
+
+def run_traced(
+    parts: Sequence[Part],
+    streams: Sequence[Any],
+    arithmetic: Arithmetic,
+    executions: Sequence[str],
+    engine: Callable[[], Any],
+    blocks: Sequence[nn.Module] = (),
+    obstacle: str = "",
+) -> Any:
+    """The streams after all steps, followed by a dict of the branches' extra outputs if there are any.
+
+    Args:
+        parts: the steps.
+        streams: the streams before them.
+        arithmetic: how streams are held.
+        executions: of the steps. Where all are `"store"`, activations are kept; otherwise all are rebuilt.
+        engine: does the same outside a graph.
+        blocks: modules around the branches, which are not called here.
+        obstacle: why the steps should be left to the engine, if they should.
+    """
+    if not torch.is_grad_enabled() or all(execution == "store" for execution in executions):
+        return _loop(parts, streams, arithmetic)
+    if torch.compiler.is_dynamo_compiling():
+        # Read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
+        if torch.compiler._is_exporting_flag:
+            return _loop(parts, streams, arithmetic)
+        if _replayable(parts, list(streams), list(blocks), obstacle):
+            return _reversibly(parts, streams, arithmetic)
+        return outside(engine)
+    if inspecting() or torch.compiler.is_compiling() or _forward_mode() or obstacle or reason(parts, streams, blocks):
+        return _loop(parts, streams, arithmetic)
+    return _reversibly(parts, streams, arithmetic)
+
+
+def outside(engine: Callable[[], Any]) -> Any:
+    """Breaks the graph: what `engine` does is not compiled, except what compiles itself."""
+    from ._outside import call
+
+    return call(engine)
+
+
+def _replayable(parts: Sequence[Part], streams: list[Any], blocks: list[nn.Module], obstacle: str) -> bool:
+    """Whether the graph may evaluate the steps again; asked while it is traced."""
+    from ._outside import comptime, inspect, verdict
+
+    # A plain tuple is the same to every version of the tracer.
+    steps = [(part.name, part.fn, part.coupling, part.target, part.source, part.kwargs) for part in parts]
+    comptime(inspect)
+    del steps
+    return not verdict()
+
+
+def _forward_mode() -> bool:
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())
+
+
+def _loop(parts: Sequence[Part], streams: Sequence[Any], arithmetic: Arithmetic) -> tuple[Any, ...]:
+    """The steps as anyone would write them."""
+    states = [arithmetic.open(stream) for stream in streams]
+    aux: dict[str, Any] = {}
+    for index, part in enumerate(parts):
+        out = part.fn(*(states[i][0] for i in part.source), **part.kwargs)
+        if isinstance(out, tuple) and len(out) == 2 and isinstance(states[part.target][0], Tensor):
+            out, aux[part.name] = out
+        try:
+            states[part.target] = arithmetic.combine(part.coupling, states[part.target], out, index)
+        except (TypeError, ValueError) as error:
+            raise ReversibleError(f"{part.name} {error}") from error
+    values = tuple(value for value, _ in states)
+    return (*values, aux) if aux else values
+
+
+class _Slot(NamedTuple):
+    """The place of a tensor among those that go through the operation."""
+
+    place: int
+
+
+class _Tensors:
+    """The tensors that go through the operation, each once: gradients reach no others."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.slots: dict[Tensor, int] = {}
+
+    def add(self, tensor: Tensor) -> int:
+        if tensor not in self.slots:
+            self.slots[tensor] = len(self.tensors)
+            self.tensors.append(tensor)
+        return self.slots[tensor]
+
+    def lift(self, value: Any) -> Any:
+        """`value` with slots for its tensors."""
+        if isinstance(value, Tensor):
+            return _Slot(self.add(value))
+        if type(value) is dict:
+            return {key: self.lift(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self.lift(item) for item in value])
+        return value
+
+
+def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """`value` with tensors for its slots."""
+    if isinstance(value, _Slot):
+        return tensors[value.place]
+    if type(value) is dict:
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_filled(item, tensors) for item in value])
+    return value
+
+
+class _Evaluation(NamedTuple):
+    """A step whose tensors are slots."""
+
+    name: str
+    fn: Any
+    coupling: Coupling
+    target: int
+    source: tuple[int, ...]
+    kwargs: dict[str, Any]
+    # Parameters and buffers by name, and those of all its slots that take a gradient.
+    state: tuple[tuple[str, int], ...]
+    differentiated: tuple[int, ...]
+
+
+class _Program(NamedTuple):
+    """All of the operation but its tensors."""
+
+    steps: tuple[_Evaluation, ...]
+    streams: tuple[int, ...]
+    fixed: Fixed | None
+    # Of the CPU and of the streams' device: its type, whether autocast is enabled there, its dtype.
+    autocast: tuple[tuple[str, bool, torch.dtype], tuple[str, bool, torch.dtype]]
+
+
+def _reversibly(parts: Sequence[Part], streams: Sequence[Tensor], arithmetic: Arithmetic) -> tuple[Any, ...]:
+    """The steps as one operation whose backward rebuilds the streams."""
+    table = _Tensors()
+    starts = tuple([table.add(stream) for stream in streams])
+    steps = []
+    for part in parts:
+        state = []
+        for name, tensor in part.fn.named_parameters(remove_duplicate=False):
+            state.append((name, table.add(tensor)))
+        for name, tensor in part.fn.named_buffers(remove_duplicate=False):
+            state.append((name, table.add(tensor)))
+        kwargs = table.lift(part.kwargs)
+        used = [slot for _, slot in state] + _slots(kwargs)
+        differentiated = []
+        for slot in used:
+            if slot not in differentiated and _takes_gradient(table.tensors[slot]):
+                differentiated.append(slot)
+        steps.append(_Evaluation(*part[:5], kwargs, tuple(state), tuple(differentiated)))
+    fixed = arithmetic.fixed if isinstance(arithmetic, FixedArithmetic) else None
+    program = _Program(tuple(steps), starts, fixed, (_autocast("cpu"), _autocast(streams[0].device.type)))
+    outputs = _Walk.apply(program, *table.tensors)
+    return tuple(outputs[: len(streams)])
+
+
+def _slots(value: Any) -> list[int]:
+    if isinstance(value, _Slot):
+        return [value.place]
+    if type(value) is dict:
+        value = list(value.values())
+    if type(value) in (list, tuple):
+        return [slot for item in value for slot in _slots(item)]
+    return []
+
+
+def _takes_gradient(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return False
+    # Under nested transforms a tensor does not say whether an outer one differentiates it.
+    return tensor.requires_grad or (
+        not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _autocast(device_type: str) -> tuple[str, bool, torch.dtype]:
+    return device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+def _autocasting(device_type: str, enabled: bool, dtype: torch.dtype) -> torch.autocast:
+    # Without the cache: a cast that another evaluation made belongs to that one's gradients.
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _increment(step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """What a step adds to its target, as a function of its sources and of its tensors that take a gradient."""
+
+    def increment(*inputs: Tensor) -> Tensor:
+        count = len(step.source)
+        filled = list(tensors)
+        for slot, tensor in zip(step.differentiated, inputs[count:], strict=True):
+            filled[slot] = tensor
+        state = {name: filled[slot] for name, slot in step.state}
+        # Every name of a shared tensor is among the state: looking for them again would take long to trace.
+        out = functional_call(step.fn, state, inputs[:count], _filled(step.kwargs, filled), tie_weights=False)
+        added: Tensor = fitting(target, step.coupling.increment(out))
+        return added
+
+    return increment
+
+
+class _Walk(torch.autograd.Function):
+    """The steps forward; in backward the same evaluations in reverse, each undoing its step."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
+        fixed = program.fixed
+        values = [tensors[slot] for slot in program.streams]
+        held = [] if fixed is None else [fixed.encode(value) for value in values]
+        if fixed is not None:
+            values = [fixed.decode(integers, value.dtype) for integers, value in zip(held, values, strict=True)]
+        for step in program.steps:
+            i = step.target
+            inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
+            added = _increment(step, values[i], tensors)(*inputs)
+            if fixed is None:
+                values[i] = values[i] + added.to(values[i].dtype)
+            else:
+                held[i], values[i] = fixed.add(held[i], added, values[i].dtype)
+        # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
+        # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
+        return (*[value.clone() for value in values], *held)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        program, *tensors = inputs
+        ctx.program = program
+        if program.fixed is not None:
+            ctx.mark_non_differentiable(*output[len(program.streams) :])
+        ctx.save_for_backward(*output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        program: _Program = ctx.program
+        fixed = program.fixed
+        count = len(program.streams)
+        values = list(ctx.saved_tensors[:count])
+        held = [] if fixed is None else list(ctx.saved_tensors[count : 2 * count])
+        tensors = ctx.saved_tensors[count if fixed is None else 2 * count :]
+        stream_grads = list(grads[:count])
+        collected: list[Tensor | None] = [None] * len(tensors)
+        for step in program.steps[::-1]:
+            i = step.target
+            with _autocasting(*program.autocast[0]), _autocasting(*program.autocast[1]):
+                inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
+                evaluated: Any = vjp(_increment(step, values[i], tensors), *inputs)
+            added, pull = evaluated
+            if fixed is None:
+                values[i] = values[i] - added.to(values[i].dtype)
+            else:
+                held[i], values[i] = fixed.subtract(held[i], added, values[i].dtype)
+            pulled = pull(stream_grads[i].to(added.dtype))
+            for j, grad in zip(step.source, pulled, strict=False):
+                stream_grads[j] = stream_grads[j] + grad
+            for slot, grad in zip(step.differentiated, pulled[len(step.source) :], strict=True):
+                _accumulate(collected, slot, grad)
+        for slot, grad in zip(program.streams, stream_grads, strict=True):
+            _accumulate(collected, slot, grad)
+        return (None, *collected)
+
+
+def _accumulate(collected: list[Tensor | None], slot: int, grad: Tensor) -> None:
+    present = collected[slot]
+    collected[slot] = grad if present is None else present + grad
