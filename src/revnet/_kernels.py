@@ -51,7 +51,7 @@ def _combine(
         total += tl.where(increment < 0, -SIGN * count, SIGN * count)
         inside = known & fits & (total < BOUND) & (total > -BOUND)
         if finding_ptr is not None:
-            bad = mask & known & (inside == 0)
+            bad = mask & known & ~inside
             if tl.max(bad.to(tl.int32), axis=0) > 0:
                 magnitude = tl.where(fits, tl.abs(total).to(tl.float32) * UNIT, size_of_increment.to(tl.float32))
                 finding = tl.where(bad, magnitude.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)

@@ -1,7 +1,7 @@
 """How a stream is held: as floating point, or as integers that add and subtract without loss.
 
 `Fixed` exists in three implementations of one arithmetic, equal in every bit: plain torch operations (the reference,
-which compilers fuse), a Triton kernel (`_kernels.py`), and an in-place CPU variant that works in cache-sized pieces.
+which compilers fuse), a Triton kernel (`_kernels.py`), and for the CPU a variant that works in place, in few passes.
 """
 
 from __future__ import annotations
