@@ -81,7 +81,7 @@ def test_a_right_coupling_passes(coupling: Coupling):
 
 
 def test_a_wrong_inverse_is_named():
-    with pytest.raises(ReversibleError, match="target came back with a relative error .* reverse order"):
+    with pytest.raises(ReversibleError, match=r"target came back with a relative error .* reverse order"):
         check_inverse(Wrong(), *streams())
     with pytest.raises(ReversibleError, match="the inverse undoes shape and dtype"):
         check_inverse(Widens(), *streams())
@@ -108,14 +108,10 @@ def test_right_gradients_pass(options: dict[str, Any]):
 def test_nothing_is_left_behind():
     module = net(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), execution="checkpoint")
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    state = torch.get_rng_state()
-    check_gradients(module, *(x := streams()))
-    del x
+    check_gradients(module, *streams())
     assert module.execution == "checkpoint"
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    torch.manual_seed(0)
-    assert state is not None
 
 
 def test_the_generators_are_left_alone():
