@@ -196,6 +196,19 @@ class ReadsSavedTwice(nn.Module):
         return _Cube.apply(self.linear(x))
 
 
+class Force(nn.Module):
+    """Differentiates inside its own forward, as energy-based models do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    @torch.enable_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(self.linear(x).tanh().square().sum(), x, create_graph=True)[0]
+
+
 class Unused(nn.Module):
     """One of its two layers takes no part."""
 
@@ -348,6 +361,8 @@ CASES: list[Case] = [
     Case("constant-detached-L4", 4, ((Constant, Mlp), (Detached, Linear))),
     Case("bias-L3", 3, ((Bias, Mlp),)),
     Case("reads-saved-twice-L3", 3, ((ReadsSavedTwice, Mlp),)),
+    Case("force-L3", 3, ((Force, Mlp),)),
+    Case("force-L3-chunk", 3, ((with_dropout(Mlp), Force),), options=_CHUNKED),
     Case("unused-L3", 3, ((Unused, Unused),)),
     Case("shared-L4", 4, ((Mlp, Gate),), shared=True),
     Case("shared-L4-dropout", 4, ((with_dropout(Mlp), with_dropout(Mlp)),), shared=True),

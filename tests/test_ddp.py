@@ -124,8 +124,8 @@ def _no_sync(rank: int, world_size: int) -> None:
     assert_gradients_of(oracle, net)
 
 
-def _two_forwards(rank: int, world_size: int) -> None:
-    net, oracle = both(build([(with_dropout(Mlp), Mlp)] * 3, 8))
+def _two_forwards(rank: int, world_size: int, branch: type[nn.Module] = Mlp) -> None:
+    net, oracle = both(build([(with_dropout(Mlp), branch)] * 3, 8))
     model = DistributedDataParallel(net)
     xs = [[randn(2, 6, 8, seed=10 * r + i) for i in range(2)] for r in range(world_size)]
     torch.manual_seed(0)
@@ -136,6 +136,21 @@ def _two_forwards(rank: int, world_size: int) -> None:
     assert_gradients_of(oracle, net)
 
 
+class Shifted(Mlp):
+    """Adds a constant buffer, which DDP broadcasts in place before each forward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("shift", torch.linspace(-1, 1, width, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.shift)
+
+
+def _two_forwards_with_buffers(rank: int, world_size: int) -> None:
+    _two_forwards(rank, world_size, Shifted)
+
+
 CHECKS: dict[str, Check] = {label: partial(_option, label) for label in OPTIONS} | {
     "shared": _shared,
     "unused": _unused,
@@ -143,6 +158,7 @@ CHECKS: dict[str, Check] = {label: partial(_option, label) for label in OPTIONS}
     "keywords": _keywords,
     "no_sync": _no_sync,
     "two-forwards": _two_forwards,
+    "two-forwards-with-buffers": _two_forwards_with_buffers,
 }
 
 

@@ -219,6 +219,33 @@ def test_a_keyword_that_depends_on_the_input():
     assert_same_gradients(*found)
 
 
+class ReadsAttribute(nn.Module):
+    """Multiplies by a tensor that is neither parameter, buffer nor keyword, and that has a graph of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.gain: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * self.gain).sin() * self.gain
+
+
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "non-leaf"])
+def test_gradients_of_tensors_that_a_branch_holds(leaf: bool):
+    pairs = build([(ReadsAttribute, ReadsAttribute)] * 3, 8)
+    net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
+    found = []
+    for module in (net, oracle):
+        x, source = randn(2, 6, 8, requires_grad=True), randn(8, seed=5, requires_grad=True)
+        gain = source if leaf else source.tanh()
+        for block in module.blocks:
+            block.f.gain = block.g.gain = gain
+        weighted(module(x)).backward()
+        found.append({"x": x.grad, "source": source.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
 GRADCHECK = [
     Case("mlp-L2", 2, ((Mlp, Mlp),), shape=(2, 2, 4)),
     Case("attention-L2", 2, ((Attention, SavesInput),), shape=(1, 3, 4)),
@@ -736,6 +763,44 @@ def test_any_mix_equals_the_stored_loop(network: tuple, batch: int, tokens: int,
     shapes = {"scale": (batch, 1, 4), "shift": (tokens, 4)}
     given_ = {key: randn(*shapes[key], seed=5, requires_grad=needs[key]) for key in sorted(route)}
     assert_same_step(train_step(net, x, **given_), train_step(oracle, x, **given_), tolerance=1e-11)
+
+
+@given(
+    kinds=st.lists(
+        st.sampled_from(["mlp", "mlp-dropout", "tanh", "flip", "identity", "sin", "linear"]), min_size=2, max_size=8
+    ),
+    asked=st.lists(
+        st.tuples(st.integers(0, 1), st.sets(st.integers(0, 30), min_size=1, max_size=4), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
+    which=st.sampled_from(["y1", "y2", "both"]),
+)
+def test_any_order_of_partial_gradients_of_two_calls(kinds: list, asked: list, which: str):
+    """Walks that start, stop, start again and interleave must all find the right state."""
+    pairs = build([(MAKERS[f], MAKERS[g]) for f, g in zip(kinds[::2], kinds[1::2], strict=False)], 4)
+    answers = []
+    for module in (ReversibleSequence(pairs), stored_copy(pairs)):
+        torch.manual_seed(0)
+        calls = []
+        for seed in range(2):
+            x1, x2 = (randn(2, 3, 4, seed=2 * seed + i, requires_grad=True) for i in range(2))
+            ys = module.run(x1, x2)
+            loss = weighted(*{"y1": ys[:1], "y2": ys[1:], "both": ys}[which])
+            calls.append((loss, [x1, x2, *module.parameters()]))
+        found = []
+        for call, places, create in asked:
+            loss, leaves = calls[call]
+            chosen = [leaves[place % len(leaves)] for place in sorted(places)]
+            grads = torch.autograd.grad(loss, chosen, retain_graph=True, create_graph=create, allow_unused=True)
+            found += [None if grad is None else grad.detach() for grad in grads]
+            if create and any(grad is not None and grad.requires_grad for grad in grads):
+                penalty = sum(grad.square().sum() for grad in grads if grad is not None and grad.requires_grad)
+                found += torch.autograd.grad(penalty, leaves[:2], retain_graph=True, allow_unused=True)
+        sum(loss for loss, _ in calls).backward()
+        found += [leaf.grad for _, leaves in calls for leaf in leaves]
+        answers.append({str(place): grad for place, grad in enumerate(found)})
+    assert_same_gradients(*answers, tolerance=1e-11)
 
 
 @pytest.mark.gpu
