@@ -1,0 +1,532 @@
+"""Plans: what they predict is measured, what they choose is compared with every other choice."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from cases import Attention, Linear, Mlp, Modulated, build, every, fused, normed, randn, with_dropout
+from distributed import run_ranks
+from oracle import assert_same_step, stored_copy, train_step
+from revnet import (
+    Momentum,
+    Plan,
+    Reversible,
+    ReversibleError,
+    ReversibleSequence,
+    SequentialSequence,
+    Step,
+    measure_memory,
+    plan,
+)
+from revnet._execution import format_bytes, parse_bytes
+from revnet._solver import Chain, Cost, minimum, simulate, solve
+
+EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
+BUDGETS = ["minimum", "3%", "10%", "20%", "35%", "50%", "70%", "90%", "stored"]
+
+
+def sequence(depth: int = 4, width: int = 32, *, dtype: torch.dtype = torch.float32, **options: object):
+    pairs = build([(fused, Mlp)] * depth, width, dtype=dtype)
+    return ReversibleSequence(pairs, **options)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("800MiB", 800 * 2**20),
+        ("1.5 GB", 1_500_000_000),
+        ("2kib", 2048),
+        ("4096", 4096),
+        (" 3 B ", 3),
+        (77, 77),
+        (1e6, 1_000_000),
+    ],
+)
+def test_a_size_is_a_number_or_text(text: object, size: int):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "8 GiBs", "-3MB", "eight", "1,5GB", -1, float("nan"), float("inf")])
+def test_what_is_no_size_is_refused(text: object):
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)
+
+
+def test_a_size_is_written_in_the_largest_unit():
+    assert [format_bytes(n) for n in (0, 1023, 1024, 3 * 2**19, 5 * 2**30)] == [
+        "0 B",
+        "1023 B",
+        "1.00 KiB",
+        "1.50 MiB",
+        "5.00 GiB",
+    ]
+
+
+# The solver
+
+
+def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
+    """A chain of two kinds of steps with small numbers, so that ties and tight budgets are common."""
+    rng = random.Random(seed)
+    kinds = []
+    for target in (0, 1):
+        own = {"store": rng.randint(3, 14), "select": rng.randint(2, 8)}
+        source, held = (1 - target) * (1 + fixed), target * (1 + fixed) + fixed
+        keeps = {"store": (source,) if rng.random() < 0.7 else (), "checkpoint": (held,)}
+        times = {"store": 30, "select": 33, "checkpoint": 38, "offload": 39, "invert": 40}
+        kinds.append(
+            {
+                name: Cost(
+                    own.get(name, 0),
+                    keeps.get(name, ()),
+                    (held,) if name == "store" and rng.random() < 0.2 else (),
+                    rng.randint(2, 12),
+                    own.get(name, 0) + rng.randint(8, 20),
+                    times[name] + rng.randint(-2, 3),
+                )
+                for name in EXECUTIONS
+            }
+        )
+    return Chain(
+        sizes=(4, 8, 4, 8) if fixed else (4, 4),
+        streams=((0, 1), (2, 3)) if fixed else ((0,), (1,)),
+        given=() if fixed else (0, 1),
+        kinds=tuple(kinds),
+        steps=tuple((k % 2, k % 2) for k in range(steps)),
+        gradients=tuple(rng.randint(0, 6) for _ in range(steps)),
+        result=4,
+        ending=8,
+        credit=rng.choice((0, 4)),
+    )
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["float", "fixed"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_plan_is_the_best_of_all_plans(seed: int, steps: int, fixed: bool):
+    chain = random_chain(seed, steps, fixed=fixed)
+    everything = [simulate(chain, executions) for executions in itertools.product(EXECUTIONS, repeat=steps)]
+    smallest = min(found.peak for found in everything)
+    assert minimum(chain) == smallest
+    assert solve(chain, smallest - 1) is None
+    for budget in sorted({found.peak for found in everything})[::3]:
+        best = min(found.time for found in everything if found.peak <= budget)
+        found = solve(chain, budget)
+        assert found is not None
+        assert (found.time, found.gap) == (best, 0.0)
+        assert simulate(chain, found.executions) == found
+        assert found.peak <= budget
+
+
+def test_more_memory_is_never_slower():
+    chain = random_chain(0, 24, fixed=False)
+    smallest, stored = minimum(chain), simulate(chain, ["store"] * 24).peak
+    times = [solve(chain, budget).time for budget in range(smallest, stored + 1, 3)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
+
+
+def test_the_gap_bounds_what_a_hurried_search_loses():
+    chain = random_chain(2, 60, fixed=False)
+    budget = (minimum(chain) + simulate(chain, ["store"] * 60).peak) // 2
+    best, hurried = solve(chain, budget), solve(chain, budget, effort=60)
+    assert best.gap == 0.0
+    assert best.time <= hurried.time
+    assert hurried.time * (1 - hurried.gap) <= best.time
+
+
+def test_a_thousand_blocks_are_solved_in_seconds():
+    chain = random_chain(1, 2000, fixed=False)
+    budget = (minimum(chain) + simulate(chain, ["store"] * 2000).peak) // 2
+    start = time.perf_counter()
+    found = solve(chain, budget)
+    assert time.perf_counter() - start < 30
+    assert found.peak <= budget
+    assert found.gap < 0.02
+
+
+# What is predicted, and what is measured
+
+
+def measured(net: nn.Module, *inputs: Tensor, **keywords: object) -> int:
+    net.zero_grad()
+    for tensor in inputs:
+        tensor.grad = None
+    return measure_memory(net, *inputs, **keywords).peak_bytes
+
+
+def check_budgets(net: nn.Module, x: Tensor, budgets: list[str] = BUDGETS, **keywords: object) -> list[Plan]:
+    plans = plan(net, x, budgets, **keywords)
+    peaks = []
+    for found in plans:
+        net.execution = found
+        peaks.append(measured(net, x, **keywords))
+        assert peaks[-1] <= found.budget
+        assert abs(found.peak_bytes - peaks[-1]) <= 0.05 * peaks[-1]
+    assert plans[0].peak_bytes < 0.9 * plans[-1].peak_bytes
+    seconds = [found.seconds for found in plans]
+    assert all(more <= less for less, more in itertools.pairwise(seconds) if plans[-1].gap == 0.0)
+    return plans
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 32), (2, 160, 16)], ids=str)
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_the_predicted_peak_is_the_measured_one_and_within_the_budget(shape: tuple[int, ...], streams: str):
+    net = sequence(6, shape[-1], streams=streams)
+    plans = check_budgets(net, torch.randn(shape))
+    assert len({found.executions for found in plans}) >= 4
+
+
+VARIANTS = {
+    "dropout": lambda: ReversibleSequence(build([(with_dropout(Attention), with_dropout(Mlp))] * 4, 32, dtype=F32)),
+    "concat": lambda: ReversibleSequence(build([(fused, Mlp)] * 4, 16, dtype=F32), split="chunk", merge="concat"),
+    "sum": lambda: sequence(merge="sum"),
+    "linear": lambda: ReversibleSequence(build([(Linear, Linear)] * 6, 32, dtype=F32)),
+    "shared": lambda: ReversibleSequence(build([(Mlp, Mlp)], 32, dtype=F32) * 5),
+    "bfloat16": lambda: sequence(dtype=torch.bfloat16),
+    "sequential": lambda: SequentialSequence(build([(fused, Mlp)] * 5, 32, dtype=F32)),
+}
+F32 = torch.float32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["input", "input-with-gradient"])
+def test_the_predicted_peak_of_other_sequences(variant: str, needs_grad: bool):
+    net = VARIANTS[variant]()
+    dtype = next(net.parameters()).dtype
+    check_budgets(net, torch.randn(4, 48, 32, dtype=dtype, requires_grad=needs_grad), ["minimum", "30%", "stored"])
+
+
+def test_the_predicted_peak_of_convolutions_with_batch_norm():
+    net = ReversibleSequence(build([(normed, normed)] * 4, 8, dtype=F32))
+    check_budgets(net, torch.randn(4, 8, 16, 16), ["minimum", "30%", "stored"])
+
+
+def test_the_predicted_peak_with_keywords():
+    route = {"scale": every(4, True, True), "shift": every(4, False, True)}
+    net = ReversibleSequence(build([(Modulated, Modulated)] * 4, 32, dtype=F32), route)
+    keywords = {"scale": torch.randn(4, 1, 32), "shift": torch.randn(48, 32)}
+    check_budgets(net, torch.randn(4, 48, 32), ["minimum", "30%", "stored"], **keywords)
+
+
+def test_the_predicted_peak_under_autocast():
+    net = sequence()
+    x = torch.randn(4, 48, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plans = plan(net, x, ["minimum", "30%", "stored"])
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)
+
+    for found in plans:
+        net.execution = found
+        net.zero_grad()
+        peak = measure_memory(forward, x).peak_bytes
+        assert found.budget >= peak
+        assert found.peak_bytes <= 1.05 * peak
+
+
+def test_gradients_that_exist_are_not_counted():
+    net, x = sequence(), torch.randn(4, 48, 32)
+    fresh = plan(net, x, "minimum")
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    held = plan(net, x, "minimum")
+    gradients = sum(parameter.nbytes for parameter in net.parameters())
+    assert 0 < fresh.peak_bytes - held.peak_bytes <= gradients
+    net.execution = held
+    assert measure_memory(net, x).peak_bytes <= held.budget
+
+
+def test_programs_of_steps_are_planned_too():
+    steps = [Step(Mlp(32), target=i % 3, source=(i + 1) % 3) for i in range(9)]
+    net = Reversible(steps)
+    streams = tuple(torch.randn(3, 4, 48, 32))
+    for found in plan(net, streams, ["minimum", "40%", "stored"]):
+        net.execution = found
+        assert measured(net, *streams) <= found.budget
+
+
+def test_steps_that_scale_their_target_are_planned_too():
+    kick = [Step(Mlp(32), target=1, source=0, coupling=Momentum(0.9)) for _ in range(3)]
+    net = Reversible([step for one in kick for step in (one, Step(None, target=0, source=1))])
+    streams = tuple(torch.randn(2, 4, 48, 32))
+    for found in plan(net, streams, ["minimum", "40%", "stored"]):
+        net.execution = found
+        assert measured(net, *streams) <= found.budget
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 512, 256), (16, 128, 512)], ids=str)
+def test_the_predicted_peak_is_the_measured_one_on_cuda(shape: tuple[int, ...]):
+    net = sequence(8, shape[-1], dtype=torch.bfloat16).cuda()
+    check_budgets(net, torch.randn(shape, dtype=torch.bfloat16, device="cuda"))
+
+
+# Using a plan
+
+
+def test_a_plan_changes_no_gradient_and_no_name():
+    pairs = build([(with_dropout(Attention), with_dropout(Mlp))] * 4, 8)
+    net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
+    names = list(net.state_dict())
+    x = randn(2, 6, 8, requires_grad=True)
+    expected = train_step(oracle, x)
+    for found in plan(net, x, ["minimum", "50%", "stored"]):
+        net.execution = found
+        net.zero_grad()
+        assert_same_step(train_step(net, x), expected)
+        assert list(net.state_dict()) == names
+
+
+def test_planning_leaves_everything_as_it_was():
+    net = ReversibleSequence(build([(normed, normed)] * 3, 6, dtype=F32), execution="checkpoint")
+    net.blocks[1].eval()
+    x = torch.randn(3, 6, 8, 8, requires_grad=True)
+    net(x).sum().backward()
+    state = torch.get_rng_state()
+    parameters = dict(net.named_parameters())
+    gradients = {name: (p.grad, p.grad.clone()) for name, p in parameters.items()}
+    buffers = {name: (b, b.clone()) for name, b in net.named_buffers()}
+    flags = [module.training for module in net.modules()]
+    x_grad = x.grad.clone()
+    fired = []
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(fired.append)
+    plan(net, x, ["minimum", "stored"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.execution == "checkpoint"
+    assert dict(net.named_parameters()).keys() == parameters.keys()
+    for name, parameter in net.named_parameters():
+        assert parameter is parameters[name]
+        assert parameter.grad is gradients[name][0]
+        assert torch.equal(parameter.grad, gradients[name][1])
+    for name, buffer in net.named_buffers():
+        assert buffer is buffers[name][0]
+        assert torch.equal(buffer, buffers[name][1])
+    assert [module.training for module in net.modules()] == flags
+    assert torch.equal(x.grad, x_grad)
+    assert not fired
+
+
+def test_a_failing_branch_leaves_everything_as_it_was():
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("broken")
+
+    net = ReversibleSequence([(Mlp(8), Broken())])
+    parameters = dict(net.named_parameters())
+    with pytest.raises(RuntimeError, match="broken"):
+        plan(net, torch.randn(2, 8), "stored")
+    assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+    assert net.execution == "invert"
+
+
+def test_a_budget_below_the_minimum_says_the_minimum():
+    net, x = sequence(), torch.randn(4, 48, 32)
+    least = plan(net, x, "minimum")
+    with pytest.raises(ReversibleError, match=r"the smallest peak .* is .*\(\d+ bytes\)"):
+        plan(net, x, least.budget // 2)
+
+
+def test_without_a_budget_what_the_device_has_free_is_enough_for_a_small_sequence():
+    found = plan(sequence(2), torch.randn(2, 16, 32))
+    assert set(found.executions) == {"store"}
+    assert found.budget > 2**26
+
+
+def test_at_the_smallest_budget_what_is_free_is_stored():
+    # With gradients there already, the minimum is what one step needs: the last steps can have been stored by then.
+    net, x = sequence(8), torch.randn(4, 64, 32)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    found = plan(net, x, "minimum")
+    assert found.executions[-1] == "store"
+    net.execution = found
+    peak = measure_memory(net, x).peak_bytes
+    net.execution = "invert"
+    assert peak <= measure_memory(net, x).peak_bytes
+
+
+def test_a_smaller_input_runs_and_a_larger_one_is_refused():
+    net = sequence(2)
+    net.execution = plan(net, torch.randn(4, 16, 32), "stored")
+    for shape in ((4, 16, 32), (1, 16, 32), (4, 3, 32)):
+        net(torch.randn(shape)).sum().backward()
+    for shape in ((5, 16, 32), (1, 17, 32), (64, 32)):
+        with pytest.raises(ReversibleError, match="larger than"):
+            net(torch.randn(shape))
+    with torch.no_grad():
+        net(torch.randn(5, 16, 32))
+
+
+def test_a_plan_for_another_depth_is_refused():
+    found = plan(sequence(2), torch.randn(2, 16, 32), "stored")
+    with pytest.raises(ValueError, match="made for 4 steps, but this sequence has 6"):
+        sequence(3).execution = found
+
+
+def test_a_plan_that_inverts_is_refused_by_the_sequential_twin():
+    found = replace(plan(sequence(2), torch.randn(2, 16, 32), "stored"), executions=("invert",) * 4)
+    with pytest.raises(ValueError, match="'invert' is not one of"):
+        SequentialSequence(build([(Mlp, Mlp)] * 2, 32)).execution = found
+
+
+def test_what_is_no_sequence_is_refused():
+    with pytest.raises(TypeError, match="Linear"):
+        plan(nn.Linear(2, 2), torch.randn(2, 2))
+
+
+# The table and the file
+
+
+@pytest.fixture
+def small_plan() -> Plan:
+    return Plan(
+        executions=("invert", "store") * 3,
+        names=tuple(f"block {i}, branch {branch}" for i in range(3) for branch in "fg"),
+        kept_bytes=(0, 2048) * 3,
+        peak_bytes=3 * 2**20,
+        seconds=0.013,
+        stored_seconds=0.010,
+        budget=4 * 2**20,
+        shape=(2, 16, 32),
+        dtype="float32",
+        device="cpu",
+    )
+
+
+def test_the_table_says_what_is_kept_and_what_is_predicted(small_plan: Plan):
+    assert str(small_plan) == "\n".join(
+        [
+            "plan for 2×16×32 float32 on cpu: 6 steps",
+            "budget              4.00 MiB",
+            "predicted peak      3.00 MiB",
+            "predicted time         13 ms   1.300 × stored (measured)",
+            "",
+            "steps                       execution    kept per step   kept in all",
+            "block 0–2, branch f         invert                 0 B           0 B",
+            "block 0–2, branch g         store             2.00 KiB      6.00 KiB",
+        ]
+    )
+    assert "estimated from FLOPs" in str(replace(small_plan, estimated=True))
+    assert len(repr(small_plan)) < 80
+
+
+def test_a_plan_is_saved_and_loaded(small_plan: Plan, tmp_path: Path):
+    path = tmp_path / "plan.json"
+    small_plan.save(path)
+    assert Plan.load(path) == small_plan
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_old_one(small_plan: Plan, tmp_path: Path):
+    path = tmp_path / "plan.json"
+    small_plan.save(path)
+    with pytest.raises(TypeError):
+        replace(small_plan, budget=object()).save(path)
+    assert Plan.load(path) == small_plan
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"executions": ["store"]},
+        {"executions": ["store", "explode"] * 3},
+        {"executions": "store"},
+        {"kept_bytes": ["many"] * 6},
+        {"budget": "8GiB"},
+        {"dtype": "load"},
+        {"format": "revnet plan 99"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_plan_is_refused(small_plan: Plan, tmp_path: Path, change: dict):
+    path = tmp_path / "plan.json"
+    small_plan.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="is not a plan"):
+        Plan.load(path)
+
+
+def test_text_that_is_no_json_is_refused(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    path.write_text("store everything")
+    with pytest.raises(ValueError, match="is not a plan"):
+        Plan.load(path)
+
+
+# Without the hardware
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_fake_tensors_predict_the_bytes_of_real_ones(kind: str):
+    x = torch.randn(4, 64, 32)
+    budgets = ["minimum", "stored"]
+    real = plan(sequence(), x, budgets)
+    if kind == "meta":
+        fake = plan(copy.deepcopy(sequence()).to("meta"), x.to("meta"), budgets)
+    else:
+        with FakeTensorMode():
+            net = ReversibleSequence([(Attention(32, fused=True), Mlp(32)) for _ in range(4)])
+            fake = plan(net, torch.randn(4, 64, 32), budgets)
+    for a, b in zip(real, fake, strict=True):
+        assert b.estimated
+        assert not a.estimated
+        # What a kernel takes for itself is not seen.
+        assert abs(a.peak_bytes - b.peak_bytes) <= 0.04 * a.peak_bytes
+
+
+def test_a_network_that_fits_nowhere_is_planned_without_allocating_it():
+    with torch.device("meta"):
+        net = ReversibleSequence([(Attention(8192, fused=True, heads=64), Mlp(8192)) for _ in range(16)])
+        x = torch.empty(8, 8192, 8192)
+
+    def make() -> None:
+        found.extend(plan(net, x, ["minimum", "50%", "stored"]))
+
+    found: list[Plan] = []
+    allocated = measure_memory(make).peak_bytes
+    assert allocated < 2**28
+    assert found[0].peak_bytes < found[1].peak_bytes < found[2].peak_bytes
+    assert found[2].peak_bytes > 2**38
+    assert found[0].slowdown > found[1].slowdown > found[2].slowdown == 1.0
+    assert "estimated from FLOPs" in str(found[0])
+
+
+# Ranks
+
+
+def plans_agree(rank: int, world_size: int) -> None:
+    torch.manual_seed(0)
+    net = sequence(3)
+    # The ranks have inputs of different sizes.
+    x = torch.randn(2 + 2 * rank, 16, 32)
+    with pytest.raises(ReversibleError, match="different sequences or inputs"):
+        plan(net, x, "50%")
+    found = plan(net, torch.randn(4, 16, 32), ["minimum", "50%"])
+    plans: list = [None] * world_size
+    torch.distributed.all_gather_object(plans, found)
+    assert all(other == found for other in plans)
+
+
+def test_ranks_get_the_same_plan():
+    run_ranks(plans_agree, 2)
