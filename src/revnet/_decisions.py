@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,24 +29,18 @@ class Decisions:
         self.place: int | None = None
         self.name = name
 
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Inside, `remember` keeps what it is given."""
-        found, _active.tapes = _active.tapes, (*_active.tapes, self)
-        try:
-            yield
-        finally:
-            _active.tapes = found
+    def __enter__(self) -> None:
+        """Inside, `remember` keeps what it is given, or after `rewound` returns what was kept."""
+        _active.tapes = (*_active.tapes, self)
 
-    @contextlib.contextmanager
-    def repeated(self) -> Iterator[None]:
-        """Inside, `remember` returns what was kept."""
+    def __exit__(self, *exception: object) -> None:
+        _active.tapes = _active.tapes[:-1]
+        self.place = None
+
+    def rewound(self) -> Decisions:
+        """This, to be read from the start."""
         self.place = 0
-        try:
-            with self.recorded():
-                yield
-        finally:
-            self.place = None
+        return self
 
     def pass_on(self, decision: Tensor) -> Tensor:
         if self.place is None:

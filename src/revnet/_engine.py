@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,13 +239,8 @@ class Call:
         pack = _packing(record, token, roots)
         self.running = True
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(saved_tensors_hooks(pack, _unpack))
-                stack.enter_context(record.decisions.recorded())
-                if contexts is not None:
-                    stack.enter_context(contexts[0])
-                if record.results is not None:
-                    stack.enter_context(Recording(record.results, self.devices))
+            recording = None if record.results is None else Recording(record.results, self.devices)
+            with saved_tensors_hooks(pack, _unpack), record.decisions, _all(contexts and contexts[0], recording):
                 out = fn(*sources, **kwargs)
             if record.results is not None:
                 record.results.settle()
@@ -395,8 +390,9 @@ class Call:
         if position == step:
             record = self._record(step)
             caught = task.caught.setdefault(step, {})
-            out = self._replay(record, state, caught, early=not self.running)
-            self._replay_combine(record, state[record.target], out, caught)
+            with self._as_called(record):
+                out = self._replay(record, state, caught, early=not self.running)
+                self._replay_combine(record, state[record.target], out, caught)
         task.position, task.state = step, state
         self._release(task, step, state)
 
@@ -405,6 +401,10 @@ class Call:
         for lower in self.records[max(0, k - _PREFETCH) : k]:
             if lower is not None and isinstance(lower.kept, Hosted):
                 lower.kept.prefetch()
+        with self._as_called(record):
+            self._undo_as_called(task, k, record, state, catch)
+
+    def _undo_as_called(self, task: _Task, k: int, record: _Record, state: list[Stream], catch: bool) -> None:
         caught: dict[int, tuple[Tensor, int]] | None = task.caught.setdefault(k, {}) if catch else None
         out = None
         if record.kept is not None:
@@ -416,7 +416,7 @@ class Call:
                     self._compare(record, 1, out)
         else:
             out = self._replay(record, state, caught)
-            with self._as_called(record), torch.no_grad():
+            with torch.no_grad():
                 state[record.target] = self.arithmetic.invert(
                     record.coupling, state[record.target][1], out, record.target_layout
                 )
@@ -439,8 +439,8 @@ class Call:
             return
         raise ReversibleError(
             f"{record.name} is not deterministic: called again on the same input, it gave another output, so its "
-            "gradient would be wrong. Randomness of Python, NumPy or an own torch.Generator is not repeated: draw from torch's "
-            "global generators. Kernels that add in changing order have deterministic forms: "
+            "gradient would be wrong. Randomness of Python, NumPy or an own torch.Generator is not repeated: draw from "
+            "torch's global generators. Kernels that add in changing order have deterministic forms: "
             "torch.use_deterministic_algorithms(True)."
         )
 
@@ -467,33 +467,24 @@ class Call:
         sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, record.source, strict=True)]
         early = early and record.saved_by_branch == len(record.saved)
         pack = _Catching(record, 0, caught, self.options.determinism_check != "none", self.running, early)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._as_called(record))
-            if record.random is not None:
-                stack.enter_context(record.random.restored())
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(record.decisions.repeated())
-            if record.context is not None:
-                stack.enter_context(record.context)
-            if record.results is not None and not self.running:
-                stack.enter_context(Playing(record.results, record.name))
-            stack.enter_context(saved_tensors_hooks(pack, _identity))
-            try:
+        random = None if record.random is None else record.random.restored()
+        playing = Playing(record.results, record.name) if record.results is not None and not self.running else None
+        try:
+            with (
+                torch.enable_grad(),
+                record.decisions.rewound(),
+                _all(random, record.context, playing),
+                saved_tensors_hooks(pack, _identity),
+            ):
                 out = record.fn(*sources, **record.keywords.fresh())
-            except _Stop:
-                return None
+        except _Stop:
+            return None
         pack.check(record.saved_by_branch)
         return branch_output(out, record.target_layout)[0]
 
-    @contextlib.contextmanager
-    def _as_called(self, record: _Record) -> Iterator[None]:
+    def _as_called(self, record: _Record) -> contextlib.AbstractContextManager[Any]:
         """Autocast and modules as the step's call found them."""
-        with self.autocast.restored():
-            if record.modules.plain:
-                yield
-            else:
-                with record.modules.restored():
-                    yield
+        return _all(self.autocast.restored(), None if record.modules.plain else record.modules.restored())
 
     def _replay_combine(self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
         """Catch what the combine saved (rule 10)."""
@@ -501,7 +492,7 @@ class Call:
             return
         pack = _Catching(record, record.saved_by_branch, caught, self.options.determinism_check != "none")
         value = self._read(target, record.target_layout)
-        with self._as_called(record), torch.enable_grad(), saved_tensors_hooks(pack, _identity):
+        with torch.enable_grad(), saved_tensors_hooks(pack, _identity):
             # What an arithmetic does around the rule saves nothing.
             record.coupling.combine(value, out)
         pack.check(len(record.saved))
@@ -520,6 +511,20 @@ class Call:
             del task.loaded[position]
         self.known[step] = list(state)
         del self.records[step + 1 :]
+
+
+def _all(*contexts: contextlib.AbstractContextManager[Any] | None) -> contextlib.AbstractContextManager[Any]:
+    """Those contexts that are there, as one; the usual step has none, and pays nothing."""
+    present = [context for context in contexts if context is not None]
+    if not present:
+        return _NOTHING
+    with contextlib.ExitStack() as stack:
+        for context in present:
+            stack.enter_context(context)
+        return stack.pop_all()
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class _Catching:

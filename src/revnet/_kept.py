@@ -29,18 +29,19 @@ class _Keep(torch.autograd.Function):
 class Saved:
     """Tensors kept where they are, under the saved-tensor hooks of whoever encloses the sequence."""
 
-    __slots__ = ("node", "spec")
+    __slots__ = ("anchor", "leaves", "spec")
 
     def __init__(self, tree: Any) -> None:
         leaves, self.spec = pytree.tree_flatten(tree)
-        anchor = torch.empty(0, requires_grad=True)
         # The node hangs on a tensor of its own. On the graph of the streams it would close a cycle through C++.
-        self.node: Any = _Keep.apply(anchor, *(leaf.detach() for leaf in leaves)).grad_fn
+        root = torch.empty(0, requires_grad=True)
+        self.anchor: Tensor = _Keep.apply(root, *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)))
+        self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
 
     def load(self) -> Any:
         """The tensors, after autograd's own check that nobody wrote to them."""
         try:
-            return pytree.tree_unflatten(self.node.saved_tensors, self.spec)
+            tensors = iter(self.anchor.grad_fn.saved_tensors)  # type: ignore[union-attr]
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
@@ -48,6 +49,8 @@ class Saved:
                 "a stream that the sequence returned, and from which backward rebuilds the activations, was changed in "
                 "place. Change a copy: `y = y.clone()`."
             ) from error
+        leaves = [next(tensors) if other is None else other[0] for other in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
 
 
 class Hosted:

@@ -99,13 +99,16 @@ class AutocastState:
     def enabled(self) -> bool:
         return any(enabled for enabled, _, _ in self.state.values())
 
-    def restored(self) -> contextlib.AbstractContextManager[Any]:
-        """The recorded state inside; entering costs nothing where it is the present one."""
-        if self._read(self.state) == self.state:
-            return contextlib.nullcontext()
+    def restored(self) -> contextlib.AbstractContextManager[Any] | None:
+        """A context with the recorded state; None where that is the present one."""
+        present = self._read(self.state)
+        if present == self.state:
+            return None
         stack = contextlib.ExitStack()
-        for device_type, (enabled, dtype, cache) in self.state.items():
-            stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        for device_type, state in self.state.items():
+            if present[device_type] != state:
+                enabled, dtype, cache = state
+                stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
         return stack
 
 
