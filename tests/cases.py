@@ -193,7 +193,7 @@ class ReadsSavedTwice(nn.Module):
         self.linear = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Cube.apply(self.linear(x))
+        return _Cube.apply(self.linear(x).tanh())
 
 
 class Force(nn.Module):

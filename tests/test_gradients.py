@@ -762,7 +762,8 @@ def test_any_mix_equals_the_stored_loop(network: tuple, batch: int, tokens: int,
     x = randn(batch, tokens, width, requires_grad=needs["x"])
     shapes = {"scale": (batch, 1, 4), "shift": (tokens, 4)}
     given_ = {key: randn(*shapes[key], seed=5, requires_grad=needs[key]) for key in sorted(route)}
-    assert_same_step(train_step(net, x, **given_), train_step(oracle, x, **given_), tolerance=1e-11)
+    # Up to ten steps of any kind amplify the rounding of the rebuilt streams.
+    assert_same_step(train_step(net, x, **given_), train_step(oracle, x, **given_), tolerance=1e-10)
 
 
 @given(
