@@ -7,84 +7,154 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from revnet.app.config import TrainConfig
-from revnet.app.errors import UserError
+from revnet.app.config import DTYPES, STREAMS, TrainConfig
+from revnet.app.errors import MachineError, UserError
 
-USER_ERROR = 2
+MACHINE_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code.
+
+    0 is success, 1 a machine without room, 2 what the user can put right, 130 Ctrl-C.
+    """
     options = parser().parse_args(argv)
     try:
         return options.run(options)
     except UserError as error:
-        print(f"revnet: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _fail(str(error), USER_ERROR)
+    except MachineError as error:
+        return _fail(str(error), MACHINE_ERROR)
     except KeyboardInterrupt:
-        print("revnet: interrupted", file=sys.stderr)
-        return 130
+        return _fail("stopped; what was saved before is as it was", INTERRUPTED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", USER_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        message = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
+            advice = "try a smaller --batch, --depth or --width, or --execution invert"
+            return _fail(f"out of memory: {advice}. What was saved before is as it was.", MACHINE_ERROR)
+        raise
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    top = argparse.ArgumentParser(prog="revnet", description="Train reversible transformers and see what you save.")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_train(commands)
-    _add_sample(commands)
-    return top
+def _fail(message: str, code: int) -> int:
+    print(f"revnet: {message}", file=sys.stderr)
+    return code
 
 
 class _Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=24)
+        super().__init__(prog, max_help_position=22)
 
 
-def _command(commands: argparse._SubParsersAction, name: str, line: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=line, description=line, formatter_class=_Help)
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="revnet", description="Train reversible transformers, and see what it saves.")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_compare(commands)
+    return top
+
+
+def _command(commands: argparse._SubParsersAction, name: str, usage: str, line: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=line, description=line, usage=f"revnet {name} {usage}", formatter_class=_Help, allow_abbrev=False
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    command = _command(commands, "train", "Train a model; without arguments, draw digits from captions.")
+    line = "Train a transformer; without arguments it learns to draw digits from captions."
+    command = _command(commands, "train", "[DATA ...] [--resume RUN] [options]", line)
+    command.set_defaults(run=_train)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in fields(TrainConfig):
-        more = dict(item.metadata)
-        line, group, positional = more.pop("help"), more.pop("group"), more.pop("positional", False)
-        into = groups.setdefault(group, command.add_argument_group(group)) if group not in groups else groups[group]
-        if positional:
-            into.add_argument(item.name, nargs="?", default=item.default, help=line)
-            continue
-        kind = next((kind for kind in (int, float, str) if kind.__name__ in str(item.type)), str)
-        name = "--" + item.name.replace("_", "-")
-        into.add_argument(name, type=kind, default=item.default, metavar=kind.__name__.upper()[:3], help=line, **more)
-    command.set_defaults(run=_train)
+        about = item.metadata
+        group = about["group"]
+        if group not in groups:
+            groups[group] = command.add_argument_group(group)
+        add, line, flag = groups[group].add_argument, about["help"], "--" + item.name.replace("_", "-")
+        if item.name == "data":
+            add("data", nargs="*", metavar="DATA", help=line)
+            add(flag, dest="more_data", action="append", default=[], metavar="DATA", help="the same, as an option")
+        elif item.type == "bool":
+            add(flag, action="store_true", default=argparse.SUPPRESS, help=line)
+        else:
+            kind = {"int": int, "float": float, "str": str}[str(item.type)]
+            choices = about["choices"] or None
+            add(flag, type=kind, default=argparse.SUPPRESS, metavar=about["metavar"], choices=choices, help=line)
+    groups["run"].add_argument("--resume", metavar="RUN", help="continue a run where it was saved last")
 
 
 def _train(options: argparse.Namespace) -> int:
     from revnet.app.train import train
 
-    values = vars(options)
-    return train(TrainConfig(**{item.name: values[item.name] for item in fields(TrainConfig)}))
+    given = vars(options)
+    given["data"] += given["more_data"]
+    if not given["data"]:
+        del given["data"]
+    return train({item.name: given[item.name] for item in fields(TrainConfig) if item.name in given}, options.resume)
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
-    command = _command(commands, "sample", "Draw images from a trained run.")
+    line = "Draw images for captions from a trained run, or continue texts."
+    command = _command(commands, "sample", 'RUN ["CAPTION" ...] [options]', line)
+    command.set_defaults(run=_sample)
     command.add_argument("run_path", metavar="RUN", help="folder of the run")
-    command.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw (the run's own captions)")
-    command.add_argument("--out", metavar="PNG", help="where to save the grid (RUN/sample.png)")
+    command.add_argument("captions", nargs="*", metavar="CAPTION", help="captions or beginnings of texts (the run's)")
+    command.add_argument("--out", metavar="FILE", help="PNG of the images (RUN/sample.png), or file for the text")
     command.add_argument("--each", type=int, default=8, metavar="N", help="images for each caption (8)")
+    command.add_argument("--length", type=int, metavar="N", help="bytes of a text (the run's context)")
     command.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (0.8)")
     command.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (all)")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest up to P (1)")
-    command.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (0)")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest, up to P (1)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed draws the same (0)")
     command.add_argument("--no-cache", action="store_true", help="compute every token from scratch")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.set_defaults(run=_sample)
+    command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
 
 
 def _sample(options: argparse.Namespace) -> int:
     from revnet.app.sample import Sampling, sample
 
     how = Sampling(options.temperature, options.top_k, options.top_p, options.seed, not options.no_cache)
-    print(sample(options.run_path, options.captions, options.out, options.each, options.device, how))
+    print(sample(options.run_path, options.captions, options.out, options.each, options.length, options.device, how))
     return 0
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    line = "Compare stored, checkpointed, planned and reversible execution of one network on this machine."
+    command = _command(commands, "compare", "[RUN] [options]", line)
+    command.set_defaults(run=_compare)
+    command.add_argument("run_path", nargs="?", metavar="RUN", help="a run whose network to take")
+    command.add_argument("--depth", type=int, default=12, metavar="N", help="blocks (12)")
+    command.add_argument("--width", type=int, metavar="N", help="features per token (24 x depth, rounded up to 32)")
+    command.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of an example (256)")
+    command.add_argument("--batch", type=int, metavar="N", help="examples per step (4, or the run's)")
+    command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
+    command.add_argument("--dtype", default="float32", metavar="T", choices=DTYPES, help=" or ".join(DTYPES))
+    command.add_argument("--streams", default="auto", metavar="S", choices=STREAMS, help=", ".join(STREAMS))
+    command.add_argument("--memory", default="25%", metavar="SIZE", help="budget of the plan, as 8GiB or 25%% (25%%)")
+    command.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="timed steps of each; the median counts (5)"
+    )
+    command.add_argument("--out", metavar="FILE", help="compare.png, or FILE.md for a table with its plot")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from revnet.app.compare import case_of, compare
+
+    case = case_of(
+        options.run_path,
+        options.depth,
+        options.width,
+        options.tokens,
+        options.batch,
+        options.device,
+        dtype=options.dtype,
+        streams=options.streams,
+        budget=options.memory,
+        repeats=options.repeats,
+    )
+    return compare(case, options.out)

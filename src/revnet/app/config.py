@@ -1,45 +1,97 @@
 """The options of `revnet train`, each with its line of help."""
 
+# ruff: noqa: RUF009 - `option` returns a dataclass field
+
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from revnet.app.errors import UserError
 
-def option(default: Any, line: str, group: str, **more: Any) -> Any:
-    """A dataclass field with its help line, group and further keywords of `ArgumentParser.add_argument`."""
-    return field(default=default, metadata={"help": line, "group": group, **more})
+
+def option(
+    default: Any, group: str, line: str, metavar: str = "", choices: Sequence[str] = (), own: bool = False
+) -> Any:
+    """A field with its default, help group, help line, and name of its value; `own` may differ when a run resumes."""
+    metadata = {"group": group, "help": line, "metavar": metavar, "choices": choices, "own": own}
+    return field(default_factory=lambda: default, metadata=metadata)
+
+
+EXECUTIONS = ("invert", "store", "select", "checkpoint", "offload")
+DTYPES = ("float32", "bfloat16")
+STREAMS = ("auto", "float", "fixed")
+PARALLEL = ("ddp", "fsdp")
 
 
 @dataclass
 class TrainConfig:
     """What a run is. What is None at first follows from the data or from another option; see `resolve`."""
 
-    data: str = option("digits", "digits (default)", "data", positional=True)
-    out: str | None = option(None, "folder of the run (default runs/NAME-NUMBER)", "run")
-    depth: int = option(None, "blocks; width and heads follow from it", "model")
-    width: int = option(None, "features per token (24 x depth, rounded up to 32)", "model")
-    heads: int = option(None, "attention heads (width / 32; width / 64 from 512)", "model")
-    dropout: float = option(None, "share of each branch's output dropped", "model")
-    execution: str = option("invert", "invert, store or checkpoint", "model", choices=("invert", "store", "checkpoint"))
-    steps: int = option(None, "optimizer steps", "training")
-    batch: int = option(None, "examples per step", "training")
-    lr: float = option(None, "peak learning rate", "training")
-    seed: int = option(0, "seed of everything random", "training")
-    validate_every: int = option(None, "steps between validations (steps / 20)", "training")
-    save_every: int = option(None, "steps between checkpoints (steps / 4)", "training")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", "machine")
-    dtype: str = option("float32", "float32 or bfloat16 (autocast)", "machine", choices=("float32", "bfloat16"))
+    data: list[str] = option(["digits"], "data", "digits (default), icons, stdlib, folder of images, texts", "DATA")
+    image_size: int = option(32, "data", "side that your images are scaled to, in pixels (32)", "N")
+    patch: int = option(2, "data", "side of the patch that is one token of your images (2)", "N")
+    codes: int = option(512, "data", "different patches that are learned from your images (512)", "N")
+    grey: bool = option(False, "data", "read your images without colour")
+    context: int = option(256, "data", "bytes of text that the model sees at once (256)", "N")
+
+    depth: int = option(None, "model", "the dial: blocks; width, heads and learning rate follow", "N")
+    width: int = option(None, "model", "features per token (24 x depth, rounded up to 32)", "N")
+    heads: int = option(None, "model", "attention heads (width / 32; width / 64 from 512 on)", "N")
+    dropout: float = option(None, "model", "share of each branch's output that is dropped", "P")
+
+    steps: int = option(None, "training", "optimizer steps", "N", own=True)
+    batch: int = option(None, "training", "examples per step", "N")
+    lr: float = option(None, "training", "peak learning rate (0.8 / width)", "X")
+    seed: int = option(0, "training", "seed of everything that is random (0)", "N")
+
+    execution: str = option(EXECUTIONS[0], "machine", ", ".join(EXECUTIONS), "E", EXECUTIONS, own=True)
+    memory: str = option(None, "machine", "plan the executions for this much, such as 8GiB", "SIZE", own=True)
+    streams: str = option("auto", "machine", "float; fixed, which is exact; auto: fixed in bfloat16", "S", STREAMS)
+    dtype: str = option("float32", "machine", "float32, or bfloat16 by autocast", "T", DTYPES)
+    device: str = option("auto", "machine", "auto (an accelerator if there is one), cpu, cuda, cuda:1", "D", own=True)
+    compile: bool = option(False, "machine", "compile the branches", own=True)
+
+    parallel: str = option("ddp", "machine", "on several ranks: ddp, or fsdp, which shards", "P", PARALLEL, own=True)
+    rank_timeout: int = option(600, "machine", "seconds until a silent rank counts as lost (600)", "S", own=True)
+
+    out: str = option(None, "run", "folder of the run (the next free runs/NAME-NUMBER)", "DIR")
+    validate_every: int = option(None, "run", "steps between validations (steps / 20)", "N", own=True)
+    save_every: int = option(None, "run", "steps between checkpoints and samples (steps / 4)", "N", own=True)
+    tensorboard: bool = option(False, "run", "log for TensorBoard too", own=True)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            least = 0 if item.name in ("dropout", "seed") else 1e-30
+            if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+                raise UserError(f"--{item.name.replace('_', '-')} is {value}, which is too small")
+        if self.dropout is not None and self.dropout >= 1:
+            raise UserError(f"--dropout is {self.dropout}, but a share is less than 1")
 
     def resolve(self, defaults: dict[str, Any]) -> TrainConfig:
-        """A copy without None, save for `out`; `defaults` are the data's."""
+        """A copy in which only `out` may be None; `defaults` are the data's."""
         values = asdict(self)
         for name, value in defaults.items():
             if values[name] is None:
                 values[name] = value
         depth, steps = values["depth"], values["steps"]
-        values["width"] = values["width"] or -(-24 * depth // 32) * 32
-        values["heads"] = values["heads"] or values["width"] // (32 if values["width"] < 512 else 64)
+        values["width"] = values["width"] or width_of(depth)
+        values["heads"] = values["heads"] or heads_of(values["width"])
+        values["lr"] = values["lr"] or min(0.01, 0.8 / values["width"])
         values["validate_every"] = values["validate_every"] or max(1, steps // 20)
         values["save_every"] = values["save_every"] or max(1, steps // 4)
+        if values["width"] % (4 * values["heads"]):
+            raise UserError(f"--width {values['width']} is not a multiple of 4 x --heads {values['heads']}")
         return TrainConfig(**values)
+
+
+def width_of(depth: int) -> int:
+    """The width that goes with a depth: a reversible network can afford to be deep and narrow."""
+    return -(-24 * depth // 32) * 32
+
+
+def heads_of(width: int) -> int:
+    """The number of attention heads that goes with a width."""
+    return max(1, width // (32 if width < 512 else 64))

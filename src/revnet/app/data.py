@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -125,6 +127,16 @@ def cut(images: Array, patch: int) -> Array:
 class Data(Protocol):
     """A data set that is split for training and validation."""
 
+    name: str
+
+    @property
+    def unit(self) -> str:
+        """What a token is called."""
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes of a `Shape` that follow from the data."""
+
     @property
     def spec(self) -> dict[str, Any]:
         """All that sampling needs to know, as JSON."""
@@ -160,11 +172,29 @@ class Images:
     words: Words
     patches: Patches
     show: Sequence[str]
+    unit = "image token"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Captions, then rows and columns of patches."""
+        return {
+            "prefix_vocab": self.words.vocab,
+            "prefix_length": self.words.length,
+            "vocab": self.patches.vocab,
+            "rows": self.patches.rows,
+            "columns": self.patches.columns,
+        }
 
     @property
     def counts(self) -> dict[str, int]:
         """Images in each split."""
         return {split: len(numbers) for split, numbers in self.splits.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the captions and with the split."""
+        parts = [self.captions[i] for numbers in self.splits.values() for i in numbers]
+        return hashlib.sha256(json.dumps([self.counts, parts]).encode()).hexdigest()
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -178,6 +208,7 @@ class Images:
             "rows": self.patches.rows,
             "columns": self.patches.columns,
             "show": list(self.show),
+            "fingerprint": self.fingerprint,
         }
 
     def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
@@ -191,6 +222,36 @@ def image_codecs(spec: dict[str, Any]) -> tuple[Words, Patches]:
     """The codecs that `Images.spec` describes."""
     codes = np.array(spec["codes"], dtype=np.uint8)
     return Words(spec["words"], spec["caption_length"]), Patches(codes, spec["rows"], spec["columns"])
+
+
+def codecs(
+    spec: dict[str, Any] | None,
+    captions: Sequence[Sequence[str]],
+    images: Array | Callable[[], Array],
+    patch: int,
+    vocab: int,
+) -> tuple[Words, Patches]:
+    """The codecs of a `spec`, or where there is none new ones from captions and from images, possibly a sample."""
+    if spec is not None:
+        return image_codecs(spec)
+    words = Words.learn(caption for several in captions for caption in several)
+    return words, Patches.learn(images() if callable(images) else images, patch, vocab)
+
+
+def split(keys: Sequence[str], share: float = 0.05, most: int = 1000) -> dict[str, Array]:
+    """Holds out some of the examples, never one of two with the same key.
+
+    Args:
+        keys: One for each example, a digest of its content. Which are held out follows from them alone.
+        share: How much is held out; at least one key, and none of a single key.
+        most: How many keys are held out at most.
+    """
+    different = sorted(set(keys))
+    held_out = set(different[: min(most, max(1, round(share * len(different))))]) if len(different) > 1 else set()
+    return {
+        "train": np.array([i for i, key in enumerate(keys) if key not in held_out], dtype=np.int64),
+        "held_out": np.array([i for i, key in enumerate(keys) if key in held_out], dtype=np.int64),
+    }
 
 
 def step_batch(data: Data, step: int, size: int, seed: int, rank: int = 0, world: int = 1) -> tuple[Array, Array]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import Array, Images, Patches, Words
+from revnet.app.data import Array, Images, codecs
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("{}", "a {}", "a handwritten {}", "the digit {}", "the number {}")
-DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 700, "lr": 8e-3}
+DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 700}
 
 
 @cache
@@ -19,7 +19,7 @@ def _real() -> tuple[Array, Array]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target
+    return 255 - np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target
 
 
 def _split() -> dict[str, Array]:
@@ -27,17 +27,18 @@ def _split() -> dict[str, Array]:
     return {"train": order[:-300], "held_out": order[-300:]}
 
 
-def load() -> Images:
-    """8×8 images in 17 grey levels, one token per pixel; 300 are held out."""
+def load(spec: dict[str, Any] | None = None) -> Images:
+    """8×8 images in 17 grey levels, black on white, one token per pixel; 300 are held out."""
     images, labels = _real()
     captions = [[template.format(NAMES[label]) for template in TEMPLATES] for label in labels]
+    words, patches = codecs(spec, captions, images, patch=1, vocab=17)
     return Images(
         name="digits",
         captions=captions,
-        load=lambda i: images[i],
+        load=images.__getitem__,
         splits=_split(),
-        words=Words.learn(caption for several in captions for caption in several),
-        patches=Patches.learn(images, patch=1, vocab=17),
+        words=words,
+        patches=patches,
         show=NAMES,
     )
 

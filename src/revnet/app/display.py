@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from revnet.app.report import MemoryRow
 
 PLAIN_SECONDS = 10
 
@@ -50,24 +56,26 @@ class Display:
         """A line that stays."""
         self.console.print(text, soft_wrap=True)
 
-    def step(self, step: int, bits: float, rate: float) -> None:
+    def step(self, step: int, bits: float, rate: float, last: bool) -> None:
         """Progress after `step` steps; in a pipe one line every ten seconds."""
         self._progress.start_task(self._task)
         self._progress.update(self._task, completed=step, bits=bits, rate=rate)
-        if not self.console.is_terminal and time.monotonic() - self._printed >= PLAIN_SECONDS:
+        if not self.console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
             self._printed = time.monotonic()
             self.say(f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s")
 
 
-def memory_table(title: str, rows: list[tuple[str, int, int]]) -> Table:
-    """Activation memory of each execution: name, bytes kept after the forward pass, peak bytes through backward."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+def memory_table(rows: Sequence[MemoryRow]) -> Table:
+    """Activation memory of each execution, the run's own last."""
+    table = Table(title="Activation memory of one training step", title_justify="left", title_style="bold", box=SIMPLE)
     table.add_column("execution")
     for name in ("kept for backward", "peak", "peak / stored"):
         table.add_column(name, justify="right")
-    stored = next(peak for name, _, peak in rows if name == "stored")
-    for name, kept, peak in rows:
-        table.add_row(name, size(kept), size(peak), f"{peak / stored:.2f}")
+    stored = next(row.peak for row in rows if row.name == "stored")
+    for row in rows:
+        about = "about " if row.estimated else ""
+        name = f"[bold]{row.name}[/] (this run)" if row is rows[-1] else row.name
+        table.add_row(name, about + size(row.kept), about + size(row.peak), f"{row.peak / stored:.2f}")
     return table
 
 

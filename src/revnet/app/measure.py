@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import revnet
 from revnet.app.model import Transformer
 
-EXECUTIONS = {"stored": "store", "checkpointed": None, "reversible": "invert"}
-
 
 class _Checkpointed(nn.Module):
     """The blocks of a sequence under `torch.utils.checkpoint`, one by one."""
@@ -37,16 +35,15 @@ def _block(block: Any, x1: Tensor, x2: Tensor, f_args: Any, g_args: Any) -> tupl
 
 
 @contextmanager
-def executed(model: Transformer, name: str) -> Iterator[None]:
-    """Runs the same network as "stored", "checkpointed" (per block, by torch) or "reversible"."""
+def executed(model: Transformer, execution: Any) -> Iterator[None]:
+    """Runs the network as "stored", as "checkpointed" (each block, by torch), or with an execution of the library."""
     layers: Any = model.layers
     before = layers.execution
     try:
-        execution = EXECUTIONS[name]
-        if execution is None:
+        if execution == "checkpointed":
             model.layers = _Checkpointed(layers)  # type: ignore[assignment]
         else:
-            layers.execution = execution
+            layers.execution = "store" if execution == "stored" else execution
         yield
     finally:
         model.layers = layers

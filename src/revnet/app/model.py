@@ -211,7 +211,13 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.layers(x, **keywords, cache=cache)[:, start:]))
 
 
+def example_bits(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
+    """The mean of -log2 p(token) over the tokens (batch, length) of each example: (batch,), float32."""
+    logits = model(prefix, tokens[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    return losses.view(tokens.shape).mean(dim=1) / math.log(2)
+
+
 def bits_per_token(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
     """The mean of -log2 p(token) over all tokens (batch, length) of a batch: a scalar with a gradient."""
-    logits = model(prefix, tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()) / math.log(2)
+    return example_bits(model, prefix, tokens).mean()

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from revnet.app.data import Array
 from revnet.app.run import replacing
 
@@ -47,35 +45,37 @@ def loss_plot(path: Path, rows: Sequence[dict[str, Any]], unit: str) -> None:
     save_figure(plot, path)
 
 
-def sample_grid(path: Path, captions: Sequence[str], images: Array, beside: str = "") -> None:
+def sample_grid(path: Path, captions: Sequence[str], groups: Sequence[tuple[str, Array]]) -> None:
     """One row per caption, its text to the left.
 
     Args:
         path: The PNG.
         captions: One per row.
-        images: (rows, columns, height, width, channels), uint8; 1 channel is ink on white.
-        beside: What to write above the last column, which is then set apart.
+        groups: Columns that stand together: a heading, and images (rows, columns, height, width, channels), uint8.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    rows, columns, height, width, channels = images.shape
+    height, width = groups[0][1].shape[2:4]
     zoom = max(1, round(48 / height))
-    cell_height, cell_width, gap = height * zoom, width * zoom, 6
+    high, wide, gap, apart = height * zoom, width * zoom, 6, 18
     font = ImageFont.load_default(size=14)
-    label = 12 + max(round(font.getlength(caption)) for caption in captions)
-    top = 24 if beside else gap
-    apart = 14 if beside else 0
-    size = (label + columns * (cell_width + gap) + apart, top + rows * (cell_height + gap))
+    left = 14 + max(round(font.getlength(caption)) for caption in captions)
+    top = 26 if any(heading for heading, _ in groups) else gap
+    columns = sum(images.shape[1] for _, images in groups)
+    size = (left + columns * (wide + gap) + (len(groups) - 1) * apart, top + len(captions) * (high + gap))
     page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    if beside:
-        draw.text((size[0] - gap, top / 2), beside, fill="#666666", font=font, anchor="rm")
+    pen = ImageDraw.Draw(page)
     for i, caption in enumerate(captions):
-        y = top + i * (cell_height + gap)
-        draw.text((label - 8, y + cell_height / 2), caption, fill="black", font=font, anchor="rm")
-        for j in range(columns):
-            pixels = images[i, j] if channels == 3 else np.repeat(255 - images[i, j], 3, axis=-1)
-            picture = Image.fromarray(pixels).resize((cell_width, cell_height), Image.Resampling.NEAREST)
-            page.paste(picture, (label + j * (cell_width + gap) + (apart if j == columns - 1 else 0), y))
+        pen.text((left - 8, top + i * (high + gap) + high / 2), caption, fill="black", font=font, anchor="rm")
+    x = left
+    for heading, images in groups:
+        pen.text((x, top / 2), heading, fill="#666666", font=font, anchor="lm")
+        for column in images.swapaxes(0, 1):
+            for i, image in enumerate(column):
+                picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+                picture = picture.resize((wide, high), Image.Resampling.NEAREST)
+                page.paste(picture, (x, top + i * (high + gap)))
+            x += wide + gap
+        x += apart
     with replacing(path) as file:
         page.save(file, format="png")

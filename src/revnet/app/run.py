@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from revnet.app.errors import UserError
+import torch
+
+from revnet.app.errors import MachineError, UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says about a file that cannot be written into a message."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"no permission to write {path}: {error.strerror}") from error
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror}. What was saved before is as it was.") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when all of it is on the disk; until then `path` stays as it was."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    with writing(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
 
 
 class Run:
@@ -37,14 +54,10 @@ class Run:
     @classmethod
     def create(cls, out: str | None, name: str) -> Run:
         """A new folder; by default the first unused runs/NAME-NUMBER."""
-        if out is None:
-            numbers = iter(range(1, 10_000))
-            path = next(path for i in numbers if not (path := Path("runs") / f"{name}-{i}").exists())
-        else:
-            path = Path(out)
-            if (path / "config.json").exists():
-                raise UserError(f"{path} already holds a run: choose another --out")
+        path = Path(out) if out else next(p for i in count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
         try:
+            if (path / "config.json").exists():
+                raise UserError(f"{path} already holds a run: choose another --out, or continue it with --resume")
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
@@ -70,9 +83,56 @@ class Run:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path / name}: {error}") from error
 
+    def write_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replaces checkpoint.pt, the whole state of a training, and weights.safetensors, its state["model"]."""
+        # By way of memory: torch.save reports a full disk as an internal error of its file format.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with replacing(self.path / "checkpoint.pt") as file:
+            file.write(buffer.getbuffer())
+        self.write_weights(state["model"])
+
+    def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Replaces weights.safetensors."""
+        from safetensors.torch import save
+
+        content = save({name: tensor.contiguous() for name, tensor in weights.items()})
+        with replacing(self.path / "weights.safetensors") as file:
+            file.write(content)
+
+    def read_checkpoint(self, device: torch.device) -> dict[str, Any]:
+        """The state that was written last."""
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            raise UserError(f"{self.path} has no checkpoint yet: start it anew with another --out")
+        try:
+            # torch.load compares no checksums, though its files hold them.
+            with zipfile.ZipFile(path) as file:
+                if broken := file.testzip():
+                    raise ValueError(f"the checksum of {broken} is wrong")
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"{path} is damaged ({str(error).splitlines()[0]}). Nothing was changed; `revnet sample` still works "
+                "with weights.safetensors, but the training has to start anew with another --out."
+            ) from error
+
+    def read_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The weights that were written last."""
+        from safetensors.torch import load_file
+
+        path = self.path / "weights.safetensors"
+        if not path.exists():
+            raise UserError(f"{self.path} has no weights yet: they are saved with the first checkpoint")
+        try:
+            return load_file(path, device=str(device))
+        except Exception as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -80,3 +140,9 @@ class Run:
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def forget_after(self, step: int) -> None:
+        """Removes the rows of metrics.jsonl that a resumed run will write again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        with replacing(self.path / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

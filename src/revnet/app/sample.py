@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revnet.app.data import Array, Patches, Words, image_codecs
+from revnet.app.data import START, Array, Patches, Words, image_codecs
+from revnet.app.device import find_device
 from revnet.app.errors import UserError
 from revnet.app.model import Shape, Transformer
 from revnet.app.plots import sample_grid
-from revnet.app.run import Run
+from revnet.app.run import Run, replacing
 
 
 @dataclass
@@ -35,6 +36,10 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature and --top-k are at least 0, and --top-p is above 0 and at most 1")
 
 
 @torch.no_grad()
@@ -78,30 +83,46 @@ def images_of(
     return images.reshape(len(captions), each, *images.shape[1:])
 
 
+def texts_of(model: Transformer, prompts: Sequence[str], length: int, how: Sampling) -> list[str]:
+    """Continues each prompt to `length` bytes."""
+    device = model.rotary.device
+    texts = []
+    for prompt in prompts:
+        given = torch.tensor([list(prompt.encode())], dtype=torch.int64, device=device)
+        tokens = generate(model, torch.full((1, 1), START, device=device), given, length, how)
+        texts.append(bytes(tokens[0].tolist()).decode(errors="replace"))
+    return texts
+
+
 def load_model(run: Run, device: torch.device) -> Transformer:
     """The model of a run with its saved weights."""
-    from safetensors.torch import load_file
-
-    model = Transformer(Shape(**run.read_json("config.json")["shape"])).to(device)
-    path = run.path / "weights.safetensors"
-    try:
-        model.load_state_dict(load_file(path, device=str(device)))
-    except FileNotFoundError:
-        raise UserError(f"{run.path} has no weights yet: they are saved with the first checkpoint") from None
-    except Exception as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    config = run.read_json("config.json")
+    model = Transformer(Shape(**config["shape"]), streams=config["streams"]).to(device)
+    model.load_state_dict(run.read_weights(device))
     return model
 
 
-def sample(run_path: str, captions: Sequence[str], out: str | None, each: int, device: str, how: Sampling) -> Path:
-    """Draws `each` images for every caption and saves them as a grid."""
-    from revnet.app.train import find_device
-
+def sample(
+    run_path: str, captions: Sequence[str], out: str | None, each: int, length: int | None, device: str, how: Sampling
+) -> str:
+    """Draws images for every caption and saves them as a grid, or continues every prompt; says what to print."""
     run = Run.open(run_path)
     spec = run.read_json("data.json")
-    words, patches = image_codecs(spec)
-    captions = captions or spec["show"]
     model = load_model(run, find_device(device))
-    path = Path(out) if out else run.path / "sample.png"
-    sample_grid(path, captions, images_of(model, words, patches, captions, each, how))
-    return path
+    captions = captions or spec["show"]
+    if spec["kind"] == "text":
+        length = model.shape.length if length is None else length
+        if length > model.shape.length:
+            raise UserError(f"--length {length} is more than the run's context of {model.shape.length} bytes")
+        text = "\n\n".join(texts_of(model, captions, length, how))
+        if out is None:
+            return text
+        path = Path(out)
+        with replacing(path) as file:
+            file.write(text.encode())
+    else:
+        words, patches = image_codecs(spec)
+        path = Path(out) if out else run.path / "sample.png"
+        images = images_of(model, words, patches, captions, each, how)
+        sample_grid(path, captions, [("", images)])
+    return str(path)

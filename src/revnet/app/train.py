@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from revnet.app import digits
+import revnet
+from revnet.app import report, sources
 from revnet.app.config import TrainConfig
-from revnet.app.data import Images, step_batch
-from revnet.app.display import Display, memory_table
+from revnet.app.data import Array, Data, step_batch
+from revnet.app.device import find_device
+from revnet.app.display import Display
 from revnet.app.errors import UserError
-from revnet.app.measure import EXECUTIONS, executed, reconstruction_error, step_memory
-from revnet.app.model import Shape, Transformer, bits_per_token
-from revnet.app.plots import loss_plot, sample_grid
-from revnet.app.run import Run, replacing
-from revnet.app.sample import Sampling, images_of
+from revnet.app.measure import reconstruction_error
+from revnet.app.model import Attention, FeedForward, Shape, Transformer, bits_per_token
+from revnet.app.plots import loss_plot
+from revnet.app.run import Run
 
 INTERRUPTED = 130
 LOG_EVERY = 10
-HELD_OUT_EXAMPLES = 512
-JUDGED = 400
-
-
-def find_device(name: str) -> torch.device:
-    """The device that `--device` names; "auto" is the accelerator where there is one."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+HELD_OUT_TOKENS = 50_000
 
 
 @contextmanager
@@ -65,28 +55,29 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 class Training:
     """A model, its optimizer and its data, and the steps that take them from here to there."""
 
-    def __init__(self, config: TrainConfig, data: Images, run: Run) -> None:
+    def __init__(self, config: TrainConfig, data: Data, run: Run) -> None:
         self.config, self.data, self.run = config, data, run
         self.device = find_device(config.device)
         self.step = 0
         torch.manual_seed(config.seed)
         self.shape = Shape(
-            depth=config.depth,
-            width=config.width,
-            heads=config.heads,
-            prefix_vocab=data.words.vocab,
-            prefix_length=data.words.length,
-            vocab=data.patches.vocab,
-            rows=data.patches.rows,
-            columns=data.patches.columns,
-            dropout=config.dropout,
+            depth=config.depth, width=config.width, heads=config.heads, dropout=config.dropout, **data.shape
         )
-        self.model = Transformer(self.shape, execution=config.execution).to(self.device)
+        self.model = Transformer(self.shape, execution=config.execution, streams=config.streams).to(self.device)
+        if config.compile:
+            for module in self.model.modules():
+                if isinstance(module, Attention | FeedForward):
+                    module.compile()
+        self.optimizer = self.make_optimizer()
+        self._board = _board(run) if config.tensorboard else None
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, which decays matrices only."""
         decayed = [p for p in self.model.parameters() if p.dim() == 2]
         others = [p for p in self.model.parameters() if p.dim() != 2]
-        self.optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-            lr=config.lr,
+            lr=self.config.lr,
             betas=(0.9, 0.95),
             fused=True,
         )
@@ -97,18 +88,24 @@ class Training:
         warm = min(1.0, (done + 1 / self.config.steps) * 20)
         return self.config.lr * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
-    def tensors(self, batch: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    def read_batch(self, step: int) -> tuple[Array, Array]:
+        """The training examples of a step."""
+        return step_batch(self.data, step, self.config.batch, self.config.seed)
+
+    def tensors(self, batch: tuple[Array, Array]) -> tuple[Tensor, Tensor]:
         """A batch on the device."""
         prefix, tokens = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in batch)
         return prefix, tokens
 
-    def train_batch(self) -> tuple[Tensor, Tensor]:
-        """The examples of the next step."""
-        return self.tensors(step_batch(self.data, self.step, self.config.batch, self.config.seed))
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """The run's autocast."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            yield
 
     def loss(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Bits per token under the run's autocast."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        """Bits per token."""
+        with self.precision():
             return bits_per_token(self.model, prefix, tokens)
 
     def take_step(self, prefix: Tensor, tokens: Tensor) -> Tensor:
@@ -125,108 +122,191 @@ class Training:
         self.step += 1
         return loss.detach()
 
+    def held_out_numbers(self) -> Array:
+        """The examples that a validation reads: all of a small split, otherwise some from all over it."""
+        count = self.data.counts["held_out"]
+        some = min(count, max(1, HELD_OUT_TOKENS // self.shape.length))
+        return np.linspace(0, count, some, endpoint=False, dtype=np.int64)
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out bits per token and the reconstruction error of its last batch, without dropout."""
+        """Bits per token of up to 50,000 held-out tokens; in float streams also the reconstruction error."""
         self.model.eval()
-        numbers = np.arange(min(self.data.counts["held_out"], HELD_OUT_EXAMPLES))
+        numbers = self.held_out_numbers()
         total = 0.0
         for part in np.array_split(numbers, math.ceil(len(numbers) / self.config.batch)):
             batch = self.tensors(self.data.batch("held_out", part, np.zeros(len(part))))
             total += float(self.loss(*batch)) * len(part)
+        found = {"held_out_bits": total / len(numbers)}
+        if self.config.streams == "float" or (self.config.streams == "auto" and self.config.dtype == "float32"):
+            with self.precision():
+                found["reconstruction_error"] = reconstruction_error(self.model, *batch)
         self.model.train()
-        return {"held_out_bits": total / len(numbers), "reconstruction_error": reconstruction_error(self.model, *batch)}
+        return found
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Adds the step to a row and writes it to metrics.jsonl, and for TensorBoard where asked."""
+        self.run.log({"step": self.step} | row)
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, self.step)
+            self._board.flush()
 
     def save(self) -> None:
         """Writes the checkpoint and the weights."""
-        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        with replacing(self.run.path / "checkpoint.pt") as file:
-            torch.save(state, file)
-        with replacing(self.run.path / "weights.safetensors") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}))
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        self.run.write_checkpoint({"step": self.step, "model": model, "optimizer": optimizer})
 
-    def draw_plots(self, samples: bool) -> None:
-        """Draws loss.png, and samples.png where asked."""
-        loss_plot(self.run.path / "loss.png", self.run.metrics(), "image token")
-        if samples:
-            images = images_of(self.model, self.data.words, self.data.patches, self.data.show, 10, Sampling())
-            sample_grid(self.run.path / "samples.png", self.data.show, images)
+    def resume(self) -> None:
+        """Goes back to where the run was saved last."""
+        state = self.run.read_checkpoint(self.device)
+        self.step = state["step"]
+        if self.step >= self.config.steps:
+            raise UserError(f"{self.run.path} has taken all of its {self.step} steps: ask for more with --steps")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.run.forget_after(self.step)
+
+    def plan(self, new: bool) -> None:
+        """Chooses the executions that fit `--memory`; a resumed run keeps its plan, and so its rounding."""
+        plan(self, new)
+
+    def draw_loss(self) -> None:
+        """Draws loss.png."""
+        loss_plot(self.run.path / "loss.png", self.run.metrics(), self.data.unit)
 
 
-def train(config: TrainConfig) -> int:
-    """Trains as `config` says and returns the exit code."""
-    data = digits.load()
-    config = config.resolve(digits.DEFAULTS)
-    run = Run.create(config.out, data.name)
-    training = Training(config, data, run)
-    run.write_json("config.json", asdict(config) | {"out": str(run.path), "shape": asdict(training.shape)})
+def _board(run: Run) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs its package: pip install 'revnet[tensorboard]'") from None
+    return SummaryWriter(run.path / "tensorboard")
+
+
+T = TypeVar("T", bound=Training)
+
+
+def start(given: dict[str, Any], make: type[T], create: Callable[[str | None, str], Run] = Run.create) -> T:
+    """A new training from the options that were `given`."""
+    config = TrainConfig(**given)
+    find_device(config.device)
+    data, defaults = sources.load(config)
+    config = config.resolve(defaults)
+    run = create(config.out, data.name)
+    training = make(config, data, run)
+    if config.memory:
+        training.plan(new=True)
     run.write_json("data.json", data.spec)
-    with Display(config.steps, "image token") as display, interruptible() as stop:
+    run.write_json("config.json", asdict(config) | {"out": str(run.path), "shape": asdict(training.shape)})
+    return training
+
+
+def resume(path: str, given: dict[str, Any], make: type[T], find: Callable[[str], Run] = Run.open) -> T:
+    """The training that was saved in a run's folder; the options `given` may change only what is not learned."""
+    run = find(path)
+    saved = run.read_json("config.json")
+    for item in fields(TrainConfig):
+        if item.name in given and given[item.name] != saved[item.name] and not item.metadata["own"]:
+            flag = item.name.replace("_", "-")
+            raise UserError(f"--{flag} is {saved[item.name]} in {path}: a resumed run keeps it")
+    config = TrainConfig(**{item.name: (saved | given)[item.name] for item in fields(TrainConfig)})
+    spec = run.read_json("data.json")
+    data, _ = sources.load(config, spec)
+    if data.spec["fingerprint"] != spec["fingerprint"]:
+        raise UserError(f"the data of {path} has changed since it was started: {' '.join(config.data)}")
+    training = make(config, data, run)
+    training.resume()
+    if config.memory:
+        training.plan(new="memory" in given)
+    run.write_json("config.json", asdict(config) | {"shape": asdict(training.shape)})
+    return training
+
+
+def plan(training: Training, new: bool) -> None:
+    """Chooses the executions that fit `--memory`; a resumed run keeps its plan, and so its rounding."""
+    path = training.run.path / "plan.json"
+    if not new and path.exists():
+        training.model.layers.execution = revnet.Plan.load(path)
+        return
+    prefix, tokens = training.tensors(training.read_batch(training.step))
+    x, keywords = training.model.embed(prefix, tokens[:, :-1])
+    try:
+        with training.precision():
+            found = revnet.plan(training.model.layers, x.detach(), training.config.memory, **keywords)
+    except (revnet.ReversibleError, ValueError) as error:
+        raise UserError(f"--memory {training.config.memory}: {error}") from error
+    training.model.layers.execution = found
+    found.save(path)
+
+
+def train(given: dict[str, Any], resumed: str | None = None) -> int:
+    """Trains with the options `given`, possibly from where an earlier run was saved, and returns the exit code."""
+    if "WORLD_SIZE" in os.environ:
+        from revnet.app import parallel
+
+        return parallel.train(given, resumed)
+    try:
+        return _train(given, resumed)
+    except revnet.ReversibleError as error:
+        raise UserError(str(error)) from error
+
+
+def _train(given: dict[str, Any], resumed: str | None) -> int:
+    training = resume(resumed, given, Training) if resumed else start(given, Training)
+    config, data, run = training.config, training.data, training.run
+    with Display(config.steps, data.unit) as display, interruptible() as stop:
         parameters = sum(parameter.numel() for parameter in training.model.parameters())
         display.say(
             f"[bold]{data.name}[/]: {data.counts['train']:,} examples, {data.counts['held_out']:,} held out. "
             f"Depth {config.depth}, width {config.width}, {parameters:,} parameters on {training.device}. "
-            f"Run folder [bold]{run.path}[/]."
+            f"{f'From step {training.step}. ' if resumed else ''}Run folder [bold]{run.path}[/]."
         )
+        memory = report.memory(training)
+        if not resumed:
+            training.log({f"{row.name}_peak_bytes": row.peak for row in memory})
         loop(training, display, stop)
         training.save()
-        training.draw_plots(samples=not stop())
+        training.draw_loss()
         if stop():
-            display.say(f"Stopped at step {training.step}; saved in {run.path}.")
+            display.say(f"Stopped at step {training.step}. Continue with: revnet train --resume {run.path}")
             return INTERRUPTED
-    finish(training, display)
+    report.close(training, display, memory)
     return 0
 
 
 def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None:
     """Steps, logs, validations and checkpoints until the last step or until `stop` says so."""
-    config, run = training.config, training.run
+    config = training.config
     since, tokens = time.perf_counter(), 0
-    while training.step < config.steps and not stop():
-        batch = training.train_batch()
-        loss = training.take_step(*batch)
-        tokens += batch[1].numel()
-        step, last = training.step, training.step == config.steps
-        if step % LOG_EVERY == 0 or step == 1 or last:
-            bits = float(loss)
-            if not math.isfinite(bits):
-                raise UserError(f"the loss is {bits} at step {step}: try a smaller --lr")
-            rate = tokens / (time.perf_counter() - since)
-            since, tokens = time.perf_counter(), 0
-            run.log({"step": step, "bits": bits, "lr": training.learning_rate(), "tokens_per_second": round(rate)})
-            display.step(step, bits, rate)
-        if step % config.validate_every == 0 or last:
-            run.log({"step": step} | training.validate())
-            training.draw_plots(samples=False)
-        if step % config.save_every == 0 and not last:
-            training.save()
-            training.draw_plots(samples=True)
+    with ThreadPoolExecutor(1, "batches") as reader:
+        coming = reader.submit(training.read_batch, training.step)
+        while training.step < config.steps and not stop():
+            batch = training.tensors(_take(coming, training))
+            coming = reader.submit(training.read_batch, training.step + 1)
+            loss = training.take_step(*batch)
+            tokens += batch[1].numel()
+            step, last = training.step, training.step == config.steps
+            if step % LOG_EVERY == 0 or step == 1 or last:
+                bits = float(loss)
+                if not math.isfinite(bits):
+                    raise UserError(f"the loss is {bits} at step {step}: try a smaller --lr than {config.lr:g}")
+                rate = tokens / (time.perf_counter() - since)
+                since, tokens = time.perf_counter(), 0
+                training.log({"bits": bits, "lr": training.learning_rate(), "tokens_per_second": round(rate)})
+                display.step(step, bits, rate, last)
+            if step % config.validate_every == 0 or last:
+                training.log(training.validate())
+                training.draw_loss()
+            if step % config.save_every == 0 and not last:
+                training.save()
+                report.samples(training)
 
 
-def finish(training: Training, display: Display) -> None:
-    """Measures the memory of the run against other executions, reads the generated digits, and prints both."""
-    batch = training.train_batch()
-    rows = []
-    for name in EXECUTIONS:
-        with executed(training.model, name):
-            report = step_memory(training.model, lambda: training.loss(*batch))
-        rows.append((name, report.saved_bytes, report.peak_bytes))
-    wanted = np.arange(JUDGED) % 10
-    captions = [digits.NAMES[digit] for digit in wanted]
-    images = images_of(training.model, training.data.words, training.data.patches, captions, 1, Sampling(seed=1))
-    share, accuracy = digits.share_read(images[:, 0], wanted)
-    training.run.write_json(
-        "result.json",
-        {
-            "memory": [{"execution": name, "kept_bytes": kept, "peak_bytes": peak} for name, kept, peak in rows],
-            "digits_read_as_captioned": share,
-            "classifier_accuracy_on_real_digits": accuracy,
-        },
-    )
-    display.console.print(memory_table("Activation memory of one training step", rows))
-    display.say(
-        f"\n[bold]{share:.1%}[/] of {JUDGED} generated digits are read as their caption says, by a classifier "
-        f"that reads {accuracy:.1%} of real held-out digits right.\n"
-        f"Look at {training.run.path / 'samples.png'}, or draw more:\n"
-        f'  revnet sample {training.run.path} "three" "a handwritten eight" --out digits.png'
-    )
+def _take(coming: Future[tuple[Array, Array]], training: Training) -> tuple[Array, Array]:
+    try:
+        return coming.result()
+    except UserError:
+        # An image that cannot be read says nothing about the steps before it.
+        training.save()
+        raise

@@ -1,0 +1,134 @@
+"""Text as bytes, read from its files as it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from revnet.app.data import START, Array, split
+from revnet.app.errors import UserError
+
+DEFAULTS = {"depth": 6, "dropout": 0.0, "batch": 16, "steps": 2000}
+VOCAB = 256
+
+# A document: a file from one byte to another.
+Document = tuple[Path, int, int]
+
+
+def standard_library() -> list[Path]:
+    """The modules of the standard library as Python source, without its tests, which not every system has."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+
+
+def find_texts(paths: list[Path]) -> list[Path]:
+    """The files that `paths` name, and the files without zero bytes of the folders that they name."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+            found += [file for file in sorted(inside) if not _is_binary(file)]
+        else:
+            found.append(path)
+    return found
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" in file.read(4096)
+
+
+class Corpus:
+    """The bytes of text files, one token each.
+
+    Equal files are read once. Whole files are held out; of a single file, its last tenth.
+
+    Args:
+        name: What the run is called.
+        files: The files.
+        length: Bytes of one example.
+    """
+
+    unit = "byte"
+
+    def __init__(self, name: str, files: list[Path], length: int) -> None:
+        self.name, self.length = name, length
+        different: dict[str, Path] = {}
+        for path in files:
+            if path.stat().st_size:
+                different.setdefault(_digest(path), path)
+        if not different:
+            raise UserError("there is no text: all files are empty")
+        splits = split(list(different))
+        documents = [(path, 0, path.stat().st_size) for path in different.values()]
+        self._documents: dict[str, list[Document]] = {
+            name: [documents[i] for i in numbers] for name, numbers in splits.items()
+        }
+        if len(documents) == 1:
+            path, _, end = documents[0]
+            self._documents = {"train": [(path, 0, end * 9 // 10)], "held_out": [(path, end * 9 // 10, end)]}
+        self._ends = {
+            name: list(accumulate(end - start for _, start, end in several))
+            for name, several in self._documents.items()
+        }
+        for name, ends in self._ends.items():
+            if ends[-1] < 2 * length:
+                raise UserError(f"the {name.replace('_', '-')} text has only {ends[-1]:,} bytes: "
+                                f"it needs twice --context {length}")  # fmt: skip
+        beginnings = [0, *self._ends["held_out"][:-1]][:3]
+        self._show = [self._read("held_out", start, 32).decode(errors="replace") for start in beginnings]
+        self._fingerprint = hashlib.sha256("".join(sorted(different)).encode()).hexdigest()
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """A prefix of `START` alone, then bytes."""
+        return {"prefix_vocab": START + 1, "prefix_length": 1, "vocab": VOCAB, "rows": self.length, "columns": 1}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Examples in each split."""
+        # One short of what fits: an example starts anywhere in the `length` bytes from its first.
+        return {name: ends[-1] // self.length - 1 for name, ends in self._ends.items()}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What sampling needs, as JSON."""
+        return {"kind": "text", "name": self.name, "show": self._show, "fingerprint": self._fingerprint}
+
+    def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
+        """`START` (n, 1) and bytes (n, length); each example begins where its draw says, within its own stretch."""
+        texts = [
+            self._read(split, int((i + draw) * self.length), self.length)
+            for i, draw in zip(indices, draws, strict=True)
+        ]
+        tokens = np.frombuffer(b"".join(texts), dtype=np.uint8).reshape(len(texts), self.length)
+        return np.full((len(texts), 1), START, dtype=np.int64), tokens.astype(np.int64)
+
+    def _read(self, split: str, start: int, count: int) -> bytes:
+        """Bytes of the documents of a split, one after the other."""
+        ends, documents = self._ends[split], self._documents[split]
+        number = bisect_right(ends, start)
+        parts = []
+        while count:
+            path, _, last = documents[number]
+            offset = last - (ends[number] - start)
+            part = min(count, last - offset)
+            with path.open("rb") as file:
+                file.seek(offset)
+                parts.append(file.read(part))
+            if len(parts[-1]) < part:
+                raise UserError(f"{path} has become shorter since the run began")
+            start, count, number = start + part, count - part, number + 1
+        return b"".join(parts)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

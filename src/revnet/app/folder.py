@@ -1,0 +1,148 @@
+"""A folder of images with captions, read as it is needed."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from revnet.app.data import Array, Images, codecs, split
+from revnet.app.errors import UserError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+IMAGE_COLUMNS = ("file", "file_name", "image", "path")
+CAPTION_COLUMNS = ("caption", "text")
+CODE_BOOK_IMAGES = 2000
+DEFAULTS = {"depth": 6, "dropout": 0.1, "batch": 32, "steps": 2000}
+
+
+def read_text(path: Path) -> str:
+    """A caption file or table, which must be UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from None
+
+
+def read_image(path: Path, side: int, grey: bool) -> Array:
+    """The middle square of an image: (side, side, 1 or 3), uint8."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            picture = ImageOps.fit(picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"the image {path} is too large: {error}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"the image {path} cannot be decoded: {error}. Replace it, or remove it.") from error
+    return np.asarray(picture).reshape(side, side, 1 if grey else 3)
+
+
+def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
+    """The captions of each image: from a table, or the lines of the text file of the same name."""
+    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    captions = _from_table(folder, table, images) if table else _from_files(folder, images)
+    missing = [path for path, several in zip(images, captions, strict=True) if not several]
+    if missing:
+        where = f"a row in {table.name}" if table else f"a file {missing[0].with_suffix('.txt').name}"
+        raise UserError(f"{_count(missing, 'image')} without a caption, such as {missing[0]}: it needs {where}")
+    return captions
+
+
+def _from_files(folder: Path, images: list[Path]) -> list[list[str]]:
+    wanted = {path.with_suffix(".txt"): path for path in images}
+    alone = sorted(path for path in folder.rglob("*.txt") if path not in wanted and not _hidden(path, folder))
+    if alone:
+        raise UserError(f"{_count(alone, 'caption file')} without an image, such as {alone[0]}: a folder of images "
+                        "holds only captions as .txt")  # fmt: skip
+    return [_lines(text) if (text := path.with_suffix(".txt")).is_file() else [] for path in images]
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def _from_table(folder: Path, table: Path, images: list[Path]) -> list[list[str]]:
+    captions: dict[Path, list[str]] = {path: [] for path in images}
+    for number, row in _rows(table):
+        name = next((row[key] for key in IMAGE_COLUMNS if row.get(key)), None)
+        caption = next((row[key] for key in CAPTION_COLUMNS if row.get(key)), None)
+        if not isinstance(name, str) or not isinstance(caption, str):
+            raise UserError(
+                f"{table}, row {number}: needs an image ({', '.join(IMAGE_COLUMNS)}) and a text "
+                f"({', '.join(CAPTION_COLUMNS)}), has {', '.join(map(str, row)) or 'nothing'}"
+            )
+        if folder / name not in captions:
+            raise UserError(f"{table}, row {number}: there is no image {folder / name}")
+        captions[folder / name].append(caption)
+    return list(captions.values())
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    lines = read_text(table).splitlines()
+    if table.suffix == ".csv":
+        yield from enumerate(csv.DictReader(lines), start=2)
+        return
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{table}, line {number} is not JSON: {error}") from error
+            yield number, row if isinstance(row, dict) else {}
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _count(things: list[Path], name: str) -> str:
+    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All images of a folder and its subfolders, in order."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in files if not _hidden(path, folder))
+
+
+def load(
+    folder: Path, images: list[Path], side: int, patch: int, vocab: int, grey: bool, spec: dict[str, Any] | None
+) -> Images:
+    """Images of `folder`, scaled to `side` pixels; equal files are in the same split.
+
+    The code book is learned from up to 2,000 of them; the others are only read when their turn comes.
+    """
+    if side % patch:
+        raise UserError(f"--image-size {side} is not a multiple of --patch {patch}")
+    captions = find_captions(folder, images)
+    read: Callable[[int], Array] = partial(_read, images, side, grey)
+    splits = split([hashlib.sha256(path.read_bytes()).hexdigest() for path in images])
+    if not len(splits["held_out"]):
+        raise UserError(f"{folder} holds {_count(images, 'image')}, all alike: at least two different ones are needed")
+    sample = np.random.default_rng(0).permutation(splits["train"])[:CODE_BOOK_IMAGES]
+    words, patches = codecs(spec, captions, lambda: np.stack([read(i) for i in sample]), patch, vocab)
+    return Images(
+        name=folder.resolve().name,
+        captions=captions,
+        load=read,
+        splits=splits,
+        words=words,
+        patches=patches,
+        show=[captions[i][0] for i in splits["held_out"][:12]],
+    )
+
+
+def _read(images: list[Path], side: int, grey: bool, i: int) -> Array:
+    return read_image(images[i], side, grey)

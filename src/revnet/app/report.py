@@ -1,0 +1,152 @@
+"""What a run shows for itself: samples, memory, and how far the model follows its captions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from revnet.app import digits
+from revnet.app.data import Array, Images
+from revnet.app.display import Display, memory_table
+from revnet.app.measure import executed, step_memory
+from revnet.app.model import example_bits
+from revnet.app.plots import sample_grid
+from revnet.app.run import replacing
+from revnet.app.sample import Sampling, images_of, texts_of
+
+if TYPE_CHECKING:
+    from revnet.app.train import Training
+
+JUDGED = 400
+PAIRS = 512
+COMPARED = 8000
+NAMES = {"store": "stored", "invert": "reversible"}
+
+
+@dataclass
+class MemoryRow:
+    """Activation memory of a training step: bytes kept after the forward pass, and at the peak through backward."""
+
+    name: str
+    kept: int
+    peak: int
+    estimated: bool
+
+
+def memory(training: Training) -> list[MemoryRow]:
+    """Stored and checkpointed execution of the run's network beside the run's own, on one batch of the run.
+
+    What would take more than half of the free memory is estimated from a batch of one example.
+    """
+    execution = training.model.layers.execution
+    own = NAMES.get(execution, execution) if isinstance(execution, str) else "planned"
+    batch = training.tensors(training.read_batch(training.step))
+    rows = []
+    for name in dict.fromkeys(("stored", "checkpointed", own)):
+        with executed(training.model, execution if name == own else name):
+            one = step_memory(training.model, lambda: training.loss(*(part[:1] for part in batch)))
+            times = len(batch[0])
+            estimated = name != own and one.peak_bytes * times > _free_bytes(training.device) / 2
+            found = one if estimated else step_memory(training.model, lambda: training.loss(*batch))
+        times = times if estimated else 1
+        rows.append(MemoryRow(name, found.saved_bytes * times, found.peak_bytes * times, estimated))
+    return rows
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def samples(training: Training) -> None:
+    """Draws samples.png, or for a text writes samples.txt."""
+    data, model, path = training.data, training.model, training.run.path
+    if isinstance(data, Images):
+        images = images_of(model, data.words, data.patches, data.show, 10, Sampling())
+        sample_grid(path / "samples.png", data.show, [("", images)])
+        return
+    with replacing(path / "samples.txt") as file:
+        text = "\n\n----\n\n".join(texts_of(model, data.spec["show"], model.shape.length, Sampling()))
+        file.write(text.encode())
+
+
+def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
+    """Draws the last samples, judges them, and prints what was found."""
+    data, run = training.data, training.run
+    samples(training)
+    display.console.print(memory_table(rows))
+    found: dict[str, Any] = {"memory": [asdict(row) for row in rows]}
+    if data.name == "digits" and isinstance(data, Images):
+        found |= judge_digits(training, data)
+        display.say(
+            f"\n[bold]{found['read_as_captioned']:.1%}[/] of {JUDGED} generated digits are read as their caption says, "
+            f"by a classifier that reads {found['classifier_accuracy']:.1%} of real held-out digits right."
+        )
+    elif isinstance(data, Images):
+        found |= judge_captions(training, data)
+        held_out(training, data)
+        if found["pairs"]:
+            display.say(
+                f"\nA held-out image is likelier under its own caption than under another one in "
+                f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs."
+            )
+        display.say(f"Held-out captions beside the nearest training image: {run.path / 'held_out.png'}")
+    run.write_json("result.json", found)
+    words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if data.name == "digits")
+    kind = "png" if isinstance(data, Images) else "txt"
+    display.say(f"Look at {run.path / f'samples.{kind}'}, or draw more:\n  revnet sample {run.path}{words}")
+
+
+def judge_digits(training: Training, data: Images) -> dict[str, float]:
+    """The share of generated digits that an independent classifier reads as their caption says, and its accuracy."""
+    wanted = np.arange(JUDGED) % 10
+    captions = [digits.NAMES[digit] for digit in wanted]
+    images = images_of(training.model, data.words, data.patches, captions, 1, Sampling(seed=1))
+    share, accuracy = digits.share_read(images[:, 0], wanted)
+    return {"read_as_captioned": share, "classifier_accuracy": accuracy}
+
+
+@torch.no_grad()
+def judge_captions(training: Training, data: Images) -> dict[str, float]:
+    """In how many pairs a held-out image is likelier under its own caption than under that of another one."""
+    count = min(PAIRS, data.counts["held_out"])
+    prefix, tokens = data.batch("held_out", np.arange(count), np.zeros(count))
+    other = np.roll(prefix, 1, axis=0)
+    differ = (other != prefix).any(axis=1)
+    bits: list[Array] = []
+    training.model.eval()
+    for captions in (prefix, other):
+        parts = []
+        for start in range(0, count, training.config.batch):
+            part = slice(start, start + training.config.batch)
+            with training.precision():
+                parts.append(example_bits(training.model, *training.tensors((captions[part], tokens[part]))).cpu())
+        bits.append(torch.cat(parts).numpy())
+    training.model.train()
+    likelier = bits[0][differ] < bits[1][differ]
+    return {"own_caption_likelier": float(likelier.mean()) if len(likelier) else 0.0, "pairs": int(differ.sum())}
+
+
+def held_out(training: Training, data: Images) -> None:
+    """Draws held_out.png: for held-out captions the real image, four samples, and the training image nearest to each.
+
+    Copies of training images would show as equal neighbours.
+    """
+    count = min(12, data.counts["held_out"])
+    numbers = data.splits["held_out"][:count]
+    captions = [data.captions[i][0] for i in numbers]
+    real = np.stack([data.load(i) for i in numbers])[:, None]
+    drawn = images_of(training.model, data.words, data.patches, captions, 4, Sampling())
+    candidates = np.random.default_rng(0).permutation(data.splits["train"])[:COMPARED]
+    known = np.stack([data.load(i) for i in candidates])
+    flat = known.reshape(len(known), -1).astype(np.float32)
+    queries = drawn.reshape(-1, flat.shape[1]).astype(np.float32)
+    nearest = ((flat**2).sum(axis=1) - 2 * queries @ flat.T).argmin(axis=1)
+    neighbours = known[nearest].reshape(drawn.shape)
+    groups = [("real", real), ("drawn", drawn), ("nearest in training, in this order", neighbours)]
+    sample_grid(training.run.path / "held_out.png", captions, groups)

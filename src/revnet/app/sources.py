@@ -1,0 +1,43 @@
+"""Which data set the words after `revnet train` mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from revnet.app import corpus, digits, folder, icons
+from revnet.app.config import TrainConfig
+from revnet.app.data import Data
+from revnet.app.errors import UserError
+
+
+def load(config: TrainConfig, spec: dict[str, Any] | None = None) -> tuple[Data, dict[str, Any]]:
+    """The data of a run and the options that follow from it.
+
+    Args:
+        config: The run.
+        spec: What an earlier part of the same run learned from the same data.
+    """
+    names = config.data
+    if len(names) == 1 and names[0] in ("digits", "icons", "stdlib"):
+        if names[0] == "digits":
+            return digits.load(spec), digits.DEFAULTS
+        if names[0] == "icons":
+            return icons.load(spec), icons.DEFAULTS
+        return corpus.Corpus("stdlib", corpus.standard_library(), config.context), corpus.DEFAULTS
+    paths = [Path(name) for name in names]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"there is no file or folder {path} (and the data sets are digits, icons and stdlib)")
+    images = [image for path in paths if path.is_dir() for image in folder.find_images(path)]
+    images += [path for path in paths if path.suffix.lower() in folder.SUFFIXES]
+    if images:
+        if len(paths) > 1 or not paths[0].is_dir():
+            raise UserError(f"{images[0]} is an image: give one folder of images, or only texts")
+        options = (config.image_size, config.patch, config.codes, config.grey)
+        return folder.load(paths[0], images, *options, spec), folder.DEFAULTS
+    texts = corpus.find_texts(paths)
+    if not texts:
+        raise UserError(f"{' '.join(names)} holds neither images nor texts")
+    name = paths[0].resolve().stem if len(paths) == 1 else "texts"
+    return corpus.Corpus(name, texts, config.context), corpus.DEFAULTS
