@@ -1,0 +1,96 @@
+"""What the examples share: their options, the digits, and the comparison of stored with inverted execution."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import revnet
+
+
+def options(description: str | None, argv: Sequence[str] | None, **extra: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--full", action="store_true", help="the size of the paper; otherwise a toy that takes seconds")
+    for name, default in extra.items():
+        kind = str if default is None else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    torch.manual_seed(0)
+    return parser.parse_args(argv)
+
+
+def digits(device: str, size: int = 8, channels: int = 1) -> tuple[Tensor, Tensor]:
+    """1,797 handwritten digits, resized: images (n, channels, size, size) from 0 to 1, classes (n,)."""
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32, device=device).view(-1, 1, 8, 8) / 16
+    if size != 8:
+        x = nn.functional.interpolate(x, size=(size, size), mode="bilinear")
+    return x.expand(-1, channels, -1, -1).contiguous(), torch.tensor(classes, device=device)
+
+
+class Cost(NamedTuple):
+    """One training step: memory kept for backward and peak memory (MiB above the start), time (ms), gradients."""
+
+    saved: float
+    peak: float
+    time: float
+    gradients: list[Tensor]
+
+
+def cost(model: nn.Module, loss: Callable[[], Tensor], execution: str) -> Cost:
+    for module in model.modules():
+        if isinstance(module, revnet.Reversible | revnet.ReversibleSequence):
+            module.execution = execution
+
+    def step() -> float:
+        model.zero_grad()
+        started = time.perf_counter()
+        torch.manual_seed(0)
+        loss().backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - started)
+
+    step()
+    fastest = min(step() for _ in range(2))
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    report = revnet.measure_memory(loss)
+    model.zero_grad()
+    return Cost(report.saved_bytes / 2**20, report.peak_bytes / 2**20, fastest, gradients)
+
+
+def compare(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
+    """Print memory, time and gradients of one training step, stored and inverted; return the ratios."""
+    stored, inverted = (cost(model, loss, execution) for execution in ("store", "invert"))
+    print(f"{'execution':<12}{'saved':>12}{'peak':>12}{'time':>12}")
+    for name, one in (("store", stored), ("invert", inverted)):
+        print(f"{name:<12}{one.saved:>8.2f} MiB{one.peak:>8.2f} MiB{one.time:>9.1f} ms")
+    error = max(
+        ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+        for a, b in zip(inverted.gradients, stored.gradients, strict=True)
+    )
+    print(f"largest relative difference of a gradient: {error:.1e}")
+    return {"saved": inverted.saved / stored.saved, "peak": inverted.peak / stored.peak, "error": error}
+
+
+def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float) -> tuple[float, float]:
+    """Train with Adam; the first loss and the mean of the last five."""
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    last = sum(losses[-5:]) / len(losses[-5:])
+    print(f"loss after {steps} steps: {losses[0]:.4f} -> {last:.4f}")
+    return losses[0], last
