@@ -39,7 +39,7 @@ from ._couplings import Coupling, tree_leaves, tree_map
 from ._decisions import Decisions
 from ._errors import ReversibleError
 from ._kept import Hosted, Playing, Recording, Results, Saved
-from ._replay import AutocastState, KeywordState, ModuleState, RandomState, _modules, devices_of
+from ._replay import AutocastState, KeywordState, ModuleState, RandomState, devices_of, modules_of
 from ._steps import FixedArithmetic, FloatArithmetic, Stream, branch_output
 from ._streams import checksum
 
@@ -112,17 +112,6 @@ class _Token:
     def __init__(self, call: Call, step: int) -> None:
         self.call = call
         self.step = step
-
-
-class _Kept:
-    """A saved tensor that passes through, with the version it had."""
-
-    __slots__ = ("tensor", "version", "name")
-
-    def __init__(self, tensor: Tensor, name: str) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-        self.name = name
 
 
 class _Task:
@@ -225,7 +214,7 @@ class Call:
             source=source,
             coupling=coupling,
             keywords=KeywordState(kwargs),
-            modules=ModuleState(list(dict.fromkeys([*_modules(fn), *_modules(coupling)]))),
+            modules=ModuleState(modules_of(fn, coupling)),
             random=RandomState(self.devices) if self.options.preserve_rng_state and not self.capturing else None,
             context=contexts[1] if contexts else None,
             layouts=[tree_map(_Layout, value) for value in sources],
@@ -488,7 +477,7 @@ class Call:
 
     def _replay_combine(self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
         """Catch what the combine saved (rule 10)."""
-        if record.saved_by_branch == len(record.saved):
+        if self.running or record.saved_by_branch == len(record.saved):
             return
         pack = _Catching(record, record.saved_by_branch, caught, self.options.determinism_check != "none")
         value = self._read(target, record.target_layout)
@@ -577,34 +566,44 @@ class _Catching:
 
 def _packing(record: _Record, token: _Token, roots: list[Tensor | None]) -> Callable[[Tensor], Any]:
     """Pack hook of the forward pass: keeps nothing but a handle, except for what passes through (rule 5)."""
-    sources = {root.untyped_storage()._cdata for root in roots if root is not None}
-    passing = {tensor.untyped_storage()._cdata for tensor, _, _ in record.keywords.versions} - sources
+    passing = {tensor.untyped_storage()._cdata for tensor, _, _ in record.keywords.versions}
+    if passing:
+        passing -= {root.untyped_storage()._cdata for root in roots if root is not None}
     saved = record.saved
     name = record.name
 
     def pack(tensor: Tensor) -> Any:
-        root = tensor if tensor._base is None else tensor._base
-        if (root.requires_grad and root.is_leaf and not any(root is other for other in roots)) or (
-            passing and tensor.untyped_storage()._cdata in passing
-        ):
+        root = tensor._base
+        if root is None:
+            root = tensor
+        if root.requires_grad and root.is_leaf:
+            for source in roots:
+                if root is source:
+                    break
+            else:
+                saved.append(None)
+                return tensor, tensor._version, name
+        elif passing and tensor.untyped_storage()._cdata in passing:
             saved.append(None)
-            return _Kept(tensor, name)
+            return tensor, tensor._version, name
         saved.append(_describe(tensor))
         return token, len(saved) - 1
 
     return pack
 
 
-def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, _Kept):
-        if packed.tensor._version != packed.version:
-            raise ReversibleError(
-                f"{packed.name}: a parameter or keyword tensor was changed in place between forward and backward. Call "
-                "backward before the optimizer's step (or any other in-place write)."
-            )
-        return packed.tensor
-    token, index = packed
-    tensor: Tensor = token.call.recover(token.step, index)
+def _unpack(packed: tuple[Any, ...]) -> Tensor:
+    if len(packed) == 2:
+        token, index = packed
+        recovered: Tensor = token.call.recover(token.step, index)
+        return recovered
+    tensor: Tensor
+    tensor, version, name = packed
+    if tensor._version != version:
+        raise ReversibleError(
+            f"{name}: a parameter or keyword tensor was changed in place between forward and backward. Call backward "
+            "before the optimizer's step (or any other in-place write)."
+        )
     return tensor
 
 

@@ -85,45 +85,44 @@ class _Bytes:
 class AutocastState:
     """Autocast of the CPU and of the device types in use."""
 
-    __slots__ = ("state",)
+    __slots__ = ("types", "state")
 
     def __init__(self, device_types: Sequence[str]) -> None:
-        self.state = self._read(dict.fromkeys(("cpu", *device_types)))
+        self.types = list(dict.fromkeys(("cpu", *device_types)))
+        self.state = self._read()
 
-    @staticmethod
-    def _read(device_types: Any) -> dict[str, Any]:
+    def _read(self) -> list[tuple[bool, torch.dtype, bool]]:
         cache = torch.is_autocast_cache_enabled()
-        return {t: (torch.is_autocast_enabled(t), torch.get_autocast_dtype(t), cache) for t in device_types}
-
-    @property
-    def enabled(self) -> bool:
-        return any(enabled for enabled, _, _ in self.state.values())
+        return [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t), cache) for t in self.types]
 
     def restored(self) -> contextlib.AbstractContextManager[Any] | None:
         """A context with the recorded state; None where that is the present one."""
-        present = self._read(self.state)
+        present = self._read()
         if present == self.state:
             return None
         stack = contextlib.ExitStack()
-        for device_type, state in self.state.items():
-            if present[device_type] != state:
+        for device_type, state, now in zip(self.types, self.state, present, strict=True):
+            if now != state:
                 enabled, dtype, cache = state
                 stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
         return stack
 
 
-def _modules(fn: Callable[..., Any]) -> list[nn.Module]:
-    """Every distinct module that a call of `fn` may enter, as far as `fn` shows it."""
-    root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    if not isinstance(root, nn.Module):
-        return []
-    found = {root: None}
-    waiting = [root]
+def modules_of(*callables: Callable[..., Any]) -> list[nn.Module]:
+    """Every distinct module that these calls may enter, as far as the callables show it."""
+    found: dict[nn.Module, None] = {}
+    for fn in callables:
+        root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+        if isinstance(root, nn.Module):
+            found[root] = None
+    waiting = list(found)
     while waiting:
-        for child in waiting.pop()._modules.values():
-            if child is not None and child not in found:
-                found[child] = None
-                waiting.append(child)
+        children = waiting.pop()._modules
+        if children:
+            for child in children.values():
+                if child is not None and child not in found:
+                    found[child] = None
+                    waiting.append(child)
     return list(found)
 
 
@@ -259,12 +258,15 @@ class ModuleState:
     @property
     def plain(self) -> bool:
         """Whether entering `restored` would change nothing now."""
-        return (
-            not self.uncast
-            and all(owner.get(name) is parameter for owner, name, parameter, _ in self.parameters)
-            and all(before is None for *_, before in self.buffers)
-            and all(module.training is flag for module, flag in zip(self.modules, self.training, strict=True))
-        )
+        if self.uncast:
+            return False
+        for owner, name, parameter, _ in self.parameters:
+            if owner.get(name) is not parameter:
+                return False
+        for *_, before in self.buffers:
+            if before is not None:
+                return False
+        return [module.training for module in self.modules] == self.training
 
 
 def _set_training(modules: list[nn.Module], flags: list[bool]) -> None:
@@ -286,7 +288,7 @@ class KeywordState:
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.versions: list[tuple[Tensor, int, str]] = []
-        self.kwargs = {name: self._copy(value, name) for name, value in kwargs.items()}
+        self.kwargs = {name: self._copy(value, name) for name, value in kwargs.items()} if kwargs else kwargs
 
     def _copy(self, value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
