@@ -1,4 +1,4 @@
-"""torch.compile around a sequence breaks the graph at it and is right; torch.export takes the plain loop."""
+"""torch.compile around a sequence is right, traced or broken at it; torch.export takes the plain loop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from cases import Attention, Linear, Mlp, build, randn
 from oracle import OperationLog, assert_near, assert_same_gradients, gradients_of, stored_copy, weighted
 from revnet import ReversibleSequence
 
-# torch.compile itself reads the .grad of whatever crosses a graph break, in any model.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+# torch.compile itself reads the .grad of whatever crosses a graph break, and makes Function objects, in any model.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +40,7 @@ class Model(nn.Module):
 
 def models(makers: list) -> tuple[Model, Model]:
     pairs = build(makers, 8)
-    return Model(ReversibleSequence(pairs)), Model(stored_copy(pairs))
-
-
-def test_the_graph_breaks_at_the_sequence():
-    model, _ = models([(Mlp, Mlp)] * 2)
-    explanation = torch._dynamo.explain(model)(randn(2, 6, 8))
-    assert explanation.graph_count >= 2
-    assert explanation.graph_break_count >= 1
+    return Model(ReversibleSequence(pairs, merge="sum")), Model(stored_copy(pairs, merge="sum"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -64,6 +64,20 @@ class BatchNorm(nn.Module):
         return self.norm(self.linear(x)).tanh()
 
 
+class RawBatchNorm(nn.Module):
+    """Calls the function on buffers of its own. torch writes them without a new version, and there is no counter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        return nn.functional.batch_norm(out, self.mean, self.variance, training=self.training).tanh()
+
+
 def cumulative(width: int) -> nn.Module:
     """Batch norm whose statistics depend on how often it ran."""
     return BatchNorm(width, momentum=None)
@@ -82,6 +96,7 @@ def spectral_by_hook(width: int) -> nn.Module:
 STATEFUL = {
     "batchnorm": BatchNorm,
     "batchnorm-cumulative": cumulative,
+    "batchnorm-raw": RawBatchNorm,
     "ema-in-place": EmaInPlace,
     "ema-reassigned": EmaReassigned,
     "spectral": spectral,

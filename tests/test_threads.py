@@ -83,6 +83,21 @@ def test_backwards_of_one_call(case: Case):
             assert_same_gradients(dict(enumerate(actual)), dict(enumerate(wanted)))
 
 
+@pytest.mark.parametrize("case", named("mlp-L8-dropout", "convolution-L3-batchnorm"), ids=str)
+def test_concurrent_backwards_leave_the_modules_alone(case: Case):
+    """Replays set training flags and buffers back for a moment; together they must not leave them so."""
+    net = ReversibleSequence(case.pairs(), case.route, **case.options)
+    losses = [weighted(net(case.input(seed=seed))) for seed in range(4)]
+    net.eval()
+    before = {name: (buffer, buffer.clone()) for name, buffer in net.named_buffers()}
+    for _ in range(5):
+        in_threads([lambda loss=loss: loss.backward(retain_graph=True) for loss in losses])
+        assert not any(module.training for module in net.modules())
+        for name, buffer in net.named_buffers():
+            assert buffer is before[name][0], name
+            assert torch.equal(buffer, before[name][1]), name
+
+
 def test_whole_steps_of_different_networks():
     networks = [build([(Mlp, Mlp)] * 4, 8, seed=seed) for seed in range(4)]
     oracles = [stored_copy(pairs) for pairs in networks]
