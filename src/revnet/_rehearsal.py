@@ -93,6 +93,9 @@ class Rehearsal:
     def __enter__(self) -> Rehearsal:
         with contextlib.ExitStack() as stack:
             if self.mode is not None:
+                # The engine has a real tensor of its own, without elements that matter.
+                stack.callback(setattr, self.mode, "allow_non_fake_inputs", self.mode.allow_non_fake_inputs)
+                self.mode.allow_non_fake_inputs = True
                 # An input that is fake already brings its mode, which may be entered.
                 if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not self.mode:
                     stack.enter_context(self.mode)

@@ -178,7 +178,7 @@ class Fixed:
         """Combine (or, without held, encode) over dense memory; the value is None where no dtype is asked for."""
         new = torch.empty_like(increment if held is None else held, dtype=self.dtype)
         value = None if dtype is None else torch.empty_like(new, dtype=dtype)
-        if new.numel() == 0:
+        if new.numel() == 0 or _is_fake(new):
             return new, value
         held = None if held is None else _like(held, new)
         increment = _like(increment, new)
@@ -321,10 +321,15 @@ def _like(x: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _fusible(*tensors: Tensor) -> bool:
-    """Whether there is a fused implementation, and the memory may be worked on: not traced, not fake, not batched."""
+    """Whether there is a fused implementation, and the memory may be worked on: not traced, not batched.
+
+    Fake tensors have no memory, and take what the fused implementation would.
+    """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     for x in tensors:
+        if _is_fake(x):
+            continue
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return False
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -436,7 +441,7 @@ class RangeMonitor:
         """Measure, in the 1st, 2nd, 4th, 8th ... call of a step, how many of some increments are rounded to zero."""
         increment = _local(increment.detach())
         calls = self._calls[step] = self._calls.get(step, 0) + 1
-        if calls & (calls - 1) or increment.numel() == 0:
+        if calls & (calls - 1) or increment.numel() == 0 or _is_fake(increment):
             return
         if increment.is_cuda and torch.cuda.is_current_stream_capturing():
             return
