@@ -253,7 +253,7 @@ def test_bfloat16_runs_in_fixed_streams(tmp_path: Path) -> None:
 
 def test_help_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for arguments in (["train"], ["sample"], ["compare"], []):
+    for arguments in (["train"], ["sample"], ["compare"], ["plan"], []):
         with pytest.raises(SystemExit) as end:
             main([*arguments, "--help"])
         assert end.value.code == 0

@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
 from revnet.app.errors import MachineError, UserError
+
+if TYPE_CHECKING:
+    from revnet.app.case import Case
 
 MACHINE_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -56,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sample(commands)
     _add_compare(commands)
+    _add_plan(commands)
     return top
 
 
@@ -127,6 +132,15 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     line = "Compare stored, checkpointed, planned and reversible execution of one network on this machine."
     command = _command(commands, "compare", "[RUN] [options]", line)
     command.set_defaults(run=_compare)
+    _add_case(command)
+    command.add_argument("--memory", default="25%", metavar="SIZE", help="budget of the plan, as 8GiB or 25%% (25%%)")
+    command.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="timed steps of each; the median counts (5)"
+    )
+    command.add_argument("--out", metavar="FILE", help="compare.png, or FILE.md for a table with its plot")
+
+
+def _add_case(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_path", nargs="?", metavar="RUN", help="a run whose network to take")
     command.add_argument("--depth", type=int, default=12, metavar="N", help="blocks (12)")
     command.add_argument("--width", type=int, metavar="N", help="features per token (24 x depth, rounded up to 32)")
@@ -135,26 +149,34 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
     command.add_argument("--dtype", default="float32", metavar="T", choices=DTYPES, help=" or ".join(DTYPES))
     command.add_argument("--streams", default="auto", metavar="S", choices=STREAMS, help=", ".join(STREAMS))
-    command.add_argument("--memory", default="25%", metavar="SIZE", help="budget of the plan, as 8GiB or 25%% (25%%)")
-    command.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="timed steps of each; the median counts (5)"
-    )
-    command.add_argument("--out", metavar="FILE", help="compare.png, or FILE.md for a table with its plot")
+
+
+def _case(options: argparse.Namespace, device: str) -> Case:
+    from revnet.app.case import find_case
+
+    sizes = (options.depth, options.width, options.tokens, options.batch)
+    return find_case(options.run_path, *sizes, device, dtype=options.dtype, streams=options.streams)
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from revnet.app.compare import case_of, compare
+    from revnet.app.compare import compare
 
-    case = case_of(
-        options.run_path,
-        options.depth,
-        options.width,
-        options.tokens,
-        options.batch,
-        options.device,
-        dtype=options.dtype,
-        streams=options.streams,
-        budget=options.memory,
-        repeats=options.repeats,
-    )
-    return compare(case, options.out)
+    return compare(_case(options, options.device), options.memory, options.repeats, options.out)
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    line = "Find the fastest executions that fit a memory budget, and draw time against memory."
+    command = _command(commands, "plan", "[RUN] [options]", line)
+    command.set_defaults(run=_plan)
+    _add_case(command)
+    command.add_argument("--memory", metavar="SIZE", help="budget for activations, as 8GiB or 25%% (what is free)")
+    command.add_argument("--device-memory", metavar="SIZE", help="or all of a device, which also holds AdamW's state")
+    command.add_argument("--meta", action="store_true", help="allocate and compute nothing; times follow from FLOPs")
+    command.add_argument("--out", metavar="PNG", help="plan.png; the plan is saved beside it as JSON")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from revnet.app.plan import plan
+
+    case = _case(options, "meta" if options.meta else options.device)
+    return plan(case, options.memory, options.device_memory, options.out)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -18,39 +15,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-import revnet
-from revnet.app.config import TrainConfig, heads_of, width_of
-from revnet.app.device import find_device
+from revnet.app.case import Case
 from revnet.app.display import size
 from revnet.app.errors import UserError
 from revnet.app.measure import executed, step_memory
-from revnet.app.model import Shape, Transformer, bits_per_token
+from revnet.app.model import Transformer, bits_per_token
 from revnet.app.plots import figure, save_figure
-from revnet.app.run import Run, replacing
+from revnet.app.run import replacing
 
 EXECUTIONS = ("stored", "checkpointed", "planned", "reversible")
-VOCAB = 256
-
-
-@dataclass
-class Case:
-    """What is compared: sizes, and where they run.
-
-    Args:
-        shape: The network at its full depth; a text network of byte tokens unless it is that of a run.
-        batch: Examples per step.
-        device, dtype: As for `revnet train`.
-        budget: What "planned" may take, as for `revnet.plan`.
-        repeats: Timed steps, of which the median counts.
-    """
-
-    shape: Shape
-    batch: int
-    device: torch.device
-    dtype: str
-    streams: str
-    budget: str
-    repeats: int
 
 
 @dataclass
@@ -65,39 +38,22 @@ class Row:
     error: float
 
 
-def case_of(
-    run: str | None, depth: int, width: int | None, tokens: int, batch: int | None, device: str, **more: Any
-) -> Case:
-    """The sizes of a run, or those that are given."""
-    if run is not None:
-        config = Run.open(run).read_json("config.json")
-        return Case(Shape(**config["shape"]), batch or config["batch"], find_device(device), **more)
-    config = TrainConfig(depth=depth, width=width or width_of(depth))
-    shape = Shape(depth, config.width, heads_of(config.width), 2, 1, VOCAB, tokens, 1)
-    return Case(shape, batch or 4, find_device(device), **more)
+def measure(case: Case, budget: str, repeats: int) -> list[Row]:
+    """All executions of a network, timed in turn so that a busy moment touches all of them."""
+    model = case.network()
+    prefix, tokens = case.example()
 
+    def loss() -> Tensor:
+        with case.precision():
+            return bits_per_token(model, prefix, tokens)
 
-def measure(case: Case, depth: int) -> list[Row]:
-    """All executions at one depth, timed in turn so that a busy moment touches all of them."""
-    torch.manual_seed(0)
-    shape = replace(case.shape, depth=depth, dropout=0.0)
-    model = Transformer(shape, streams=case.streams).to(case.device)
-    torch.nn.init.normal_(model.head.weight, std=0.02)
-    prefix = torch.ones(case.batch, shape.prefix_length, dtype=torch.int64, device=case.device)
-    tokens = torch.randint(shape.vocab, (case.batch, shape.length), device=case.device)
-
-    def loss(network: Transformer = model) -> Tensor:
-        with torch.autocast(case.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
-            return bits_per_token(network, prefix, tokens)
-
-    exact = copy.deepcopy(model).double()
-    exact.layers.execution = "checkpoint"
+    exact = Transformer(model.shape, execution="checkpoint").to(case.device)
+    exact.load_state_dict(model.state_dict())
+    exact.double()
     bits_per_token(exact, prefix, tokens).backward()
     oracle = _gradient(exact)
     del exact
-    x, keywords = model.embed(prefix, tokens[:, :-1])
-    with torch.autocast(case.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
-        planned = revnet.plan(model.layers, x.detach(), case.budget, **keywords)
+    (planned,) = case.plans(model, [budget])
     executions = {"stored": "stored", "checkpointed": "checkpointed", "planned": planned, "reversible": "invert"}
     rows = {}
     for name, execution in executions.items():
@@ -107,9 +63,9 @@ def measure(case: Case, depth: int) -> list[Row]:
             loss().backward()
             error = float((_gradient(model) - oracle).norm() / oracle.norm())
             model.zero_grad()
-        rows[name] = Row(name, depth, report.saved_bytes, report.peak_bytes, 0.0, error)
+        rows[name] = Row(name, case.shape.depth, report.saved_bytes, report.peak_bytes, 0.0, error)
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(case.repeats):
+    for _ in range(repeats):
         for name, execution in executions.items():
             with executed(model, execution):
                 times[name].append(_seconds(lambda: loss().backward(), case.device))
@@ -135,8 +91,15 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def compare(case: Case, out: str | None) -> int:
-    """Prints the table of the full depth, and draws memory and time against depth."""
+def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
+    """Prints the table of the full depth, and draws memory and time against depth.
+
+    Args:
+        case: The network at its full depth, and its batch.
+        budget: What "planned" may take, as for `revnet.plan`.
+        repeats: Timed steps of each execution, of which the median counts.
+        out: A PNG, or a markdown file for the table beside its PNG.
+    """
     console = Console(highlight=False)
     path = Path(out or "compare.png")
     if path.suffix not in (".md", ".png"):
@@ -144,27 +107,16 @@ def compare(case: Case, out: str | None) -> int:
     depths = sorted({max(1, case.shape.depth * quarters // 4) for quarters in (1, 2, 3, 4)})
     rows: list[Row] = []
     for depth in track(depths, "measuring", console=console, transient=True, disable=not console.is_terminal):
-        rows += measure(case, depth)
+        rows += measure(case.of_depth(depth), budget, repeats)
     full = [row for row in rows if row.depth == depths[-1]]
-    shape = case.shape
-    title = (
-        f"depth {shape.depth}, width {shape.width}, {shape.prefix_length - 1 + shape.length} tokens, "
-        f"batch {case.batch}, {case.dtype}, {_machine(case.device)}"
-    )
-    console.print(_table(title, full))
+    console.print(_table(str(case), full))
     plot_path = path.with_suffix(".png")
-    _plot(plot_path, rows, title)
+    _plot(plot_path, rows, str(case))
     if path.suffix == ".md":
         with replacing(path) as file:
-            file.write(_markdown(title, full, plot_path.name).encode())
+            file.write(_markdown(str(case), full, plot_path.name).encode())
     console.print(f"Saved {path if path == plot_path else f'{path} and {plot_path}'}", soft_wrap=True)
     return 0
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {platform.machine()}"
 
 
 HEADINGS = ("execution", "kept", "peak", "/ stored", "time", "/ stored", "error")

@@ -14,7 +14,7 @@ import numpy as np
 from revnet.app.data import START, Array, split
 from revnet.app.errors import UserError
 
-DEFAULTS = {"depth": 6, "dropout": 0.0, "batch": 16, "steps": 2000}
+DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 16, "steps": 2000}
 VOCAB = 256
 
 # A document: a file from one byte to another.

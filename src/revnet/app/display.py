@@ -35,13 +35,14 @@ class Display:
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
-            TextColumn("[bold]{task.fields[bits]:.3f}[/] bits/token [dim]{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[found]}"),
             TimeRemainingColumn(compact=True),
             console=self.console,
             expand=True,
+            refresh_per_second=4,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=steps, bits=float("nan"), rate=0.0, start=False)
+        self._task = self._progress.add_task("train", total=steps, found="", start=False)
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -59,7 +60,9 @@ class Display:
     def step(self, step: int, bits: float, rate: float, last: bool) -> None:
         """Progress after `step` steps; in a pipe one line every ten seconds."""
         self._progress.start_task(self._task)
-        self._progress.update(self._task, completed=step, bits=bits, rate=rate)
+        self._progress.update(
+            self._task, completed=step, found=f"[bold]{bits:.3f}[/] bits/token [dim]{rate:,.0f} tokens/s"
+        )
         if not self.console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
             self._printed = time.monotonic()
             self.say(f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s")

@@ -20,7 +20,7 @@ TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 IMAGE_COLUMNS = ("file", "file_name", "image", "path")
 CAPTION_COLUMNS = ("caption", "text")
 CODE_BOOK_IMAGES = 2000
-DEFAULTS = {"depth": 6, "dropout": 0.1, "batch": 32, "steps": 2000}
+DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
 
 
 def read_text(path: Path) -> str:

@@ -18,7 +18,7 @@ from revnet.app.errors import UserError
 
 SIZE = 24
 HELD_OUT = 400
-DEFAULTS = {"depth": 6, "dropout": 0.1, "batch": 32, "steps": 3000}
+DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
 
 
 def _files() -> tuple[Path, Path]:

@@ -1,0 +1,97 @@
+"""A network and one batch for it, on which `revnet compare` and `revnet plan` measure."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import revnet
+from revnet.app.config import heads_of, width_of
+from revnet.app.device import find_device
+from revnet.app.errors import UserError
+from revnet.app.model import Shape, Transformer
+from revnet.app.run import Run
+
+VOCAB = 256
+
+
+@dataclass
+class Case:
+    """Sizes, and where they run.
+
+    Args:
+        shape: The network; one over bytes unless it is that of a run.
+        batch: Examples per step.
+        device: Where; "meta" allocates nothing.
+        dtype, streams: As for `revnet train`.
+    """
+
+    shape: Shape
+    batch: int
+    device: torch.device
+    dtype: str
+    streams: str
+
+    def of_depth(self, depth: int) -> Case:
+        """The same with other blocks."""
+        return replace(self, shape=replace(self.shape, depth=depth))
+
+    def network(self) -> Transformer:
+        """An untrained network, without dropout, whose head does not hide the gradient as that of a new one does."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = Transformer(replace(self.shape, dropout=0.0), streams=self.streams)
+        torch.nn.init.normal_(model.head.weight, std=0.02)
+        # Autocast has no rules for a device that computes nothing.
+        return model.bfloat16() if self.device.type == "meta" and self.dtype == "bfloat16" else model
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Prefix and tokens of one batch."""
+        prefix = torch.ones(self.batch, self.shape.prefix_length, dtype=torch.int64, device=self.device)
+        return prefix, torch.randint(self.shape.vocab, (self.batch, self.shape.length), device=self.device)
+
+    def precision(self) -> torch.autocast:
+        """The autocast of `dtype`."""
+        low = self.dtype == "bfloat16" and self.device.type != "meta"
+        return torch.autocast(self.device.type if low else "cpu", torch.bfloat16, enabled=low)
+
+    def plans(self, model: Transformer, budgets: list[str | int | None]) -> list[revnet.Plan]:
+        """A plan for each budget of the network's blocks."""
+        prefix, tokens = self.example()
+        x, keywords = model.embed(prefix, tokens[:, :-1])
+        try:
+            with self.precision():
+                found: list[revnet.Plan] = revnet.plan(model.layers, x.detach(), cast(Any, budgets), **keywords)
+                return found
+        except (revnet.ReversibleError, ValueError) as error:
+            raise UserError(str(error)) from error
+
+    def __str__(self) -> str:
+        shape, device = self.shape, self.device
+        where = f"{torch.get_num_threads()} threads of {platform.machine()}" if device.type == "cpu" else device.type
+        if device.type == "cuda":
+            where = torch.cuda.get_device_name(device)
+        tokens = shape.prefix_length - 1 + shape.length
+        return f"depth {shape.depth}, width {shape.width}, {tokens} tokens, batch {self.batch}, {self.dtype}, {where}"
+
+
+def find_case(
+    run: str | None, depth: int, width: int | None, tokens: int, batch: int | None, device: str, **more: Any
+) -> Case:
+    """The sizes of a run, or those that are given."""
+    place = find_device(device)
+    if run is not None:
+        config = Run.open(run).read_json("config.json")
+        return Case(Shape(**config["shape"]), batch or config["batch"], place, **more)
+    for name, value in (("depth", depth), ("tokens", tokens), ("batch", batch or 4)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}, which is too small")
+    width = width or width_of(depth)
+    heads = heads_of(width)
+    if width % (4 * heads):
+        raise UserError(f"--width {width} is not a multiple of {4 * heads}")
+    return Case(Shape(depth, width, heads, 2, 1, VOCAB, tokens, 1), batch or 4, place, **more)

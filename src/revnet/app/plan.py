@@ -1,0 +1,73 @@
+"""`revnet plan`: the fastest executions for a memory budget, also for a machine that is not this one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import revnet
+from revnet.app.case import Case
+from revnet.app.errors import UserError
+from revnet.app.plots import figure, save_figure
+from revnet.app.run import writing
+
+# Of the way from the smallest possible peak to that of stored execution.
+CURVE = ("minimum", "3%", "7%", "12%", "20%", "30%", "45%", "60%", "80%", "stored")
+# A parameter, its gradient, and the two averages of AdamW, float32.
+BYTES_PER_PARAMETER = 16
+
+
+def plan(case: Case, memory: str | None, device_memory: str | None, out: str | None) -> int:
+    """Prints the plan for a budget, and draws time against memory.
+
+    Args:
+        case: The network and its batch.
+        memory: The budget for activations, as for `revnet.plan`.
+        device_memory: The size of a device that holds parameters, gradients and AdamW's averages besides, as "80GiB".
+        out: A PNG; the plan itself is saved as JSON beside it.
+    """
+    path = Path(out or "plan.png")
+    if path.suffix != ".png":
+        raise UserError(f"--out {path}: give a file that ends in .png; the plan is saved beside it as .json")
+    model = case.network()
+    budget: str | int | None = memory
+    if device_memory is not None:
+        whole = _bytes(device_memory)
+        state = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+        if state >= whole:
+            raise UserError(
+                f"parameters, gradients and AdamW's averages alone take {state / 2**30:,.2f} GiB of "
+                f"{device_memory}: take a smaller --depth or --width, or shard them"
+            )
+        print(f"{state / 2**30:,.2f} GiB for parameters, gradients and AdamW's averages")
+        budget = whole - state
+    elif memory is None and case.device.type == "meta":
+        raise UserError("--meta plans for another device: say what it has with --device-memory, or give --memory")
+    chosen, *curve = case.plans(model, [budget, *CURVE])
+    print(f"{case}\n{chosen}")
+    _plot(path, chosen, curve, str(case))
+    with writing(path.with_suffix(".json")):
+        chosen.save(path.with_suffix(".json"))
+    print(f"\nSaved {path} and {path.with_suffix('.json')}")
+    return 0
+
+
+def _bytes(size: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) ?([KMGT])(i?)B", size)
+    if match is None or match[1].count(".") > 1:
+        raise UserError(f"--device-memory {size}: write a number and a unit, as in 80GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
+
+
+def _plot(path: Path, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str) -> None:
+    plot = figure(6.5, 4.0)
+    axes = plot.add_subplot()
+    axes.plot([p.peak_bytes / 2**20 for p in curve], [p.slowdown for p in curve], marker="o", markersize=4)
+    axes.plot(chosen.peak_bytes / 2**20, chosen.slowdown, "*", markersize=14, color="#c0392b", label="this plan")
+    axes.set(xlabel="peak activation memory (MiB)", ylabel="predicted time / stored", xlim=(0, None))
+    axes.set_title(title, fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(plot, path)
