@@ -39,7 +39,7 @@ from ._couplings import Coupling, tree_leaves, tree_map
 from ._decisions import Decisions
 from ._errors import ReversibleError
 from ._kept import Hosted, Playing, Recording, Results, Saved
-from ._replay import AutocastState, KeywordState, ModuleState, RandomState, devices_of, modules_of
+from ._replay import REPLAYING, AutocastState, KeywordState, ModuleState, RandomState, devices_of, modules_of
 from ._steps import FixedArithmetic, FloatArithmetic, Stream, branch_output
 from ._streams import checksum
 
@@ -473,7 +473,13 @@ class Call:
 
     def _as_called(self, record: _Record) -> contextlib.AbstractContextManager[Any]:
         """Autocast and modules as the step's call found them."""
-        return _all(self.autocast.restored(), None if record.modules.plain else record.modules.restored())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(REPLAYING)
+            if (autocast := self.autocast.restored()) is not None:
+                stack.enter_context(autocast)
+            if not record.modules.plain:
+                stack.enter_context(record.modules.restored())
+            return stack.pop_all()
 
     def _replay_combine(self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
         """Catch what the combine saved (rule 10)."""

@@ -26,6 +26,10 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("never differentiated")
 
 
+# Nodes that keep tensors hang on a tensor of their own: on the graph of the streams they would close a cycle in C++.
+_ROOT = torch.zeros((), device="cpu", requires_grad=True)
+
+
 class Saved:
     """Tensors kept where they are, under the saved-tensor hooks of whoever encloses the sequence."""
 
@@ -33,9 +37,7 @@ class Saved:
 
     def __init__(self, tree: Any) -> None:
         leaves, self.spec = pytree.tree_flatten(tree)
-        # The node hangs on a tensor of its own. On the graph of the streams it would close a cycle through C++.
-        root = torch.empty(0, requires_grad=True)
-        self.anchor: Tensor = _Keep.apply(root, *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)))
+        self.anchor: Tensor = _Keep.apply(_ROOT, *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)))
         self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
 
     def load(self) -> Any:

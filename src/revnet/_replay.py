@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -176,20 +177,26 @@ def _sharded_by_fsdp(modules: list[nn.Module]) -> list[nn.Module]:
     return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
+# Replays exclude one another, since they set modules and global generators back: backward may run in several threads.
+REPLAYING = threading.RLock()
+
+
 class ModuleState:
     """Parameters, buffers and training flags of a branch as its call saw them.
 
-    Made before the call, completed by `settle` after it: buffers that the call changed stay as copies of their value
+    Made before the call, completed by `settle` after it. Buffers that the call changed stay as copies of their value
     before it, all others as references with their version.
     """
 
-    __slots__ = ("modules", "training", "parameters", "buffers", "uncast")
+    __slots__ = ("modules", "training", "parameters", "requires_grad", "buffers", "uncast")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.uncast = _sharded_by_fsdp(modules) if _FSDP_REPLAYS_UNCAST else []
         self.training = [module.training for module in modules]
         self.parameters: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self.requires_grad: list[bool] = []
+        # Owner, name, buffer, its version unless the call changed it, and what a replay starts from if it may write.
         self.buffers: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor | None]] = [
             (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
             for module in modules
@@ -207,27 +214,39 @@ class ModuleState:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        # Batch norm writes its statistics without a new version; only its counter tells. So what moves one buffer of a
-        # module is taken to move all.
+        self.requires_grad = [parameter.requires_grad for _, _, parameter, _ in self.parameters]
+        if not self.buffers:
+            return
+        # Batch norm writes its statistics without a new version. Where a counter tells, all buffers of the module are
+        # taken to have moved; where nothing tells, a replay in training mode still writes to copies only.
         moved = {
             id(owner)
             for owner, name, buffer, version, _ in self.buffers
             if owner.get(name) is not buffer or buffer._version != version
         }
+        training = {id(module._buffers) for module in self.modules if module.training}
         self.buffers = [
-            (owner, name, buffer, version, None) if id(owner) not in moved else (owner, name, buffer, None, before)
+            (owner, name, buffer, None, before)
+            if id(owner) in moved
+            else (
+                owner,
+                name,
+                buffer,
+                version,
+                buffer if id(owner) in training and buffer.is_floating_point() else None,
+            )
             for owner, name, buffer, version, before in self.buffers
         ]
 
     def check(self, where: str) -> None:
         """Raise if a parameter, or a buffer that the call left alone, was changed in place since."""
-        for owner, name, parameter, version in self.parameters:
-            if parameter._version != version and (
+        for owner, name, parameter, found in self.parameters:
+            if parameter._version != found and (
                 owner.get(name) is parameter or not isinstance(parameter, nn.Parameter) or _is_dtensor(parameter)
             ):
                 raise ReversibleError(_changed(where, "parameter", name))
-        for _, name, buffer, before, _ in self.buffers:
-            if before is not None and buffer._version != before:
+        for _, name, buffer, version, _ in self.buffers:
+            if version is not None and buffer._version != version:
                 raise ReversibleError(_changed(where, "buffer", name))
 
     @contextlib.contextmanager
@@ -240,10 +259,17 @@ class ModuleState:
             if present is not parameter and not _swapped_by_fsdp(parameter, present):
                 swapped.append((owner, name, present))
                 owner[name] = parameter
-        for owner, name, _, _, before in self.buffers:
-            if before is not None:
+        for owner, name, _, _, start in self.buffers:
+            if start is not None:
                 swapped.append((owner, name, owner.get(name)))
-                owner[name] = before.clone()
+                owner[name] = start.clone()
+        toggled = [
+            parameter
+            for (_, _, parameter, _), flag in zip(self.parameters, self.requires_grad, strict=True)
+            if parameter.requires_grad is not flag and parameter.is_leaf
+        ]
+        for parameter in toggled:
+            parameter.requires_grad_(not parameter.requires_grad)
         if training != self.training:
             _set_training(self.modules, self.training)
         try:
@@ -252,6 +278,8 @@ class ModuleState:
         finally:
             for owner, name, present in reversed(swapped):
                 owner[name] = present
+            for parameter in toggled:
+                parameter.requires_grad_(not parameter.requires_grad)
             if training != self.training:
                 _set_training(self.modules, training)
 
@@ -260,11 +288,11 @@ class ModuleState:
         """Whether entering `restored` would change nothing now."""
         if self.uncast:
             return False
-        for owner, name, parameter, _ in self.parameters:
-            if owner.get(name) is not parameter:
+        for (owner, name, parameter, _), flag in zip(self.parameters, self.requires_grad, strict=True):
+            if owner.get(name) is not parameter or parameter.requires_grad is not flag:
                 return False
-        for *_, before in self.buffers:
-            if before is not None:
+        for *_, start in self.buffers:
+            if start is not None:
                 return False
         return [module.training for module in self.modules] == self.training
 

@@ -406,10 +406,11 @@ class ReversibleSequence(_Blocks):
             float16 inputs, float otherwise.
         execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"` keeps one stream
             per step; or one of them per step (`f` and `g` of each block in turn).
-        preserve_rng_state: whether a replay repeats the randomness of the call.
+        preserve_rng_state: whether a replay repeats the randomness of the call. torch's global generators are repeated;
+            Python's `random`, NumPy and a branch's own `torch.Generator` are not.
         determinism_check: `"default"` compares shape, dtype, device and strides of what a replay saves with what the
-            forward saved; `"none"` does not; `"exact"` compares 64-bit checksums of the state (with float streams, of the
-            branch outputs of steps whose input is kept) and may synchronise.
+            forward saved; `"none"` does not; `"exact"` compares 64-bit checksums of the state (with float streams, of
+            the branch outputs of steps whose input is kept) and may synchronise. It finds what is not repeated.
         context_fn: as in `torch.utils.checkpoint`: returns a pair of contexts, for the forward and for the replay of
             each branch.
 
@@ -481,7 +482,8 @@ class ReversibleSequence(_Blocks):
     def _merge(self, y1: Tensor, y2: Tensor) -> Tensor:
         if self.merge == "concat":
             return torch.cat((y1, y2), self.dim)
-        return (y1 + y2) / 2 if self.merge == "mean" else y1 + y2
+        # The overload with a number keeps no tensor for backward; `/ 2` would keep one.
+        return torch.ops.aten.div.Scalar(y1 + y2, 2) if self.merge == "mean" else y1 + y2
 
     def run(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         """The streams after the last block, `(y1, y2)`, from those before the first.
@@ -516,6 +518,7 @@ class ReversibleSequence(_Blocks):
 
         Exact up to rounding in floating point. Randomness is not repeated: call it in `eval()`, or without dropout.
         """
+        _check_streams(y1, y2)
         check_keywords(self.args_route, kwargs)
         routed = route_args(self.args_route, kwargs, self._depth)
         for block, (f_args, g_args) in zip(reversed(self.blocks), reversed(routed), strict=True):
