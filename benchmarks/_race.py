@@ -1,0 +1,312 @@
+"""Ways to train one network, checked against each other and then timed in turn; shared by the timing benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import branches
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import revnet
+
+MIB = 2**20
+STORED, BLOCK, BRANCH, FLOAT, FIXED = "stored", "checkpoint per block", "checkpoint per branch", "float", "fixed"
+ALL = (STORED, BLOCK, BRANCH, FLOAT, FIXED)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`arm` at most `limit` times `base`; `base` may name an arm of another row, as in `row/arm`."""
+
+    arm: str
+    limit: float
+    base: str
+    quantity: str = "time"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape, executed in one mode by several arms."""
+
+    name: str
+    width: int
+    tokens: int
+    batch: int
+    blocks: int
+    mode: str = "eager"
+    device: str = "cuda"
+    autocast: bool = False
+    arms: tuple[str, ...] = ALL
+    targets: tuple[Target, ...] = ()
+    rounds: int = 15
+
+    @property
+    def weights(self) -> torch.dtype:
+        return torch.float32 if self.autocast or self.device == "cpu" else torch.bfloat16
+
+    def describe(self) -> str:
+        precision = "fp32 weights, bf16 autocast" if self.autocast else str(self.weights).removeprefix("torch.")
+        return (
+            f"{self.device}, {self.mode}, d={self.width}, {self.tokens} tokens, batch {self.batch}, "
+            f"{self.blocks} blocks, {precision}"
+        )
+
+
+class Loop(nn.Module):
+    """The two-stream network as a plain loop, stored or under torch's checkpointing."""
+
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], arm: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+        self.arm = arm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = x2 = x
+        for f, g in self.blocks:
+            if self.arm == BLOCK:
+                x1, x2 = checkpoint(_block, f, g, x1, x2, use_reentrant=False)
+            elif self.arm == BRANCH:
+                x1 = x1 + checkpoint(f, x2, use_reentrant=False).to(x1.dtype)
+                x2 = x2 + checkpoint(g, x1, use_reentrant=False).to(x2.dtype)
+            else:
+                x1, x2 = _block(f, g, x1, x2)
+        return (x1 + x2) / 2
+
+
+def _block(f: nn.Module, g: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    y1 = x1 + f(x2).to(x1.dtype)
+    return y1, x2 + g(y1).to(x2.dtype)
+
+
+@dataclass
+class Arm:
+    """One way to run a row's network, and what was found about it."""
+
+    name: str
+    net: nn.Module
+    step: Callable[[], None]
+    error: float | None = None
+    peak: int | None = None
+    times: list[float] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def time(self) -> float:
+        return statistics.median(self.times)
+
+
+def race(row: Row, rounds: int | None = None) -> list[Arm]:
+    """Checks the arms' gradients against the first arm that runs, then times them in turn."""
+    torch._dynamo.reset()
+    pairs = branches(row.blocks, row.width, device=row.device, dtype=row.weights)
+    x = torch.randn(row.batch, row.tokens, row.width, device=row.device, dtype=row.weights, requires_grad=True)
+    pull = torch.randn_like(x)
+    arms = [_arm(name, row, pairs, x, pull) for name in row.arms]
+    parameters = [p for pair in pairs for branch in pair for p in branch.parameters()]
+    expected: list[Tensor] | None = None
+    for arm in arms:
+        try:
+            found = _examine(arm, row, parameters, x, pull)
+        except torch.OutOfMemoryError:
+            arm.failure = "out of memory"
+            for p in (*parameters, x):
+                p.grad = None
+            torch.cuda.empty_cache()
+            continue
+        if expected is None:
+            expected = found
+        arm.error = _difference(found, expected)
+        allowed = 0.1 if row.weights is torch.bfloat16 or row.autocast else 1e-3
+        if not arm.error <= allowed:
+            raise SystemExit(f"{row.name}, {arm.name}: gradients off by {arm.error:.2e}, so its time says nothing")
+        del found
+    del expected
+    running = [arm for arm in arms if not arm.failure]
+    for _ in range(rounds or row.rounds):
+        for arm in running:
+            arm.times.append(_timed(arm.step, row.device))
+    for p in (*parameters, x):
+        p.grad = None
+    return arms
+
+
+def _arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
+    if name in (FLOAT, FIXED):
+        net: nn.Module = revnet.ReversibleSequence(pairs, streams=name)
+    else:
+        net = Loop(pairs, name)
+    net = net.to(row.device)
+    run = torch.compile(net, fullgraph=True) if row.mode == "fullgraph" else net
+
+    def step() -> None:
+        with torch.autocast(row.device, torch.bfloat16) if row.autocast else contextlib.nullcontext():
+            y = run(x)
+        y.backward(pull)
+
+    return Arm(name, net, step)
+
+
+def _examine(arm: Arm, row: Row, parameters: list[Tensor], x: Tensor, pull: Tensor) -> list[Tensor]:
+    """The gradients of one step of the arm; measures its peak, and captures it where the row says so."""
+    leaves = [*parameters, x]
+    for p in leaves:
+        p.grad = None
+    arm.step()
+    if row.mode == "captured":
+        arm.step = _captured(arm.step, leaves)
+        for p in leaves:
+            p.grad.zero_()
+        arm.step()
+        return [p.grad.clone() for p in leaves]
+    found = [p.grad.clone() for p in leaves]
+    # Gradients stay allocated, so that a peak above what is held now is one of activations.
+    if row.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        arm.step()
+        torch.cuda.synchronize()
+        arm.peak = torch.cuda.max_memory_allocated() - before
+    else:
+        arm.peak = revnet.measure_memory(arm.step).peak_bytes
+    return found
+
+
+def _captured(step: Callable[[], None], leaves: list[Tensor]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
+    size = sum(float(b.double().square().sum()) for b in expected)
+    return (off / size) ** 0.5
+
+
+def _timed(step: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def report(rows: list[tuple[Row, list[Arm]]]) -> list[str]:
+    """One line per arm: time, ratios, peak, error, and each target that concerns it with the outcome."""
+    known = {f"{row.name}/{arm.name}": arm for row, arms in rows for arm in arms}
+    lines = [
+        "| row | arm | ms | × stored | × checkpoint per block | peak, MiB | gradient error | target | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, arms in rows:
+        for arm in arms:
+            if arm.failure:
+                lines.append(f"| {row.name} | {arm.name} | {arm.failure} | | | | | | |")
+                continue
+            ratios = [_ratio(arm, known.get(f"{row.name}/{base}")) for base in (STORED, BLOCK)]
+            verdicts = [_verdict(target, arm, row, known) for target in row.targets if target.arm == arm.name]
+            lines.append(
+                f"| {row.name} | {arm.name} | {1e3 * arm.time:.4g} | {_text(ratios[0])} | {_text(ratios[1])} | "
+                f"{'' if arm.peak is None else f'{arm.peak / MIB:.4g}'} | {arm.error:.1e} | "
+                f"{'; '.join(target for target, _ in verdicts)} | {'; '.join(found for _, found in verdicts)} |"
+            )
+    return lines
+
+
+def _ratio(arm: Arm, base: Arm | None, quantity: str = "time") -> float | None:
+    if base is None or base.failure or arm.failure:
+        return None
+    if quantity == "peak":
+        return None if arm.peak is None or not base.peak else arm.peak / base.peak
+    if len(arm.times) != len(base.times):
+        return arm.time / base.time
+    # Rounds are interleaved: a ratio within a round does not see the machine change speed between rounds.
+    return statistics.median(a / b for a, b in zip(arm.times, base.times, strict=True))
+
+
+def _verdict(target: Target, arm: Arm, row: Row, known: dict[str, Arm]) -> tuple[str, str]:
+    if target.base == "bytes":
+        assert arm.peak is not None
+        return f"peak ≤ {target.limit / MIB:.0f} MiB", "met" if arm.peak <= target.limit else "missed"
+    base = known.get(target.base if "/" in target.base else f"{row.name}/{target.base}")
+    found = _ratio(arm, base, target.quantity)
+    what = "" if target.quantity == "time" else f"{target.quantity} "
+    name = f"{what}≤ {target.limit:.3g} × {target.base}"
+    if found is None:
+        return name, "not compared"
+    return name, f"{'met' if found <= target.limit else 'missed'} ({found:.3f})"
+
+
+def _text(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3f}"
+
+
+def main(question: str, rows: Sequence[Row]) -> None:
+    """Runs the rows that the command line asks for, and prints their table."""
+    names = [row.name for row in rows]
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=names, help=f"of {', '.join(names)}")
+    parser.add_argument("--rounds", type=int, help="timed rounds per row, instead of the row's own number")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--out", type=Path, help="a file for the report")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.set_float32_matmul_precision("high")
+    chosen = [row for row in rows if row.name in given.rows] if given.rows else rows
+    results = []
+    for row in chosen:
+        if row.device != given.device:
+            continue
+        start = time.perf_counter()
+        results.append((row, race(row, given.rounds)))
+        print(f"{row.name}: {row.describe()} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
+        if row.device == "cuda":
+            torch.cuda.empty_cache()
+    table = report(results)
+    print("\n".join(table))
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("\n".join(_document(question, results, table)) + "\n")
+
+
+def _document(question: str, results: list[tuple[Row, list[Arm]]], table: list[str]) -> list[str]:
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return [
+        f"# {question}",
+        "",
+        f"    python {' '.join(sys.argv)}",
+        "",
+        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} CPU threads.",
+        "",
+        "One forward and backward pass. Arms share their weights and run in turn, once a round; times are medians, "
+        "ratios medians of the ratios within rounds. The peak is that of activations: above weights, gradients and input. The "
+        "gradient error is the relative distance of all gradients from those of the row's first arm.",
+        "",
+        *[f"- {row.name}: {row.describe()}, {len(arms[-1].times)} rounds" for row, arms in results],
+        "",
+        *table,
+    ]
