@@ -112,6 +112,7 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
         result=4,
         ending=8,
         credit=rng.choice((0, 4)),
+        handed=rng.random() < 0.5,
     )
 
 

@@ -190,8 +190,10 @@ class Rehearsal:
             )
             with torch.no_grad():
                 call.step(0, site.fn, site.target, site.source, site.coupling, site.kwargs, site.name)
-        merged = self._merged([value for value, _ in call.streams])
-        result = _size(merged)
+        result = 0
+        if isinstance(self.net, ReversibleSequence):
+            with torch.no_grad():
+                result = _size(self.net._merge(*(value for value, _ in call.streams)))
         return Chain(
             sizes=sizes,
             streams=parts,
@@ -200,17 +202,14 @@ class Rehearsal:
             steps=tuple(steps),
             gradients=self._gradients(self.accumulated),
             result=result,
-            ending=2 * result if isinstance(self.net, ReversibleSequence) else 0,
+            ending=2 * result,
+            handed=not isinstance(self.net, ReversibleSequence),
             # Merging by a sum gives both streams one gradient, a tensor that exists once.
             credit=_size(call.streams[0][0]) if self._sums() else 0,
         )
 
     def _sums(self) -> bool:
         return isinstance(self.net, ReversibleSequence) and self.net.merge != "concat"
-
-    def _merged(self, streams: list[Any]) -> list[Any]:
-        with torch.no_grad():
-            return [self.net._merge(*streams)] if isinstance(self.net, ReversibleSequence) else streams
 
     def _key(self, site: _Site, values: list[Any], needs_grad: list[bool]) -> Any:
         """Equal for steps that cost alike."""

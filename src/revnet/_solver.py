@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ class Chain:
         result: bytes of the result, which the caller holds through backward.
         ending: bytes that it takes to make the result from the streams.
         credit: bytes by which the gradients of the streams are fewer at the last step.
+        handed: whether the caller gets the streams themselves, and so holds the last value of each.
         prefetch: stream tensors that offloaded steps have on the device ahead of their use.
         overhead: bytes seen in a run beyond what the model says.
     """
@@ -71,18 +73,39 @@ class Chain:
     result: int
     ending: int
     credit: int = 0
+    handed: bool = False
     prefetch: int = 2
     overhead: int = 0
-    _moves: dict[tuple[int, int, _State], list[_Move]] = field(default_factory=dict, compare=False, repr=False)
+    _moves: dict[tuple[int, int, bool, int, _State], list[_Move]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def made_above(self) -> list[int]:
         """Per step, bytes that are there in its backward whatever the plan: the result, and gradients made before."""
         made, total = [], self.result
-        for gradient in reversed(self.gradients):
+        for k in range(len(self.steps) - 1, -1, -1):
+            if self.ends[k][0]:
+                total += self.sizes[self.streams[self.steps[k][1]][0]]
             made.append(total)
-            total += gradient
+            total += self.gradients[k]
         made[0] -= self.credit
         return made[::-1]
+
+    @cached_property
+    def ends(self) -> list[tuple[bool, int]]:
+        """Per step: whether the caller holds the target after it, and bytes of other streams that it holds by then.
+
+        The walk through a step has those too.
+        """
+        if not self.handed:
+            return [(False, 0)] * len(self.steps)
+        last = {target: k for k, (_, target) in enumerate(self.steps)}
+        found, held = [], 0
+        for k, (_, target) in enumerate(self.steps):
+            found.append((last[target] == k, held))
+            if last[target] == k and len(self.streams[target]) == 1:
+                held += self.sizes[self.streams[target][0]]
+        return found
 
     def size(self, parts: Sequence[int], kept: int = 0) -> int:
         """Bytes of `parts` that are not among the `kept` (a bit mask)."""
@@ -97,6 +120,10 @@ class _State(NamedTuple):
     later: bool  # of stored steps between others: the state that the walk above them reached is alive
     tail: bool  # only stored steps follow
     hosted: bool  # some step is offloaded
+
+
+# The kind of a step, its target, what the caller holds of it and besides, and the state before it.
+_Key = tuple[int, int, bool, int, _State]
 
 
 class _Move(NamedTuple):
@@ -134,10 +161,10 @@ def _end(chain: Chain, state: _State) -> int:
 def _moves(chain: Chain, k: int, state: _State) -> list[_Move]:
     """What step k may be, from `state`."""
     kind, target = chain.steps[k]
-    key = kind, target, state
+    key = kind, target, *chain.ends[k], state
     if key not in chain._moves:
         chain._moves[key] = [
-            _move(chain, kind, target, state, execution, cost, later)
+            _move(chain, *key[1:], execution, cost, later)
             for execution, cost in chain.kinds[kind].items()
             for later in ((False, True) if execution == "store" and state.walked else (state.later,))
             if not (state.tail and execution != "store") and (state.hosted or execution != "offload")
@@ -145,7 +172,16 @@ def _moves(chain: Chain, k: int, state: _State) -> list[_Move]:
     return chain._moves[key]
 
 
-def _move(chain: Chain, kind: int, target: int, state: _State, execution: str, cost: Cost, later: bool) -> _Move:
+def _move(
+    chain: Chain,
+    target: int,
+    handed: bool,
+    besides: int,
+    state: _State,
+    execution: str,
+    cost: Cost,
+    later: bool,
+) -> _Move:
     parts = range(len(chain.sizes))
     kept, marked = state.kept, 0
     stored = execution == "store"
@@ -163,12 +199,16 @@ def _move(chain: Chain, kind: int, target: int, state: _State, execution: str, c
         target_parts = chain.streams[target]
         if len(target_parts) > 1:
             backward += chain.sizes[target_parts[0]]  # the value that the walk above has read
+        backward -= besides
         if state.hosted:
             backward += chain.prefetch * chain.sizes[target_parts[-1]]
     own = cost.own + chain.size(cost.keeps, kept) + chain.size(cost.keeps_result)
     kept |= sum(1 << part for part in cost.keeps)
     kept &= ~sum(1 << part for part in chain.streams[target])
     kept |= sum(1 << part for part in cost.keeps_result)
+    if handed and not kept >> chain.streams[target][0] & 1:
+        own += chain.sizes[chain.streams[target][0]]
+        kept |= 1 << chain.streams[target][0]
     tail = state.tail or (stored and state.walked and not later)
     after = _State(kept, not stored, later if stored else True, tail, state.hosted)
     return _Move(execution, after, marked + own, cost.time, forward, backward)
