@@ -339,7 +339,7 @@ def test_errors_name_the_step():
         Bijection(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e5])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e5, 0.4])
 def test_a_scaled_stream_that_leaves_its_range_is_found(bad: float):
     class Scaled(Coupling):
         least_scale = 0.5

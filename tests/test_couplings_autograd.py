@@ -140,3 +140,12 @@ def test_a_stream_that_no_loss_reads():
         found.append(torch.autograd.grad(weighted(net(*x)[2]), [*x, *net.parameters()], allow_unused=True))
     for a, b in zip(*found, strict=True):
         assert_near(a, b)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_determinism_checks_see_scaled_streams(name: str):
+    net = program(name, 8, 0.2, streams="fixed", determinism_check="exact")
+    actual = trained(net, net, streams_of())
+    net.execution = "store"
+    for key, right in trained(net, net, streams_of()).items():
+        assert torch.equal(actual[key], right), key

@@ -75,7 +75,7 @@ def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMoni
         scale: a `Fraction`, or a tree of positive factors.
         least: the smallest factor there can be.
         fixed: the format of the integers.
-        monitor: told where a product leaves the range or a factor is not a number; `step` is the number it reports.
+        monitor: told where a product leaves the range, or a factor its bounds; `step` is the number it reports.
     """
     if not isinstance(held, Remembering):
         held = Remembering(held, tree_map(_empty, held), [], None)
@@ -119,15 +119,16 @@ def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
 
 
 def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
-    """Numerators, zero where a factor is too large or not a number; the denominator; the smallest other numerator."""
+    """Numerators, zero where a factor is out of bounds or not a number; the denominator; the smallest numerator."""
     if isinstance(scale, Fraction):
         return scale.numerator, scale.denominator, scale.numerator
 
     def numerator(factor: Tensor) -> Tensor:
         scaled = (factor.double() * _DENOMINATOR).round()
-        return torch.where(scaled < _LARGEST_NUMERATOR, scaled.clamp_min(smallest), 0.0).to(torch.int64)
+        return torch.where((scaled >= smallest) & (scaled < _LARGEST_NUMERATOR), scaled, 0.0).to(torch.int64)
 
-    smallest = max(1, int(least * _DENOMINATOR))
+    # A bfloat16 factor may have been rounded to less than the bound.
+    smallest = max(1, int(0.98 * least * _DENOMINATOR))
     return tree_map(numerator, scale), _DENOMINATOR, smallest
 
 

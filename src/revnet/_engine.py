@@ -618,7 +618,8 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _checksum(tree: Any) -> Tensor:
-    return torch.stack([checksum(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)])
+    sums = [checksum(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return torch.stack(sums) if sums else torch.empty(0)
 
 
 def _describe(tensor: Tensor) -> tuple[Any, ...]:
