@@ -242,7 +242,7 @@ def plan(training: Training, new: bool) -> None:
 
 def train(given: dict[str, Any], resumed: str | None = None) -> int:
     """Trains with the options `given`, possibly from where an earlier run was saved, and returns the exit code."""
-    if "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         from revnet.app import parallel
 
         return parallel.train(given, resumed)
