@@ -326,6 +326,17 @@ def test_planning_leaves_everything_as_it_was():
     assert not fired
 
 
+def test_a_plan_is_for_the_call_in_which_no_block_is_dropped():
+    net = sequence(6, layer_dropout=0.5)
+    x = torch.randn(4, 48, 32)
+    found = plan(net, x, "20%")
+    assert net.layer_dropout == 0.5
+    assert len(found.executions) == 12
+    net.execution = found
+    for _ in range(8):
+        assert measured(net, x) <= found.budget
+
+
 def test_a_failing_branch_leaves_everything_as_it_was():
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

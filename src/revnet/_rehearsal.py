@@ -47,20 +47,15 @@ class _Site(NamedTuple):
 
 
 def _sites(net: _Program, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Site]:
-    """The steps of one forward pass in which no block is dropped."""
+    """The steps of one forward pass."""
     if isinstance(net, Reversible):
         return [
             _Site(step, step.target, step.source, step.coupling, keywords, f"step {i}")
             for i, step, keywords in net._program(streams, kwargs)
         ]
     assert isinstance(net, _Blocks)
-    rate, net.layer_dropout = net.layer_dropout, 0.0
-    try:
-        blocks = net._blocks(kwargs)
-    finally:
-        net.layer_dropout = rate
     sites = []
-    for i, f_args, g_args in blocks:
+    for i, f_args, g_args in net._blocks(kwargs):
         if isinstance(net, ReversibleSequence):
             block = cast(ReversibleBlock, net.blocks[i])
             sites.append(_Site(block.f, 0, (1,), _ADDITIVE, dict(f_args), f"block {i}, branch f"))
@@ -134,6 +129,10 @@ class Rehearsal:
         stack.callback(setattr, net, "_monitor", net._monitor)
         net._monitor = RangeMonitor()
         stack.callback(setattr, net, "execution", net.execution)
+        if isinstance(net, _Blocks):
+            # A plan is for the call in which no block is dropped.
+            stack.callback(setattr, net, "layer_dropout", net.layer_dropout)
+            net.layer_dropout = 0.0
         copies: dict[int, Any] = {}
         self.accumulated: dict[int, bool] = {}
         for module in net.modules():
