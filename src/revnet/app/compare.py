@@ -23,6 +23,7 @@ from revnet.app.model import Transformer, bits_per_token
 from revnet.app.plots import figure, save_figure
 from revnet.app.run import replacing
 
+CAPTION = "Ratios to stored execution. Error: of the gradient, relative to float64."
 EXECUTIONS = ("stored", "checkpointed", "planned", "reversible")
 
 
@@ -119,7 +120,7 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     return 0
 
 
-HEADINGS = ("execution", "kept", "peak", "/ stored", "time", "/ stored", "error")
+HEADINGS = ("execution", "kept", "peak", "ratio", "time", "ratio", "error")
 
 
 def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
@@ -130,7 +131,7 @@ def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
             size(row.kept),
             size(row.peak),
             f"{row.peak / stored.peak:.2f}",
-            f"{row.seconds * 1000:,.1f} ms",
+            f"{row.seconds * 1000:.1f} ms" if row.seconds < 1 else f"{row.seconds:.2f} s",
             f"{row.seconds / stored.seconds:.2f}",
             f"{row.error:.1e}",
         )
@@ -139,7 +140,8 @@ def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
 
 
 def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
+    table = Table(title=title, caption=CAPTION, title_style="bold", box=SIMPLE)
+    table.title_justify = table.caption_justify = "left"
     for i, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for cells in _cells(rows):
@@ -152,8 +154,7 @@ def _markdown(title: str, rows: list[Row], picture: str) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     note = (
         "Kept: activations that wait for the backward pass; peak: the most that forward and backward take beyond "
-        "parameters and gradients. Checkpointed: each block by torch.utils.checkpoint. Error: of the gradient, "
-        "relative to the same network in float64."
+        f"parameters and gradients. Checkpointed: each block by torch.utils.checkpoint. {CAPTION}"
     )
     return f"{title}, torch {torch.__version__}\n\n{table}\n\n{note}\n\n![Memory and time against depth]({picture})\n"
 

@@ -170,8 +170,8 @@ class Transformer(nn.Module):
                 scale = math.sqrt(2 * self.shape.depth) if name.endswith("out.weight") else 1.0
                 nn.init.normal_(parameter, std=1 / (scale * math.sqrt(parameter.shape[1])))
 
-    def embed(self, prefix: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The input of `layers`: x (batch, slots, width) and its keyword arguments, for all slots."""
+    def embed(self, prefix: Tensor, tokens: Tensor, done: int = 0) -> tuple[Tensor, dict[str, Any]]:
+        """The input of `layers`: x (batch, slots, width) and its keyword arguments, without the first `done` slots."""
         x = torch.cat([self.prefix_embedding(prefix), self.embedding(tokens)], dim=1)
         slots = x.shape[1]
         if not self.shape.text:
@@ -179,12 +179,13 @@ class Transformer(nn.Module):
             predicted = (self.row + self.column).flatten(0, 1)[: slots - prefix.shape[1] + 1]
             x = x + F.pad(predicted, (0, 0, slots - len(predicted), 0))
         mask = None
-        if self.shape.prefix_length > 1:
-            ones = torch.ones(slots, slots, dtype=torch.bool, device=x.device)
-            seen = F.pad(prefix != PAD, (0, tokens.shape[1]), value=True)
+        if self.shape.prefix_length > 1 or 0 < done < slots - 1:
+            key = torch.arange(slots, device=x.device)
+            query = key[done:, None]
+            seen = F.pad(prefix != PAD, (0, tokens.shape[1]), value=True)[:, None, None]
             # A padding slot sees itself: a row that sees nothing would be NaN.
-            mask = ones.tril() & (seen[:, None, None, :] | torch.eye(slots, dtype=torch.bool, device=x.device))
-        return x, {"rotary_pos_emb": self.rotary[:, :slots], "mask": mask}
+            mask = (key <= query) & (seen | (key == query))
+        return x[:, done:], {"rotary_pos_emb": self.rotary[:, done:slots], "mask": mask}
 
     def forward(self, prefix: Tensor, tokens: Tensor, cache: dict[Any, Any] | None = None) -> Tensor:
         """Logits of the token after each slot from the last prefix slot on.
@@ -197,17 +198,12 @@ class Transformer(nn.Module):
         Returns:
             (batch, m, vocab): m = n + 1, or with a filled cache the number of new slots.
         """
-        x, keywords = self.embed(prefix, tokens)
-        start = prefix.shape[1] - 1
+        done = 0
         if cache is not None:
             done = cache.get("slots", 0)
-            cache["slots"] = x.shape[1]
-            x, start = x[:, done:], max(start - done, 0)
-            keywords["rotary_pos_emb"] = self.rotary[:, done : done + x.shape[1]]
-            if keywords["mask"] is not None:
-                keywords["mask"] = keywords["mask"][:, :, done:]
-            elif done and x.shape[1] > 1:
-                keywords["mask"] = x.new_ones(x.shape[1], done + x.shape[1], dtype=torch.bool).tril(done)
+            cache["slots"] = prefix.shape[1] + tokens.shape[1]
+        x, keywords = self.embed(prefix, tokens, done)
+        start = max(prefix.shape[1] - 1 - done, 0)
         return self.head(self.norm(self.layers(x, **keywords, cache=cache)[:, start:]))
 
 
