@@ -149,3 +149,23 @@ def test_exact_determinism_checks_see_scaled_streams(name: str):
     net.execution = "store"
     for key, right in trained(net, net, streams_of()).items():
         assert torch.equal(actual[key], right), key
+
+
+@pytest.mark.parametrize("kind", ["float", "fixed"])
+@pytest.mark.parametrize("name", RULES)
+def test_transforms_of_torch_func(name: str, kind: str):
+    net = program(name, 6, streams=kind)
+    expected = trained(net, net, streams_of())
+    streams = [stream.detach() for stream in streams_of()]
+    actual = torch.func.grad(lambda *xs: weighted(*net(*xs)), argnums=(0, 1))(*streams)
+    for i, grad in enumerate(actual):
+        assert_near(grad, expected[str(i)])
+
+
+@pytest.mark.parametrize("name", ["additive", "momentum", "affine", "permutation"])
+def test_a_compiled_program(name: str):
+    net = program(name, 4, streams="fixed")
+    torch._dynamo.reset()
+    actual = trained(torch.compile(net, backend="aot_eager"), net, streams_of())
+    for key, right in trained(net, net, streams_of()).items():
+        assert_near(actual[key], right, key)
