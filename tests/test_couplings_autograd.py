@@ -162,6 +162,9 @@ def test_transforms_of_torch_func(name: str, kind: str):
         assert_near(grad, expected[str(i)])
 
 
+# torch.compile itself reads the .grad of whatever crosses a graph break, and makes Function objects, in any model.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["additive", "momentum", "affine", "permutation"])
 def test_a_compiled_program(name: str):
     net = program(name, 4, streams="fixed")
