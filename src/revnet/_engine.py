@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from ._couplings import Coupling, tree_leaves, tree_map
 from ._decisions import Decisions
 from ._errors import ReversibleError
-from ._kept import Hosted, Playing, Recording, Results, Saved
+from ._kept import Hosted, Playing, Recording, Results, Saved, unrecorded
 from ._replay import REPLAYING, AutocastState, KeywordState, ModuleState, RandomState, devices_of, modules_of
 from ._steps import FixedArithmetic, FloatArithmetic, Stream, branch_output
 from ._streams import checksum
@@ -457,7 +457,9 @@ class Call:
         early = early and record.saved_by_branch == len(record.saved)
         pack = _Catching(record, 0, caught, self.options.determinism_check != "none", self.running, early)
         random = None if record.random is None else record.random.restored()
-        playing = Playing(record.results, record.name) if record.results is not None and not self.running else None
+        playing: contextlib.AbstractContextManager[Any] | None = None
+        if record.results is not None:
+            playing = unrecorded(record.results) if self.running else Playing(record.results, record.name)
         try:
             with (
                 torch.enable_grad(),

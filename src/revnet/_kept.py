@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -147,10 +148,11 @@ class Results:
             generator cannot be set back.
     """
 
-    __slots__ = ("expensive", "random", "functions", "outputs", "states", "written", "saved")
+    __slots__ = ("expensive", "random", "paused", "functions", "outputs", "states", "written", "saved")
 
     def __init__(self, expensive: bool, random: bool) -> None:
         self.expensive = expensive
+        self.paused = False
         self.random = random
         self.functions: list[Any] = []
         self.outputs: list[Any] = []
@@ -184,6 +186,16 @@ def draws(func: Any, args: Any, kwargs: Any) -> bool:
     return rates != [0.0]
 
 
+@contextlib.contextmanager
+def unrecorded(results: Results) -> Iterator[None]:
+    """Operations inside are no part of the call: a branch that differentiates makes the engine replay it meanwhile."""
+    paused, results.paused = results.paused, True
+    try:
+        yield
+    finally:
+        results.paused = paused
+
+
 class Recording(TorchDispatchMode):
     """Runs a branch and keeps results."""
 
@@ -195,6 +207,8 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = self.results
+        if results.paused:
+            return func(*args, **kwargs)
         if func._schema.is_mutable:
             self._protect(func, args, kwargs)
         if not results.keeps(func, args, kwargs):
