@@ -148,6 +148,22 @@ def test_an_in_place_write_to_a_parameter_between_forward_and_backward_raises(ex
         loss.backward()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("execution", [*EXECUTIONS, "mixed"])
+def test_every_execution_is_equal_in_every_bit_on_cuda(execution: str, dtype: torch.dtype):
+    pairs = build([(partial(Attention, dropout=0.1, fused=True), with_dropout(Mlp, 0.1))] * 5, 64, dtype=dtype)
+    pairs = [(f.cuda(), g.cuda()) for f, g in pairs]
+    stored = ReversibleSequence(copy.deepcopy(pairs), streams="fixed", execution="store")
+    mixture = EXECUTIONS * 2 if execution == "mixed" else execution
+    net = ReversibleSequence(pairs, streams="fixed", execution=mixture)
+    x = randn(2, 64, 64, dtype=dtype).cuda().requires_grad_()
+    for _ in range(2):  # the second time, offloaded tensors come from the pool
+        net.zero_grad()
+        stored.zero_grad()
+        assert_same_step(train_step(net, x), train_step(stored, x), tolerance=0.0)
+
+
 # Work
 
 
