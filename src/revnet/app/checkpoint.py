@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.utils import _pytree as pytree
 
-from revnet.app.errors import UserError
+from revnet.app.errors import MachineError, UserError
 from revnet.app.run import writing
 
 KEPT = 2
@@ -35,7 +36,8 @@ class Checkpoints:
         self._group = group
         self._first = dist.get_rank() == 0
         self._writing: Future[Any] | None = None
-        self._step = 0
+        self._published = threading.Event()
+        self._last = -1
         if self._first:
             for partial in path.glob(".step-*"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -47,30 +49,40 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Starts to write the state, after the one before is written; returns as soon as it is copied."""
         self.wait()
+        if step == self._last:
+            return
         # The next optimizer step writes to tensors on the CPU while they are still being saved.
         state = pytree.tree_map_only(Tensor, lambda x: x.clone() if x.device.type == "cpu" else x, state)
-        partial = self.path / f".step-{step:08}"
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            found: Any = async_save(state, checkpoint_id=partial, process_group=self._group)
-        self._step, self._writing = step, getattr(found, "upload_completion", found)
+            found: Any = async_save(state, checkpoint_id=self.path / f".step-{step:08}", process_group=self._group)
+        self._last, self._writing = step, getattr(found, "upload_completion", found)
         if self._first:
-            self._writing.add_done_callback(lambda future: self._publish(future, step))
+            self._published.clear()
+            self._writing.add_done_callback(lambda written: self._publish(written, step))
 
-    def _publish(self, future: Future[Any], step: int) -> None:
-        """Gives a written checkpoint its name. Rank 0 is told when all ranks have written."""
-        if future.exception() is not None:
-            return
-        (self.path / f".step-{step:08}").rename(self.path / f"step-{step:08}")
-        for old in self.steps()[:-KEPT]:
-            shutil.rmtree(self.path / f"step-{old:08}", ignore_errors=True)
+    def _publish(self, written: Future[Any], step: int) -> None:
+        """Gives a checkpoint its name. The first rank hears of the end when all ranks have written."""
+        try:
+            if written.exception() is None:
+                (self.path / f".step-{step:08}").rename(self.path / f"step-{step:08}")
+                for old in self.steps()[:-KEPT]:
+                    shutil.rmtree(self.path / f"step-{old:08}", ignore_errors=True)
+        finally:
+            self._published.set()
 
     def wait(self) -> None:
         """Returns when the checkpoint that is being written is there."""
-        if self._writing is not None:
-            written, self._writing = self._writing, None
+        if self._writing is None:
+            return
+        written, self._writing = self._writing, None
+        try:
             with writing(self.path):
                 written.result()
+        except CheckpointException as error:
+            raise MachineError(f"cannot write {self.path}: {error}. What was saved before is as it was.") from error
+        if self._first:
+            self._published.wait()
 
     def load(self, state: dict[str, Any]) -> int:
         """Fills the state, sharded as it is, from the last checkpoint; returns its step."""
@@ -79,6 +91,7 @@ class Checkpoints:
         if not found[0]:
             raise UserError(f"{self.path.parent} has no checkpoint yet: start it anew with another --out")
         step: int = found[0][-1]
+        self._last = step
         folder = self.path / f"step-{step:08}"
         try:
             load(state, checkpoint_id=folder, process_group=self._group)
