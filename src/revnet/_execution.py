@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -113,14 +111,15 @@ class Plan:
         """Write the plan to `path` as JSON, entirely or not at all."""
         path = Path(path)
         text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8") as file:
                 file.write(text + "\n")
-            os.replace(name, path)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            partial.unlink(missing_ok=True)
             raise
 
     @classmethod
