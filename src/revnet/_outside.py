@@ -62,7 +62,12 @@ def _realized(variable: Any) -> Any:
 
     variable = variable.realize()
     if isinstance(variable, TensorVariable):
-        return variable.as_proxy().node.meta["example_value"]
+        tensor = variable.as_proxy().node.meta["example_value"]
+        for size in (*tensor.shape, *tensor.stride()):
+            # Makes a symbolic size a number, so that another size is another graph: the tracer would make every
+            # comparison of symbolic sizes inside the operation one of its outputs, and fail on those.
+            int(size)
+        return tensor
     if isinstance(variable, BaseListVariable):
         items = [_realized(item) for item in variable.items]
         return tuple(items) if variable.python_type() is not list else items

@@ -22,7 +22,7 @@ from ._couplings import Coupling, fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
 from ._steps import FixedArithmetic, FloatArithmetic
-from ._streams import Fixed
+from ._streams import Fixed, fixed_add
 
 Arithmetic = FloatArithmetic | FixedArithmetic
 
@@ -234,6 +234,11 @@ def _autocasting(device_type: str, enabled: bool, dtype: torch.dtype) -> torch.a
     return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
+def _without_autocast(state: tuple[str, bool, torch.dtype]) -> torch.autocast:
+    device_type, _, dtype = state
+    return torch.autocast(device_type, dtype=dtype, enabled=False)
+
+
 def _increment(step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Tensor]:
     """What a step adds to its target, as a function of its sources and of its tensors that take a gradient."""
 
@@ -285,32 +290,56 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        program: _Program = ctx.program
-        fixed = program.fixed
-        count = len(program.streams)
-        values = list(ctx.saved_tensors[:count])
-        held = [] if fixed is None else list(ctx.saved_tensors[count : 2 * count])
-        tensors = ctx.saved_tensors[count if fixed is None else 2 * count :]
-        stream_grads = list(grads[:count])
-        collected: list[Tensor | None] = [None] * len(tensors)
-        for step in program.steps[::-1]:
-            i = step.target
-            with _autocasting(*program.autocast[0]), _autocasting(*program.autocast[1]):
-                inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
-                evaluated: Any = vjp(_increment(step, values[i], tensors), *inputs)
-            added, pull = evaluated
-            if fixed is None:
-                values[i] = values[i] - added.to(values[i].dtype)
-            else:
-                held[i], values[i] = fixed.subtract(held[i], added, values[i].dtype)
+        if torch.compiler.is_compiling() or _followed((*ctx.saved_tensors, *grads)):
+            return _down(ctx.program, ctx.saved_tensors, grads)
+        # A transform has the backward pass recorded, in case that another one follows it, and with it all activations.
+        with torch.no_grad():
+            return _down(ctx.program, ctx.saved_tensors, grads)
+
+
+def _followed(tensors: Sequence[Tensor]) -> bool:
+    """Whether something outside of the innermost transform differentiates with respect to these tensors."""
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+            if tensor.requires_grad:
+                return True
+    return False
+
+
+def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of the operation's tensors, from what its forward saved and the gradients of the last streams."""
+    fixed = program.fixed
+    count = len(program.streams)
+    values = list(saved[:count])
+    held = [] if fixed is None else list(saved[count : 2 * count])
+    tensors = saved[count if fixed is None else 2 * count :]
+    stream_grads = list(grads[:count])
+    collected: list[Tensor | None] = [None] * len(tensors)
+    for step in program.steps[::-1]:
+        i = step.target
+        with _autocasting(*program.autocast[0]), _autocasting(*program.autocast[1]):
+            inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
+            evaluated: Any = vjp(_increment(step, values[i], tensors), *inputs)
+        added, pull = evaluated
+        if fixed is None:
+            values[i] = values[i] - added.to(values[i].dtype)
+        elif torch.compiler.is_compiling():
+            held[i], values[i] = fixed.subtract(held[i], added, values[i].dtype)
+        else:
+            # The same integers, and differentiable.
+            values[i], held[i] = fixed_add(values[i], held[i], -added, fixed)
+        # A graph is traced with the caller's autocast on, which would cast these products once more.
+        with _without_autocast(program.autocast[0]), _without_autocast(program.autocast[1]):
             pulled = pull(stream_grads[i].to(added.dtype))
-            for j, grad in zip(step.source, pulled, strict=False):
-                stream_grads[j] = stream_grads[j] + grad
-            for slot, grad in zip(step.differentiated, pulled[len(step.source) :], strict=True):
-                _accumulate(collected, slot, grad)
-        for slot, grad in zip(program.streams, stream_grads, strict=True):
+        for j, grad in zip(step.source, pulled, strict=False):
+            stream_grads[j] = stream_grads[j] + grad
+        for slot, grad in zip(step.differentiated, pulled[len(step.source) :], strict=True):
             _accumulate(collected, slot, grad)
-        return (None, *collected)
+    for slot, grad in zip(program.streams, stream_grads, strict=True):
+        _accumulate(collected, slot, grad)
+    return (None, *collected)
 
 
 def _accumulate(collected: list[Tensor | None], slot: int, grad: Tensor) -> None:

@@ -1,0 +1,233 @@
+"""torch.func transforms through sequences: by the traced operation, or by the plain loop where that cannot be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import cases
+import oracle
+import revnet
+from revnet import _traced
+
+WIDTH = 6
+STREAMS = [pytest.param("float", 1e-12, id="float"), pytest.param(revnet.Fixed(48), 1e-10, id="fixed")]
+
+
+def networks(branch: Callable[[int], nn.Module] = cases.Mlp, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """Returns a sequence and the stored loop over copies of its branches."""
+    pairs = [(branch(WIDTH).double(), branch(WIDTH).double()) for _ in range(3)]
+    stored = oracle.stored_copy(pairs, options.get("args_route"))
+    return revnet.ReversibleSequence(pairs, **options), stored
+
+
+def tokens(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 4, WIDTH, dtype=torch.float64)
+
+
+def loss_of(net: nn.Module) -> Callable[..., Tensor]:
+    def loss(parameters: dict[str, Tensor], x: Tensor, **given: Any) -> Tensor:
+        return functional_call(net, parameters, (x,), given).sin().sum()
+
+    return loss
+
+
+def parameters_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+
+def assert_near(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    for actual, wanted in zip(
+        torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True
+    ):
+        oracle.assert_near(actual, wanted, tolerance=tolerance)
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry per pass that the traced operation took."""
+    taken: list[int] = []
+    reversibly = _traced._reversibly
+
+    def counted(parts: Any, *rest: Any) -> Any:
+        taken.append(len(parts))
+        return reversibly(parts, *rest)
+
+    monkeypatch.setattr(_traced, "_reversibly", counted)
+    return taken
+
+
+@pytest.mark.parametrize(("streams", "tolerance"), STREAMS)
+def test_gradients_of_parameters_and_input(streams: Any, tolerance: float, walks: list[int]) -> None:
+    net, stored = networks(streams=streams)
+    x = tokens()
+    for argnums in (0, 1):
+        found = grad(loss_of(net), argnums)(parameters_of(net), x)
+        assert_near(found, grad(loss_of(stored), argnums)(parameters_of(stored), x), tolerance)
+    assert walks == [6, 6]
+
+
+@pytest.mark.parametrize(("streams", "tolerance"), STREAMS)
+def test_gradients_per_sample(streams: Any, tolerance: float, walks: list[int]) -> None:
+    net, stored = networks(streams=streams)
+    x = tokens()
+    found = vmap(grad(loss_of(net)), (None, 0))(parameters_of(net), x)
+    assert_near(found, vmap(grad(loss_of(stored)), (None, 0))(parameters_of(stored), x), tolerance)
+    assert walks == [6]
+
+
+def test_an_ensemble(walks: list[int]) -> None:
+    found, expected = [], []
+    for results, one, two in ((found, *[networks()[0] for _ in range(2)]),):
+        stacked = {
+            name: torch.stack([p.detach(), dict(two.named_parameters())[name].detach()])
+            for name, p in one.named_parameters()
+        }
+        x = tokens()
+        results.append(vmap(grad(loss_of(one)), (0, None))(stacked, x))
+        expected.append(
+            {
+                name: torch.stack([grad(loss_of(net))(parameters_of(net), x)[name] for net in (one, two)])
+                for name in stacked
+            }
+        )
+    assert_near(found, expected)
+    assert 6 in walks
+
+
+@pytest.mark.parametrize(("streams", "tolerance"), STREAMS)
+def test_vjp_and_jacrev(streams: Any, tolerance: float, walks: list[int]) -> None:
+    net, stored = networks(streams=streams)
+    x, pull = tokens(1), tokens(1)
+    assert_near(vjp(net, x)[1](pull), vjp(stored, x)[1](pull), tolerance)
+    assert_near(jacrev(net)(x), jacrev(stored)(x), tolerance)
+    assert walks
+
+
+@pytest.mark.parametrize(("streams", "tolerance"), STREAMS)
+def test_gradients_of_gradients(streams: Any, tolerance: float) -> None:
+    net, stored = networks(streams=streams)
+    x = tokens(1)
+
+    def penalty(of: nn.Module) -> Callable[..., Tensor]:
+        return lambda parameters, x: grad(loss_of(of), 1)(parameters, x).square().sum()
+
+    found = grad(penalty(net))(parameters_of(net), x)
+    assert_near(found, grad(penalty(stored))(parameters_of(stored), x), tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own rules for jvp
+def test_forward_mode_and_hessian() -> None:
+    net, stored = networks(cases.Gate)
+    x, tangent = tokens(1), tokens(1)
+    assert_near(jvp(net, (x,), (tangent,)), jvp(stored, (x,), (tangent,)))
+    assert_near(jacfwd(net)(x), jacfwd(stored)(x))
+    assert_near(hessian(loss_of(net), 1)(parameters_of(net), x), hessian(loss_of(stored), 1)(parameters_of(stored), x))
+
+
+def test_keyword_tensors_and_shared_modules() -> None:
+    f, g = (cases.Modulated(WIDTH).double() for _ in range(2))
+    route = {"scale": ((True, False), (True, True)), "shift": ((True, True),) * 2}
+    pairs = [(f, g), (g, f)]
+    net, stored = revnet.ReversibleSequence(pairs, route), oracle.stored_copy(pairs, route)
+    x, scale, shift = tokens(), torch.randn(WIDTH, dtype=torch.float64), torch.randn(4, WIDTH, dtype=torch.float64)
+
+    def gradients(of: nn.Module) -> Any:
+        def loss(parameters: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return loss_of(of)(parameters, x, scale=scale, shift=shift)
+
+        return grad(loss, (0, 1, 2, 3))(parameters_of(of), x, scale, shift)
+
+    assert_near(gradients(net), gradients(stored))
+
+
+@pytest.mark.parametrize("kind", ["block", "steps", "sequential"])
+def test_everything_that_runs_steps(kind: str) -> None:
+    f, g = (cases.Mlp(WIDTH).double() for _ in range(2))
+    net: nn.Module = {
+        "block": lambda: revnet.ReversibleBlock(f, g),
+        "steps": lambda: revnet.Reversible([revnet.Step(f, 0, 1), revnet.Step(g, 1, 0)]),
+        "sequential": lambda: revnet.SequentialSequence([(f, g)]),
+    }[kind]()
+    x = tokens()
+
+    def total(x: Tensor) -> Tensor:
+        outputs = net(x) if kind == "sequential" else net(x, 2 * x)
+        return oracle.weighted(*(outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(leaf), leaf)
+    assert_near(grad(total)(x), expected)
+
+
+def test_dropout_repeats_its_mask(walks: list[int]) -> None:
+    net, stored = networks(cases.with_dropout(cases.Mlp))
+    x, results = tokens(), []
+    for of in (net, stored):
+        torch.manual_seed(0)
+        results.append(grad(loss_of(of))(parameters_of(of), x))
+    assert_near(*results)
+    assert not walks, "what draws random numbers is no operation that is evaluated twice"
+
+
+def test_statistics_move_once() -> None:
+    class Normed(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    net, stored = networks(Normed)
+    x, results = tokens(), []
+    for of in (net, stored):
+        state = {name: value.detach().clone() for name, value in (*of.named_parameters(), *of.named_buffers())}
+        results.append((grad(loss_of(of), 1)(state, x), state))
+    assert_near(*results)
+
+
+def test_inspection_leaves_a_branch_as_it_was() -> None:
+    class Remembering(cases.Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x
+            return super().forward(x)
+
+    net, stored = networks(Remembering)
+    x = tokens()
+    assert_near(grad(loss_of(net), 1)(parameters_of(net), x), grad(loss_of(stored), 1)(parameters_of(stored), x))
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    assert all(not isinstance(block.f.last, FakeTensor) for block in net.blocks)
+
+
+def test_autocast_of_the_forward_is_the_autocast_of_the_replay() -> None:
+    net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(2)], streams="float")
+    x = torch.randn(3, 4, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, pull = vjp(net, x)
+    expected = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(expected)
+    out.backward(torch.ones_like(out))
+    assert torch.equal(y, out)
+    assert oracle.relative_error(pull(torch.ones_like(y))[0], expected.grad) < 1e-6
+
+
+def test_memory_does_not_grow_with_depth() -> None:
+    def peak(depth: int) -> float:
+        net = revnet.ReversibleSequence([(cases.Mlp(16), cases.Mlp(16)) for _ in range(depth)], streams="float")
+        x, parameters = torch.randn(32, 64, 16), parameters_of(net)
+        gradient = grad(loss_of(net))
+        gradient(parameters, x)
+        gradients = sum(p.numel() * p.element_size() for p in parameters.values())
+        report = revnet.measure_memory(lambda: list(gradient(parameters, x).values()))
+        return (report.peak_bytes - gradients) / (x.numel() * x.element_size())
+
+    peaks = [peak(depth) for depth in (2, 4, 8)]
+    assert max(peaks) < 1.02 * min(peaks)
