@@ -29,6 +29,7 @@ from parallel import (
     sequence,
 )
 from revnet import Fixed, ReversibleError, ReversibleSequence, _replay
+from revnet._distributed import shared_generator
 from revnet._execution import EXECUTIONS
 
 # 40 fraction bits: the rounding of the streams stays below the tolerance in float64.
@@ -116,6 +117,9 @@ def ddp_layer_dropout(rank: int, world_size: int) -> None:
     entered: list[int] = []
     for i, block in enumerate(inner.blocks):
         block.f.register_forward_pre_hook(lambda *_, i=i: entered.append(i))
+    state = torch.get_rng_state()
+    assert shared_generator() is not None
+    assert torch.equal(torch.get_rng_state(), state), "agreeing on a generator draws from the user's own"
     draws = []
     for _ in range(4):
         # Ranks whose own generators differ still skip the same blocks.
@@ -251,6 +255,9 @@ def fsdp_mixed_precision(rank: int, world_size: int) -> None:
 
 def fsdp_replays_that_do_not_cast(rank: int, world_size: int) -> None:
     """Before torch 2.13, FSDP2 does not cast in replays: the engine does."""
+    if torch.__version__ < torch.torch_version.TorchVersion("2.13"):
+        # There, the checks of mixed precision meet the real thing.
+        return
     state = _fsdp_state.FSDPState
     cast_inputs, cast_output = state._cast_forward_inputs, state._cast_output_dtype
     replaying = _fsdp_state.TrainingState.PRE_BACKWARD
@@ -337,7 +344,7 @@ def gathers(rank: int, world_size: int) -> None:
     """One all-gather per sharded module for forward, one for replay and gradient together."""
     depth = 3
     for sharding, modules in (("branch", 2 * depth), ("block", depth)):
-        for execution in ("store", "checkpoint", "invert"):
+        for execution in EXECUTIONS:
             model = SHARDINGS[sharding](sequence(depth, execution=execution))
             rank_loss(model, rank, world_size).backward()
             model.zero_grad()
