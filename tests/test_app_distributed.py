@@ -133,8 +133,9 @@ def test_ranks_share_batches_without_overlap(world: int) -> None:
             assert {len(piece) for piece in pieces} == {8 // world}
 
 
-def start_torchrun(out: Path, restarts: int) -> subprocess.Popen[str]:
-    settings = SMALL | {"steps": 40, "save_every": 5, "rank_timeout": 60, "parallel": "fsdp", "out": out}
+def start_torchrun(out: Path, restarts: int, steps: int = 40, save_every: int = 5) -> subprocess.Popen[str]:
+    settings = SMALL | {"steps": steps, "save_every": save_every, "validate_every": steps, "out": out}
+    settings |= {"parallel": "fsdp", "rank_timeout": 60}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     command = [sys.executable, *launch, "-m", "revnet", "train", *options]
@@ -179,3 +180,23 @@ def test_killed_rank_and_restart(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "broken"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not list(checkpoints.glob(".step-*")), "a half-written checkpoint was left"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_interrupt_stops_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
+    run = start_torchrun(tmp_path / "run", restarts=1, steps=100_000, save_every=100_000)
+    end = time.monotonic() + 100
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < end, "no step in time"
+        time.sleep(0.05)
+    # One rank hears of it, and tells the other.
+    os.kill(workers(run.pid)[1], signal.SIGTERM)
+    end = time.monotonic() + 60
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < end, "no checkpoint in time"
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    output = run.communicate(timeout=60)[0]
+    assert "Continue with: revnet train --resume" in output, output
