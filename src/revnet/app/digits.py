@@ -11,7 +11,7 @@ from revnet.app.data import Array, Images, codecs
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("{}", "a {}", "a handwritten {}", "the digit {}", "the number {}")
-DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 900}
+DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 800}
 
 
 @cache
