@@ -177,9 +177,11 @@ class Call:
         if all(_same(mine, given) for (mine, _), given in zip(self.streams, streams, strict=True)):
             self.streams = [(value, held) for value, (_, held) in zip(streams, self.streams, strict=True)]
             return
-        # A hook on the block put other streams in: below this point state cannot be found by walking.
+        # A hook on the block put other streams in: below this point state cannot be found by walking. As after a stored
+        # step, the state before it and the state after it are two positions.
         if self.recording and self.records and self.records[-1] is not None:
             self._mark()
+            self._append(None)
         self.streams = [self.arithmetic.open(value) for value in streams]
 
     def step(
@@ -224,12 +226,11 @@ class Call:
             results=Results(execution == "select", self.capturing) if execution == "select" or self.capturing else None,
             saved=[],
         )
-        token = self._append(record)
-        pack = _packing(record, token, roots)
+        hooks = saved_tensors_hooks(_packing(record, self._append(record), roots), _unpack)
         self.running = True
         try:
             recording = None if record.results is None else Recording(record.results, self.devices)
-            with saved_tensors_hooks(pack, _unpack), record.decisions, _all(contexts and contexts[0], recording):
+            with hooks, record.decisions, _all(contexts and contexts[0], recording):
                 out = fn(*sources, **kwargs)
             if record.results is not None:
                 record.results.settle()
@@ -245,7 +246,7 @@ class Call:
             if self.options.determinism_check == "exact":
                 record.checksums = _checksum(self.streams[target][1]), _checksum(out)
             record.saved_by_branch = len(record.saved)
-            with saved_tensors_hooks(pack, _unpack):
+            with hooks:
                 self._combine(coupling, target, out, index, name)
         finally:
             self.running = False
@@ -307,7 +308,7 @@ class Call:
         """The tensor that a handle stands for."""
         with self.lock:
             task_id = torch._C._current_graph_task_id()
-            task = self._task(task_id)
+            task = self.tasks.get(task_id) or self._task(task_id)
             caught = task.caught.get(step)
             if caught is None or index not in caught:
                 try:
@@ -329,19 +330,18 @@ class Call:
         return record.name if record is not None else f"step {step}"
 
     def _task(self, task_id: int) -> _Task:
+        task = _Task()
         if task_id == -1:
-            return _Task()
-        task = self.tasks.get(task_id)
-        if task is None:
-            task = self.tasks[task_id] = _Task()
-            call = weakref.ref(self)
+            return task
+        self.tasks[task_id] = task
+        call = weakref.ref(self)
 
-            def forget() -> None:
-                alive = call()
-                if alive is not None:
-                    alive.tasks.pop(task_id, None)
+        def forget() -> None:
+            alive = call()
+            if alive is not None:
+                alive.tasks.pop(task_id, None)
 
-            torch.autograd.Variable._execution_engine.queue_callback(forget)
+        torch.autograd.Variable._execution_engine.queue_callback(forget)
         return task
 
     def _nearest(self, task: _Task, step: int) -> tuple[int, list[Stream]]:
@@ -546,22 +546,24 @@ class _Catching:
         self.early = early
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        # Called for each tensor that each step saves: every attribute counts.
         index = self.count
-        self.count += 1
+        self.count = count = index + 1
         saved = self.record.saved
-        tensor_ = tensor.detach()
+        found = tensor
         if index < len(saved):
             forward = saved[index]
             if forward is not None:
-                if self.compare and forward != _describe(tensor):
+                if self.compare and _describe(tensor) != forward:
                     raise ReversibleError(_mismatch(self.record.name, index, forward, _describe(tensor)))
+                found = tensor.detach()
                 if self.caught is not None:
-                    self.caught[index] = (tensor_, tensor_._version)
+                    self.caught[index] = found, tensor._version
         elif not self.partial and self.compare:
             raise ReversibleError(_mismatch(self.record.name, index, None, _describe(tensor)))
-        if self.early and self.count == len(saved):
+        if self.early and count == len(saved):
             raise _Stop
-        return tensor_
+        return found
 
     def check(self, expected: int) -> None:
         if self.count < expected or (self.compare and self.count != expected and not self.partial):
@@ -574,9 +576,9 @@ class _Catching:
 
 def _packing(record: _Record, token: _Token, roots: list[Tensor | None]) -> Callable[[Tensor], Any]:
     """Pack hook of the forward pass: keeps nothing but a handle, except for what passes through (rule 5)."""
-    passing = {tensor.untyped_storage()._cdata for tensor, _, _ in record.keywords.versions}
+    passing = {_memory(tensor) for tensor, _, _ in record.keywords.versions}
     if passing:
-        passing -= {root.untyped_storage()._cdata for root in roots if root is not None}
+        passing -= {_memory(root) for root in roots if root is not None}
     saved = record.saved
     name = record.name
 
@@ -591,7 +593,7 @@ def _packing(record: _Record, token: _Token, roots: list[Tensor | None]) -> Call
             else:
                 saved.append(None)
                 return tensor, tensor._version, name
-        elif passing and tensor.untyped_storage()._cdata in passing:
+        elif passing and _memory(tensor) in passing:
             saved.append(None)
             return tensor, tensor._version, name
         saved.append(_describe(tensor))
@@ -625,15 +627,25 @@ def _checksum(tree: Any) -> Tensor:
 
 
 def _describe(tensor: Tensor) -> tuple[Any, ...]:
-    strides = tensor.stride() if tensor.layout is torch.strided else None
-    return tensor.shape, tensor.dtype, tensor.device, strides
+    try:
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    except RuntimeError:  # A sparse tensor has no strides.
+        return tensor.shape, None, tensor.dtype, tensor.device
+
+
+def _memory(tensor: Tensor) -> int:
+    """The identity of a tensor's memory, whichever view of it this is."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # A sparse tensor has none of its own.
+        return id(tensor)
 
 
 def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:
     def text(described: Any) -> str:
         if described is None:
             return "nothing"
-        shape, dtype, device, strides = described
+        shape, strides, dtype, device = described
         return f"{tuple(shape)} {dtype} on {device}, strides {strides}"
 
     return (

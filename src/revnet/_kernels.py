@@ -66,8 +66,8 @@ def _combine(
         )
 
 
-_BLOCK = 1024
-_WARPS = 4
+_BLOCK = 512
+_WARPS = 8
 _state = {"launched": False, "broken": False}
 
 
