@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,3 +398,27 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_data_parallel(name: str, outcomes: dict[str, str]) -> None:
     if outcomes[name] != "passed":
         pytest.fail(outcomes[name], pytrace=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES, ids=["bf16", "bf16-float32", "float32-bf16"])
+def test_mixed_precision_on_a_gpu(policy: MixedPrecisionPolicy, tmp_path: Path) -> None:
+    """Exact gradients through FSDP2's own streams and gathers; on torch < 2.13, the engine's casts for real."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
+    try:
+        x = torch.randn(4, 64, WIDTH, device="cuda")
+        for shard in (shard_blocks, shard_branches, shard_branches_in_float32):
+            results = {}
+            for execution in EXECUTIONS:
+                model = sequence(dropout=0.2, streams="fixed", execution=execution).float().cuda()
+                model = shard(model, mp_policy=policy)
+                for _ in range(2):
+                    model.zero_grad()
+                    torch.manual_seed(1)
+                    model(x).float().square().mean().backward()
+                results[execution] = gradients(model)
+            for result in results.values():
+                assert_bits(result, results["store"])
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,47 @@
+"""Hooks that put other streams in between blocks: every execution sees what stored execution saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Mlp
+from oracle import assert_same_gradients, gradients_of, weighted
+from torch import Tensor
+
+from revnet import Fixed, ReversibleSequence
+from revnet._execution import EXECUTIONS
+
+
+def before(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x1, x2, *rest = args
+    return (x1 * 1.5, x2.sin(), *rest)
+
+
+def after(block: Any, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    y1, y2 = out
+    return y1.tanh(), y2
+
+
+def step(execution: Any, streams: Any, places: tuple[int, ...], kind: str) -> dict[str, Tensor | None]:
+    torch.manual_seed(0)
+    net = ReversibleSequence(
+        [(Mlp(8, 0.2).double(), Mlp(8, 0.2).double()) for _ in range(4)], streams=streams, execution=execution
+    )
+    for place in places:
+        block = net.blocks[place]
+        block.register_forward_pre_hook(before) if kind == "before" else block.register_forward_hook(after)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weighted(net(x)).backward()
+    return {"x": x.grad, **gradients_of(net)}
+
+
+@pytest.mark.parametrize("kind", ["before", "after"])
+@pytest.mark.parametrize("places", [(0,), (2,), (1, 2), (3,), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("streams", ["float", Fixed(fraction_bits=40)], ids=["float", "fixed"])
+def test_streams_put_in_by_a_hook(kind: str, places: tuple[int, ...], streams: Any) -> None:
+    expected = step("store", streams, places, kind)
+    mixed = [EXECUTIONS[i % len(EXECUTIONS)] for i in range(8)]
+    for execution in (*EXECUTIONS, mixed, mixed[::-1]):
+        assert_same_gradients(step(execution, streams, places, kind), expected, 1e-11)
