@@ -636,9 +636,10 @@ def _describe(tensor: Tensor) -> tuple[Any, ...]:
 def _memory(tensor: Tensor) -> int:
     """The identity of a tensor's memory, whichever view of it this is."""
     try:
-        return tensor.untyped_storage()._cdata
+        identity: int = tensor.untyped_storage()._cdata
     except NotImplementedError:  # A sparse tensor has none of its own.
-        return id(tensor)
+        identity = id(tensor)
+    return identity
 
 
 def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:
