@@ -401,6 +401,7 @@ def test_data_parallel(name: str, outcomes: dict[str, str]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize("policy", POLICIES, ids=["bf16", "bf16-float32", "float32-bf16"])
 def test_mixed_precision_on_a_gpu(policy: MixedPrecisionPolicy, tmp_path: Path) -> None:
     """Exact gradients through FSDP2's own streams and gathers; on torch < 2.13, the engine's casts for real."""
