@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Mlp
-from oracle import assert_same_gradients, gradients_of, weighted
 from torch import Tensor
 
+from cases import Mlp
+from oracle import assert_same_gradients, gradients_of, weighted
 from revnet import Fixed, ReversibleSequence
 from revnet._execution import EXECUTIONS
 
