@@ -18,9 +18,10 @@ import oracle
 import revnet
 
 pytestmark = [
-    # torch's own, from tracing any Function and any tensor with a history.
+    # torch's own, from tracing any Function and any tensor with a history, and from inductor's imports.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
     pytest.mark.timeout(600),
 ]
 
