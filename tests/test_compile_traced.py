@@ -500,13 +500,14 @@ def test_one_graph_on_a_gpu_under_autocast(streams: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-def test_fixed_streams_are_rebuilt_in_every_bit_by_inductor_on_a_gpu(autocast: bool) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+def test_fixed_streams_are_rebuilt_in_every_bit_by_inductor_on_a_gpu(precision: str) -> None:
     fixed, shape = revnet.Fixed(24), (4, 32, 64)
-    pairs = [(Marked(shape).cuda(), Marked(shape).cuda()) for _ in range(6)]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    pairs = [(Marked(shape).to("cuda", dtype), Marked(shape).to("cuda", dtype)) for _ in range(6)]
     net = revnet.ReversibleSequence(pairs, streams=fixed, merge="sum")
-    x = torch.randn(shape, device="cuda")
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
         y = torch.compile(net, fullgraph=True)(x)
     y.sum().backward()
     assert torch.equal(pairs[0][0].mark.grad, fixed.decode(fixed.encode(x), x.dtype))
