@@ -232,7 +232,11 @@ class _Program(nn.Module):
         self._execution = execution
 
     def extra_repr(self) -> str:
-        return f"streams={self.streams!r}, execution={self.execution!r}"
+        streams = repr(self.streams)
+        if self.streams == "auto":
+            where = "below float64" if self._needs_fixed else "in low precision"
+            streams += f" ({Fixed()!r} {where}, else {Float()!r})"
+        return f"streams={streams}, execution={self.execution!r}"
 
 
 class Reversible(_Program):
