@@ -194,7 +194,13 @@ def _captured(step: Callable[[], None], leaves: list[Tensor]) -> Callable[[], No
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    # A replay adds to the gradients of the capture, wherever `.grad` points by then.
+    gradients = [p.grad for p in leaves]
+
+    def replay(_gradients: list[Tensor | None] = gradients) -> None:
+        graph.replay()
+
+    return replay
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> float:

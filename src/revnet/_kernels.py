@@ -121,8 +121,12 @@ def launch(
         _BLOCK,
     )
     try:
-        with torch.cuda.device_of(target):
-            _combine[(triton.cdiv(size, _BLOCK),)](*arguments, num_warps=_WARPS)
+        launched = _combine[(-(-size // _BLOCK),)]
+        if target.get_device() == torch.cuda.current_device():
+            launched(*arguments, num_warps=_WARPS)
+        else:
+            with torch.cuda.device_of(target):
+                launched(*arguments, num_warps=_WARPS)
     except Exception as error:
         if _state["launched"]:
             raise

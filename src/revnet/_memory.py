@@ -77,8 +77,8 @@ def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     cpu, cuda = _CpuMeter(), _CudaMeter()
     with cpu.watch(), cuda.watch():
         result = fn(*args, **kwargs)
-    meter: _Meter = cuda if cuda.used else cpu
-    saved = meter.held - sum(map(meter.created, _storages(_tensors_in(result))))
+    returned = list(_storages(_tensors_in(result)))
+    saved = {meter: meter.held - sum(map(meter.created, returned)) for meter in (cpu, cuda)}
 
     outputs = [t for t in _tensors_in(result) if t.requires_grad]
     if outputs:
@@ -86,8 +86,9 @@ def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         ones = [t.detach().new_ones(()).expand_as(t) for t in outputs]
         with cpu.watch(), cuda.watch():
             torch.autograd.backward(outputs, ones)
+    meter: _Meter = cuda if cuda.used else cpu
     grads = sum(map(meter.created, _storages(_gradients())))
-    return MemoryReport(saved, meter.peak, grads)
+    return MemoryReport(saved[meter], meter.peak, grads)
 
 
 class _Meter(Protocol):
@@ -206,12 +207,22 @@ def _cuda_statistics() -> tuple[int, int, int]:
 
 
 def _reserve_blas_workspace() -> None:
-    """Makes cuBLAS take its workspaces now: the first product of a thread would, and they stay (32 MiB on an H100)."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Makes cuBLAS and cuBLASLt take their workspaces now: the first product of a thread would, and they stay.
+
+    They are 32 MiB and 1 MiB on an H100.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
         x = torch.zeros((), device="cuda", requires_grad=True)
+        square = torch.zeros(16, 16, device="cuda")
+
+        def reserve(gradient: Tensor | None = None) -> Tensor | None:
+            torch.cuda.current_blas_handle()
+            torch.nn.functional.linear(square, square, square[0])
+            return gradient
+
         # The backward pass has a thread of its own for each device, and there its hooks run.
-        x.register_hook(lambda gradient: (torch.cuda.current_blas_handle(), gradient)[1])
-        torch.cuda.current_blas_handle()
+        x.register_hook(reserve)
+        reserve()
         torch.autograd.backward(x * 1)
 
 

@@ -359,7 +359,8 @@ class _Stage:
         forward = meter.peak - incoming
         after = _weak_parts(call)
         site = self.site
-        nodes = [leaf.grad_fn for value, _ in call.streams for leaf in tree_leaves(value)]
+        # Holds the graph and not the streams. A node that Python made is held by its output alone.
+        graph = _root([value for value, _ in call.streams])
         with meter.watch():
             call.streams, call.aux = [], {}
             torch.clear_autocast_cache()
@@ -369,7 +370,7 @@ class _Stage:
         keeps_result = tuple(part for part in own_parts if after[part][0]())
         kept = sum(before[part][1] for part in keeps) + sum(after[part][1] for part in keeps_result)
         own = max(0, meter.held - kept)
-        del call, nodes
+        del call, graph
 
         meter = _meter(rehearsal.device, rehearsal.mode)
         with meter.watch():

@@ -555,6 +555,26 @@ class _FixedAdd(torch.autograd.Function):
         return _FixedAdd.apply(*batched, *args[3:]), (0, 0)
 
 
+class _FixedAddNow(torch.autograd.Function):
+    """The same without transforms: `setup_context` binds the arguments by inspection, in each call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        held: Tensor,
+        increment: Tensor,
+        fixed: Fixed,
+        monitor: RangeMonitor | None,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        output = _FixedAdd.forward(value, held, increment, fixed, monitor, step)
+        _FixedAdd.setup_context(ctx, (value, held, increment), output)
+        return output
+
+    backward = _FixedAdd.backward
+
+
 class _FixedEncode(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> tuple[Tensor, Tensor]:
@@ -596,7 +616,9 @@ def fixed_add(
     """
     if increment.shape != held.shape:
         increment = increment.expand(held.shape)
-    new_value, new_held = _FixedAdd.apply(value, held, increment, fixed, monitor, step)
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    add = _FixedAdd if transformed else _FixedAddNow
+    new_value, new_held = add.apply(value, held, increment, fixed, monitor, step)
     return new_value, new_held
 
 
