@@ -175,6 +175,31 @@ def test_dropout_repeats_its_mask(walks: list[int]) -> None:
     assert not walks, "what draws random numbers is no operation that is evaluated twice"
 
 
+@pytest.mark.parametrize("change", ["rate", "child", "flag"])
+def test_a_branch_that_begins_to_draw_after_it_was_inspected(change: str, walks: list[int]) -> None:
+    class Late(cases.Mlp):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.drop: nn.Module = nn.Identity() if change == "child" else nn.Dropout(0.0)
+            self.noisy = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.drop(super().forward(x))
+            return nn.functional.dropout(y) if self.noisy else y
+
+    net, stored = networks(Late)
+    x, results = tokens(), []
+    assert_near(grad(loss_of(net))(parameters_of(net), x), grad(loss_of(stored))(parameters_of(stored), x))
+    assert walks
+    for of in (net, stored):
+        for branch in [module for module in of.modules() if isinstance(module, Late)]:
+            branch.noisy = change == "flag"
+            branch.drop = nn.Dropout(0.5 if change != "flag" else 0.0)
+        torch.manual_seed(0)
+        results.append(grad(loss_of(of))(parameters_of(of), x))
+    assert_near(*results)
+
+
 def test_statistics_move_once() -> None:
     class Normed(nn.Module):
         def __init__(self, width: int) -> None:

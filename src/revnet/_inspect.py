@@ -44,6 +44,8 @@ def _hooked(modules: Sequence[nn.Module]) -> bool:
 
 # Per branch, what was found; the keys are all that can make a difference.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
+_MOST_KNOWN = 64
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]) -> str:
@@ -63,11 +65,20 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
     if _hooked(modules):
         return "has hooks"
     leaves, structure = pytree.tree_flatten((tuple(sources), target, dict(kwargs)))
-    key = (tuple(map(_key, leaves)), structure, tuple(module.training for module in modules))
+    key = (tuple(map(_key, leaves)), structure, tuple(map(_settings, modules)))
     known = _known.setdefault(fn, {})
     if key not in known:
+        # A branch that counts its calls has other settings in each of them.
+        if len(known) == _MOST_KNOWN:
+            known.clear()
         known[key] = _run(fn, sources, target, kwargs)
     return known[key]
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What a module does depends on this: a rate of dropout may be raised, or a child replaced, between two calls."""
+    values = ((name, value if isinstance(value, _PLAIN) else id(value)) for name, value in vars(module).items())
+    return type(module), tuple(values)
 
 
 def _key(leaf: Any) -> Any:
