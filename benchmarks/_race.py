@@ -134,7 +134,7 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
         del found
     del expected
     running = [arm for arm in arms if not arm.failure]
-    for _ in range(rounds or row.rounds):
+    for _ in range((rounds or row.rounds) if row.rounds else 0):
         for arm in running:
             arm.times.append(_timed(arm.step, row.device))
     for p in (*parameters, x):
@@ -163,6 +163,16 @@ def _examine(arm: Arm, row: Row, parameters: list[Tensor], x: Tensor, pull: Tens
     leaves = [*parameters, x]
     for p in leaves:
         p.grad = None
+    if not row.rounds:
+        # Too long to repeat: the step that is compared is the step that is timed.
+        for p in leaves:
+            p.grad = torch.zeros_like(p)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        arm.times.append(_timed(arm.step, row.device))
+        arm.peak = torch.cuda.max_memory_allocated() - before
+        return [p.grad for p in leaves]
     arm.step()
     if row.mode == "captured":
         arm.step = _captured(arm.step, leaves)

@@ -78,7 +78,7 @@ def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     with cpu.watch(), cuda.watch():
         result = fn(*args, **kwargs)
     returned = list(_storages(_tensors_in(result)))
-    saved = {meter: meter.held - sum(map(meter.created, returned)) for meter in (cpu, cuda)}
+    saved = [meter.held - sum(map(meter.created, returned)) for meter in (cpu, cuda)]
 
     outputs = [t for t in _tensors_in(result) if t.requires_grad]
     if outputs:
@@ -88,7 +88,7 @@ def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             torch.autograd.backward(outputs, ones)
     meter: _Meter = cuda if cuda.used else cpu
     grads = sum(map(meter.created, _storages(_gradients())))
-    return MemoryReport(saved[meter], meter.peak, grads)
+    return MemoryReport(saved[cuda.used], meter.peak, grads)
 
 
 class _Meter(Protocol):
