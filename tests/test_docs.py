@@ -1,0 +1,97 @@
+"""What the documents promise: their code runs, their examples give what they say, their links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import revnet
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+# Triton, which the kernels need, comes with CUDA builds of torch alone.
+WITHOUT = {"__main__"} if importlib.util.find_spec("triton") else {"__main__", "_kernels"}
+MODULES = sorted({path.stem for path in (ROOT / "src" / "revnet").glob("*.py")} - WITHOUT)
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def code_of(page: Path) -> list[tuple[int, str]]:
+    """The Python blocks of a page, each with the number of its first line."""
+    text = page.read_text()
+    blocks = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start(1)), block[1]) for block in blocks]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=name)
+def test_the_code_of_a_page_runs_and_prints_what_it_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    # Memory filled with NaN is for the tests of the library; here it costs time alone.
+    torch.use_deterministic_algorithms(False)
+    # As a reader would paste them, one block after the other.
+    names: dict[str, object] = {}
+    for line, code in code_of(page):
+        if "cuda" in code and not torch.cuda.is_available():
+            continue
+        # With its place in the page, so that a traceback shows where it failed.
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+        said = [text for comment in re.findall(r"print\(.*\)  # (.*)", code) for text in comment.split(", then ")]
+        assert capsys.readouterr().out.splitlines() == said
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_of_docstrings(module: str):
+    package = "revnet" if module == "__init__" else f"revnet.{module}"
+    # As a reader would have it: the library's names, torch and nn.
+    names = {"torch": torch, "nn": nn, "revnet": revnet} | {key: getattr(revnet, key) for key in revnet.__all__}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    found = importlib.import_module(package)
+    for test in doctest.DocTestFinder(exclude_empty=True).find(found, extraglobs=names):
+        report: list[str] = []
+        runner.run(test, out=report.append)
+        assert not report, "".join(report)
+
+
+def test_the_readme_names_everything_public():
+    text = (ROOT / "README.md").read_text()
+    assert [key for key in revnet.__all__ if f"`{key}`" not in text and f"revnet.{key}" not in text] == []
+
+
+def test_everything_public_has_a_docstring_of_its_own():
+    assert [key for key in revnet.__all__ if not inspect.getdoc(getattr(revnet, key))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_to_files_resolve(page: Path):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    broken = [link for link in links if link and not (page.parent / link).exists()]
+    named = re.findall(r"\b(?:benchmarks|docs|examples|src|tests)/[\w./]*\w\.(?:md|png|py)\b", text)
+    broken += [path for path in named if not (ROOT / path).exists() and not (page.parent / path).exists()]
+    assert broken == []
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 150), ("CONTRIBUTING.md", 60)])
+def test_a_page_is_short(page: str, most: int):
+    assert len((ROOT / page).read_text().splitlines()) < most
+
+
+def test_the_first_example_is_short():
+    assert len(code_of(ROOT / "README.md")[0][1].splitlines()) <= 12
+
+
+@pytest.mark.parametrize("target", ["train", "test"])
+def test_the_two_commands_exist(target: str):
+    assert f"make {target}" in (ROOT / "README.md").read_text()
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
