@@ -246,8 +246,8 @@ def document(
         "and input, from those of the same network in the same precision executed by plain autograd; **0** means equal "
         'in every bit. "×4": the output weights of each branch are four times their initial values. Backward runs '
         "outside the autocast region, as torch's documentation asks: under autocast the other libraries rebuild "
-        "activations in float32, which adds to their error. momentumnet is another network (one stream, momentum 0.9) "
-        "and is compared with its own stored execution.",
+        "activations in float32, which adds to their error. momentumnet is another network (one stream, momentum 0.9, "
+        "each branch a step) and is compared with its own stored execution.",
         "",
         "In float64, three blocks: " + ", ".join(f"{name} {shown(value)}" for name, value in errors.items()) + ".",
         "",
@@ -267,6 +267,8 @@ def plot(given: argparse.Namespace, arms: list[str], results: dict[Any, dict[str
 
     zero, growth, depth = 1e-9, given.growths[len(given.growths) // 2], given.depths[-1]
     figure, grid = plt.subplots(2, len(given.modes), figsize=(4.2 * len(given.modes), 7), sharey=True, squeeze=False)
+    # Larger below smaller: many of the lines are one.
+    sizes = dict(zip(ARMS, (10, 6, 13, 10, 7.5, 5, 7), strict=True))
     looks = dict(zip(ARMS, ("o-", "s--", "^-", "v-", "D:", "x--", "+-"), strict=True))
     colours = dict(zip(ARMS, ("C2", "C8", "C0", "C3", "C1", "C4", "C7"), strict=True))
     for column, mode in enumerate(given.modes):
@@ -278,13 +280,14 @@ def plot(given: argparse.Namespace, arms: list[str], results: dict[Any, dict[str
             for name in arms:
                 values = [results[key][name] for key in keys]
                 heights = [math.nan if isinstance(v, Exception) else max(v, zero) for v in values]
-                axes.plot(places, heights, looks[name], color=colours[name], label=name, markersize=5, clip_on=False)
-            axes.set(xscale="log", yscale="log", xlabel=label, ylim=(zero, None))
+                look = {"color": colours[name], "markersize": sizes[name], "fillstyle": "none", "clip_on": False}
+                axes.plot(places, heights, looks[name], label=name, **look)
+            axes.set(xscale="log", yscale="log", xlabel=label, ylim=(zero, 10))
             axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
         grid[0, column].set_title(MODES[mode])
-    ticks = [10.0**power for power in range(-8, 3, 2)]
+    ticks = [10.0**power for power in range(-8, 1, 2)]
     for axes in grid[:, 0]:
         axes.set_yticks([zero, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
         axes.set_ylabel("relative error of the gradients")
