@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from oracle import (
     train_step,
     weighted,
 )
-from revnet import ReversibleSequence
+from revnet import ReversibleError, ReversibleSequence
 
 
 class EmaInPlace(nn.Module):
@@ -447,3 +449,56 @@ def test_store_replays_nothing():
     assert len(counted.take()) == 6
     loss.backward()
     assert counted.take() == []
+
+
+Pair = namedtuple("Pair", ["scales", "log"])
+
+
+@dataclasses.dataclass
+class Notes:
+    scales: Tensor
+    log: list[Tensor]
+
+
+class WritesNotes(Linear):
+    """Reads what its earlier calls left in the container it is given."""
+
+    def forward(self, x: Tensor, notes: Any) -> Tensor:
+        scales, log = (notes["scales"], notes["log"]) if isinstance(notes, dict) else (notes.scales, notes.log)
+        log.append(super().forward(x).tanh() * scales)
+        if isinstance(notes, Notes):
+            notes.scales = notes.scales * 0.5
+        return sum(log)
+
+
+CONTAINERS = {
+    "defaultdict": lambda **items: defaultdict(list, items),
+    "ordered": OrderedDict,
+    "namedtuple": Pair,
+    "dataclass": Notes,
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers_that_branches_write_to(container: Callable):
+    pairs = build([(WritesNotes, WritesNotes)] * 3, 8)
+    route = {"notes": every(3, True, True)}
+    net, oracle = ReversibleSequence(pairs, route), stored_copy(pairs, route)
+    found = []
+    for module in (net, oracle):
+        x, scale = (randn(2, 6, 8, seed=seed, requires_grad=True) for seed in range(2))
+        notes = container(scales=scale.exp(), log=[])
+        weighted(module(x, notes=notes)).backward()
+        assert len(notes["log"] if isinstance(notes, dict) else notes.log) == 6
+        found.append({"x": x.grad, "scale": scale.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_a_tensor_in_a_container_that_was_changed(container: Callable):
+    net = ReversibleSequence(build([(WritesNotes, WritesNotes)] * 2, 8), {"notes": every(2, True, True)})
+    scales = torch.ones(8, dtype=torch.float64)
+    loss = weighted(net(randn(2, 6, 8, requires_grad=True), notes=container(scales=scales, log=[])))
+    scales.zero_()
+    with pytest.raises(ReversibleError, match="keyword tensor"):
+        loss.backward()

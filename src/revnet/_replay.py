@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import sys
 import threading
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -320,17 +323,10 @@ class KeywordState:
 
     def _copy(self, value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            if value.grad_fn is not None:
-                # A replay needs the value alone. The graph of a tensor made by an earlier step of the same call would
-                # hold that call, and the call this tensor: a cycle through C++ that nothing collects.
-                value = value.detach().requires_grad_()
+            value = _detached(value)
             self.versions.append((value, value._version, name))
             return value
-        if type(value) is dict:
-            return {key: self._copy(item, name) for key, item in value.items()}
-        if type(value) in (list, tuple, set):
-            return type(value)(self._copy(item, name) for item in value)
-        return value
+        return _map_containers(lambda item: self._copy(item, name), value)
 
     def fresh(self) -> dict[str, Any]:
         """The keywords for one replay."""
@@ -343,10 +339,37 @@ class KeywordState:
 
 
 def _copy_containers(value: Any) -> Any:
-    if type(value) is dict:
-        return {key: _copy_containers(item) for key, item in value.items()}
+    return _map_containers(_copy_containers, value)
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """The tensor without its graph.
+
+    A replay needs the value alone. The graph of a tensor made by an earlier step of the same call would hold that call,
+    and the call this tensor: a cycle through C++ that nothing collects.
+    """
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+
+
+def _map_containers(fn: Callable[[Any], Any], value: Any) -> Any:
+    """`fn` of the items of a container, in another one of its kind; of anything else, itself."""
     if type(value) in (list, tuple, set):
-        return type(value)(_copy_containers(item) for item in value)
+        return type(value)(map(fn, value))
+    if type(value) in (dict, OrderedDict, defaultdict):
+        new = copy.copy(value)
+        new.update([(key, fn(item)) for key, item in value.items()])
+        return new
+    if type(value) is deque:
+        return deque(map(fn, value), value.maxlen)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(fn, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for field in dataclasses.fields(value):
+            if hasattr(value, field.name):
+                # Also where it is frozen.
+                object.__setattr__(new, field.name, fn(getattr(value, field.name)))
+        return new
     return value
 
 
