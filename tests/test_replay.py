@@ -95,12 +95,35 @@ def spectral_by_hook(width: int) -> nn.Module:
     return nn.Sequential(nn.utils.spectral_norm(nn.Linear(width, width)), nn.Tanh())
 
 
+class AttributeInPlace(nn.Module):
+    """Keeps its state in a tensor that is no buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.scale = torch.ones(width, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x).tanh() * self.scale.clone()
+        self.scale.mul_(1.5)
+        return out
+
+
+class AttributeReassigned(AttributeInPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x).tanh() * self.scale
+        self.scale = 0.5 + out.detach().mean(0)
+        return out
+
+
 STATEFUL = {
     "batchnorm": BatchNorm,
     "batchnorm-cumulative": cumulative,
     "batchnorm-raw": RawBatchNorm,
     "ema-in-place": EmaInPlace,
     "ema-reassigned": EmaReassigned,
+    "attribute-in-place": AttributeInPlace,
+    "attribute-reassigned": AttributeReassigned,
     "spectral": spectral,
     "spectral-by-hook": spectral_by_hook,
 }

@@ -180,6 +180,9 @@ def _sharded_by_fsdp(modules: list[nn.Module]) -> list[nn.Module]:
     return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
+# The attributes of any module; the rest is its author's.
+_INTERNAL = vars(nn.Module()).keys()
+
 # Replays exclude one another, since they set modules and global generators back: backward may run in several threads.
 REPLAYING = threading.RLock()
 
@@ -187,7 +190,8 @@ REPLAYING = threading.RLock()
 class ModuleState:
     """Parameters, buffers and training flags of a branch as its call saw them.
 
-    Made before the call, completed by `settle` after it. Buffers that the call changed stay as copies of their value
+    Made before the call, completed by `settle` after it. Tensors without gradient that are plain attributes count among
+    the buffers. Buffers that the call changed stay as copies of their value
     before it, all others as references with their version.
     """
 
@@ -206,6 +210,12 @@ class ModuleState:
             if module._buffers
             for name, buffer in module._buffers.items()
             if buffer is not None
+        ]
+        self.buffers += [
+            (own, name, value, value._version, value.clone())
+            for own in map(vars, modules)
+            for name in own.keys() - _INTERNAL
+            if isinstance(value := own[name], Tensor) and not value.requires_grad and not value.is_inference()
         ]
 
     def settle(self) -> None:
