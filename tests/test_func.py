@@ -200,6 +200,29 @@ def test_a_branch_that_begins_to_draw_after_it_was_inspected(change: str, walks:
     assert_near(*results)
 
 
+@pytest.mark.parametrize("extra", [False, True])
+def test_streams_that_are_trees(extra: bool) -> None:
+    class OnTrees(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH).double()
+
+        def forward(self, tree: dict[str, Tensor]) -> Any:
+            update = {"a": self.linear(tree["a"]).tanh()}
+            return (update, tree["a"].sum()) if extra else update
+
+    net = revnet.Reversible([revnet.Step(OnTrees(), i % 2, (i + 1) % 2) for i in range(4)])
+
+    def loss(x: Tensor) -> Tensor:
+        y1, y2, *aux = net({"a": x}, {"a": 2 * x})
+        return oracle.weighted(y1["a"], y2["a"], *(aux[0].values() if extra else ()))
+
+    x = tokens()
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert_near(grad(loss)(x), expected)
+
+
 def test_statistics_move_once() -> None:
     class Normed(nn.Module):
         def __init__(self, width: int) -> None:

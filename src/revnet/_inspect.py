@@ -99,7 +99,7 @@ def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str
         before = {copied: _attributes(copied) for copied in copies.values()}
         inner = stack.enter_context(_Inner())
         given = pytree.tree_map_only(Tensor, lambda x: _imitate(x, fake), (tuple(sources), dict(kwargs)))
-        for source in given[0]:
+        for source in pytree.tree_leaves(given[0]):
             source.requires_grad_()
         leaves, structure = pytree.tree_flatten(given)
         watch = stack.enter_context(_Watch(own=tensors))

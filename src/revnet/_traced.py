@@ -21,7 +21,7 @@ from torch.func import functional_call, vjp
 from ._couplings import Coupling, fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
-from ._steps import FixedArithmetic, FloatArithmetic
+from ._steps import FixedArithmetic, FloatArithmetic, branch_output
 from ._streams import Fixed, fixed_add
 
 Arithmetic = FloatArithmetic | FixedArithmetic
@@ -106,9 +106,9 @@ def _loop(parts: Sequence[Part], streams: Sequence[Any], arithmetic: Arithmetic)
     states = [arithmetic.open(stream) for stream in streams]
     aux: dict[str, Any] = {}
     for index, part in enumerate(parts):
-        out = part.fn(*(states[i][0] for i in part.source), **part.kwargs)
-        if isinstance(out, tuple) and len(out) == 2 and isinstance(states[part.target][0], Tensor):
-            out, aux[part.name] = out
+        out, extra = branch_output(part.fn(*(states[i][0] for i in part.source), **part.kwargs), states[part.target][0])
+        if extra is not None:
+            aux[part.name] = extra
         try:
             states[part.target] = arithmetic.combine(part.coupling, states[part.target], out, index)
         except (TypeError, ValueError) as error:
