@@ -319,8 +319,8 @@ def _document(question: str, results: list[tuple[Row, list[Arm]]], table: list[s
         f"{torch.get_num_threads()} CPU threads.",
         "",
         "One forward and backward pass. Arms share their weights and run in turn, once a round; times are medians, "
-        "ratios medians of the ratios within rounds. The peak is that of activations: above weights, gradients and input. "
-        "The gradient error is the relative distance of all gradients from those of the row's first arm.",
+        "ratios medians of the ratios within rounds. The peak is that of activations: above weights, gradients and "
+        "input. The gradient error is the relative distance of all gradients from those of the row's first arm.",
         "",
         *[f"- {row.name}: {row.describe()}, {len(arms[-1].times)} rounds" for row, arms in results],
         "",
