@@ -25,7 +25,7 @@ from oracle import (
     train_step,
     weighted,
 )
-from revnet import ReversibleError, ReversibleSequence, SequentialSequence
+from revnet import ReversibleError, ReversibleSequence, SequentialSequence, plan
 
 EXECUTIONS = ["store", "select", "checkpoint", "offload", "invert"]
 SEVERAL = named("mlp-L8-dropout", "attention-L8-dropout", "modulated-L4-keywords-dropout", "mixed-L6", "gate-L4")
@@ -260,3 +260,30 @@ def test_what_a_selective_policy_keeps_is_not_recomputed(execution: str):
             loss.backward()
         counts.append(sum("scaled_dot_product" in name and "backward" not in name for name in log.names))
     assert counts == [4, 0]
+
+
+# Compiled branches
+
+
+# torch.compile itself reads the .grad of whatever is passed to a compiled function.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+def test_a_compiled_branch_stays_compiled_whatever_its_execution():
+    torch.compiler.reset()
+    pairs = build([(Attention, Mlp)] * 2, 8)
+    oracle = stored_copy(pairs)
+    for pair in pairs:
+        for branch in pair:
+            branch.compile(backend="aot_eager")
+    net = ReversibleSequence(pairs)
+    x = randn(2, 6, 8)
+    expected = train_step(oracle, x)
+    plan(net, x, "50%")
+    for execution in ("invert", "select", "checkpoint", "store"):
+        net.execution = execution
+        net.zero_grad()
+        with torch.profiler.profile() as profile:
+            assert_same_step(train_step(net, x), expected)
+        regions = [event.count for event in profile.key_averages() if event.key.startswith("Torch-Compiled Region")]
+        assert sum(regions) == (4 if execution in ("select", "store") else 8)

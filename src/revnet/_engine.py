@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from ._couplings import Coupling, tree_leaves, tree_map
 from ._decisions import Decisions
 from ._errors import ReversibleError
-from ._kept import Hosted, Playing, Recording, Results, Saved, unrecorded
+from ._kept import Hosted, Playing, Recording, Results, Saved, compiled, unrecorded
 from ._replay import REPLAYING, AutocastState, KeywordState, ModuleState, RandomState, devices_of, modules_of
 from ._steps import FixedArithmetic, FloatArithmetic, Stream, branch_output
 from ._streams import checksum
@@ -196,6 +196,8 @@ class Call:
     ) -> None:
         """Apply step `index` of the sequence to the streams."""
         execution = self.executions[index]
+        if execution == "select" and compiled(fn):
+            execution = "store"
         position = len(self.records)
         if not self.recording or execution == "store":
             if self.recording:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._errors import ReversibleError
-from ._replay import RandomState
+from ._replay import RandomState, modules_of
 
 
 class _Keep(torch.autograd.Function):
@@ -170,6 +170,15 @@ class Results:
         """Hand the outputs to whoever manages saved tensors here."""
         self.saved = Saved(self.outputs)
         self.outputs = []
+
+
+def compiled(fn: Any) -> bool:
+    """Whether a compiler has taken over a branch, or part of it: what stays of it until backward was its choice.
+
+    Nor could single results be kept: Dynamo compiles no function that it first meets under a dispatch mode, then or
+    ever after.
+    """
+    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules_of(fn))
 
 
 def _expensive(func: Any) -> bool:

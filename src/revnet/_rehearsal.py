@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ._couplings import Coupling, tree_leaves
 from ._engine import Call
+from ._kept import compiled
 from ._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
 from ._replay import RandomState, devices_of
 from ._sequence import (
@@ -181,7 +182,8 @@ class Rehearsal:
             key = self._key(site, values, needs_grad)
             if key not in kinds:
                 kinds[key] = len(kinds)
-                costs.append(self._costs(site, values, needs_grad, arithmetic, names))
+                possible = [name for name in names if name != "select" or not compiled(site.fn)]
+                costs.append(self._costs(site, values, needs_grad, arithmetic, possible))
             steps.append((kinds[key], site.target))
             reached = any(needs_grad[i] for i in site.source) or any(p.requires_grad for p in _parameters(site.fn))
             needs_grad[site.target] |= reached or any(
