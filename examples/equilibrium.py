@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     def loss() -> Tensor:
         return F.cross_entropy(model(images[:batch]), classes[:batch])
 
-    first, last = fit(model, loss, args.steps or 10, 1e-3 if args.full else 1e-2)
+    first, last = fit(model, loss, args.steps or (4 if args.full else 10), 1e-3 if args.full else 1e-2)
     return {"first": first, "last": last, **compare(model, loss)}
 
 

@@ -65,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     points = torch.tensor(make_moons(4096 if args.full else 512, noise=0.06, random_state=0)[0], dtype=torch.float32)
     points = ((points - points.mean(0)) / points.std(0)).to(args.device)
-    model = Flow(128, 24).to(args.device) if args.full else Flow(32, 8).to(args.device)
+    model = Flow(128, 12).to(args.device) if args.full else Flow(32, 8).to(args.device)
 
     def loss() -> Tensor:
         return -model.log_likelihood(points).mean()
 
-    first, last = fit(model, loss, args.steps or (2000 if args.full else 60), 1e-3 if args.full else 5e-3)
+    first, last = fit(model, loss, args.steps or (500 if args.full else 60), 3e-3 if args.full else 5e-3)
     samples = model.sample(2000, args.device)
     if args.plot:
         plot(points, samples, args.plot)

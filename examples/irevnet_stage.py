@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     def loss() -> Tensor:
         return F.cross_entropy(model(images[:batch]), classes[:batch])
 
-    first, last = fit(model, loss, args.steps or (100 if args.full else 20), 2e-3)
+    first, last = fit(model, loss, args.steps or (50 if args.full else 20), 2e-3)
     with torch.no_grad():
         x = images[:batch]
         back, _ = model.body.inverse(*model.body(x, x))

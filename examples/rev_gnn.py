@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     def loss() -> Tensor:
         return F.cross_entropy(model(features), truth)
 
-    first, last = fit(model, loss, args.steps or (10 if args.full else 25), 1e-3 if args.full else 3e-3)
+    first, last = fit(model, loss, args.steps or (5 if args.full else 25), 1e-3 if args.full else 3e-3)
     return {"first": first, "last": last, **compare(model, loss)}
 
 
