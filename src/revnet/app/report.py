@@ -96,6 +96,12 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
                 f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs."
             )
         display.say(f"Held-out captions beside the nearest training image: {run.path / 'held_out.png'}")
+    else:
+        found |= judge_text(training)
+        display.say(
+            f"\n[bold]{found['held_out_bits']:.3f}[/] bits per byte of {found['held_out_bytes']:,} held-out bytes, "
+            f"{training.shape.length} at a time."
+        )
     run.write_json("result.json", found)
     words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if data.name == "digits")
     kind = "png" if isinstance(data, Images) else "txt"
@@ -111,25 +117,35 @@ def judge_digits(training: Training, data: Images) -> dict[str, float]:
     return {"read_as_captioned": share, "classifier_accuracy": accuracy}
 
 
-@torch.no_grad()
 def judge_captions(training: Training, data: Images) -> dict[str, float]:
     """In how many pairs a held-out image is likelier under its own caption than under that of another one."""
     count = min(PAIRS, data.counts["held_out"])
     prefix, tokens = data.batch("held_out", np.arange(count), np.zeros(count))
     other = np.roll(prefix, 1, axis=0)
     differ = (other != prefix).any(axis=1)
-    bits: list[Array] = []
-    training.model.eval()
-    for captions in (prefix, other):
-        parts = []
-        for start in range(0, count, training.config.batch):
-            part = slice(start, start + training.config.batch)
-            with training.precision():
-                parts.append(example_bits(training.model, *training.tensors((captions[part], tokens[part]))).cpu())
-        bits.append(torch.cat(parts).numpy())
-    training.model.train()
-    likelier = bits[0][differ] < bits[1][differ]
+    own, others = (_bits(training, captions, tokens) for captions in (prefix, other))
+    likelier = own[differ] < others[differ]
     return {"own_caption_likelier": float(likelier.mean()) if len(likelier) else 0.0, "pairs": int(differ.sum())}
+
+
+def judge_text(training: Training) -> dict[str, float]:
+    """Bits per byte of the held-out text, of which validations read only some: all of it up to 2^20 bytes."""
+    count = min(training.data.counts["held_out"], 2**20 // training.shape.length)
+    batch = training.data.batch("held_out", np.arange(count), np.zeros(count))
+    return {"held_out_bits": float(_bits(training, *batch).mean()), "held_out_bytes": batch[1].size}
+
+
+@torch.no_grad()
+def _bits(training: Training, prefix: Array, tokens: Array) -> Array:
+    """Bits per token of each example, without dropout."""
+    training.model.eval()
+    found = []
+    for start in range(0, len(tokens), training.config.batch):
+        part = slice(start, start + training.config.batch)
+        with training.precision():
+            found.append(example_bits(training.model, *training.tensors((prefix[part], tokens[part]))).cpu())
+    training.model.train()
+    return torch.cat(found).numpy()
 
 
 def held_out(training: Training, data: Images) -> None:
