@@ -1,25 +1,35 @@
-"""How does FSDP2 training with a reversible sequence scale over GPUs, against FSDP2 with block checkpointing?
+"""How does training with a reversible sequence scale over GPUs, against FSDP2 with block checkpointing?
 
-    python benchmarks/scaling.py speed --gpus 1,2,4      tokens per second, step time, activation peak
-    python benchmarks/scaling.py depth --gpus 4          the most blocks that fit
-    python benchmarks/scaling.py length --gpus 4         the most tokens that fit
+    python benchmarks/scaling.py check speed command depth length --gpus 1,2 --out benchmarks/results
 
-Prints one markdown table per part. Every network is sharded by block, its weights in float32, computed in bfloat16,
-reduced in float32. Each world size, and each trial of the two searches, is a fresh set of processes, so that running
-out of memory in one says nothing about the next.
+check      gradients by DDP, FSDP2 and context parallelism against one GPU, and against stored execution
+speed      tokens per second, step time and activation peak for each number of GPUs
+command    losses of `torchrun … -m revnet train` by DDP and FSDP2 against those of one process
+depth      the most blocks that fit
+length     the most tokens that fit
+
+In `speed`, `depth` and `length` every network is sharded by block: weights in float32, computed in bfloat16, reduced in
+float32. Each world size, and each trial of the two searches, is a fresh set of processes: what fails in one is
+reported, and the next begins. The report is written anew after every row.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import math
+import multiprocessing
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +37,42 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from _models import Attention, Mlp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import context_parallel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from revnet import ReversibleSequence
+from revnet import ReversibleSequence, measure_memory
 
 GIB = 2**30
-METHODS = ("reversible", "reversible float", "checkpoint")
+REVERSIBLE, FLOAT, CHECKPOINT = "reversible", "reversible float", "checkpoint"
+EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
+METHODS = (REVERSIBLE, FLOAT, CHECKPOINT)
+SEARCHED = (FLOAT, CHECKPOINT)
+OUT_OF_MEMORY = 77
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
-    """One network and its input: `blocks` of attention (or a causal convolution) and an MLP, `batch` per GPU."""
+    """One network and its input: `blocks` of attention (or a causal shift) and an MLP, `batch` per GPU."""
 
     method: str
     width: int
     blocks: int
     tokens: int
     batch: int
+    device: str
     mixer: str = "attention"
-    device: str = "cuda"
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = max(1, width // 128)
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.leave = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.leave(mixed.transpose(1, 2).flatten(2))
+    memory: float | None = None
 
 
 class Shift(nn.Module):
-    """A causal mixer of constant cost per token, for the searches: attention at a million tokens takes minutes."""
+    """A causal mixer of constant cost per token: attention at a million tokens takes minutes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -75,17 +82,6 @@ class Shift(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         return self.leave(x + F.pad(x[:, :-1], (0, 0, 1, 0)))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.enter = nn.Linear(width, 4 * width, bias=False)
-        self.leave = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.leave(F.gelu(self.enter(self.norm(x))))
 
 
 class Residual(nn.Module):
@@ -101,7 +97,7 @@ class Residual(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Block checkpointing."""
+    """Block checkpointing, which keeps one stream per block."""
 
     def __init__(self, pairs: list[tuple[nn.Module, nn.Module]]) -> None:
         super().__init__()
@@ -113,16 +109,15 @@ class Checkpointed(nn.Module):
         return x
 
 
-def build(work: Work, execution: str = "invert") -> nn.Module:
+def build(work: Work) -> nn.Module:
     """The network, sharded by block before its weights exist: it never stands on one GPU as a whole."""
     mixer = {"attention": Attention, "shift": Shift}[work.mixer]
     with torch.device("meta"):
         pairs = [(mixer(work.width), Mlp(work.width)) for _ in range(work.blocks)]
-    if work.method == "checkpoint":
+    if work.method == CHECKPOINT:
         model: nn.Module = Checkpointed(pairs)
     else:
-        streams = "float" if work.method == "reversible float" else "fixed"
-        model = ReversibleSequence(pairs, streams=streams, execution=execution)
+        model = ReversibleSequence(pairs, streams="float" if work.method == FLOAT else "fixed")
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for block in model.blocks:
         fully_shard(block, mp_policy=policy)
@@ -136,6 +131,7 @@ def build(work: Work, execution: str = "invert") -> nn.Module:
                 shard.normal_(std=0.02)
             else:
                 shard.fill_(1.0 if name.endswith("weight") else 0.0)
+            parameter.grad = torch.zeros_like(parameter)
     return model
 
 
@@ -145,50 +141,123 @@ def inputs(work: Work) -> Tensor:
 
 
 def backward(model: nn.Module, x: Tensor) -> None:
-    model(x).float().square().mean().backward()
+    """Half the mean square of the output, differentiated by hand: a loss in float32 would outweigh the streams."""
+    out = model(x)
+    out.backward(out.detach() / out.numel())
 
 
-def assert_exact(work: Work) -> None:
-    """Gradients of inverted and of stored execution are equal in every bit, on these ranks."""
-    small = Work("reversible", 256, 4, 64, 2, work.mixer, work.device)
-    results = []
-    for execution in ("store", "invert"):
-        model = build(small, execution)
-        backward(model, inputs(small))
-        results.append([parameter.grad.to_local().clone() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "inverted and stored gradients differ"
-
-
-def synchronize(work: Work) -> None:
-    if work.device == "cuda":
+def synchronize(device: str) -> None:
+    if device == "cuda":
         torch.cuda.synchronize()
 
 
-def activation_peak(work: Work, model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward and backward pass hold at once, above the weights and their gradients."""
-    if work.device != "cuda":
-        return 0
-    # The gradients exist already: zeroed, not freed, they are not counted.
-    synchronize(work)
+def activation_peak(device: str, step: Callable[[], None]) -> int:
+    """Bytes that a forward and backward pass hold at once, above weights, gradients and input."""
+    if device == "cpu":
+        return measure_memory(step).peak_bytes
+    synchronize(device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    backward(model, x)
-    synchronize(work)
+    step()
+    synchronize(device)
     return torch.cuda.max_memory_allocated() - before
 
 
-# Each of these runs on every rank, and returns rank 0's result.
+# Each of the next ones runs on every rank; rank 0's rows are the result.
 
 
-def speed(works: list[Work], rounds: int, seconds: float) -> list[dict[str, float]]:
+def check(device: str) -> Iterator[tuple[str, str]]:
+    """What was checked, and how it came out."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        (f"{kind}, {execution}, float64, against one GPU", partial(against_one, device, kind, execution))
+        for kind in ("DDP", "FSDP2 by block", "FSDP2 by branch")
+        for execution in EXECUTIONS
+    ]
+    checks += [
+        ("fixed streams, FSDP2 in bfloat16, against stored execution", partial(exact, device, "FSDP2 by block")),
+        ("context parallelism, against one GPU", partial(contexts, device, whole=True)),
+        ("context parallelism, fixed streams, against stored execution", partial(contexts, device, whole=False)),
+    ]
+    for name, fn in checks:
+        try:
+            yield name, fn()
+        except Exception as error:
+            yield name, f"failed: {first_line(error)}"
+
+
+def small(device: str, dtype: torch.dtype, execution: str, streams: str) -> ReversibleSequence:
+    """A network that is alike on every rank."""
+    torch.manual_seed(7)
+    pairs = [(Attention(128), Mlp(128)) for _ in range(3)]
+    return ReversibleSequence(pairs, execution=execution, streams=streams).to(device, dtype)
+
+
+def wrapped(kind: str, model: ReversibleSequence, **options: Any) -> nn.Module:
+    if kind == "DDP":
+        return DistributedDataParallel(model)
+    for block in model.blocks:
+        for module in (block.f, block.g) if kind == "FSDP2 by branch" else (block,):
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    found = [parameter.grad for parameter in model.parameters()]
+    return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in found]
+
+
+def difference(some: list[Tensor], others: list[Tensor]) -> str:
+    """The largest relative difference of a gradient."""
+    if all(torch.equal(a, b) for a, b in zip(some, others, strict=True)):
+        return "equal in every bit"
+    return f"{max(float((a - b).norm() / b.norm()) for a, b in zip(some, others, strict=True)):.1e}"
+
+
+def against_one(device: str, kind: str, execution: str) -> str:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(2 * world, 32, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
+    one = small(device, torch.float64, "store", "float")
+    one(x).square().mean().backward()
+    model = wrapped(kind, small(device, torch.float64, execution, "float"))
+    model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    return difference(gradients(model), gradients(one))
+
+
+def exact(device: str, kind: str) -> str:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(2, 64, 128, device=device)
+    found = []
+    for execution in ("store", "invert"):
+        model = wrapped(kind, small(device, torch.float32, execution, "fixed"), mp_policy=policy)
+        model(x).float().square().mean().backward()
+        found.append(gradients(model))
+    return difference(*found)
+
+
+def contexts(device: str, whole: bool) -> str:
+    """Each rank has some tokens; torch's ring attention passes keys and values around, in replays too."""
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    x = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(3)).to(device)
+    one = small(device, torch.float32, "store", "float")
+    one(x).square().sum().backward()
+    found = []
+    for execution in ("store", "invert"):
+        model = small(device, torch.float32, execution, "float" if whole else "fixed")
+        part = x.clone()
+        with context_parallel(mesh, buffers=[part], buffer_seq_dims=[1]), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            model(part).square().sum().backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        found.append(gradients(model))
+    return difference(found[1], gradients(one) if whole else found[0])
+
+
+def speed(works: list[Work], rounds: int, seconds: float) -> Iterator[dict[str, float]]:
     """Median step time (forward, backward, AdamW) and activation peak of each work, one after the other."""
-    if works[0].device == "cuda":
-        assert_exact(works[0])
-    results = []
     for work in works:
-        model = build(work)
+        model, x = build(work), inputs(work)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        x = inputs(work)
 
         def step(model: nn.Module = model, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer) -> None:
             backward(model, x)
@@ -197,146 +266,364 @@ def speed(works: list[Work], rounds: int, seconds: float) -> list[dict[str, floa
 
         for _ in range(3):
             step()
-        peak = activation_peak(work, model, x)
+        peak = activation_peak(work.device, partial(backward, model, x))
         optimizer.zero_grad(set_to_none=False)
         times: list[float] = []
-        end = time.perf_counter() + seconds / len(works)
+        end = time.perf_counter() + seconds
         more = torch.ones(1, device=work.device)
         while len(times) < rounds and more.item():
             dist.barrier()
-            synchronize(work)
+            synchronize(work.device)
             start = time.perf_counter()
             step()
-            synchronize(work)
+            synchronize(work.device)
             times.append(time.perf_counter() - start)
             # The ranks' clocks differ: rank 0 says when there has been enough.
             more.fill_(float(time.perf_counter() < end))
             dist.broadcast(more, 0)
-        results.append({"seconds": statistics.median(times), "steps": len(times), "peak": peak})
+        yield {"seconds": statistics.median(times), "steps": len(times), "peak": peak}
         del model, optimizer, x, step
         torch.cuda.empty_cache() if work.device == "cuda" else None
-    return results
+
+
+def trials(work: Work, name: str, sizes: tuple[int, int], shares: list[float], seconds: float) -> Iterator[Any]:
+    """Training steps of two sizes that fit, and then of shares of the size that, by a straight line, just fits.
+
+    Yields the expected size; then each size that is tried, and after it the seconds and bytes of its step.
+    """
+    end = time.perf_counter() + seconds
+    if work.device == "cuda" and work.memory is not None:
+        torch.cuda.set_per_process_memory_fraction(work.memory * GIB / torch.cuda.mem_get_info()[1])
+    # The first step of a process also loads its kernels.
+    low, low, high = (trial(replace(work, **{name: size})) for size in (sizes[0], *sizes))
+    slope = {key: (high[key] - low[key]) / (sizes[1] - sizes[0]) for key in ("peak", "seconds")}
+    # The ranks' clocks and memories differ: rank 0 decides.
+    plan = [sizes[1] + (room(work) - high["peak"]) / slope["peak"], slope["seconds"]]
+    dist.broadcast_object_list(plan, 0)
+    expected, each = plan
+    yield expected
+    for share in shares:
+        size = int(share * expected)
+        # What does not fit says so before its step ends.
+        if share < 1 and size * each > seconds:
+            size = int(seconds / each)
+        late = [time.perf_counter() > end]
+        dist.broadcast_object_list(late, 0)
+        if late[0]:
+            return
+        size -= size % (1 if name == "blocks" else 64)
+        yield size
+        yield trial(replace(work, **{name: size}))
+
+
+def room(work: Work) -> float:
+    """Bytes of a GPU that a network may have."""
+    if work.memory is not None or work.device == "cpu":
+        return (work.memory or 1.0) * GIB
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 def trial(work: Work) -> dict[str, float]:
-    """Seconds and bytes of one training step (SGD), or none of either where it does not fit."""
+    """Seconds of one training step (SGD), and the most bytes that it holds."""
+    if work.device == "cuda":
+        torch.cuda.empty_cache()
     model, x = build(work), inputs(work)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, foreach=True)
+    synchronize(work.device)
     start = time.perf_counter()
-    for _ in range(2):
-        # The second pass meets gradients that exist.
-        start = time.perf_counter()
-        backward(model, x)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        synchronize(work)
-    peak = torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
-    return {"seconds": time.perf_counter() - start, "peak": peak}
+    peak = activation_peak(work.device, partial(backward, model, x))
+    optimizer.step()
+    synchronize(work.device)
+    seconds = time.perf_counter() - start
+    if work.device == "cuda":
+        return {"seconds": seconds, "peak": torch.cuda.max_memory_allocated()}
+    peak += sum(8 * parameter.to_local().numel() for parameter in model.parameters())
+    if peak > room(work):
+        raise torch.OutOfMemoryError(f"{peak} bytes")
+    return {"seconds": seconds, "peak": peak}
 
 
 def _rank(rank: int, gpus: int, store: str, path: str, fn: Callable[..., Any], device: str, args: Any) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=gpus)
+    rows = []
     try:
-        result = fn(*args)
+        for row in fn(*args):
+            rows.append(row)
+            if rank == 0:
+                Path(path).write_text(json.dumps(rows))
     except torch.OutOfMemoryError:
-        # The other ranks wait in a collective: the parent ends them.
-        raise SystemExit(OUT_OF_MEMORY) from None
-    if rank == 0:
-        Path(path).write_text(json.dumps(result))
+        # The other ranks wait in a collective: the parent ends them. Nothing here may wait for them.
+        os._exit(OUT_OF_MEMORY)
+    except BaseException as error:
+        traceback.print_exc()
+        Path(path).with_name(f"error-{rank}").write_text(first_line(error))
+        os._exit(1)
     dist.barrier()
     dist.destroy_process_group()
 
 
-OUT_OF_MEMORY = 77
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200].replace("|", "/")
 
 
-def on_ranks(gpus: int, fn: Callable[..., Any], device: str, *args: Any) -> Any:
-    """What `fn` returns on rank 0 of fresh processes; None where one of them ran out of memory."""
+def on_ranks(gpus: int, seconds: float, fn: Callable[..., Any], device: str, *args: Any) -> tuple[list[Any], str]:
+    """The rows that `fn` yields on rank 0 of fresh processes, and why they are not all there, or nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        try:
-            mp.spawn(_rank, (gpus, str(Path(folder) / "store"), str(path), fn, device, args), nprocs=gpus)
-        except mp.ProcessExitedException as error:
-            if error.exit_code != OUT_OF_MEMORY:
-                raise
-            return None
-        return json.loads(path.read_text())
+        path = Path(folder) / "rows.json"
+        arguments = (gpus, str(Path(folder) / "store"), str(path), fn, device, args)
+        failure, end = "", time.monotonic() + seconds
+        # The server of the forks has imported torch, and has not touched a GPU.
+        context: Any = mp.start_processes(_rank, arguments, gpus, join=False, start_method="forkserver")
+        processes = context.processes
+        while any(process.is_alive() for process in processes) and not failure:
+            time.sleep(0.05)
+            codes = [process.exitcode for process in processes if process.exitcode]
+            if OUT_OF_MEMORY in codes:
+                failure = "out of memory"
+            elif codes:
+                said = [file.read_text() for file in sorted(Path(folder).glob("error-*"))]
+                failure = f"failed: {said[0] if said else f'exit code {codes[0]}'}"
+            elif time.monotonic() > end:
+                failure = f"no answer within {seconds:.0f} s"
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        return (json.loads(path.read_text()) if path.exists() else []), failure
 
 
-def report_speed(options: argparse.Namespace) -> None:
-    works = [
-        Work(method, options.width, options.blocks, options.tokens, options.batch, device=options.device)
-        for method in options.methods
-    ]
-    print("| GPUs | method | step | steps | tokens/s | against one GPU | activation peak | against checkpointing |")
-    print("|---|---|---|---|---|---|---|---|")
+class Report:
+    """Lines that are shown at once, and written to a file that is whole after each of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        cuda = options.device == "cuda"
+        where = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+        day = datetime.date.today()
+        self.lines = [
+            "# Training on several GPUs",
+            "",
+            f"    python {' '.join(sys.argv)}",
+            "",
+            f"{day}; {max(options.gpus)} × {where}; torch {torch.__version__}, Python {platform.python_version()}",
+        ]
+        kind = where.lower().replace(" ", "-")
+        self.path = options.out / f"scaling_{kind}_{day}.md" if options.out else None
+        self.start = time.perf_counter()
+
+    def add(self, *lines: str) -> None:
+        """Adds lines, after what was said before."""
+        print(*lines, sep="\n", flush=True)
+        self.lines += lines
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("\n".join(self.lines) + "\n")
+
+    def table(self, title: str, text: str, *columns: str) -> None:
+        """Begins a section with a table."""
+        self.add("", f"## {title}", "", text, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
+
+    def row(self, *cells: str) -> None:
+        self.add(f"| {' | '.join(cells)} |")
+
+
+def report_check(options: argparse.Namespace, report: Report) -> None:
+    gpus = max(options.gpus)
+    report.table("Gradients", f"On {gpus} ranks; the largest relative difference of a gradient.", "what", "difference")
+    rows, failure = on_ranks(gpus, 120, check, options.device, options.device)
+    for name, found in rows:
+        report.row(name, found)
+    if failure:
+        report.row("the rest", failure)
+
+
+def work_of(options: argparse.Namespace, method: str, width: int, blocks: int, tokens: int, batch: int) -> Work:
+    return Work(
+        method,
+        options.width or width,
+        options.blocks or blocks,
+        options.tokens or tokens,
+        options.batch or batch,
+        options.device,
+        memory=options.memory,
+    )
+
+
+def report_speed(options: argparse.Namespace, report: Report) -> None:
+    works = [work_of(options, method, 2048, 24, 4096, 2) for method in options.methods or METHODS]
+    some = works[0]
+    report.table(
+        "Speed",
+        f"Width {some.width}, {some.blocks} blocks, {some.tokens} tokens, batch {some.batch} per GPU; forward, "
+        "backward and AdamW. The peak is that of one GPU above weights, gradients and optimizer.",
+        "GPUs", "method", "step", "steps", "tokens/s", "× one GPU", "activation peak", "time", "peak ÷ checkpointing",
+    )  # fmt: skip
     alone: dict[str, float] = {}
     for gpus in options.gpus:
-        found = on_ranks(gpus, speed, options.device, works, options.rounds, options.seconds)
-        if found is None:
-            print(f"| {gpus} | | out of memory | | | | | |", flush=True)
-            continue
-        base = found[-1] if works[-1].method == "checkpoint" else None
-        for work, row in zip(works, found, strict=True):
+        found, failure = on_ranks(gpus, 150, speed, options.device, works, options.rounds, options.seconds / 8)
+        base = dict(zip((work.method for work in works), found, strict=False)).get(CHECKPOINT)
+        for work, row in zip(works, found, strict=False):
             rate = gpus * work.batch * work.tokens / row["seconds"]
-            alone.setdefault(work.method, rate / gpus)
-            against = "" if base is None else f"time ×{row['seconds'] / base['seconds']:.3f}"
-            if base is not None and base["peak"]:
-                against += f", peak ×{row['peak'] / base['peak']:.3f}"
-            print(
-                f"| {gpus} | {work.method} | {row['seconds'] * 1e3:.1f} ms | {row['steps']:.0f} | {rate:,.0f} "
-                f"| ×{rate / alone[work.method]:.2f} | {row['peak'] / GIB:.2f} GiB | {against} |",
-                flush=True,
+            if gpus == 1:
+                alone[work.method] = rate
+            report.row(
+                f"{gpus}",
+                work.method,
+                f"{row['seconds'] * 1e3:.1f} ms",
+                f"{row['steps']:.0f}",
+                f"{rate:,.0f}",
+                f"{rate / alone[work.method]:.2f}" if work.method in alone else "",
+                f"{row['peak'] / 2**20:,.0f} MiB",
+                f"{row['seconds'] / base['seconds']:.3f}" if base else "",
+                f"{row['peak'] / base['peak']:.3f}" if base else "",
+            )
+        if failure:
+            report.row(f"{gpus}", works[len(found)].method if len(found) < len(works) else "", failure, *[""] * 6)
+
+
+def report_command(options: argparse.Namespace, report: Report) -> None:
+    """The real command, as a user starts it."""
+    gpus, steps = max(options.gpus), 20
+    report.table(
+        "The command",
+        f"`revnet train` on text, {steps} steps of {4 * gpus} examples, float32, without dropout, in one process and "
+        f"by `torchrun --nproc-per-node {gpus}`; the last row goes on from the checkpoint of FSDP2 by DDP.",
+        "run", "first loss", "last loss", "largest relative difference", "took",
+    )  # fmt: skip
+    arguments = {"context": 64, "depth": 4, "width": 128, "heads": 4, "batch": 4 * gpus, "dropout": 0.0}
+    arguments |= {"lr": 1e-3, "validate-every": steps, "save-every": steps, "device": options.device}
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "texts"
+        text.mkdir()
+        for file in sorted(Path(__file__).parent.glob("*.py")):
+            (text / file.name).write_text(file.read_text())
+        runs: list[tuple[str, int, list[str]]] = [
+            ("one process", 1, ["--steps", str(steps), "--out", f"{folder}/one"]),
+            ("DDP", gpus, ["--steps", str(steps), "--parallel", "ddp", "--out", f"{folder}/ddp"]),
+            ("FSDP2", gpus, ["--steps", str(steps), "--parallel", "fsdp", "--out", f"{folder}/fsdp"]),
+            ("resumed", gpus, ["--steps", str(2 * steps), "--parallel", "ddp", "--resume", f"{folder}/fsdp"]),
+        ]
+        first: dict[int, float] = {}
+        for name, world, given in runs:
+            start = time.perf_counter()
+            launch = [sys.executable, "-m"]
+            if world > 1:
+                launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
+            fresh = (
+                [] if "--resume" in given else [str(text), *(f"--{key}={value}" for key, value in arguments.items())]
+            )
+            try:
+                done = subprocess.run(
+                    [*launch, "revnet", "train", *fresh, *given],
+                    capture_output=True, text=True, timeout=90, check=False,
+                )  # fmt: skip
+                if done.returncode:
+                    print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr, flush=True)
+                    said = [
+                        line for line in (done.stderr + done.stdout).splitlines() if "rror" in line or "revnet:" in line
+                    ]
+                    raise RuntimeError(said[-1] if said else f"exit code {done.returncode}")
+                lines = (Path(given[-1]) / "metrics.jsonl").read_text().splitlines()
+                losses = {row["step"]: row["bits"] for row in map(json.loads, lines) if "bits" in row}
+            except Exception as error:
+                report.row(name, f"failed: {first_line(error)}", "", "", f"{time.perf_counter() - start:.0f} s")
+                continue
+            first = first or losses
+            shared = first.keys() & losses.keys()
+            off = max(abs(losses[step] / first[step] - 1) for step in shared)
+            report.row(
+                name,
+                f"{losses[min(losses)]:.6f}",
+                f"{losses[max(losses)]:.6f} (step {max(losses)})",
+                "" if losses is first else f"{off:.1e} over {len(shared)} logged losses",
+                f"{time.perf_counter() - start:.0f} s",
             )
 
 
-def report_search(options: argparse.Namespace) -> None:
-    """Grows one size from `--start` by doubling while it fits, then halves the gap to what did not."""
-    gpus = options.gpus[-1]
-    unit = 1 if options.part == "depth" else 1024
-    name = "blocks" if options.part == "depth" else "tokens"
-    print(f"| method | {name} | step | peak per GPU |\n|---|---|---|---|")
-    for method in options.methods:
-        fits, fails, size = 0, math.inf, options.start
-        end = time.perf_counter() + options.seconds
-        while True:
-            given = {"blocks": options.blocks, "tokens": options.tokens, "batch": 1, name: size}
-            work = Work(method, options.width, **given, mixer="shift", device=options.device)
-            found = on_ranks(gpus, trial, options.device, work)
-            if found is None:
-                fails = size
-                print(f"| {method} | {size:,} | out of memory | |", flush=True)
-            else:
+def report_depth(options: argparse.Namespace, report: Report) -> None:
+    search(options, report, "blocks", (8, 24), partial(work_of, options, width=1024, blocks=0, tokens=4096, batch=8))
+
+
+def report_length(options: argparse.Namespace, report: Report) -> None:
+    def work(method: str) -> Work:
+        return replace(work_of(options, method, 2048, 24, 0, 1), mixer="shift")
+
+    search(options, report, "tokens", (65536, 131072) if options.device == "cuda" else (256, 1024), work)
+
+
+def search(
+    options: argparse.Namespace, report: Report, name: str, sizes: tuple[int, int], work: Callable[[str], Work]
+) -> None:
+    """Finds the largest size that fits: memory and time are straight lines, and trials next to their end decide."""
+    gpus = max(options.gpus)
+    some = work(FLOAT)
+    fixed = f"{some.tokens} tokens" if name == "blocks" else f"{some.blocks} blocks"
+    report.table(
+        "The deepest network" if name == "blocks" else "The longest sequence",
+        f"On {gpus} GPUs: width {some.width}, {fixed}, batch {some.batch} per GPU, {some.mixer} and MLP; one step of "
+        "forward, backward and SGD, gradients kept. "
+        + (f"At most {options.memory} GiB of each GPU. " if options.memory else "")
+        + f"At most {options.seconds:.0f} s per method.",
+        "method", name, "step", "peak per GPU", "",
+    )  # fmt: skip
+    for method in options.methods or SEARCHED:
+        fits, fails, shares = 0, 0, [0.97, 1.04]
+        while shares:
+            given = (work(method), name, sizes, shares, options.seconds)
+            found, failure = on_ranks(gpus, 2 * options.seconds + 60, trials, options.device, *given)
+            for size, taken in zip(found[1::2], found[2::2], strict=False):
                 fits = size
-                print(f"| {method} | {size:,} | {found['seconds']:.1f} s | {found['peak'] / GIB:.1f} GiB |", flush=True)
-            size = min(2 * fits, options.most) if math.isinf(fails) else (fits + int(fails)) // 2 // unit * unit
-            if size <= fits or fails - fits <= 0.02 * fails or time.perf_counter() > end:
-                break
-        outcome = "" if math.isinf(fails) else f", not {fails:,}"
-        print(f"| **{method}** | **{fits:,} fit{outcome}** | | |", flush=True)
+                report.row(method, f"{size:,}", f"{taken['seconds']:.1f} s", f"{taken['peak'] / GIB:.1f} GiB", "fits")
+            if failure:
+                tried = found[-1] if len(found) % 2 == 0 and found else 0
+                report.row(method, f"{tried:,}" if tried else "", "", "", failure)
+                fails = tried
+            again = fails and not fits and failure == "out of memory" and shares[0] > 0.9
+            shares = [0.88] if again else []
+        end = f", not {fails:,}" if fails else ""
+        report.row(f"**{method}**", f"**{fits:,} fit{end}**", "", "", f"{found[0]:,.0f} expected" if found else "")
+
+
+PARTS = {
+    "check": report_check,
+    "speed": report_speed,
+    "command": report_command,
+    "depth": report_depth,
+    "length": report_length,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("speed", "depth", "length"))
+    parser.add_argument("parts", nargs="+", choices=tuple(PARTS), metavar="PART")
     parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=[1])
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--blocks", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=2, help="per GPU; the searches use 1")
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="of speed and the searches")
+    parser.add_argument("--width", type=int, help="instead of the part's own, as the next three")
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--batch", type=int, help="per GPU")
     parser.add_argument("--rounds", type=int, default=10, help="steps that are timed, at most")
-    parser.add_argument("--start", type=int, default=64, help="the first size of a search")
-    parser.add_argument("--most", type=int, default=2**20, help="the largest size of a search")
-    parser.add_argument("--seconds", type=float, default=45.0, help="per world size, or per method of a search")
+    parser.add_argument("--seconds", type=float, default=60.0, help="per method of a search")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of each GPU for a search (all of it; 1 on a CPU)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report")
     options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "CPU"
-    print(f"{where}, torch {torch.__version__}, Python {platform.python_version()}\n")
-    report_speed(options) if options.part == "speed" else report_search(options)
+    # Long sequences leave no room for fragments.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed.fsdp", "revnet"])
+    report = Report(options)
+    for part in options.parts:
+        start = time.perf_counter()
+        try:
+            PARTS[part](options, report)
+        except Exception as error:
+            traceback.print_exc()
+            report.add("", f"{part} failed: {first_line(error)}")
+        report.add("", f"({part} took {time.perf_counter() - start:.0f} s)")
 
 
 if __name__ == "__main__":

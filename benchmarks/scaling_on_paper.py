@@ -109,7 +109,8 @@ def table() -> str:
 def check() -> str:
     """The formulas against what a network holds, in streams."""
     import torch
-    from scaling import Attention, Checkpointed, Mlp
+    from _models import Attention, Mlp
+    from scaling import Checkpointed
 
     from revnet import ReversibleSequence, measure_memory
 
