@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 WIDTH = 16
-STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(48), id="fixed")]
+STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(37), id="fixed")]
 
 
 @pytest.fixture(autouse=True)
@@ -106,32 +106,23 @@ class Tied(nn.Module):
         return self.leave(self.enter(x).tanh())
 
 
-TRACEABLE = [
-    cases.Mlp,
-    cases.Gate,
-    cases.InPlaceInside,
-    cases.SavesInput,
-    cases.SavesNothing,
-    cases.ReturnsInput,
-    cases.Constant,
-    cases.Detached,
-    cases.Bias,
-    cases.Unused,
-    NoOps,
-    Tied,
-]
+# Each compilation takes seconds, so that networks, not branches, are compiled.
+TRACEABLE = {
+    "ordinary": [(cases.Mlp, cases.Gate), (cases.InPlaceInside, NoOps), (Tied, cases.SavesInput)],
+    "that save nothing": [(cases.SavesNothing, cases.ReturnsInput), (cases.ReturnsInput, cases.SavesNothing)],
+    "partly without gradient": [(cases.Constant, cases.Detached), (cases.Bias, cases.Unused)],
+}
 
 
 @pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("branch", TRACEABLE, ids=lambda branch: branch.__name__)
-def test_one_graph_gives_the_gradients_of_the_stored_loop(branch: Any, streams: Any) -> None:
-    pairs, backend = pairs_of(branch), Backend()
+@pytest.mark.parametrize("branches", TRACEABLE)
+def test_one_graph_gives_the_gradients_of_the_stored_loop(branches: str, streams: Any) -> None:
+    pairs, backend = [(f(WIDTH).double(), g(WIDTH).double()) for f, g in TRACEABLE[branches]], Backend()
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams=streams)
     assert_as_stored(torch.compile(net, fullgraph=True, backend=backend), net, stored, tokens())
     assert (backend.forward, backend.backward) == (1, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("streams", STREAMS)
 def test_inductor_gives_the_gradients_of_the_stored_loop(streams: Any) -> None:
     pairs = pairs_of(cases.Mlp)

@@ -192,13 +192,20 @@ def test_gradients_are_those_of_the_stored_loop(name: str, kind: Any, execution:
         assert_bits(actual, trained(net, net, streams_of()))
 
 
+def deep(name: str, dtype: torch.dtype, **options: Any) -> Reversible:
+    """Return 256 steps whose streams stay in the range of fixed ones: less of the rules that multiply."""
+    net = program(name, 48 if name == "user-scale" else 256, dtype=dtype, **options)
+    if name == "affine":
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(0.5)
+    return net
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_by_default_gradients_are_right_at_depth_256(name: str, dtype: torch.dtype):
-    net = program(name, 256, dtype=dtype)
-    if name == "user-scale":
-        # Its streams grow by 1.4 with every other step.
-        net = program(name, 64, dtype=dtype)
+    net = deep(name, dtype)
     actual = trained(net, net, streams_of(dtype))
     net.execution = "store"
     expected = trained(net, net, streams_of(dtype))
@@ -210,8 +217,7 @@ def test_by_default_gradients_are_right_at_depth_256(name: str, dtype: torch.dty
 
 @pytest.mark.parametrize("name", EXACT)
 def test_fixed_streams_undo_in_every_bit_at_depth_256(name: str):
-    depth = 64 if name == "user-scale" else 256
-    net = program(name, depth, dropout=0.2, dtype=torch.float32, streams="fixed")
+    net = deep(name, torch.float32, dropout=0.2, streams="fixed")
     actual = trained(net, net, streams_of(torch.float32))
     net.execution = "store"
     assert_bits(actual, trained(net, net, streams_of(torch.float32)))
@@ -350,7 +356,7 @@ def test_a_scaled_stream_that_leaves_its_range_is_found(bad: float):
         def increment(self, out: Tensor) -> Tensor:
             return torch.zeros_like(out)
 
-    net = Reversible([Step(branch(), 0, 1, Scaled())], streams=Fixed(40))
+    net = Reversible([Step(branch(), 0, 1, Scaled())], streams=Fixed(37))
     x = torch.full((3, WIDTH), 1e3)
     y, _ = net(x, x)
     assert y.isnan().all()

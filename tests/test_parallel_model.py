@@ -25,7 +25,7 @@ from parallel import TOKENS, WIDTH, assert_bits, batch, full, loss_of, run_check
 from revnet import Fixed, ReversibleSequence, measure_memory
 from revnet._execution import EXECUTIONS
 
-FINE = Fixed(fraction_bits=40)
+FINE = Fixed(fraction_bits=37)
 
 
 class Heads(nn.Module):

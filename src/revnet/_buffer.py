@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._couplings import tree_map, tree_unzip
-from ._streams import Fixed, RangeMonitor
+from ._streams import Fixed, Held, RangeMonitor
 
 # The denominator of factors that are tensors, and what a buffer may hold.
 _DENOMINATOR = 2**24
@@ -39,26 +39,27 @@ class _Past:
 
 @dataclass(eq=False, frozen=True)
 class Remembering:
-    """A held stream that was multiplied: its counts, the buffer of each, and the buffers that are full."""
+    """A held stream that was multiplied: the stream, a buffer for each number, and the buffers that are full."""
 
-    counts: Any
+    stream: Held
     buffer: Any
     full: list[Any]
     past: _Past | None
 
-    def map(self, fn: Callable[[Any], Any]) -> Remembering:
-        """The same with `fn` of each tree of integers."""
-        return Remembering(fn(self.counts), fn(self.buffer), [fn(buffer) for buffer in self.full], self.past)
+    def map(self, fn: Callable[[Any], Any], value: Any) -> Remembering:
+        """The same with another value, and `fn` of each tree of integers."""
+        full = [fn(buffer) for buffer in self.full]
+        return Remembering(Held(value, fn(self.stream.residual)), fn(self.buffer), full, self.past)
 
 
 def _unflatten(children: Any, past: Any) -> Remembering:
-    counts, buffer, full = children
-    return Remembering(counts, buffer, full, past)
+    stream, buffer, full = children
+    return Remembering(stream, buffer, full, past)
 
 
 pytree.register_pytree_node(
     Remembering,
-    lambda held: ([held.counts, held.buffer, held.full], held.past),
+    lambda held: ([held.stream, held.buffer, held.full], held.past),
     _unflatten,
     serialized_type_name="revnet._buffer.Remembering",
 )
@@ -71,51 +72,51 @@ def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMoni
     resolution of the format times one plus the factor.
 
     Args:
-        held: a tree of integers, or what another multiplication returned.
+        held: a stream, or what another multiplication returned.
         scale: a `Fraction`, or a tree of positive factors.
         least: the smallest factor there can be.
-        fixed: the format of the integers.
+        fixed: the format of the stream.
         monitor: told where a product leaves the range, or a factor its bounds; `step` is the number it reports.
     """
     if not isinstance(held, Remembering):
-        held = Remembering(held, tree_map(_empty, held), [], None)
+        held = Remembering(held, tree_map(_empty, held.residual), [], None)
     numerators, denominator, least = _ratio(scale, least)
     bound, buffer, full = 0 if held.past is None else held.past.bound, held.buffer, held.full
     begun = _after(bound, least, denominator) > _LARGEST
     if begun:
         bound, buffer, full = 0, tree_map(_empty, buffer), [*full, buffer]
-    smallest, limit = torch.iinfo(fixed.dtype).min, 0.99 * fixed.limit * 2.0**fixed.fraction_bits
 
-    def times(count: Tensor, buffer: Tensor, numerator: Any) -> tuple[Tensor, Tensor]:
-        product = count.double() * numerator / denominator
-        inside = (product.abs() < limit) & (numerator > 0)
-        magnitude = torch.where(inside | (product.abs() >= limit), product.abs(), math.nan) * 2.0**-fixed.fraction_bits
+    def times(stream: Held, buffer: Tensor, numerator: Any) -> tuple[Held, Tensor]:
+        count, known = fixed.counts(stream)
+        product = count.double() * numerator / denominator * fixed.unit
+        inside = (product.abs() < 0.99 * fixed.limit_in(stream.value.dtype)) & (numerator > 0)
         if monitor is not None:
-            monitor.observe(~inside & (count != smallest), magnitude.float(), step)
+            magnitude = torch.where(torch.as_tensor(numerator > 0, device=count.device), product.abs(), math.nan)
+            monitor.observe(known & ~inside, magnitude.float(), step)
         numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
-        count, buffer = _exchange(count, buffer, numerator, denominator, smallest)
-        return torch.where(inside, count, smallest).to(fixed.dtype), buffer
+        count, buffer = _exchange(count, buffer, numerator, denominator)
+        return fixed.held(count, known & inside, stream.value.dtype), buffer
 
-    counts, buffer = _over(times, numerators, held.counts, buffer)
-    return Remembering(counts, buffer, full, _Past(_after(bound, least, denominator), begun, held.past))
+    stream, buffer = _over(times, numerators, held.stream, buffer)
+    return Remembering(stream, buffer, full, _Past(_after(bound, least, denominator), begun, held.past))
 
 
 def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
     """What `multiply` was given."""
     numerators, denominator, least = _ratio(scale, least)
-    smallest = torch.iinfo(fixed.dtype).min
 
-    def over(count: Tensor, buffer: Tensor, numerator: Any) -> tuple[Tensor, Tensor]:
+    def over(stream: Held, buffer: Tensor, numerator: Any) -> tuple[Held, Tensor]:
+        count, known = fixed.counts(stream)
         numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
-        count, buffer = _exchange(count, buffer, denominator, numerator, smallest)
-        return count.to(fixed.dtype), buffer
+        count, buffer = _exchange(count, buffer, denominator, numerator)
+        return fixed.held(count, known, stream.value.dtype), buffer
 
-    counts, buffer = _over(over, numerators, held.counts, held.buffer)
+    stream, buffer = _over(over, numerators, held.stream, held.buffer)
     past, full = held.past, held.full
     assert past is not None, "divided more often than multiplied"
     if past.begun:
         *full, buffer = full
-    return counts if past.before is None else Remembering(counts, buffer, full, past.before)
+    return stream if past.before is None else Remembering(stream, buffer, full, past.before)
 
 
 def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
@@ -132,19 +133,21 @@ def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
     return tree_map(numerator, scale), _DENOMINATOR, smallest
 
 
-def _over(fn: Callable[..., tuple[Tensor, Tensor]], numerators: Any, counts: Any, buffer: Any) -> tuple[Any, Any]:
-    if isinstance(numerators, int):
-        return tree_unzip(lambda *leaves: fn(*leaves, numerators), counts, buffer)
-    return tree_unzip(fn, counts, buffer, numerators)
+def _over(fn: Callable[..., tuple[Held, Tensor]], numerators: Any, stream: Held, buffer: Any) -> tuple[Held, Any]:
+    def leaf(value: Tensor, residual: Tensor, buffer: Tensor, numerator: Any = numerators) -> tuple[Tensor, ...]:
+        held, buffer = fn(Held(value, residual), buffer, numerator)
+        return *held, buffer
+
+    value, residual, buffer = tree_unzip(leaf, *stream, buffer, *(() if isinstance(numerators, int) else (numerators,)))
+    return Held(value, residual), buffer
 
 
-def _exchange(count: Tensor, buffer: Tensor, n: Any, d: Any, smallest: int) -> tuple[Tensor, Tensor]:
-    """Multiply by n/d; the smallest number, which stands for "not a number", stays."""
-    quotient = count.to(torch.int64).div(d, rounding_mode="floor")
+def _exchange(count: Tensor, buffer: Tensor, n: Any, d: Any) -> tuple[Tensor, Tensor]:
+    """Multiply by n/d."""
+    quotient = count.div(d, rounding_mode="floor")
     rest = (count - quotient * d) * n + buffer.remainder(n)
     buffer = buffer.div(n, rounding_mode="floor") * d + rest.remainder(d)
-    product = quotient * n + rest.div(d, rounding_mode="floor")
-    return torch.where(count == smallest, smallest, product), buffer
+    return quotient * n + rest.div(d, rounding_mode="floor"), buffer
 
 
 def _after(bound: int, least: int, denominator: int) -> int:

@@ -310,14 +310,13 @@ def tree_map(fn: Any, tree: Any, *rest: Any) -> Any:
     return pytree.tree_map(fn, tree, *rest)
 
 
-def tree_unzip(fn: Any, tree: Any, *rest: Any) -> tuple[Any, Any]:
-    """The two trees of the pairs that `fn` gives for each tensor of `tree`."""
+def tree_unzip(fn: Any, tree: Any, *rest: Any) -> tuple[Any, ...]:
+    """The trees of first, second ... members of the tuples that `fn` gives for each tensor of `tree`."""
     if isinstance(tree, Tensor):
-        first, second = fn(tree, *rest)
-        return first, second
+        return tuple(fn(tree, *rest))
     leaves, spec = pytree.tree_flatten(tree)
-    pairs = [fn(*leaves) for leaves in zip(leaves, *map(pytree.tree_leaves, rest), strict=True)]
-    return pytree.tree_unflatten([a for a, _ in pairs], spec), pytree.tree_unflatten([b for _, b in pairs], spec)
+    found = [fn(*leaves) for leaves in zip(leaves, *map(pytree.tree_leaves, rest), strict=True)]
+    return tuple(pytree.tree_unflatten(list(members), spec) for members in zip(*found, strict=True))
 
 
 def tree_leaves(tree: Any) -> list[Tensor]:

@@ -408,9 +408,7 @@ class Call:
         else:
             out = self._replay(record, state, caught)
             with torch.no_grad():
-                state[record.target] = self.arithmetic.invert(
-                    record.coupling, state[record.target][1], out, record.target_layout
-                )
+                state[record.target] = self.arithmetic.invert(record.coupling, state[record.target][1], out)
             if self.arithmetic.exact:
                 self._compare(record, 0, state[record.target][1])
         if caught is not None:
@@ -445,7 +443,7 @@ class Call:
         value, held = stream
         if value is None:
             with torch.no_grad():
-                value = self.arithmetic.read(held, layouts)
+                value = self.arithmetic.read(held)
         return tree_map(_Layout.apply, layouts, value) if not isinstance(layouts, _Layout) else layouts.apply(value)
 
     def _replay(

@@ -4,19 +4,30 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ._streams import Held
+
+
+@triton.jit
+def _wide(x):
+    """x in the type in which scaling by a power of two is exact."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
 
 @triton.jit(do_not_specialize=["key"])
 def _combine(
-    held_ptr,
-    increment_ptr,
-    new_ptr,
     value_ptr,
+    residual_ptr,
+    increment_ptr,
+    new_value_ptr,
+    new_residual_ptr,
     finding_ptr,
     size,
     key,
@@ -24,46 +35,41 @@ def _combine(
     SCALE: tl.constexpr,
     UNIT: tl.constexpr,
     BOUND: tl.constexpr,
-    SENTINEL: tl.constexpr,
     INTEGERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add (SIGN = 1) or subtract (-1); encode where held_ptr, decode where increment_ptr is None."""
+    """Add (SIGN = 1) or subtract (-1); encode where value_ptr is None."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     total = tl.zeros((BLOCK,), tl.int64)
     known = total == 0
-    if held_ptr is not None:
-        # The integers are read and written once per combine: they need not push the values out of the cache.
-        total = tl.load(held_ptr + place, mask=mask, other=0, eviction_policy="evict_first").to(tl.int64)
-        known = total != SENTINEL
-    inside = known
-    if increment_ptr is not None:
-        increment = tl.load(increment_ptr + place, mask=mask, other=0.0)
-        if increment_ptr.dtype.element_ty != tl.float64:
-            increment = increment.to(tl.float32)
-        size_of_increment = tl.abs(increment)
-        scaled = size_of_increment * SCALE
-        # Adding and subtracting 2^23 (2^52) rounds half to even; from there on every float is an integer.
-        rounded = tl.where(scaled < INTEGERS, (scaled + INTEGERS) - INTEGERS, scaled)
-        fits = rounded < BOUND
-        count = tl.where(fits & known, rounded, 0.0).to(tl.int64)
-        total += tl.where(increment < 0, -SIGN * count, SIGN * count)
-        inside = known & fits & (total < BOUND) & (total > -BOUND)
-        if finding_ptr is not None:
-            bad = mask & known & ~inside
-            if tl.max(bad.to(tl.int32), axis=0) > 0:
-                magnitude = tl.where(fits, tl.abs(total).to(tl.float32) * UNIT, size_of_increment.to(tl.float32))
-                finding = tl.where(bad, magnitude.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
-                tl.atomic_max(finding_ptr, tl.max(finding, axis=0), sem="relaxed")
-    if new_ptr is not None:
-        new = tl.where(inside, total, SENTINEL).to(new_ptr.dtype.element_ty)
-        tl.store(new_ptr + place, new, mask=mask, eviction_policy="evict_first")
     if value_ptr is not None:
-        wide = total.to(tl.float64 if value_ptr.dtype.element_ty == tl.float64 else tl.float32)
-        tl.store(
-            value_ptr + place, tl.where(inside, wide * UNIT, float("nan")).to(value_ptr.dtype.element_ty), mask=mask
-        )
+        value = _wide(tl.load(value_ptr + place, mask=mask, other=0.0))
+        known = value == value
+        # Read and written once per combine: residuals need not push the values out of the cache.
+        total = tl.load(residual_ptr + place, mask=mask, other=0, eviction_policy="evict_first").to(tl.int64)
+        total += tl.where(known, value * SCALE, 0.0).to(tl.int64)
+    increment = _wide(tl.load(increment_ptr + place, mask=mask, other=0.0))
+    magnitude = tl.abs(increment)
+    scaled = magnitude * SCALE
+    # Adding and subtracting 2^23 (2^52) rounds half to even; from there on every float is an integer.
+    rounded = tl.where(scaled < INTEGERS, (scaled + INTEGERS) - INTEGERS, scaled)
+    fits = rounded < 2.0**62
+    count = tl.where(fits, rounded, 0.0).to(tl.int64)
+    total += tl.where(increment < 0, -SIGN * count, SIGN * count)
+    inside = known & fits & (total < BOUND) & (total > -BOUND)
+    if finding_ptr is not None:
+        bad = mask & known & ~inside
+        if tl.max(bad.to(tl.int32), axis=0) > 0:
+            found = tl.where(fits, tl.abs(total).to(tl.float32) * UNIT, magnitude.to(tl.float32))
+            found = tl.where(bad, found.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
+            tl.atomic_max(finding_ptr, tl.max(found, axis=0), sem="relaxed")
+    dtype: tl.constexpr = new_value_ptr.dtype.element_ty
+    new = (total.to(tl.float64 if dtype == tl.float64 else tl.float32) * UNIT).to(dtype)
+    rest = tl.where(inside, total - (_wide(new) * SCALE).to(tl.int64), 0)
+    tl.store(new_value_ptr + place, tl.where(inside, new, float("nan")).to(dtype), mask=mask)
+    rest = rest.to(new_residual_ptr.dtype.element_ty)
+    tl.store(new_residual_ptr + place, rest, mask=mask, eviction_policy="evict_first")
 
 
 _BLOCK = 512
@@ -72,60 +78,52 @@ _state = {"launched": False, "broken": False}
 
 
 def launch(
-    held: Tensor | None,
-    increment: Tensor | None,
-    new: Tensor | None,
-    value: Tensor | None,
+    held: Held | None,
+    increment: Tensor,
+    new: Held,
     finding: Tensor | None,
     sign: int,
     fraction_bits: int,
-    range_bits: int,
+    bound: int,
     key: int,
 ) -> bool:
-    """Combine over dense memory of one layout into `new` and `value`; False where Triton does not work here.
+    """Combine over dense memory of one layout into `new`; False where Triton does not work here.
 
     Args:
-        held: integers; None encodes the increment.
-        increment: floating point; None decodes held.
-        new: receives the integers, or None.
-        value: receives their values, or None.
+        held: the stream; None encodes the increment.
+        increment: floating point.
+        new: receives the stream.
         finding: one int64 that receives the largest `key` + float32 bits of a magnitude out of range, or None.
         sign: 1 adds, -1 subtracts.
         fraction_bits: of the format.
-        range_bits: magnitudes from 2 to this power on are out of range.
+        bound: magnitudes from this integer on are out of range.
         key: of the step, see `_streams.RangeMonitor`.
     """
     if _state["broken"]:
         return False
-    target = new if new is not None else value
-    integers = held if held is not None else new
-    assert target is not None
-    assert integers is not None
-    size = target.numel()
+    size = increment.numel()
     if size == 0:
         return True
     arguments = (
-        held,
+        *((None, None) if held is None else held),
         increment,
-        new,
-        value,
+        *new,
         finding,
         size,
         key,
         sign,
         2.0**fraction_bits,
         2.0**-fraction_bits,
-        2**range_bits,
-        torch.iinfo(integers.dtype).min,
-        2.0**52 if increment is not None and increment.dtype == torch.float64 else 2.0**23,
+        bound,
+        2.0**52 if increment.dtype == torch.float64 else 2.0**23,
         _BLOCK,
     )
     try:
         launched = _combine[(-(-size // _BLOCK),)]
-        if target.get_device() == torch.cuda.current_device():
+        if increment.get_device() == torch.cuda.current_device():
             launched(*arguments, num_warps=_WARPS)
         else:
-            with torch.cuda.device_of(target):
+            with torch.cuda.device_of(increment):
                 launched(*arguments, num_warps=_WARPS)
     except Exception as error:
         if _state["launched"]:

@@ -203,16 +203,16 @@ class _Program(nn.Module):
             warnings.warn(
                 f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than half of "
                 f"2^-{fixed.fraction_bits}, the resolution of the streams, and change nothing. Use more fraction bits, "
-                "as in streams=revnet.Fixed(fraction_bits=40).",
+                "as in streams=revnet.Fixed(fraction_bits=37).",
                 stacklevel=3,
             )
         if found is None:
             return
         self._monitor.reset()
-        bits = fitting_fraction_bits(found.magnitude, fixed.dtype)
+        bits = fitting_fraction_bits(found.magnitude)
         remedy = "Look for the cause in this branch."
         if bits is not None:
-            remedy = f"Use streams=revnet.Fixed(fraction_bits={bits}, dtype={fixed.dtype}) or fewer fraction bits."
+            remedy = f"Use streams=revnet.Fixed(fraction_bits={bits}) or fewer fraction bits."
         raise ReversibleError(
             f"{self._step_name(found.step)}: a stream left the range of {fixed}, ±{fixed.limit:.6g}: the largest value "
             f"was {found.magnitude:.6g}. The output of that forward pass is NaN there. {remedy}"

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ._buffer import Remembering, divide, multiply
 from ._couplings import Additive, Coupling, fitting, tree_map, tree_unzip
 from ._errors import ReversibleError
-from ._streams import Fixed, RangeMonitor, fixed_add, fixed_encode
+from ._streams import Fixed, Held, RangeMonitor, fixed_add, fixed_encode
 
 
 class Step(nn.Module):
@@ -83,18 +83,18 @@ class FloatArithmetic:
         value = coupling.combine(stream[0], out)
         return value, value
 
-    def invert(self, coupling: Coupling, held: Any, out: Any, layouts: Any) -> Stream:
-        """The stream before a step; `layouts` describe its value."""
+    def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
+        """The stream before a step."""
         value = coupling.invert(held, out)
         return value, value
 
-    def read(self, held: Any, layouts: Any) -> Any:
+    def read(self, held: Any) -> Any:
         """The value of a stream that is held so."""
         return held
 
 
 class FixedArithmetic:
-    """Steps on fixed-point streams, which are held as integers and read as their decoded value.
+    """Steps on fixed-point streams, which are held as the values that branches read and integers left over.
 
     A target is multiplied by a ratio n/d of integers without loss: the remainder of its division by d goes to an
     information buffer, and what the multiplication by n leaves open is filled from there.
@@ -108,8 +108,9 @@ class FixedArithmetic:
         self.fixed = fixed
         self.monitor = monitor
 
-    def open(self, value: Any) -> Stream:
-        return tree_unzip(lambda leaf: fixed_encode(leaf, self.fixed, self.monitor), value)
+    def open(self, value: Any, index: int = -1) -> Stream:
+        held = Held(*tree_unzip(lambda leaf: fixed_encode(leaf, self.fixed, self.monitor, index), value))
+        return held.value, held
 
     def undoes(self, coupling: Coupling) -> bool:
         return coupling.rearranges or (coupling.linear and (not coupling.scales or coupling.least_scale is not None))
@@ -117,47 +118,39 @@ class FixedArithmetic:
     def combine(self, coupling: Coupling, stream: Stream, out: Any, index: int) -> Stream:
         value, held = stream
         if coupling.translates:
-            increment = fitting(value, coupling.increment(out))
-            value, counts = tree_unzip(
-                lambda value, counts, increment: fixed_add(value, counts, increment, self.fixed, self.monitor, index),
-                value,
-                _counts(held),
-                increment,
-            )
-            return value, _with_counts(held, counts)
-        # The gradient is that of the rule on floats; the value, below, that of the integers.
+
+            def add(held: Held, increment: Tensor) -> Held:
+                return fixed_add(held, increment, self.fixed, self.monitor, index)
+
+            held = _added(held, value, fitting(value, coupling.increment(out)), add)
+            return _stream(held).value, held
+        # The gradient is that of the rule on floats; the value, below, that of the fixed-point numbers.
         like = coupling.combine(value, out)
         if not self.undoes(coupling):
-            return tree_unzip(lambda leaf: fixed_encode(leaf, self.fixed, self.monitor, index), like)
+            return self.open(like, index)
         with torch.no_grad():
             if coupling.rearranges:
-                return like, _each(held, lambda part: coupling.combine(part, out))
-            scale, least = coupling.scale(out), coupling.least_scale
-            held = multiply(held, scale, least, self.fixed, self.monitor, index)
-            exact, counts = tree_unzip(
-                lambda count, increment, leaf: self.fixed.add(count, increment, leaf.dtype, self.monitor, index)[::-1],
-                held.counts,
-                coupling.increment(out),
-                like,
-            )
-        return tree_map(_Valued.apply, like, exact), _with_counts(held, counts)
+                return like, _moved(held, lambda part: coupling.combine(part, out), like)
+            held = multiply(held, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index)
 
-    def invert(self, coupling: Coupling, held: Any, out: Any, layouts: Any) -> Stream:
+            def add(held: Held, increment: Tensor) -> Held:
+                return self.fixed.add(held, increment, self.monitor, index)
+
+            held = _added(held, held.stream.value, coupling.increment(out), add)
+        return tree_map(_Valued.apply, like, held.stream.value), held
+
+    def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
+        value = _stream(held).value
         if coupling.rearranges:
-            return None, _each(held, lambda part: coupling.invert(part, out))
-        counts, value = tree_unzip(
-            lambda count, increment, layout: self.fixed.subtract(count, increment, layout.dtype),
-            _counts(held),
-            coupling.increment(out),
-            layouts,
-        )
-        held = _with_counts(held, counts)
-        if not coupling.scales:
-            return value, held
-        return None, divide(held, coupling.scale(out), coupling.least_scale, self.fixed)
+            held = _moved(held, lambda part: coupling.invert(part, out), coupling.invert(value, out))
+        else:
+            held = _added(held, value, coupling.increment(out), self.fixed.subtract)
+            if coupling.scales:
+                held = divide(held, coupling.scale(out), coupling.least_scale, self.fixed)
+        return _stream(held).value, held
 
-    def read(self, held: Any, layouts: Any) -> Any:
-        return tree_map(lambda held, layout: self.fixed.decode(held, layout.dtype), _counts(held), layouts)
+    def read(self, held: Any) -> Any:
+        return _stream(held).value
 
 
 def undo(
@@ -205,13 +198,21 @@ class _Valued(torch.autograd.Function):
         return grads[0], None
 
 
-def _counts(held: Any) -> Any:
-    return held.counts if isinstance(held, Remembering) else held
+def _stream(held: Any) -> Held:
+    stream: Held = held.stream if isinstance(held, Remembering) else held
+    return stream
 
 
-def _with_counts(held: Any, counts: Any) -> Any:
-    return replace(held, counts=counts) if isinstance(held, Remembering) else counts
+def _added(held: Any, value: Any, increment: Any, add: Callable[[Held, Tensor], Held]) -> Any:
+    """Held, read as this value, after `add` of each of its tensors and its increment."""
+    stream = Held(
+        *tree_unzip(
+            lambda value, residual, leaf: add(Held(value, residual), leaf), value, _stream(held).residual, increment
+        )
+    )
+    return replace(held, stream=stream) if isinstance(held, Remembering) else stream
 
 
-def _each(held: Any, fn: Callable[[Any], Any]) -> Any:
-    return held.map(fn) if isinstance(held, Remembering) else fn(held)
+def _moved(held: Any, move: Callable[[Any], Any], value: Any) -> Any:
+    """Held, read as this value, its integers moved likewise."""
+    return held.map(move, value) if isinstance(held, Remembering) else Held(value, move(held.residual))

@@ -1,4 +1,4 @@
-"""How a stream is held: as floating point, or as integers that add and subtract without loss.
+"""How a stream is held: as floating point, or as fixed-point numbers that add and subtract without loss.
 
 `Fixed` exists in three implementations of one arithmetic, equal in every bit: plain torch operations (the reference,
 which compilers fuse), a Triton kernel (`_kernels.py`), and for the CPU a variant that works in place, in few passes.
@@ -12,17 +12,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# An integer type holds magnitudes below 2 to this power; its smallest value is the sentinel for "not a number". Sums
-# are taken in 64 bits, of which one stays free so that a sum of two magnitudes in range never wraps.
-_RANGE_BITS = {torch.int32: 31, torch.int64: 62}
-_SENTINEL = {dtype: torch.iinfo(dtype).min for dtype in _RANGE_BITS}
+# Magnitudes below 2^39 units: what a float32 of 24 and a bfloat16 of 8 significant bits leave over then fits 16 and 32
+# bits. Formats whose units are finer than 2^-24 keep 15 integer bits, and leave twice the bits over.
+_MAGNITUDE_BITS = 39
+_INTEGER_BITS = 15
+# Sums are taken in float64, of whose 53 bits one stays free.
+_LARGEST_FRACTION = 52 - _INTEGER_BITS
 
-DEFAULT_FRACTION_BITS = 40
+DEFAULT_FRACTION_BITS = _MAGNITUDE_BITS - _INTEGER_BITS
 
 
 @dataclass(frozen=True)
@@ -30,247 +32,187 @@ class Float:
     """Streams held as the floating-point tensors themselves: `(x + f) - f` is then close to x, not equal to it."""
 
 
+class Held(NamedTuple):
+    """A fixed-point stream: the numbers that branches read, and what rounding to their type left over, as integers.
+
+    Tensors, or equal trees of tensors; the stream is `value + residual · 2^-fraction_bits`.
+    """
+
+    value: Any
+    residual: Any
+
+
 @dataclass(frozen=True)
 class Fixed:
     """Streams held as integers, value = integer × 2^-fraction_bits, so that subtracting undoes adding in every bit.
 
     A branch output is rounded to the nearest multiple of 2^-fraction_bits (ties to even) and added as an integer. NaN,
-    infinity, and magnitudes beyond `limit` become a sentinel that reads as NaN and that no later addition removes:
-    nothing wraps around.
+    infinity, and sums that reach `limit` become NaN, which no later addition removes: nothing wraps around.
+
+    The integer is held in two parts: its value in the type that branches read, and what that rounding left over, in
+    int16 (float32 and float64 streams) or int32 (bfloat16 and float16), or int32 and int64 with more than 24
+    fraction bits. Reading a stream is then free, and an addition moves little more memory than one of floats.
 
     Args:
-        fraction_bits: from 0 to 31 (int32) or 62 (int64). The rounding error of an addition is at most
-            2^-(fraction_bits + 1). The default, 40, adds bfloat16 numbers from 2^-33 and float32 numbers from 2^-17 on
-            without any rounding, and holds ±4.1 million.
-        dtype: torch.int32 or torch.int64. Left out: int32 where fraction_bits is 16 or less, int64 otherwise. int32
-            halves the memory and the traffic of a stream; with 16 fraction bits it holds ±32,767.
+        fraction_bits: from 0 to 37. The rounding error of an addition is at most 2^-(fraction_bits + 1). The default,
+            24, rounds as float32 does for numbers around one, and holds ±32,768.
 
     Raises:
-        TypeError, ValueError: another dtype; fraction bits that the dtype does not have.
+        TypeError, ValueError: fraction bits that are no such integer.
 
     Reference: MacKay et al. 2018, "Reversible Recurrent Neural Networks" (arXiv:1810.10999), section 4.2.
     """
 
     fraction_bits: int = DEFAULT_FRACTION_BITS
-    dtype: torch.dtype = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        bits, dtype = self.fraction_bits, cast(Any, self.dtype)
+        bits = self.fraction_bits
         if not isinstance(bits, int) or isinstance(bits, bool):
             raise TypeError(f"Fixed(fraction_bits={bits!r}): expected an integer")
-        if dtype is None:
-            dtype = torch.int32 if bits <= 16 else torch.int64
-            object.__setattr__(self, "dtype", dtype)
-        if dtype not in _RANGE_BITS:
-            raise ValueError(f"Fixed(dtype={dtype!r}): expected torch.int32 or torch.int64")
-        if not 0 <= bits <= _RANGE_BITS[dtype]:
-            raise ValueError(
-                f"Fixed(fraction_bits={bits}, dtype={dtype}): expected 0 to {_RANGE_BITS[dtype]} fraction bits"
-            )
+        if not 0 <= bits <= _LARGEST_FRACTION:
+            raise ValueError(f"Fixed(fraction_bits={bits}): expected 0 to {_LARGEST_FRACTION} fraction bits")
 
     @property
     def limit(self) -> float:
-        """The largest magnitude a stream can hold, rounded down to a float64."""
-        largest = 2 ** _RANGE_BITS[self.dtype] - 1
-        unused = max(0, largest.bit_length() - 53)
-        return math.ldexp(largest >> unused << unused, -self.fraction_bits)
+        """The smallest magnitude that a stream cannot hold: 2^(39 - fraction_bits), and at least 2^15."""
+        return 2.0 ** max(_MAGNITUDE_BITS - self.fraction_bits, _INTEGER_BITS)
 
-    def encode(self, x: Tensor, monitor: RangeMonitor | None = None, step: int = -1) -> Tensor:
-        """Return x as integers; x: any floating dtype and shape, strides as an elementwise operation on x."""
-        return self._encode(x, None, monitor, step)[0]
+    @property
+    def unit(self) -> float:
+        """What an integer of one stands for."""
+        return 2.0**-self.fraction_bits
 
-    def decode(self, held: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the values of held integers, rounded to `dtype`, NaN where the sentinel stands."""
-        if held.is_cuda and _fusible(held):
-            value = torch.empty_like(held, dtype=dtype)
-            if self._launched(_like(held, value), None, None, value, 1, None, 0):
-                return value
-        return self._read(held, held != _SENTINEL[self.dtype], dtype)
+    def limit_in(self, dtype: torch.dtype) -> float:
+        """The same for a stream of this dtype: float16 ends at 65504."""
+        return min(self.limit, torch.finfo(dtype).max)
 
-    def add(
-        self,
-        held: Tensor,
-        increment: Tensor,
-        dtype: torch.dtype,
-        monitor: RangeMonitor | None = None,
-        step: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """Return `(held + round(increment · 2^fraction_bits), its value)` in one pass over the memory.
+    def residual_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What is left over of a stream of this dtype fits this one."""
+        wide = self.fraction_bits > DEFAULT_FRACTION_BITS
+        if dtype in (torch.bfloat16, torch.float16):
+            return torch.int64 if wide else torch.int32
+        return torch.int32 if wide else torch.int16
+
+    def encode(self, x: Tensor, monitor: RangeMonitor | None = None, step: int = -1) -> Held:
+        """Return x rounded to the format; x: any floating dtype and shape, strides as an elementwise operation on x."""
+        return self._combine(None, x, 1, monitor, step)
+
+    def add(self, held: Held, increment: Tensor, monitor: RangeMonitor | None = None, step: int = 0) -> Held:
+        """Return `held + increment`, the increment rounded to the format.
 
         Args:
-            held: integers of this format, any shape and strides.
+            held: a stream of this format, any shape and strides.
             increment: floating point, of held's shape or broadcast to it.
-            dtype: of the value returned.
             monitor: told, without synchronisation, about sums that leave the range and increments that vanish.
             step: the number that the monitor reports.
 
         Returns:
-            The new integers and their value, both with the strides of an elementwise operation on held.
+            The stream, in the dtypes of held and with the strides of an elementwise operation on its value.
         """
-        if _fusible(held, increment):
-            if monitor is not None:
-                monitor.sample(increment, self, step)
-            return self._fused(held, increment, 1, dtype, monitor, step)
-        return self._combine(held, increment, 1, dtype, monitor, step)
+        return self._combine(held, increment, 1, monitor, step)
 
-    def subtract(self, held: Tensor, increment: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return what `add` was given, and its value: the exact inverse of an addition that stayed in range."""
-        if _fusible(held, increment):
-            return self._fused(held, increment, -1, dtype, None, 0)
-        return self._combine(held, increment, -1, dtype, None, 0)
+    def subtract(self, held: Held, increment: Tensor) -> Held:
+        """Return what `add` was given: the exact inverse of an addition that stayed in range."""
+        return self._combine(held, increment, -1, None, 0)
 
-    def _encode(
-        self, x: Tensor, dtype: torch.dtype | None, monitor: RangeMonitor | None, step: int
-    ) -> tuple[Tensor, Any]:
-        """Return the integers and, where a dtype is given, their value, in one pass over the memory."""
-        if _fusible(x):
-            return self._fused(None, x, 1, dtype, monitor, step)
-        counts, fits = self._quantise(x)
-        if monitor is not None:
-            monitor.observe(~fits, _magnitude(x), step)
-        held = torch.where(fits, counts, _SENTINEL[self.dtype]).to(self.dtype)
-        return held, None if dtype is None else self._read(counts, fits, dtype)
+    def counts(self, held: Held) -> tuple[Tensor, Tensor]:
+        """Return the integers of a stream as int64, zero where it is not a number, and where it is one."""
+        known = ~held.value.isnan()
+        scaled = torch.where(known, held.value.double() / self.unit, 0.0)
+        return scaled.to(torch.int64) + held.residual, known
 
-    def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x · 2^fraction_bits rounded to int64, zero where it does not fit, and where it fits."""
-        x = _rounded(x) if torch.compiler.is_compiling() else x.to(_wide(x.dtype))
-        scaled = torch.round(x * 2.0**self.fraction_bits)
-        fits = scaled.abs() < 2.0 ** _RANGE_BITS[self.dtype]
-        return torch.where(fits, scaled, 0.0).to(torch.int64), fits
+    def held(self, counts: Tensor, known: Tensor, dtype: torch.dtype) -> Held:
+        """Return the stream of this dtype with these integers; not a number elsewhere, and beyond the range."""
+        return self._split(torch.where(known, counts.double() * self.unit, math.nan), dtype)[0]
 
     def _combine(
-        self,
-        held: Tensor,
-        increment: Tensor,
-        sign: int,
-        dtype: torch.dtype,
-        monitor: RangeMonitor | None,
-        step: int,
-    ) -> tuple[Tensor, Tensor]:
-        """The reference: what the fused implementations equal in every bit."""
-        counts, fits = self._quantise(increment)
-        bound, sentinel = 2 ** _RANGE_BITS[self.dtype], _SENTINEL[self.dtype]
-        # held comes first in every operation: the first operand decides the strides of the result.
-        known = held != sentinel
-        addend = torch.where(known, sign * counts, 0)
-        total = held.to(torch.int64) + addend
-        inside = known & fits & (total < bound) & (total > -bound)
-        if monitor is not None:
-            value = total.abs().to(torch.float32) * 2.0**-self.fraction_bits
-            monitor.observe(known & ~inside, torch.where(fits, value, _magnitude(increment)), step)
-        return torch.where(inside, total, sentinel).to(self.dtype), self._read(total, inside, dtype)
+        self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
+    ) -> Held:
+        tensors = (increment,) if held is None else (*held, increment)
+        if not _fusible(*tensors):
+            return self._reference(held, increment, sign, monitor, step)
+        if monitor is not None and held is not None:
+            monitor.sample(increment, self, step)
+        value = increment if held is None else held.value
+        new = Held(torch.empty_like(value), torch.empty_like(value, dtype=self.residual_dtype(value.dtype)))
+        if value.numel() == 0 or _is_fake(value):
+            return new
+        held = None if held is None else Held(*(_like(part, new.value) for part in held))
+        increment = _like(increment, new.value)
+        if value.device.type == "cpu":
+            self._combine_in_cache(held, increment, new, sign, monitor, step)
+        elif not self._launched(held, increment, new, sign, monitor, step):
+            self._combine_into(held, increment, new, sign, monitor, step)
+        return new
 
-    def _read(self, held: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
-        value = torch.where(inside, held.to(_wide(dtype)) * 2.0**-self.fraction_bits, math.nan)
+    def _reference(
+        self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
+    ) -> Held:
+        """What the fused implementations equal in every bit. All sums are exact: of fewer than 53 bits."""
+        added = torch.round(_as_stored(increment).double() / self.unit) * (sign * self.unit)
+        if held is None:
+            total, known = 0.0 + added, None
+        else:
+            # held comes first in every operation: the first operand decides the strides of the result.
+            known = ~held.value.isnan()
+            total = held.value.double() + held.residual.double() * self.unit + added
+        new, inside = self._split(total, increment.dtype if held is None else held.value.dtype)
+        if monitor is not None:
+            monitor.observe(~inside if known is None else known & ~inside, total.abs().to(torch.float32), step)
+        return new
+
+    def _split(self, total: Tensor, dtype: torch.dtype) -> tuple[Held, Tensor]:
+        """Return a float64 stream in its two parts, and where it is in range."""
+        inside = total.abs() < self.limit_in(dtype)
+        total = torch.where(inside, total, math.nan)
+        value = total if dtype == torch.float64 else _as_stored(total.to(torch.float32).to(dtype))
+        rest = (total - value.double()) / self.unit
+        residual = torch.where(inside, rest, 0.0).to(self.residual_dtype(dtype))
         # No `to` that changes nothing: in a compiled Function, torch 2.11 takes the two names of the result for two
         # outputs, one of them without a gradient, and both lose it.
-        return value if value.dtype == dtype else value.to(dtype)
-
-    def _fused(
-        self,
-        held: Tensor | None,
-        increment: Tensor,
-        sign: int,
-        dtype: torch.dtype | None,
-        monitor: RangeMonitor | None,
-        step: int,
-    ) -> tuple[Tensor, Any]:
-        """Combine (or, without held, encode) over dense memory; the value is None where no dtype is asked for."""
-        new = torch.empty_like(increment if held is None else held, dtype=self.dtype)
-        value = None if dtype is None else torch.empty_like(new, dtype=dtype)
-        if new.numel() == 0 or _is_fake(new):
-            return new, value
-        held = None if held is None else _like(held, new)
-        increment = _like(increment, new)
-        if new.device.type == "cpu":
-            self._combine_in_cache(held, increment, new, value, sign, monitor, step)
-        elif not self._launched(held, increment, new, value, sign, monitor, step):
-            self._combine_into(held, increment, new, value, sign, monitor, step)
-        return new, value
+        return Held(value if value.dtype == dtype else value.to(dtype), residual), inside
 
     def _launched(
-        self,
-        held: Tensor | None,
-        increment: Tensor | None,
-        new: Tensor | None,
-        value: Tensor | None,
-        sign: int,
-        monitor: RangeMonitor | None,
-        step: int,
+        self, held: Held | None, increment: Tensor, new: Held, sign: int, monitor: RangeMonitor | None, step: int
     ) -> bool:
         launch = _launcher()
-        finding = None if monitor is None or new is None else monitor.prepare(new.device).key
-        return launch is not None and launch(
-            held, increment, new, value, finding, sign, self.fraction_bits, _RANGE_BITS[self.dtype], _key(step)
-        )
+        finding = None if monitor is None else monitor.prepare(new.value.device).key
+        bound = int(self.limit_in(new.value.dtype) / self.unit)
+        return launch is not None and launch(held, increment, new, finding, sign, self.fraction_bits, bound, _key(step))
 
     def _combine_into(
-        self,
-        held: Tensor | None,
-        increment: Tensor,
-        new: Tensor,
-        value: Tensor | None,
-        sign: int,
-        monitor: RangeMonitor | None,
-        step: int,
+        self, held: Held | None, increment: Tensor, new: Held, sign: int, monitor: RangeMonitor | None, step: int
     ) -> None:
         """The reference, written to memory that exists."""
-        origin = torch.zeros_like(new) if held is None else held
-        dtype = torch.float32 if value is None else value.dtype
-        result, read = self._combine(origin, increment, sign, dtype, monitor, step)
-        new.copy_(result)
-        if value is not None:
-            value.copy_(read)
+        for into, part in zip(new, self._reference(held, increment, sign, monitor, step), strict=True):
+            into.copy_(part)
 
     def _combine_in_cache(
-        self,
-        held: Tensor | None,
-        increment: Tensor,
-        new: Tensor,
-        value: Tensor | None,
-        sign: int,
-        monitor: RangeMonitor | None,
-        step: int,
+        self, held: Held | None, increment: Tensor, new: Held, sign: int, monitor: RangeMonitor | None, step: int
     ) -> None:
         """Combine on the CPU in place, piece by piece, with as few passes as possible.
 
-        Two reductions per piece show that every number is far inside the range; a piece where they do not is left to
-        the reference. A quarter of the range is far enough: no sum of an increment below it with a valid integer or the
-        sentinel, wrapped or not, comes out below it unless it is right.
+        A reduction per piece shows that every number is in range; a piece where it does not is left to the reference.
         """
-        scale, quarter = 2.0**self.fraction_bits, 2.0 ** (_RANGE_BITS[self.dtype] - 2)
-        size = new.numel()
+        scale, bound = 1.0 / self.unit, self.limit_in(new.value.dtype) / self.unit
+        size = increment.numel()
         length = min(size, _PIECE * torch.get_num_threads())
-        # Where the value has the type that the arithmetic needs, its own memory serves.
-        wides = {_wide(x.dtype) for x in (increment, value) if x is not None}
-        scratch = {wide: torch.empty(length, dtype=wide) for wide in wides if value is None or value.dtype != wide}
-        flat = [None if x is None else x.as_strided((size,), (1,)) for x in (held, increment, new, value)]
+        sums, others = torch.empty(2, length, dtype=torch.float64)
+        flat = [x.as_strided((size,), (1,)) for x in (increment, *new, *(held or ()))]
         for start in range(0, size, length):
-            count = min(length, size - start)
-            old, addend, into, read = (x if x is None or count == size else x[start : start + count] for x in flat)
-            assert addend is not None
-            assert into is not None
-            room = {wide: memory[:count] for wide, memory in scratch.items()}
-            if read is not None and read.dtype not in room:
-                room[read.dtype] = read
-            scaled = room[_wide(addend.dtype)]
-            if addend.dtype == scaled.dtype:
-                torch.mul(addend, sign * scale, out=scaled)
-            else:
-                scaled.copy_(addend).mul_(sign * scale)
-            ordinary = _within(scaled.round_(), quarter)
-            if ordinary:
-                into.copy_(scaled)
-                if old is not None:
-                    into.add_(old)
-                if read is not None:
-                    wide = room[_wide(read.dtype)]
-                    wide.copy_(into).mul_(1.0 / scale)
-                    ordinary = _within(wide, quarter / scale)
-                    if wide is not read:
-                        read.copy_(wide)
-            if not ordinary:
-                self._combine_into(old, addend, into, read, sign, monitor, step)
+            addend, value, residual, *before = (x[start : start + length] for x in flat)
+            total, other = sums[: len(addend)], others[: len(addend)]
+            total.copy_(addend).mul_(sign * scale).round_()
+            for part, factor in zip(before, (scale, 1.0), strict=False):
+                total.add_(other.copy_(part), alpha=factor)
+            low, high = torch.aminmax(total)
+            if not (low.item() > -bound and high.item() < bound):  # so also for NaN
+                piece = None if held is None else Held(*before)
+                self._combine_into(piece, addend, Held(value, residual), sign, monitor, step)
+                continue
+            # Without held, minus zero is as yet zero's other form.
+            value.copy_(torch.add(total, 0.0, out=other).mul_(self.unit))
+            residual.copy_(total.sub_(other.copy_(value), alpha=scale))
 
 
 # Elements per thread and piece. Smaller pieces stay in a level-2 cache but cost more in calls than that saves; this
@@ -278,25 +220,15 @@ class Fixed:
 _PIECE = 262144
 
 
-def _within(x: Tensor, bound: float) -> bool:
-    low, high = torch.aminmax(x)
-    return low.item() > -bound and high.item() < bound  # False for NaN
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which scaling a number of this type by a power of two is exact."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Return x in its wide type, of 16-bit numbers the values that the 16 bits hold.
+def _as_stored(x: Tensor) -> Tensor:
+    """Return x; in a compiled graph, of 16-bit numbers the values that the 16 bits hold, in float32.
 
     Inductor keeps 16-bit intermediates in float32 where it fuses. The addition and its inverse need not be fused alike:
-    without this rounding, which changes no number that was stored, they would not see the same increment.
+    without this rounding, which changes no number that was stored, they would not see the same numbers.
     """
-    wide = x.to(_wide(x.dtype))
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return wide
+    if x.dtype not in (torch.bfloat16, torch.float16) or not torch.compiler.is_compiling():
+        return x
+    wide = x.to(torch.float32)
     dropped = 16 if x.dtype == torch.bfloat16 else 13
     finite = torch.where(wide.isfinite(), wide, 0.0)
     bits = finite.view(torch.int32)
@@ -306,10 +238,6 @@ def _rounded(x: Tensor) -> Tensor:
         rounded = torch.where(finite.abs() < 2.0**-14, torch.round(finite * 2.0**24) * 2.0**-24, rounded)
         rounded = torch.where(rounded.abs() > 65504.0, rounded * math.inf, rounded)
     return torch.where(wide.isfinite(), rounded, wide)
-
-
-def _magnitude(x: Tensor) -> Tensor:
-    return x.abs().to(torch.float32)
 
 
 def _like(x: Tensor, pattern: Tensor) -> Tensor:
@@ -349,15 +277,10 @@ def _launcher() -> Callable[..., bool] | None:
     return launch
 
 
-def fitting_fraction_bits(magnitude: float, dtype: torch.dtype) -> int | None:
-    """Return the largest number of fraction bits with which `dtype` holds this magnitude, None where none does."""
-    if not math.isfinite(magnitude):
-        return None
-    bits = _RANGE_BITS[dtype]
-    fraction_bits = min(bits, bits - math.frexp(magnitude)[1])
-    if round(math.ldexp(abs(magnitude), fraction_bits)) >= 2**bits:
-        fraction_bits -= 1
-    return fraction_bits if fraction_bits >= 0 else None
+def fitting_fraction_bits(magnitude: float) -> int | None:
+    """Return the largest number of fraction bits with which a stream holds this magnitude, None where none does."""
+    formats = (Fixed(bits) for bits in range(_LARGEST_FRACTION, -1, -1))
+    return next((fixed.fraction_bits for fixed in formats if magnitude + fixed.unit < fixed.limit), None)
 
 
 class OutOfRange(NamedTuple):
@@ -448,9 +371,9 @@ class RangeMonitor:
         some = increment
         for dim in range(some.dim()):
             some = some.narrow(dim, 0, max(1, min(some.shape[dim], _SAMPLE * some.shape[dim] // some.numel())))
-        some = some.abs().to(_wide(some.dtype))
+        some = some.abs().double()
         nonzero = some > 0
-        small = nonzero & (some * 2.0**fixed.fraction_bits <= 0.5)
+        small = nonzero & (some <= 0.5 * fixed.unit)
         share = small.sum().double() / nonzero.sum()
         vanished = self.prepare(increment.device).vanished
         if step not in vanished:
@@ -533,13 +456,12 @@ def _is_fake(x: Tensor) -> bool:
 class _FixedAdd(torch.autograd.Function):
     @staticmethod
     def forward(
-        value: Tensor, held: Tensor, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int
-    ) -> tuple[Tensor, Tensor]:
-        new_held, new_value = fixed.add(held, increment, value.dtype, monitor, step)
-        return new_value, new_held
+        value: Tensor, residual: Tensor, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int
+    ) -> Held:
+        return fixed.add(Held(value, residual), increment, monitor, step)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
         ctx.increment_dtype = inputs[2].dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -562,14 +484,14 @@ class _FixedAddNow(torch.autograd.Function):
     def forward(
         ctx: Any,
         value: Tensor,
-        held: Tensor,
+        residual: Tensor,
         increment: Tensor,
         fixed: Fixed,
         monitor: RangeMonitor | None,
         step: int,
-    ) -> tuple[Tensor, Tensor]:
-        output = _FixedAdd.forward(value, held, increment, fixed, monitor, step)
-        _FixedAdd.setup_context(ctx, (value, held, increment), output)
+    ) -> Held:
+        output = _FixedAdd.forward(value, residual, increment, fixed, monitor, step)
+        _FixedAdd.setup_context(ctx, (value, residual, increment), output)
         return output
 
     backward = _FixedAdd.backward
@@ -577,12 +499,11 @@ class _FixedAddNow(torch.autograd.Function):
 
 class _FixedEncode(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> tuple[Tensor, Tensor]:
-        held, value = fixed._encode(x, x.dtype, monitor, step)
-        return value, held
+    def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> Held:
+        return fixed.encode(x, monitor, step)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -599,33 +520,28 @@ def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def fixed_add(
-    value: Tensor, held: Tensor, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Return `(new value, new held)` of `fixed.add`, differentiable: the gradient passes straight through.
+def fixed_add(held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = 0) -> Held:
+    """Return `fixed.add(held, increment)`, differentiable: the gradient passes straight through.
 
-    The gradient of the new value goes unchanged to `value` and, in increment's dtype, to `increment`; nothing is saved.
+    The gradient of the value goes unchanged to held's value and, in its dtype, to the increment; nothing is saved.
 
     Args:
-        value: what the stream's branch reads, floating point.
-        held: the same stream as integers, of value's shape.
+        held: a stream of this format.
         increment: floating point, of held's shape or broadcast to it.
-        fixed: the format of held.
+        fixed: the format.
         monitor: see `Fixed.add`.
         step: see `Fixed.add`.
     """
-    if increment.shape != held.shape:
-        increment = increment.expand(held.shape)
+    if increment.shape != held.value.shape:
+        increment = increment.expand(held.value.shape)
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     add = _FixedAdd if transformed else _FixedAddNow
-    new_value, new_held = add.apply(value, held, increment, fixed, monitor, step)
-    return new_value, new_held
+    return Held(*add.apply(*held, increment, fixed, monitor, step))
 
 
-def fixed_encode(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1) -> tuple[Tensor, Tensor]:
-    """Return `(value, held)` of x, where value is held read in x's dtype, differentiable straight through."""
-    value, held = _FixedEncode.apply(x, fixed, monitor, step)
-    return value, held
+def fixed_encode(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1) -> Held:
+    """Return `fixed.encode(x)`, differentiable straight through."""
+    return Held(*_FixedEncode.apply(x, fixed, monitor, step))
 
 
 # The multipliers of SplitMix64 (Steele et al. 2014), and its increment as the step from one index to the next.

@@ -22,7 +22,7 @@ from ._couplings import Coupling, fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
 from ._steps import FixedArithmetic, FloatArithmetic, branch_output
-from ._streams import Fixed, fixed_add
+from ._streams import Fixed, Held, fixed_add
 
 Arithmetic = FloatArithmetic | FixedArithmetic
 
@@ -265,9 +265,11 @@ class _Walk(torch.autograd.Function):
     def forward(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
         fixed = program.fixed
         values = [tensors[slot] for slot in program.streams]
-        held = [] if fixed is None else [fixed.encode(value) for value in values]
+        residuals = []
         if fixed is not None:
-            values = [fixed.decode(integers, value.dtype) for integers, value in zip(held, values, strict=True)]
+            for i, value in enumerate(values):
+                values[i], residual = fixed.encode(value)
+                residuals.append(residual)
         for step in program.steps:
             i = step.target
             inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
@@ -275,10 +277,10 @@ class _Walk(torch.autograd.Function):
             if fixed is None:
                 values[i] = values[i] + added.to(values[i].dtype)
             else:
-                held[i], values[i] = fixed.add(held[i], added, values[i].dtype)
+                values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added)
         # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
         # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
-        return (*[value.clone() for value in values], *held)
+        return (*[value.clone() for value in values], *residuals)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -313,7 +315,7 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
     fixed = program.fixed
     count = len(program.streams)
     values = list(saved[:count])
-    held = [] if fixed is None else list(saved[count : 2 * count])
+    residuals = [] if fixed is None else list(saved[count : 2 * count])
     tensors = saved[count if fixed is None else 2 * count :]
     stream_grads = list(grads[:count])
     collected: list[Tensor | None] = [None] * len(tensors)
@@ -326,10 +328,10 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
         if fixed is None:
             values[i] = values[i] - added.to(values[i].dtype)
         elif torch.compiler.is_compiling():
-            held[i], values[i] = fixed.subtract(held[i], added, values[i].dtype)
+            values[i], residuals[i] = fixed.subtract(Held(values[i], residuals[i]), added)
         else:
-            # The same integers, and differentiable.
-            values[i], held[i] = fixed_add(values[i], held[i], -added, fixed)
+            # The same numbers, and differentiable.
+            values[i], residuals[i] = fixed_add(Held(values[i], residuals[i]), -added, fixed)
         # A graph is traced with the caller's autocast on, which would cast these products once more.
         with _without_autocast(program.autocast[0]), _without_autocast(program.autocast[1]):
             pulled = pull(stream_grads[i].to(added.dtype))
