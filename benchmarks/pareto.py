@@ -2,26 +2,31 @@
 
     python benchmarks/pareto.py                                # the shapes of the report; on a GPU
     python benchmarks/pareto.py --shapes 128x128x4x8 --dtype float32 --device cpu --rounds 5
-    python benchmarks/pareto.py --only eager --streams float --out benchmarks/results
+    python benchmarks/pareto.py --only compiled --streams float fixed --out benchmarks/results
 
 A shape is width x tokens x batch x blocks. Every way to run the network is first checked for its gradients against the
-plain stored loop, then measured for its peak (above weights, gradients and input); then all run in turn, once a round,
-and the medians of their times, and of the ratios of times within a round, go into one table and one plot. Rivals that
-are compiled meet plans of compiled branches.
+plain stored loop, then measured for its peak (above weights, gradients and input). The ways of one part then run in
+turn, once a round; medians of their times, and of the ratios of times within a round, go into tables and plots. After
+each part the report is written anew, with all that is known by then.
+
+Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans of compiled branches:
+compiled by default, or with the budget of the rival, whichever of the two plans is predicted to be faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import datetime
 import itertools
 import statistics
 import sys
 import time
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +38,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import revnet
 
 SHAPES = ("2048x4096x2x24", "1024x1024x8x48")
-BUDGETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CURVE = ("minimum", "5%", "15%", "30%", "50%", "75%", "stored")
+# Of torch._functorch.config.activation_memory_budget; the first is its default.
+SETTINGS = (1.0, 0.5, 0.1, 0.3, 0.7, 0.9)
 MIB = 2**20
 
 Pairs = list[tuple[nn.Module, nn.Module]]
@@ -47,19 +53,54 @@ class Arm:
 
     name: str
     run: Run
-    ours: bool = False
     host: bool = False  # uses host memory
-    rival: str = ""  # of a plan: whose budget it has
     peak: int = 0
     error: float = 0.0
-    times: list[float] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.times = []
+    times: list[float] = field(default_factory=list)  # milliseconds, one per round
 
     @property
     def time(self) -> float:
         return statistics.median(self.times)
+
+    @property
+    def noise(self) -> float:
+        return _half_quartiles(self.times) / self.time
+
+    def against(self, other: Arm) -> float:
+        """The median of the ratios of times within a round."""
+        return statistics.median(self._ratios(other))
+
+    def slower(self, other: Arm) -> tuple[float, float]:
+        """The median and the noise of those ratios."""
+        ratios = self._ratios(other)
+        return statistics.median(ratios), _half_quartiles(ratios)
+
+    def _ratios(self, other: Arm) -> list[float]:
+        return [mine / theirs for mine, theirs in zip(self.times, other.times, strict=True)]
+
+
+def _half_quartiles(values: list[float]) -> float:
+    """Half the distance between the quartiles: how well a median is known."""
+    quartiles = statistics.quantiles(values, n=4)
+    return (quartiles[2] - quartiles[0]) / 2
+
+
+@dataclass
+class Part:
+    """Ways that ran in turn: rivals, with the plans for the peak of each, and plans along the curve, by streams."""
+
+    stored: Arm
+    rivals: list[Arm]
+    plans: dict[str, dict[str, Arm]] = field(default_factory=dict)  # by rival, then streams
+    curve: dict[str, list[Arm]] = field(default_factory=dict)  # by streams, from the smallest budget to the largest
+
+    def arms(self) -> list[Arm]:
+        plans = [arm for by_streams in self.plans.values() for arm in by_streams.values()]
+        found = [self.stored, *self.rivals, *plans, *itertools.chain(*self.curve.values())]
+        return [arm for i, arm in enumerate(found) if not any(arm is other for other in found[:i])]
+
+
+# The rivals
 
 
 def block(f: nn.Module, g: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +112,8 @@ def loop(pairs: Pairs, apply: Callable[..., tuple[Tensor, Tensor]] = block) -> R
     """Returns the two-stream loop that runs each block by `apply`."""
 
     def run(x: Tensor) -> Tensor:
-        x1 = x2 = x
+        # Two tensors, because a compiler would make another graph for a block whose inputs are one.
+        x1, x2 = x, x.view_as(x)
         for f, g in pairs:
             x1, x2 = apply(f, g, x1, x2)
         return (x1 + x2) / 2
@@ -121,31 +163,48 @@ def eager_rivals(pairs: Pairs, device: str) -> list[Arm]:
     ]
 
 
-def compiled_rivals(pairs: Pairs, x: Tensor) -> list[Arm]:
-    """Returns blocks compiled with each memory budget, compiled here."""
-    import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
-
-    # Branches meet several modes of autograd, and all must stay compiled.
-    dynamo.recompile_limit = 64
-    arms = []
-    for budget in BUDGETS:
-        # Compiled code is kept with the code object: each budget needs one of its own.
-        code = block.__code__.replace(co_name=f"block_{round(100 * budget)}")
-        compiled = torch.compile(types.FunctionType(code, block.__globals__))
-        arm = Arm(f"activation_memory_budget {budget}", loop(pairs, compiled))
-        with functorch.patch(activation_memory_budget=budget):
-            step(arm.run, x)
-        arms.append(arm)
-    return arms
+# Compiled code is kept with the code object: each setting needs code objects of its own.
 
 
-def step(run: Run, x: Tensor) -> None:
-    run(x).backward(torch.full_like(x, 1e-2))
+@contextlib.contextmanager
+def compiling(setting: float) -> Iterator[None]:
+    """What is compiled inside recomputes as much as the memory budget `setting` of the compiler asks."""
+    import torch._functorch.config
+
+    with torch._functorch.config.patch(activation_memory_budget=setting):
+        yield
 
 
-def sequence_of(pairs: Pairs, streams: str) -> revnet.ReversibleSequence:
-    return revnet.ReversibleSequence(pairs, streams=streams)
+def apart(fn: Any, setting: float) -> Any:
+    """A function like `fn` with a code object of its own."""
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{round(100 * setting)}")
+    return types.FunctionType(code, fn.__globals__, closure=fn.__closure__)
+
+
+@cache
+def kind_apart(kind: type, setting: float) -> type:
+    return type(f"{kind.__name__}_{round(100 * setting)}", (kind,), {"forward": apart(kind.forward, setting)})
+
+
+def compiled_pairs(pairs: Pairs, setting: float) -> Pairs:
+    """The same branches, with the same parameters, to be compiled with a setting."""
+
+    def compiled(branch: nn.Module) -> nn.Module:
+        twin = copy.copy(branch)
+        twin.__class__ = kind_apart(type(branch), setting)
+        twin.compile()
+        return twin
+
+    return [(compiled(f), compiled(g)) for f, g in pairs]
+
+
+def graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+# Plans
 
 
 def planned(net: revnet.ReversibleSequence, found: revnet.Plan) -> Run:
@@ -156,25 +215,22 @@ def planned(net: revnet.ReversibleSequence, found: revnet.Plan) -> Run:
     return run
 
 
-def our_arms(net: revnet.ReversibleSequence, x: Tensor, rivals: list[Arm], label: str) -> list[Arm]:
-    """Returns a plan for the peak of each rival, and plans along the curve."""
-    least = revnet.plan(net, x, "minimum")
-    reachable = [rival for rival in rivals if rival.peak >= least.budget]
-    for rival in rivals:
-        if rival not in reachable:
-            print(f"  {label}: no plan within {rival.peak / MIB:.0f} MiB, the peak of {rival.name}", flush=True)
-    budgets: list[Any] = [*(rival.peak for rival in reachable), *CURVE]
-    plans = revnet.plan(net, x, budgets)
-    names = [f"at {rival.name}" for rival in reachable] + [f"plan {budget}" for budget in CURVE]
-    sources = [rival.name for rival in reachable] + [""] * len(CURVE)
-    return [
-        Arm(f"{label} {name}", planned(net, found), ours=True, rival=source)
-        for name, found, source in zip(names, plans, sources, strict=True)
-    ]
+def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> list[revnet.Plan | None]:
+    """A plan for each budget; None where the budget is below the minimum."""
+    try:
+        return list(revnet.plan(net, x, budgets))
+    except revnet.ReversibleError:
+        least = revnet.plan(net, x, "minimum").budget
+    possible = [budget for budget in budgets if isinstance(budget, str) or budget >= least]
+    found = iter(revnet.plan(net, x, possible))
+    return [next(found) if budget in possible else None for budget in budgets]
 
 
-def gradients(pairs: Pairs) -> list[Tensor]:
-    return [parameter.grad for pair in pairs for branch in pair for parameter in branch.parameters()]
+# Measurements
+
+
+def step(run: Run, x: Tensor) -> None:
+    run(x).backward(torch.full_like(x, 1e-2))
 
 
 def zero(pairs: Pairs) -> None:
@@ -192,108 +248,119 @@ def examine(arm: Arm, pairs: Pairs, x: Tensor, expected: list[Tensor] | None) ->
     step(arm.run, x)
     zero(pairs)
     step(arm.run, x)
-    found = [gradient.double() for gradient in gradients(pairs)]
+    found = [parameter.grad.double() for pair in pairs for branch in pair for parameter in branch.parameters()]
     if expected is not None:
         off = sum((a - b).square().sum().item() for a, b in zip(found, expected, strict=True))
         arm.error = (off / sum(b.square().sum().item() for b in expected)) ** 0.5
     seed = torch.full_like(x, 1e-2)
-
-    def train() -> None:
-        arm.run(x).backward(seed)
-
-    arm.peak = revnet.measure_memory(train).peak_bytes
+    arm.peak = revnet.measure_memory(lambda: arm.run(x).backward(seed)).peak_bytes
     zero(pairs)
     return found
 
 
 def race(arms: list[Arm], x: Tensor, rounds: int, seconds: float) -> None:
     """Runs all arms in turn, `rounds` times or as long as there are seconds."""
-    cuda = x.is_cuda
     began = time.perf_counter()
     for turn in range(rounds + 1):
         for arm in arms:
-            if cuda:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                step(arm.run, x)
-                end.record()
-                torch.cuda.synchronize()
-                elapsed = start.elapsed_time(end)
-            else:
-                before = time.perf_counter()
-                step(arm.run, x)
-                elapsed = 1000 * (time.perf_counter() - before)
+            elapsed = timed(arm.run, x)
             if turn:  # the first round warms up
                 arm.times.append(elapsed)
         if turn >= 3 and time.perf_counter() - began > seconds:
             break
 
 
-def noise(arm: Arm) -> float:
-    """Half the distance between the quartiles, as a share of the median: how well a median is known."""
-    quartiles = statistics.quantiles(arm.times, n=4)
-    return (quartiles[2] - quartiles[0]) / 2 / arm.time
+def timed(run: Run, x: Tensor) -> float:
+    if not x.is_cuda:
+        before = time.perf_counter()
+        step(run, x)
+        return 1000 * (time.perf_counter() - before)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step(run, x)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
-def table(arms: list[Arm]) -> list[str]:
-    rivals = [arm for arm in arms if not arm.ours]
-    stored = rivals[0]
+# The report
+
+
+def mib(arm: Arm) -> str:
+    size = arm.peak / MIB
+    return f"{size:.0f}" if size >= 100 else f"{size:.3g}"
+
+
+def table(parts: list[Part]) -> list[str]:
+    streams = list(dict.fromkeys(name for part in parts for plans in part.plans.values() for name in plans))
+    columns = [f"{name}: peak MiB | {name}: plan / rival" for name in streams]
     lines = [
-        "| way | peak MiB | time ms | noise | against stored | plan at that peak | its peak MiB | plan / rival |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| rival | peak MiB | time ms | noise | against stored | gradient error | {' | '.join(columns)} |",
+        "|---" * (6 + 2 * len(streams)) + "|",
     ]
-    for rival in rivals:
-        plans: list[Arm | None] = [arm for arm in arms if arm.rival == rival.name] or [None]
-        for ours in plans:
-            ratio = "no plan so small"
-            if ours is not None:
-                ratios = [a / b for a, b in zip(ours.times, rival.times, strict=True)]
-                ratio = f"{statistics.median(ratios):.3f}"
+    worst = 0.0
+    for part in parts:
+        for rival in part.rivals:
+            cells = []
+            for name in streams:
+                ours = part.plans.get(rival.name, {}).get(name)
+                if ours is None:
+                    cells.append("– | no plan so small")
+                    continue
+                ratio, noise = ours.slower(rival)
+                worst = max(worst, ratio)
+                cells.append(f"{mib(ours)} | {ratio:.3f} ± {noise:.3f}")
             lines.append(
-                f"| {rival.name} | {rival.peak / MIB:.0f} | {rival.time:.2f} | {noise(rival):.1%} "
-                f"| {rival.time / stored.time:.3f} | {ours.name.partition(' at ')[0] if ours else '–'} "
-                f"| {f'{ours.peak / MIB:.0f}' if ours else '–'} | {ratio} |"
+                f"| {rival.name} | {mib(rival)} | {rival.time:.2f} | {rival.noise:.1%} "
+                f"| {rival.against(part.stored):.3f} | {rival.error:.1e} | {' | '.join(cells)} |"
             )
-    lines += [
-        "",
-        "| plan | peak MiB | time ms | noise | against stored | gradient error |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {arm.name} | {arm.peak / MIB:.0f} | {arm.time:.2f} | {noise(arm):.1%} | {arm.time / stored.time:.3f} "
-        f"| {arm.error:.1e} |"
-        for arm in arms
-        if arm.ours and not arm.rival
-    ]
-    smallest = min((arm for arm in arms if arm.ours), key=lambda arm: arm.peak)
-    rival = min((arm for arm in rivals if not arm.host), key=lambda arm: arm.peak)
-    lines += [
-        "",
-        f"Smallest: {smallest.name}, {smallest.peak / MIB:.0f} MiB; {rival.name}, {rival.peak / MIB:.0f} MiB: "
-        f"ratio {smallest.peak / rival.peak:.2f}.",
-        "Gradient errors of rivals: " + ", ".join(f"{arm.name} {arm.error:.1e}" for arm in rivals) + ".",
-    ]
+    lines += ["", f"At the peak of every rival, a plan takes at most {worst:.3f} of its time."]
+    for part in parts:
+        for name, arms in part.curve.items():
+            lines += ["", *curve_table(name, arms, part.stored)]
+    plans = [arm for part in parts for arm in part.arms() if arm not in part.rivals and arm is not part.stored]
+    rivals = [rival for part in parts for rival in part.rivals if not rival.host]
+    if plans and rivals:
+        smallest, rival = (min(arms, key=lambda arm: arm.peak) for arms in (plans, rivals))
+        lines += [
+            "",
+            f"Smallest plan: {mib(smallest)} MiB ({smallest.name}). Smallest rival without host memory: {mib(rival)} "
+            f"MiB ({rival.name}). Ratio {smallest.peak / rival.peak:.2f}.",
+        ]
     return lines
 
 
-def plot(arms: list[Arm], title: str, path: Path) -> None:
+def curve_table(streams: str, arms: list[Arm], stored: Arm) -> list[str]:
+    lines = [f"| {streams} streams | peak MiB | time ms | noise | against stored | gradient error |", "|---" * 6 + "|"]
+    lines += [
+        f"| {arm.name} | {mib(arm)} | {arm.time:.2f} | {arm.noise:.1%} | {arm.against(stored):.3f} | {arm.error:.1e} |"
+        for arm in arms
+    ]
+    rises = [(*more.slower(less), less.name, more.name) for less, more in itertools.combinations(arms, 2)]
+    ratio, noise, less, more = max(rises, key=lambda rise: rise[0] - rise[1])
+    verdict = "yes" if ratio - noise <= 1.01 else "no"
+    return [
+        *lines,
+        "",
+        f"Monotone within noise and 1 %: {verdict}; at worst {more} / {less} = {ratio:.3f} ± {noise:.3f}.",
+    ]
+
+
+def plot(parts: list[Part], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    stored = arms[0].time
-    labels = list(dict.fromkeys(arm.name.partition(" plan ")[0] for arm in arms if " plan " in arm.name))
-    for label in labels:
-        line = sorted(
-            ((arm.peak / MIB, arm.time / stored) for arm in arms if arm.ours and arm.name.startswith(label + " ")),
-        )
-        axes.plot(*zip(*line, strict=True), marker=".", label=label)
     markers = itertools.cycle("osD^v<>P*X")
-    for arm in arms:
-        if not arm.ours:
-            axes.plot(arm.peak / MIB, arm.time / stored, next(markers), linestyle="none", label=arm.name)
+    for part in parts:
+        for streams, arms in part.curve.items():
+            points = [(arm.peak / MIB, arm.against(part.stored)) for arm in arms]
+            axes.plot(*zip(*points, strict=True), marker=".", label=f"{streams} streams")
+        for arm in part.rivals:
+            point = arm.peak / MIB, arm.against(part.stored)
+            axes.plot(*point, next(markers), linestyle="none", label=arm.name)
     axes.set(xscale="log", xlabel="peak memory, MiB", ylabel="time, stored = 1", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
@@ -301,43 +368,102 @@ def plot(arms: list[Arm], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def compiled_pairs(pairs: Pairs) -> Pairs:
-    return [(torch.compile(f), torch.compile(g)) for f, g in pairs]
+class Comparison:
+    """One shape: its network, its input, and how long to look at it."""
 
+    def __init__(self, shape: str, options: argparse.Namespace) -> None:
+        width, tokens, batch, blocks = map(int, shape.split("x"))
+        dtype = getattr(torch, options.dtype)
+        self.title = f"width {width}, {tokens} tokens, batch {batch}, {blocks} blocks, {options.dtype}"
+        self.options = options
+        self.pairs = branches(blocks, width, device=options.device, dtype=dtype)
+        self.x = torch.randn(batch, tokens, width, device=options.device, dtype=dtype, requires_grad=True)
+        self.x.grad = torch.zeros_like(self.x)
+        zero(self.pairs)
+        self.expected = self.examine(Arm("stored", loop(self.pairs)), None)
+        self.began = time.perf_counter()
 
-def compare(shape: str, options: argparse.Namespace, out: Path, stamp: str) -> list[str]:
-    width, tokens, batch, blocks = map(int, shape.split("x"))
-    dtype = getattr(torch, options.dtype)
-    pairs = branches(blocks, width, device=options.device, dtype=dtype)
-    x = torch.randn(batch, tokens, width, device=options.device, dtype=dtype, requires_grad=True)
-    x.grad = torch.zeros_like(x)
-    zero(pairs)
-    lines = [f"## width {width}, {tokens} tokens, batch {batch}, {blocks} blocks, {options.dtype}"]
-    for kind in ("eager", "compiled"):
-        if options.only and options.only != kind:
-            continue
-        rivals = eager_rivals(pairs, options.device)
-        if kind == "compiled":
-            rivals = [rivals[0], *compiled_rivals(pairs, x)]
-        expected = examine(rivals[0], pairs, x, None)
-        for rival in rivals[1:]:
-            examine(rival, pairs, x, expected)
-        arms = list(rivals)
-        for streams in options.streams:
-            net = sequence_of(pairs if kind == "eager" else compiled_pairs(pairs), streams)
-            started = time.perf_counter()
-            ours = our_arms(net, x, rivals, f"{streams} streams")
-            print(f"  {kind}, {streams}: planned in {time.perf_counter() - started:.1f} s", flush=True)
-            for arm in ours:
-                examine(arm, pairs, x, expected)
-            arms += ours
-        race(arms, x, options.rounds, options.seconds)
-        name = f"pareto_{stamp}_{shape}_{kind}.png"
-        with contextlib.suppress(ImportError):
-            plot(arms, f"width {width}, {tokens} tokens, {blocks} blocks, {kind}", out / name)
-        lines += ["", f"### {kind}", "", *table(arms), "", f"![time against memory]({name})"]
-        print("\n".join(lines[-len(table(arms)) - 4 :]), flush=True)
-    return lines
+    def examine(self, arm: Arm, expected: list[Tensor] | None) -> list[Tensor]:
+        return examine(arm, self.pairs, self.x, expected)
+
+    def say(self, what: str) -> None:
+        print(f"  {time.perf_counter() - self.began:6.1f} s: {what}", flush=True)
+
+    def net(self, pairs: Pairs, streams: str) -> revnet.ReversibleSequence:
+        return revnet.ReversibleSequence(pairs, streams=streams)
+
+    def arm(self, name: str, net: revnet.ReversibleSequence, found: revnet.Plan) -> Arm:
+        arm = Arm(name, planned(net, found))
+        self.examine(arm, self.expected)
+        return arm
+
+    def finish(self, part: Part) -> Part:
+        race(part.arms(), self.x, self.options.rounds, self.options.seconds)
+        return part
+
+    def eager(self) -> Iterator[Part]:
+        rivals = eager_rivals(self.pairs, self.options.device)
+        for rival in rivals:
+            self.examine(rival, self.expected)
+        self.say("rivals measured")
+        part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
+        for streams in self.options.streams:
+            net = self.net(self.pairs, streams)
+            found = plans_for(net, self.x, [*(rival.peak for rival in rivals), *CURVE])
+            self.say(f"{streams} streams planned")
+            for rival, plan in zip(rivals, found, strict=False):
+                if plan is not None:
+                    part.plans[rival.name][streams] = self.arm(f"plan at {rival.name}", net, plan)
+            part.curve[streams] = [
+                self.arm(f"plan {budget}", net, plan)
+                for budget, plan in zip(CURVE, found[len(rivals) :], strict=True)
+                if plan is not None
+            ]
+        yield self.finish(part)
+
+    def compiled(self) -> Iterator[Part]:
+        import torch._dynamo.config
+
+        # Branches meet several modes of autograd, and all must stay compiled.
+        torch._dynamo.config.recompile_limit = 64
+        default = {streams: self.net(compiled_pairs(self.pairs, 1.0), streams) for streams in self.options.streams}
+        stored = Arm("", loop(self.pairs))
+        for setting in SETTINGS:
+            before = graphs()
+            rival = Arm(f"activation_memory_budget {setting}", loop(self.pairs, torch.compile(apart(block, setting))))
+            with compiling(setting):
+                self.examine(rival, self.expected)
+            self.say(f"{rival.name}: {graphs() - before} graphs, {mib(rival)} MiB")
+            if setting == 1.0:
+                stored = rival
+            # Its times are those of the rounds of each part.
+            part = Part(rival if setting == 1.0 else Arm(stored.name, stored.run), [rival], {rival.name: {}})
+            for streams, net in default.items():
+                candidates = [(1.0, net)]
+                if setting != 1.0:
+                    candidates.append((setting, self.net(compiled_pairs(self.pairs, setting), streams)))
+                before = graphs()
+                found = []
+                for own, candidate in candidates:
+                    with compiling(own):
+                        (plan,) = plans_for(candidate, self.x, [rival.peak])
+                        if plan is not None:
+                            found.append((plan.seconds, own, candidate, plan))
+                if found:
+                    _, own, candidate, plan = min(found, key=lambda one: one[0])
+                    part.plans[rival.name][streams] = self.arm(f"plan, branches with {own}", candidate, plan)
+                self.say(f"{streams} streams planned, {graphs() - before} graphs")
+            yield self.finish(part)
+        # An arm is raced in one part: the times of another part are those of other rounds.
+        part = Part(Arm(stored.name, stored.run), [])
+        for streams, net in default.items():
+            found = plans_for(net, self.x, list(CURVE))
+            part.curve[streams] = [
+                self.arm(f"plan {budget}", net, plan)
+                for budget, plan in zip(CURVE, found, strict=True)
+                if plan is not None
+            ]
+        yield self.finish(part)
 
 
 def main() -> None:
@@ -348,26 +474,40 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", default=["float"], help="float, fixed, or both")
     parser.add_argument("--only", choices=("eager", "compiled"), help="one kind of rivals")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=20.0, help="no further round after these, for each table")
+    parser.add_argument("--seconds", type=float, default=20.0, help="no further round after these, for each part")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    kinds = [options.only] if options.only else ["eager", "compiled"]
     stamp = f"{'-'.join(name.replace(',', '').split()).lower()}_{datetime.date.today()}"
     options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"pareto_{'_'.join(kinds)}_{stamp}.md"
     report = [
         "# At the peak memory of every rival, is a plan for that budget at least as fast?",
         "",
         f"{name}, torch {torch.__version__}, {datetime.date.today()}: `python {' '.join(sys.argv)}`",
         "",
-        'Medians over rounds in which all ways run in turn; peaks are above weights, gradients and input. "plan / '
-        'rival" is the median of the ratios within a round: below 1 the plan is faster.',
+        "Medians over rounds in which all ways run in turn; peaks are above weights, gradients and input. Noise is "
+        'half the distance between the quartiles. "plan / rival" is the median of the ratios within a round: below 1 '
+        "the plan is faster.",
     ]
     for shape in options.shapes:
         print(f"{shape} on {name}", flush=True)
-        report += ["", *compare(shape, options, options.out, stamp)]
-    path = options.out / f"pareto_{stamp}.md"
-    path.write_text("\n".join(report) + "\n", encoding="utf-8")
+        comparison = Comparison(shape, options)
+        report += ["", f"## {comparison.title}"]
+        for kind in kinds:
+            parts: list[Part] = []
+            lines: list[str] = []
+            for part in getattr(comparison, kind)():
+                parts.append(part)
+                picture = f"pareto_{stamp}_{shape}_{kind}.png"
+                lines = ["", f"### {kind}", "", *table(parts), "", f"![time against memory]({picture})"]
+                with contextlib.suppress(ImportError):
+                    plot(parts, comparison.title, options.out / picture)
+                path.write_text("\n".join([*report, *lines]) + "\n", encoding="utf-8")
+            print("\n".join(lines), flush=True)
+            report += lines
     print(f"written to {path}")
 
 

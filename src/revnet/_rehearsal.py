@@ -189,8 +189,12 @@ class Rehearsal:
             needs_grad[site.target] |= reached or any(
                 isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(site.kwargs)
             )
-            with torch.no_grad():
-                call.step(0, site.fn, site.target, site.source, site.coupling, site.kwargs, site.name)
+            # With gradients, for which measured steps are compiled already, if they are compiled.
+            call.step(0, site.fn, site.target, site.source, site.coupling, site.kwargs, site.name)
+            call.streams = [
+                cast(Any, pytree.tree_map_only(Tensor, partial(_fresh, requires_grad=grad), stream))
+                for stream, grad in zip(call.streams, needs_grad, strict=True)
+            ]
         result = 0
         if isinstance(self.net, ReversibleSequence):
             with torch.no_grad():
