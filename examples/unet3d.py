@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     def loss() -> Tensor:
         return F.binary_cross_entropy_with_logits(model(x), truth)
 
-    first, last = fit(model, loss, args.steps or (50 if args.full else 15), 3e-3)
+    first, last = fit(model, loss, args.steps or (20 if args.full else 15), 3e-3)
     return {"first": first, "last": last, **compare(model, loss)}
 
 
