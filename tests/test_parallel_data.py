@@ -33,7 +33,7 @@ from revnet import Fixed, ReversibleError, ReversibleSequence, _replay
 from revnet._distributed import shared_generator
 from revnet._execution import EXECUTIONS
 
-# 40 fraction bits: the rounding of the streams stays below the tolerance in float64.
+# 37 fraction bits: the rounding of the streams stays below the tolerance in float64.
 STREAMS = {"float": "float", "fixed": Fixed(fraction_bits=37)}
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallel branches and pipeline stages give the gradients of one process."""
+"""Tensor parallel branches, context parallel attention and pipeline stages give the gradients of one process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import _attention as torch_ring
+from torch.distributed.tensor.experimental._context_parallel._attention import _templated_ring_attention_backward
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -41,8 +45,38 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         q, k, v = (linear(x).unflatten(-1, (-1, 2)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        mixed = (q @ k.mT).softmax(-1) @ v
-        return self.leave(mixed.transpose(1, 2).flatten(2))
+        return self.leave(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Ring(torch.autograd.Function):
+    """torch's ring attention around the CPU's kernel, for which `context_parallel` has no rule."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = torch_ring._templated_ring_attention(dist.group.WORLD, 2, forward, q, k, v, is_causal=True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        q, k, v, out, lse = ctx.saved_tensors
+        return _templated_ring_attention_backward(
+            dist.group.WORLD, 2, backward, grad, "grad_out", q, k, v, out, lse, is_causal=True, dropout_p=0.0
+        )[:3]
+
+
+class Causal(Heads):
+    """Causal attention over the tokens of one rank or, by a ring, of all ranks."""
+
+    ring = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Ring.apply(q, k, v) if self.ring else F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def pairs(depth: int = 3) -> list[tuple[nn.Module, nn.Module]]:
@@ -116,6 +150,51 @@ def two_dimensional(streams: str, rank: int, world_size: int) -> None:
             (loss if streams == "whole" else loss / 2).backward()
         for name, parameter in model.named_parameters():
             assert_near(full(parameter.grad), expected[name], f"{execution} {name}", 1e-10)
+
+
+def context_parallel(rank: int, world_size: int) -> None:
+    """Each rank has some of the tokens, dealt out by torch; keys and values go around, in replays too."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    # It would add up the ring's parts in float32.
+    torch_ring._cp_options.convert_to_f32 = False
+    tokens = 4 * world_size
+    generator = torch.Generator().manual_seed(11)
+    x, target = (torch.randn(2, tokens, WIDTH, dtype=torch.float64, generator=generator) for _ in range(2))
+    torch.manual_seed(7)
+    blocks = [(Causal().double(), Mlp(WIDTH).double()) for _ in range(3)]
+    twin = stored_copy(blocks)
+    leaf = x.clone().requires_grad_()
+    (twin(leaf) * target).sum().backward()
+    expected = {name: p.grad for name, p in twin.named_parameters()}
+    shared = {"buffers": [x, target], "buffer_seq_dims": [1, 1]}
+    for kind in ("float", FINE):
+        bits: dict[str, dict[str, Tensor | None]] = {}
+        for execution in EXECUTIONS:
+            model = ReversibleSequence(blocks, streams=kind, execution=execution)
+            model.zero_grad()
+            for f, _ in blocks:
+                f.ring = True
+            with torch_ring.context_parallel(mesh, **shared):
+                assert x.shape[1] == tokens // world_size
+                mine = x.clone().requires_grad_()
+                (model(mine) * target).sum().backward()
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+            whole = torch_ring.context_parallel_unshard(mesh, [mine.grad], [1])[0]
+            assert_near(whole, leaf.grad, f"{execution} x", 1e-10)
+            bits[execution] = {name: p.grad.clone() for name, p in model.named_parameters()}
+            for name, gradient in bits[execution].items():
+                assert_near(gradient, expected[name], f"{execution} {name}", 1e-10)
+        if kind is FINE:
+            for result in bits.values():
+                assert_bits(result, bits["store"])
+    # Once torch can do this, the ring above has no reason.
+    blocks[0][0].ring = False
+    with (
+        torch_ring.context_parallel(mesh, **shared),
+        pytest.raises(NotImplementedError, match="flash_attention_for_cpu"),
+    ):
+        blocks[0][0](x)
 
 
 class Stage(nn.Module):
@@ -214,12 +293,14 @@ CHECKS = {
     "tensor": partial(tensor_parallel, "whole"),
     "tensor-sequence": partial(tensor_parallel, "sharded"),
     "tensor-DTensor": partial(tensor_parallel, "DTensor"),
+    "context": context_parallel,
     "pipeline-gpipe": partial(pipeline, ScheduleGPipe),
     "pipeline-1f1b": partial(pipeline, Schedule1F1B),
     "pipeline-memory": pipeline_memory,
 }
 
 CHECKS_ON_FOUR = {
+    "context": context_parallel,
     "fsdp-tensor": partial(two_dimensional, "whole"),
     "fsdp-tensor-sequence": partial(two_dimensional, "sharded"),
 }
