@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import TYPE_CHECKING
 
@@ -120,11 +121,10 @@ def launch(
     )
     try:
         launched = _combine[(-(-size // _BLOCK),)]
-        if increment.get_device() == torch.cuda.current_device():
+        # Triton's interpreter runs it on the CPU.
+        elsewhere = increment.is_cuda and increment.get_device() != torch.cuda.current_device()
+        with torch.cuda.device_of(increment) if elsewhere else contextlib.nullcontext():
             launched(*arguments, num_warps=_WARPS)
-        else:
-            with torch.cuda.device_of(increment):
-                launched(*arguments, num_warps=_WARPS)
     except Exception as error:
         if _state["launched"]:
             raise
