@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ._memory import MemoryReport as MemoryReport
     from ._memory import measure_memory as measure_memory
     from ._planner import plan as plan
+    from ._program import Reversible as Reversible
     from ._replay import Deterministic as Deterministic
     from ._routing import route_args as route_args
-    from ._sequence import Reversible as Reversible
     from ._sequence import ReversibleBlock as ReversibleBlock
     from ._sequence import ReversibleSequence as ReversibleSequence
     from ._sequence import SequentialSequence as SequentialSequence
@@ -41,7 +41,7 @@ _MODULES = {
     "Midpoint": "_couplings",
     "Momentum": "_couplings",
     "Plan": "_execution",
-    "Reversible": "_sequence",
+    "Reversible": "_program",
     "ReversibleBlock": "_sequence",
     "ReversibleError": "_errors",
     "ReversibleSequence": "_sequence",

@@ -12,19 +12,19 @@ import torch.distributed as dist
 
 from ._errors import ReversibleError
 from ._execution import Plan, format_bytes, parse_bytes
+from ._program import Program
 from ._rehearsal import Rehearsal
-from ._sequence import _Program
 from ._solver import Chain, minimum, simulate, solve
 
 Budget = int | str | None
 
 
 @overload
-def plan(net: _Program, x: Any, budget: Budget = None, **kwargs: Any) -> Plan: ...
+def plan(net: Program, x: Any, budget: Budget = None, **kwargs: Any) -> Plan: ...
 
 
 @overload
-def plan(net: _Program, x: Any, budget: Sequence[int | str], **kwargs: Any) -> list[Plan]: ...
+def plan(net: Program, x: Any, budget: Sequence[int | str], **kwargs: Any) -> list[Plan]: ...
 
 
 def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
         >>> net = revnet.ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)])
         >>> net.execution = revnet.plan(net, torch.randn(2, 8), "stored")
     """
-    if not isinstance(net, _Program):
+    if not isinstance(net, Program):
         raise TypeError(f"net is {type(net).__name__}, but a plan is for a revnet sequence")
     many = isinstance(budget, Sequence) and not isinstance(budget, str)
     budgets = [_read(one) for one in (budget if many else [budget])]

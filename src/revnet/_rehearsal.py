@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,61 +17,23 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._couplings import Coupling, tree_leaves
+from ._couplings import tree_leaves
 from ._engine import Call
 from ._kept import compiled
 from ._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
+from ._program import Program
 from ._replay import RandomState, devices_of
-from ._sequence import (
-    _ADDITIVE,
-    Reversible,
-    ReversibleBlock,
-    ReversibleSequence,
-    SequentialSequence,
-    _Blocks,
-    _Program,
-)
+from ._sequence import ReversibleSequence, _Blocks
 from ._solver import Chain, Cost, Solution, simulate
 from ._steps import FixedArithmetic, FloatArithmetic
 from ._streams import RangeMonitor
-
-
-class _Site(NamedTuple):
-    """One step of a sequence, with what a call gives it."""
-
-    fn: Callable[..., Any]
-    target: int
-    source: tuple[int, ...]
-    coupling: Coupling
-    kwargs: dict[str, Any]
-    name: str
-
-
-def _sites(net: _Program, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Site]:
-    """The steps of one forward pass."""
-    if isinstance(net, Reversible):
-        return [
-            _Site(step, step.target, step.source, step.coupling, keywords, f"step {i}")
-            for i, step, keywords in net._program(streams, kwargs)
-        ]
-    assert isinstance(net, _Blocks)
-    sites = []
-    for i, f_args, g_args in net._blocks(kwargs):
-        if isinstance(net, ReversibleSequence):
-            block = cast(ReversibleBlock, net.blocks[i])
-            sites.append(_Site(block.f, 0, (1,), _ADDITIVE, dict(f_args), f"block {i}, branch f"))
-            sites.append(_Site(block.g, 1, (0,), _ADDITIVE, dict(g_args), f"block {i}, branch g"))
-        else:
-            f, g = cast(nn.ModuleList, cast(SequentialSequence, net).layers[i])
-            sites.append(_Site(f, 0, (0,), _ADDITIVE, dict(f_args), f"layer {i}, branch f"))
-            sites.append(_Site(g, 0, (0,), _ADDITIVE, dict(g_args), f"layer {i}, branch g"))
-    return sites
+from ._traced import Part
 
 
 class Rehearsal:
     """Runs steps of a sequence on copies of its parameters' identities, its buffers and its randomness."""
 
-    def __init__(self, net: _Program, x: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, net: Program, x: Any, kwargs: dict[str, Any]) -> None:
         self.net = net
         self.original = x if isinstance(x, tuple) else (x,)
         tensors = [*net.parameters(), *_tensors_in((self.original, kwargs))]
@@ -107,7 +69,7 @@ class Rehearsal:
             options = self.net._options
             # Under fake tensors there is no state of a generator to compare.
             self.options = replace(options, preserve_rng_state=options.preserve_rng_state and self.mode is None)
-            self.sites = _sites(self.net, self.inputs, self.kwargs)
+            self.sites = [part for _, part in self.net._parts(self.inputs, self.kwargs)]
             self.stack = stack.pop_all()
         return self
 
@@ -216,7 +178,7 @@ class Rehearsal:
     def _sums(self) -> bool:
         return isinstance(self.net, ReversibleSequence) and self.net.merge != "concat"
 
-    def _key(self, site: _Site, values: list[Any], needs_grad: list[bool]) -> Any:
+    def _key(self, site: Part, values: list[Any], needs_grad: list[bool]) -> Any:
         """Equal for steps that cost alike."""
         layouts = [(leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in pytree.tree_leaves(values)]
         return (
@@ -244,7 +206,7 @@ class Rehearsal:
 
     def _costs(
         self,
-        site: _Site,
+        site: Part,
         values: list[Any],
         needs_grad: list[bool],
         arithmetic: FloatArithmetic | FixedArithmetic,
@@ -288,7 +250,7 @@ class _Stage:
     def __init__(
         self,
         rehearsal: Rehearsal,
-        site: _Site,
+        site: Part,
         values: list[Any],
         needs_grad: list[bool],
         arithmetic: FloatArithmetic | FixedArithmetic,

@@ -47,7 +47,7 @@ def check_routes(args_route: Routes, depth: int) -> None:
                 raise ValueError(f"args_route[{key!r}][{i}] is {pair!r}: give a pair (to_f, to_g) of booleans")
 
 
-def check_keywords(args_route: Routes, kwargs: Mapping[str, Any]) -> None:
+def check_keywords(args_route: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
     """Raises `TypeError` if a keyword that is not `None` has no route and so would be lost."""
     lost = [key for key, value in kwargs.items() if key not in args_route and value is not None]
     if lost:

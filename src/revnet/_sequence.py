@@ -1,55 +1,42 @@
-"""Programs of steps: any, sequences of residual blocks, and their plain twin."""
+"""Sequences of residual blocks: programs that alternate two additive steps, and their plain twin."""
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._couplings import Additive, tree_leaves
+from ._couplings import Additive
 from ._distributed import shared_generator
-from ._engine import Call, ContextFn, Options
-from ._errors import ReversibleError
-from ._execution import EXECUTIONS, Plan, resolve
+from ._engine import Call, ContextFn
+from ._execution import EXECUTIONS
+from ._program import Execution, Parts, Program, Streams, check_stream, take
 from ._routing import Routes, check_keywords, check_routes, route_args
-from ._steps import FixedArithmetic, FloatArithmetic, Step, undo
-from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
-from ._traced import Part, active, outside, run_traced
-
-Execution = str | Sequence[str] | Plan
-Streams = str | Fixed | Float
+from ._traced import Part, active
 
 _ADDITIVE = Additive()
 
 
-class _Door(threading.local):
-    """Hands the call that is under way to the block that a sequence enters by its `__call__`."""
-
-    call: Call | None = None
-    index: int = 0
-
-    def enter(self, call: Call, index: int, block: nn.Module, streams: Any, *branch_args: Any) -> Any:
-        self.call, self.index = call, index
-        try:
-            return block(*streams, *branch_args)
-        finally:
-            self.call = None
-
-    def take(self) -> tuple[Call | None, int]:
-        call, self.call = self.call, None
-        index, self.index = self.index, 0
-        return call, index
+def _residual(
+    branches: Iterable[nn.Module], keywords: Sequence[Any], first: int = 0, name: str = "", updates: Any = (0, 1)
+) -> Parts:
+    """The steps of a block, counted from `first`: each branch updates one stream and reads the other."""
+    a, b = updates
+    places = (("f", a, (b,)), ("g", b, (a,)))
+    return [
+        (first + i, Part(f"{name}branch {letter}", branch, _ADDITIVE, target, source, dict(keywords[i])))
+        for i, (branch, (letter, target, source)) in enumerate(zip(branches, places, strict=True))
+    ]
 
 
-_door = _Door()
+# Where a block finds the call, and its steps, in which a sequence enters it by its `__call__`.
+_door = threading.local()
 
 
-class ReversibleBlock(nn.Module):
+class ReversibleBlock(Program):
     """Two residual branches on two streams: `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
 
     Args:
@@ -59,7 +46,7 @@ class ReversibleBlock(nn.Module):
     """
 
     def __init__(self, f: nn.Module, g: nn.Module) -> None:
-        super().__init__()
+        super().__init__(2, "float", "invert")
         for name, branch in (("f", f), ("g", g)):
             if not isinstance(branch, nn.Module):
                 raise TypeError(f"branch {name} is {type(branch).__name__}, but a branch is an nn.Module")
@@ -79,39 +66,33 @@ class ReversibleBlock(nn.Module):
         Returns:
             `(y1, y2)`; as part of a sequence, and alone, their activations are rebuilt in backward.
         """
-        if active():
-            _check_streams(x1, x2)
-            parts = [
-                Part("branch f", self.f, _ADDITIVE, 0, (1,), dict(f_args)),
-                Part("branch g", self.g, _ADDITIVE, 1, (0,), dict(g_args)),
-            ]
-            engine = partial(self.forward, x1, x2, f_args, g_args)
-            y1, y2, *_ = run_traced(parts, (x1, x2), FloatArithmetic(), ("invert", "invert"), engine)
-            return y1, y2
-        call, i = _door.take()
-        if call is not None:
+        # In a graph, sequences take the steps themselves.
+        entered = None if active() else vars(_door).pop("entered", None)
+        if entered is not None:
+            call, parts = entered
             call.enter(x1, x2)
             del x1, x2
-            self._steps(call, i, f_args, g_args, f"block {i}, ")
-            return call.streams[0][0], call.streams[1][0]
-        _check_streams(x1, x2)
-        with Call((x1, x2), FloatArithmetic(), Options(), ("invert", "invert")) as call:
-            self._steps(call, 0, f_args, g_args, "")
-            y1, y2 = call.finish()
+            # The keywords may have gone through hooks of the block.
+            for (index, part), keywords in zip(parts, (f_args, g_args), strict=True):
+                take(call, index, part, keywords)
+            y1, y2 = call.start()
+            return y1, y2
+        y1, y2, *_ = self._run((x1, x2), (f_args, g_args))
         return y1, y2
-
-    def _steps(self, call: Call, i: int, f_args: Mapping[str, Any], g_args: Mapping[str, Any], name: str) -> None:
-        call.step(2 * i, self.f, 0, (1,), _ADDITIVE, dict(f_args), f"{name}branch f")
-        call.step(2 * i + 1, self.g, 1, (0,), _ADDITIVE, dict(g_args), f"{name}branch g")
 
     def inverse(
         self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
     ) -> tuple[Tensor, Tensor]:
         """The streams before the block, from those after it; differentiable. Randomness is not repeated."""
-        streams = [y1, y2]
-        undo(streams, self.g, 1, (0,), _ADDITIVE, g_args)
-        undo(streams, self.f, 0, (1,), _ADDITIVE, f_args)
-        return streams[0], streams[1]
+        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), (f_args, g_args)))
+        return x1, x2
+
+    def _parts(self, streams: Sequence[Any], kwargs: Any) -> Parts:
+        _check_streams(*streams)
+        return _residual((self.f, self.g), kwargs)
+
+    def extra_repr(self) -> str:
+        return ""
 
 
 def _unwrap_deterministic(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -127,266 +108,50 @@ def _unwrap_deterministic(module: nn.Module, state_dict: dict[str, Any], prefix:
                 state_dict[new] = state_dict.pop(old)
 
 
-class _Program(nn.Module):
-    """What all programs share: how streams are held, and the choice of execution."""
-
-    _allowed: Sequence[str] = EXECUTIONS
-    # Whether a step can be undone in fixed streams alone.
-    _needs_fixed = False
-
-    def __init__(self, steps: int, execution: Execution, options: Options, streams: Streams = "float") -> None:
-        super().__init__()
-        if options.determinism_check not in ("default", "none", "exact"):
-            raise ValueError(f"determinism_check {options.determinism_check!r} is not 'default', 'none' or 'exact'")
-        self._count = steps
-        self._options = options
-        self.streams = _streams(streams)
-        self._monitor = RangeMonitor()
-        self.execution = execution
-
-    def _check_plan(self, x: Tensor) -> None:
-        """Raise where the input is larger than that for which the plan in force was made."""
-        if isinstance(self._execution, Plan) and torch.is_grad_enabled():
-            self._execution.check_input(x)
-
-    def _call(self, *streams: Any) -> Call:
-        self._check_plan(tree_leaves(streams[0])[0])
-        return Call(streams, self._arithmetic(tree_leaves(streams[0])[0]), self._options, self._executions)
-
-    def _traced(
-        self, parts: Sequence[Part], streams: Sequence[Any], engine: Callable[[], Any], blocks: Sequence[nn.Module] = ()
-    ) -> tuple[Any, ...]:
-        """What a call returns where saved-tensor hooks are out of reach."""
-        fixed = self._format(tree_leaves(streams[0])[0])
-        # The monitor's memory is not of the graph: there, what leaves the range shows as NaN alone.
-        arithmetic = FixedArithmetic(fixed, None) if isinstance(fixed, Fixed) else FloatArithmetic()
-        obstacle = ""
-        if self._options.context_fn is not None or self._options.determinism_check == "exact":
-            obstacle = "context_fn and determinism_check='exact' take effect in the replays of the engine"
-        found: tuple[Any, ...] = run_traced(parts, streams, arithmetic, self._executions, engine, blocks, obstacle)
-        return found
-
-    def _finish(self, call: Call, *streams: Any) -> tuple[Any, ...]:
-        """The streams of a call, with what branches returned beside their outputs, if anything."""
-        outputs = tuple(call.finish(*streams))
-        self._monitor.flush()
-        return (*outputs, call.aux) if call.aux else outputs
-
-    def _arithmetic(self, x: Tensor) -> FloatArithmetic | FixedArithmetic:
-        """How this call holds its streams, after a look at what earlier calls found."""
-        fixed = self._format(x)
-        if not isinstance(fixed, Fixed):
-            return FloatArithmetic()
-        self._raise(self._monitor.poll(), fixed)
-        return FixedArithmetic(fixed, self._monitor)
-
-    def _format(self, x: Tensor) -> Fixed | Float:
-        """The format of streams that start as x."""
-        if isinstance(self.streams, Fixed | Float):
-            return self.streams
-        low = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
-        return Fixed() if low or (self._needs_fixed and x.dtype is torch.float32) else Float()
-
-    def check(self) -> None:
-        """Wait for the device and raise if a stream left the range of its format.
-
-        Without this call, the error is raised by the first forward pass after the news has reached the host.
-
-        Raises:
-            ReversibleError: a branch whose update left the range, was infinite or not a number.
-        """
-        fixed = self.streams if isinstance(self.streams, Fixed) else Fixed()
-        self._raise(self._monitor.check(), fixed)
-
-    def _raise(self, found: OutOfRange | None, fixed: Fixed) -> None:
-        for step, share in self._monitor.vanishing().items():
-            warnings.warn(
-                f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than half of "
-                f"2^-{fixed.fraction_bits}, the resolution of the streams, and change nothing. Use more fraction bits, "
-                "as in streams=revnet.Fixed(fraction_bits=37).",
-                stacklevel=3,
-            )
-        if found is None:
-            return
-        self._monitor.reset()
-        bits = fitting_fraction_bits(found.magnitude)
-        remedy = "Look for the cause in this branch."
-        if bits is not None:
-            remedy = f"Use streams=revnet.Fixed(fraction_bits={bits}) or fewer fraction bits."
-        raise ReversibleError(
-            f"{self._step_name(found.step)}: a stream left the range of {fixed}, ±{fixed.limit:.6g}: the largest value "
-            f"was {found.magnitude:.6g}. The output of that forward pass is NaN there. {remedy}"
-        )
-
-    def _step_name(self, step: int) -> str:
-        return "the input" if step < 0 else f"step {step}"
-
-    @property
-    def execution(self) -> Execution:
-        """What stays of each step until backward; see `revnet.plan`. Switches at any time."""
-        return self._execution
-
-    @execution.setter
-    def execution(self, execution: Execution) -> None:
-        self._executions = resolve(execution, self._count, self._allowed)
-        self._execution = execution
-
-    def extra_repr(self) -> str:
-        streams = repr(self.streams)
-        if self.streams == "auto":
-            where = "below float64" if self._needs_fixed else "in low precision"
-            streams += f" ({Fixed()!r} {where}, else {Float()!r})"
-        return f"streams={streams}, execution={self.execution!r}"
-
-
-class Reversible(_Program):
-    """Steps over any number of streams, trained with activation memory that does not grow with their number.
-
-    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step` object may occur
-    many times: its parameters are registered once.
-
-    Args:
-        steps: in the order in which they are applied.
-        args_route: for each keyword of the forward pass, one boolean per step: whether its branch takes it.
-        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales its target, which
-            float streams cannot undo.
-        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked to `"invert"` but
-            cannot be undone in the streams of the call, it keeps its target: see `revnet.Coupling`.
-        preserve_rng_state, determinism_check, context_fn: as in `ReversibleSequence`.
-
-    Raises:
-        ValueError: no steps, a route of another length, or an unknown option.
-        TypeError: a step that is not a `Step`.
-
-    Example:
-        >>> net = Reversible([Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)])
-        >>> [tuple(y.shape) for y in net(*torch.randn(3, 2, 8))]
-        [(2, 8), (2, 8), (2, 8)]
-    """
-
-    def __init__(
-        self,
-        steps: Iterable[Step],
-        *,
-        args_route: Mapping[str, Sequence[bool]] = {},
-        streams: Streams = "auto",
-        execution: Execution = "invert",
-        preserve_rng_state: bool = True,
-        determinism_check: str = "default",
-        context_fn: ContextFn | None = None,
-    ) -> None:
-        program = list(steps)
-        if not program:
-            raise ValueError("steps is empty: give at least one revnet.Step")
-        for i, step in enumerate(program):
-            if not isinstance(step, Step):
-                raise TypeError(f"step {i} is {type(step).__name__}, but a program consists of revnet.Step")
-        for key, route in args_route.items():
-            if len(route) != len(program):
-                raise ValueError(
-                    f"args_route[{key!r}] has {len(route)} entries for {len(program)} steps: give one boolean per step"
-                )
-        super().__init__(len(program), execution, Options(preserve_rng_state, determinism_check, context_fn), streams)
-        distinct = list(dict.fromkeys(program))
-        self.steps = nn.ModuleList(distinct)
-        places = {step: place for place, step in enumerate(distinct)}
-        self._order = [places[step] for step in program]
-        self.args_route = dict(args_route)
-        self._width = 1 + max(max((step.target, *step.source)) for step in distinct)
-        undoes = FloatArithmetic().undoes
-        self._needs_fixed = any(step.coupling.scales and not undoes(step.coupling) for step in distinct)
-
-    def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The streams after the last step.
-
-        Args:
-            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or more.
-            **kwargs: passed to the branches that `args_route` names.
-
-        Returns:
-            As many streams, and a dict from step to extra output if branches returned `(update, aux)`.
-        """
-        program = self._program(streams, kwargs)
-        if active():
-            parts = [
-                Part(f"step {i}", step, step.coupling, step.target, step.source, keywords)
-                for i, step, keywords in program
-            ]
-            return self._traced(parts, streams, partial(self.forward, *streams, **kwargs))
-        with self._call(*streams) as call:
-            del streams
-            for i, step, keywords in program:
-                call.step(i, step, step.target, step.source, step.coupling, keywords, f"step {i}")
-            return self._finish(call)
-
-    def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The streams before the first step, from those after the last; differentiable.
-
-        Computed in floating point, so exact up to rounding. Randomness is not repeated: call it in `eval()`, or without
-        dropout.
-        """
-        found = list(streams)
-        for _, step, keywords in reversed(self._program(streams, kwargs)):
-            undo(found, step, step.target, step.source, step.coupling, keywords)
-        return tuple(found)
-
-    def _program(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[int, Step, dict[str, Any]]]:
-        """The steps of one pass: index, step, keywords of its branch."""
-        if len(streams) < self._width:
-            raise ValueError(f"got {len(streams)} streams, but the steps refer to {self._width}")
-        for i, stream in enumerate(streams):
-            for leaf in tree_leaves(stream):
-                _check_stream(leaf, f"stream {i}")
-        check_keywords(cast(Any, self.args_route), kwargs)
-        routed = {key: value for key, value in kwargs.items() if key in self.args_route}
-        steps = cast(list[Step], list(self.steps))
-        return [
-            (i, steps[place], {key: value for key, value in routed.items() if self.args_route[key][i]})
-            for i, place in enumerate(self._order)
-        ]
-
-
-class _Blocks(_Program):
+class _Blocks(Program):
     """What sequences of blocks share: routes and stochastic depth."""
 
-    def __init__(
-        self,
-        args_route: Routes,
-        layer_dropout: float,
-        depth: int,
-        execution: Execution,
-        options: Options,
-        streams: Streams = "float",
-    ) -> None:
+    _name = "block"
+    # Which stream each branch of a block updates.
+    _updates = (0, 1)
+
+    def __init__(self, args_route: Routes, layer_dropout: float, depth: int, *options: Any) -> None:
         if depth == 0:
             raise ValueError("blocks is empty: give at least one (f, g) pair")
         check_routes(args_route, depth)
         if not 0.0 <= layer_dropout < 1.0:
             raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
-        super().__init__(2 * depth, execution, options, streams)
+        super().__init__(2 * depth, *options)
         self.args_route = dict(args_route)
         self.layer_dropout = layer_dropout
         self._depth = depth
 
-    def _step_name(self, step: int) -> str:
-        return "the input" if step < 0 else f"block {step // 2}, branch {'fg'[step % 2]}"
+    def _branches(self, i: int) -> Iterable[nn.Module]:
+        raise NotImplementedError
 
-    def _blocks(self, kwargs: Mapping[str, Any]) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
-        """The blocks of one forward pass, in order: index, keywords of the first branch, of the second."""
+    def _parts(self, streams: Sequence[Any], kwargs: Any, dropped: Collection[int] | None = None) -> Parts:
         check_keywords(self.args_route, kwargs)
         routed = route_args(self.args_route, kwargs, self._depth)
-        dropped = self._dropped()
-        return [(i, *routed[i]) for i in range(self._depth) if i not in dropped]
+        if dropped is None:
+            dropped = self._dropped()
+        parts: list[tuple[int, Part]] = []
+        for i, keywords in enumerate(routed):
+            if i not in dropped:
+                parts += _residual(self._branches(i), keywords, 2 * i, f"{self._name} {i}, ", self._updates)
+        return parts
 
     @property
-    def _draws_depth(self) -> bool:
+    def _draws(self) -> bool:
         return self.training and self.layer_dropout > 0.0
 
-    def _dropped(self) -> set[int]:
-        if not self._draws_depth:
-            return set()
+    def _dropped(self) -> Collection[int]:
+        if not self._draws:
+            return ()
         draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
+
+    def _step_name(self, step: int) -> str:
+        return "the input" if step < 0 else f"{self._name} {step // 2}, branch {'fg'[step % 2]}"
 
     def extra_repr(self) -> str:
         dropout = f", layer_dropout={self.layer_dropout}" if self.layer_dropout else ""
@@ -450,8 +215,8 @@ class ReversibleSequence(_Blocks):
             raise ValueError(f"split {split!r} is not 'copy' or 'chunk'")
         if merge not in ("mean", "sum", "concat"):
             raise ValueError(f"merge {merge!r} is not 'mean', 'sum' or 'concat'")
-        options = Options(preserve_rng_state, determinism_check, context_fn)
-        super().__init__(args_route, layer_dropout, len(pairs), execution, options, streams)
+        options = (streams, execution, preserve_rng_state, determinism_check, context_fn)
+        super().__init__(args_route, layer_dropout, len(pairs), *options)
         self.split = split
         self.merge = merge
         self.dim = dim
@@ -473,7 +238,7 @@ class ReversibleSequence(_Blocks):
         return (y, *aux) if aux else y
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _check_stream(x, "x")
+        check_stream(x, "x")
         self._check_plan(x)
         if self.split == "copy":
             return x, x
@@ -499,23 +264,7 @@ class ReversibleSequence(_Blocks):
             `(y1, y2)`, or `(y1, y2, aux)` if branches returned extra outputs.
         """
         _check_streams(x1, x2)
-        if active():
-            engine: Callable[[], tuple[Any, ...]] = partial(self.run, x1, x2, **kwargs)
-            if self._draws_depth and torch.compiler.is_dynamo_compiling():
-                return tuple(outside(engine))
-            parts = []
-            for i, f_args, g_args in self._blocks(kwargs):
-                block = cast(ReversibleBlock, self.blocks[i])
-                parts.append(Part(f"block {i}, branch f", block.f, _ADDITIVE, 0, (1,), f_args))
-                parts.append(Part(f"block {i}, branch g", block.g, _ADDITIVE, 1, (0,), g_args))
-            return self._traced(parts, (x1, x2), engine, list(self.blocks))
-        blocks = self._blocks(kwargs)
-        with self._call(x1, x2) as call:
-            streams = call.start()
-            del x1, x2
-            for i, f_args, g_args in blocks:
-                streams = _door.enter(call, i, self.blocks[i], streams, f_args, g_args)
-            return self._finish(call, *streams)
+        return self._run((x1, x2), kwargs)
 
     def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The streams before the first block, `(x1, x2)`, from those after the last.
@@ -523,11 +272,27 @@ class ReversibleSequence(_Blocks):
         Exact up to rounding in floating point. Randomness is not repeated: call it in `eval()`, or without dropout.
         """
         _check_streams(y1, y2)
-        check_keywords(self.args_route, kwargs)
-        routed = route_args(self.args_route, kwargs, self._depth)
-        for block, (f_args, g_args) in zip(reversed(self.blocks), reversed(routed), strict=True):
-            y1, y2 = cast(ReversibleBlock, block).inverse(y1, y2, f_args, g_args)
-        return y1, y2
+        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), kwargs, dropped=()))
+        return x1, x2
+
+    def _branches(self, i: int) -> Iterable[nn.Module]:
+        block = cast(ReversibleBlock, self.blocks[i])
+        return block.f, block.g
+
+    @property
+    def _doors(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
+    def _through(self, call: Call, parts: Parts) -> Sequence[Any]:
+        streams = call.start()
+        for i in range(0, len(parts), 2):
+            (first, f), (_, g) = parts[i : i + 2]
+            _door.entered = call, parts[i : i + 2]
+            try:
+                streams = self.blocks[first // 2](*streams, f.kwargs, g.kwargs)
+            finally:
+                vars(_door).pop("entered", None)
+        return streams
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, split={self.split!r}, merge={self.merge!r}, dim={self.dim}"
@@ -543,6 +308,8 @@ class SequentialSequence(_Blocks):
     """
 
     _allowed = tuple(name for name in EXECUTIONS if name != "invert")
+    _name = "layer"
+    _updates = (0, 0)
 
     def __init__(
         self,
@@ -552,41 +319,17 @@ class SequentialSequence(_Blocks):
         execution: Execution = "store",
     ) -> None:
         pairs = _pairs(layers)
-        super().__init__(args_route, layer_dropout, len(pairs), execution, Options())
+        super().__init__(args_route, layer_dropout, len(pairs), "float", execution)
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
         """`x` after the last layer: same shape and dtype; `(x, aux)` if branches returned extra outputs."""
-        _check_stream(x, "x")
-        if active():
-            engine = partial(self.forward, x, **kwargs)
-            if self._draws_depth and torch.compiler.is_dynamo_compiling():
-                return outside(engine)
-            parts = []
-            for i, f_args, g_args in self._blocks(kwargs):
-                f, g = cast(nn.ModuleList, self.layers[i])
-                parts.append(Part(f"layer {i}, branch f", f, _ADDITIVE, 0, (0,), f_args))
-                parts.append(Part(f"layer {i}, branch g", g, _ADDITIVE, 0, (0,), g_args))
-            y, *aux = self._traced(parts, (x,), engine)
-            return (y, *aux) if aux else y
-        blocks = self._blocks(kwargs)
-        with self._call(x) as call:
-            del x
-            for i, f_args, g_args in blocks:
-                f, g = cast(nn.ModuleList, self.layers[i])
-                call.step(2 * i, f, 0, (0,), _ADDITIVE, f_args, f"layer {i}, branch f")
-                call.step(2 * i + 1, g, 0, (0,), _ADDITIVE, g_args, f"layer {i}, branch g")
-            y, *aux = self._finish(call)
-            return (y, *aux) if aux else y
+        check_stream(x, "x")
+        y, *aux = self._run((x,), kwargs)
+        return (y, *aux) if aux else y
 
-
-def _streams(streams: Streams) -> Streams:
-    named: dict[Any, Streams] = {"auto": "auto", "fixed": Fixed(), "float": Float()}
-    if isinstance(streams, Fixed | Float):
-        return streams
-    if streams not in named:
-        raise ValueError(f"streams {streams!r} is not 'auto', 'fixed', 'float' or a revnet.Fixed")
-    return named[streams]
+    def _branches(self, i: int) -> Iterable[nn.Module]:
+        return cast(nn.ModuleList, self.layers[i])
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
@@ -600,20 +343,9 @@ def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Mo
     return pairs
 
 
-def _check_stream(x: Any, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}, but a stream is a tensor")
-    if x.is_nested:
-        raise TypeError(
-            f"{name} is a nested tensor: a stream is a dense tensor. Pad it, and pass a mask by args_route."
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"{name} is {x.dtype}, but a stream is floating-point")
-
-
 def _check_streams(x1: Any, x2: Any) -> None:
-    _check_stream(x1, "x1")
-    _check_stream(x2, "x2")
+    check_stream(x1, "x1")
+    check_stream(x2, "x2")
     if x1.shape != x2.shape or x1.dtype != x2.dtype or x1.device != x2.device:
         raise ValueError(
             f"the streams differ: x1 is {tuple(x1.shape)} {x1.dtype} on {x1.device}, "

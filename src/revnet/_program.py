@@ -1,0 +1,293 @@
+"""Programs of steps: what all of them share, and the general one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ._couplings import tree_leaves
+from ._engine import Call, ContextFn, Options
+from ._errors import ReversibleError
+from ._execution import EXECUTIONS, Plan, resolve
+from ._routing import check_keywords
+from ._steps import FixedArithmetic, FloatArithmetic, Step, undo
+from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
+from ._traced import Part, active, outside, run_traced
+
+Execution = str | Sequence[str] | Plan
+Streams = str | Fixed | Float
+# The steps of one pass, each with its index in the program: some may be left out.
+Parts = Sequence[tuple[int, Part]]
+
+
+def take(call: Call, index: int, part: Part, kwargs: Mapping[str, Any]) -> None:
+    """Apply a step to the streams of a call."""
+    call.step(index, part.fn, part.target, part.source, part.coupling, dict(kwargs), part.name)
+
+
+class Program(nn.Module):
+    """What all programs share: the choice of streams and execution, and a pass over the steps.
+
+    A subclass says which steps a pass consists of, in `_parts`.
+    """
+
+    _allowed: Sequence[str] = EXECUTIONS
+    # Whether a step can be undone in fixed streams alone.
+    _needs_fixed = False
+
+    def __init__(
+        self,
+        steps: int,
+        streams: Streams,
+        execution: Execution,
+        preserve_rng_state: bool = True,
+        determinism_check: str = "default",
+        context_fn: ContextFn | None = None,
+    ) -> None:
+        super().__init__()
+        if determinism_check not in ("default", "none", "exact"):
+            raise ValueError(f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'")
+        self._count = steps
+        self._options = Options(preserve_rng_state, determinism_check, context_fn)
+        self.streams = _streams(streams)
+        self._monitor = RangeMonitor()
+        self.execution = execution
+
+    def _parts(self, streams: Sequence[Any], kwargs: Any) -> Parts:
+        """The steps of one pass, after a look at what it is given."""
+        raise NotImplementedError
+
+    @property
+    def _draws(self) -> bool:
+        """Whether the steps of a pass are drawn at random."""
+        return False
+
+    @property
+    def _doors(self) -> Sequence[nn.Module]:
+        """Modules that a pass enters by their `__call__`."""
+        return ()
+
+    def _through(self, call: Call, parts: Parts) -> Sequence[Any]:
+        """Apply the steps to the streams of a call; returns the streams, if not as the last step left them."""
+        for index, part in parts:
+            take(call, index, part, part.kwargs)
+        return ()
+
+    def _run(self, streams: Sequence[Any], kwargs: Any) -> tuple[Any, ...]:
+        """The streams after one pass, followed by a dict of the branches' extra outputs if there are any."""
+        again = partial(self._run, streams, kwargs)
+        if self._draws and torch.compiler.is_dynamo_compiling():
+            return tuple(outside(again))
+        parts = self._parts(streams, kwargs)
+        first = tree_leaves(streams[0])[0]
+        self._check_plan(first)
+        arithmetic = self._arithmetic(first)
+        if active():
+            obstacle = ""
+            if self._options.context_fn is not None or self._options.determinism_check == "exact":
+                obstacle = "context_fn and determinism_check='exact' take effect in the replays of the engine"
+            steps = [part for _, part in parts]
+            return tuple(run_traced(steps, streams, arithmetic, self._executions, again, self._doors, obstacle))
+        with Call(streams, arithmetic, self._options, self._executions) as call:
+            outputs = tuple(call.finish(*self._through(call, parts)))
+            self._monitor.flush()
+            return (*outputs, call.aux) if call.aux else outputs
+
+    def _undo(self, streams: Sequence[Any], parts: Parts) -> tuple[Any, ...]:
+        """The streams before the steps, from those after them."""
+        found = list(streams)
+        for _, part in reversed(parts):
+            undo(found, part.fn, part.target, part.source, part.coupling, part.kwargs)
+        return tuple(found)
+
+    def _check_plan(self, x: Tensor) -> None:
+        """Raise where the input is larger than that for which the plan in force was made."""
+        if isinstance(self._execution, Plan) and torch.is_grad_enabled():
+            self._execution.check_input(x)
+
+    def _arithmetic(self, x: Tensor) -> FloatArithmetic | FixedArithmetic:
+        """How this call holds its streams, after a look at what earlier calls found."""
+        fixed = self._format(x)
+        if not isinstance(fixed, Fixed):
+            return FloatArithmetic()
+        if active():
+            # The monitor's memory is not of the graph: there, what leaves the range shows as NaN alone.
+            return FixedArithmetic(fixed, None)
+        self._raise(self._monitor.poll(), fixed)
+        return FixedArithmetic(fixed, self._monitor)
+
+    def _format(self, x: Tensor) -> Fixed | Float:
+        """The format of streams that start as x."""
+        if isinstance(self.streams, Fixed | Float):
+            return self.streams
+        low = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
+        return Fixed() if low or (self._needs_fixed and x.dtype is torch.float32) else Float()
+
+    def check(self) -> None:
+        """Wait for the device and raise if a stream left the range of its format.
+
+        Without this call, the error is raised by the first forward pass after the news has reached the host.
+
+        Raises:
+            ReversibleError: a branch whose update left the range, was infinite or not a number.
+        """
+        fixed = self.streams if isinstance(self.streams, Fixed) else Fixed()
+        self._raise(self._monitor.check(), fixed)
+
+    def _raise(self, found: OutOfRange | None, fixed: Fixed) -> None:
+        for step, share in self._monitor.vanishing().items():
+            warnings.warn(
+                f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than half of "
+                f"2^-{fixed.fraction_bits}, the resolution of the streams, and change nothing. Use more fraction bits, "
+                "as in streams=revnet.Fixed(fraction_bits=37).",
+                stacklevel=3,
+            )
+        if found is None:
+            return
+        self._monitor.reset()
+        bits = fitting_fraction_bits(found.magnitude)
+        remedy = "Look for the cause in this branch."
+        if bits is not None:
+            remedy = f"Use streams=revnet.Fixed(fraction_bits={bits}) or fewer fraction bits."
+        raise ReversibleError(
+            f"{self._step_name(found.step)}: a stream left the range of {fixed}, ±{fixed.limit:.6g}: the largest value "
+            f"was {found.magnitude:.6g}. The output of that forward pass is NaN there. {remedy}"
+        )
+
+    def _step_name(self, step: int) -> str:
+        return "the input" if step < 0 else f"step {step}"
+
+    @property
+    def execution(self) -> Execution:
+        """What stays of each step until backward; see `revnet.plan`. Switches at any time."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        self._executions = resolve(execution, self._count, self._allowed)
+        self._execution = execution
+
+    def extra_repr(self) -> str:
+        streams = repr(self.streams)
+        if self.streams == "auto":
+            where = "below float64" if self._needs_fixed else "in low precision"
+            streams += f" ({Fixed()!r} {where}, else {Float()!r})"
+        return f"streams={streams}, execution={self.execution!r}"
+
+
+class Reversible(Program):
+    """Steps over any number of streams, trained with activation memory that does not grow with their number.
+
+    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step` object may occur
+    many times: its parameters are registered once.
+
+    Args:
+        steps: in the order in which they are applied.
+        args_route: for each keyword of the forward pass, one boolean per step: whether its branch takes it.
+        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales its target, which
+            float streams cannot undo.
+        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked to `"invert"` but
+            cannot be undone in the streams of the call, it keeps its target: see `revnet.Coupling`.
+        preserve_rng_state, determinism_check, context_fn: as in `ReversibleSequence`.
+
+    Raises:
+        ValueError: no steps, a route of another length, or an unknown option.
+        TypeError: a step that is not a `Step`.
+
+    Example:
+        >>> net = Reversible([Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)])
+        >>> [tuple(y.shape) for y in net(*torch.randn(3, 2, 8))]
+        [(2, 8), (2, 8), (2, 8)]
+    """
+
+    def __init__(
+        self,
+        steps: Iterable[Step],
+        *,
+        args_route: Mapping[str, Sequence[bool]] = {},
+        streams: Streams = "auto",
+        execution: Execution = "invert",
+        preserve_rng_state: bool = True,
+        determinism_check: str = "default",
+        context_fn: ContextFn | None = None,
+    ) -> None:
+        program = list(steps)
+        if not program:
+            raise ValueError("steps is empty: give at least one revnet.Step")
+        for i, step in enumerate(program):
+            if not isinstance(step, Step):
+                raise TypeError(f"step {i} is {type(step).__name__}, but a program consists of revnet.Step")
+        for key, route in args_route.items():
+            if len(route) != len(program):
+                raise ValueError(
+                    f"args_route[{key!r}] has {len(route)} entries for {len(program)} steps: give one boolean per step"
+                )
+        super().__init__(len(program), streams, execution, preserve_rng_state, determinism_check, context_fn)
+        places = {step: place for place, step in enumerate(dict.fromkeys(program))}
+        self.steps = nn.ModuleList(places)
+        self._order = [places[step] for step in program]
+        self.args_route = dict(args_route)
+        self._width = 1 + max(max((step.target, *step.source)) for step in places)
+        undoes = FloatArithmetic().undoes
+        self._needs_fixed = any(step.coupling.scales and not undoes(step.coupling) for step in places)
+
+    def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The streams after the last step.
+
+        Args:
+            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or more.
+            **kwargs: passed to the branches that `args_route` names.
+
+        Returns:
+            As many streams, and a dict from step to extra output if branches returned `(update, aux)`.
+        """
+        return self._run(streams, kwargs)
+
+    def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The streams before the first step, from those after the last; differentiable.
+
+        Computed in floating point, so exact up to rounding. Randomness is not repeated: call it in `eval()`, or without
+        dropout.
+        """
+        return self._undo(streams, self._parts(streams, kwargs))
+
+    def _parts(self, streams: Sequence[Any], kwargs: Any) -> Parts:
+        if len(streams) < self._width:
+            raise ValueError(f"got {len(streams)} streams, but the steps refer to {self._width}")
+        for i, stream in enumerate(streams):
+            for leaf in tree_leaves(stream):
+                check_stream(leaf, f"stream {i}")
+        check_keywords(self.args_route, kwargs)
+        routed = {key: value for key, value in kwargs.items() if key in self.args_route}
+        steps = cast(list[Step], list(self.steps))
+        parts = []
+        for i, place in enumerate(self._order):
+            step = steps[place]
+            keywords = {key: value for key, value in routed.items() if self.args_route[key][i]}
+            parts.append((i, Part(f"step {i}", step, step.coupling, step.target, step.source, keywords)))
+        return parts
+
+
+def _streams(streams: Streams) -> Streams:
+    named: dict[Any, Streams] = {"auto": "auto", "fixed": Fixed(), "float": Float()}
+    if isinstance(streams, Fixed | Float):
+        return streams
+    if streams not in named:
+        raise ValueError(f"streams {streams!r} is not 'auto', 'fixed', 'float' or a revnet.Fixed")
+    return named[streams]
+
+
+def check_stream(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, but a stream is a tensor")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor: a stream is a dense tensor. Pad it, and pass a mask by args_route."
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}, but a stream is floating-point")
