@@ -57,8 +57,9 @@ def _value(ctx: Any, name: str) -> Any:
 
 def _realized(variable: Any) -> Any:
     """The value of a variable of the function that is being traced, its tensors without memory."""
-    from torch._dynamo.variables import ConstDictVariable, TensorVariable
+    from torch._dynamo.variables import ConstDictVariable, SymNodeVariable, TensorVariable
     from torch._dynamo.variables.lists import BaseListVariable
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     variable = variable.realize()
     if isinstance(variable, TensorVariable):
@@ -68,6 +69,9 @@ def _realized(variable: Any) -> Any:
             # comparison of symbolic sizes inside the operation one of its outputs, and fail on those.
             int(size)
         return tensor
+    if isinstance(variable, SymNodeVariable):
+        # A number that has changed between calls: a graph for each value, as for sizes.
+        return guard_scalar(variable.sym_num)
     if isinstance(variable, BaseListVariable):
         items = [_realized(item) for item in variable.items]
         return tuple(items) if variable.python_type() is not list else items
