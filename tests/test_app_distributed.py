@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
@@ -50,6 +56,9 @@ def _rank(rank: int, world: int, ports: list[int], runs: list[tuple[dict[str, An
     from revnet.app import parallel
 
     for port, (given, resumed) in zip(ports, runs, strict=True):
+        if rank == 0 and resumed is not None and not Path(resumed).exists():
+            # The others wait for this rank's store.
+            break_off(Path(resumed))
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -75,12 +84,22 @@ def train_alone(given: dict[str, Any], resumed: str | None = None) -> None:
     training.save()
 
 
+def break_off(run: Path) -> None:
+    """Leaves what `kill -9` leaves: the run "whole", whose last checkpoint is half written."""
+    shutil.copytree(run.with_name("whole"), run)
+    last = run / "checkpoints" / f"step-{STEPS:08}"
+    partial = last.rename(last.with_name(f".{last.name}"))
+    max(partial.glob("*.distcp"), key=lambda file: file.stat().st_size).write_bytes(b"half")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process, and of two ranks by DDP, by FSDP2, and by a plan."""
+    """Runs of one process, of two ranks by DDP, by FSDP2, and a plan, and one with dropout broken off and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     train_alone(SMALL | {"out": str(folder / "one")})
-    train_on(2, *((SMALL | more | {"out": str(folder / name)}, None) for name, more in CURVES.items()))
+    runs = CURVES | {"whole": {"parallel": "fsdp", "dropout": 0.2, "save_every": STEPS // 2}}
+    given = [(SMALL | more | {"out": str(folder / name)}, None) for name, more in runs.items()]
+    train_on(2, *given, ({}, str(folder / "broken")))
     return folder
 
 
@@ -99,6 +118,20 @@ def test_weights_for_sampling(name: str, folder: Path) -> None:
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-3)
+
+
+def test_resumes_bit_for_bit(folder: Path) -> None:
+    """Masks and batches follow from seed, step and rank: no generator is saved, and none is missed."""
+    assert rows(folder / "whole") != rows(folder / "fsdp"), "dropout drops nothing"
+    assert rows(folder / "broken") == rows(folder / "whole")
+    assert_same_weights(folder / "broken", folder / "whole")
+    names = sorted(path.name for path in (folder / "broken" / "checkpoints").iterdir())
+    assert names == [f"step-{STEPS // 2:08}", f"step-{STEPS:08}"], "the half-written one is left"
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    one, two = (load_file(path / "weights.safetensors") for path in (run, other))
+    assert all(torch.equal(one[key], two[key]) for key in one | two)
 
 
 def test_resumes_on_another_number_of_ranks(folder: Path) -> None:
@@ -133,18 +166,56 @@ def test_ranks_share_batches_without_overlap(world: int) -> None:
             assert {len(piece) for piece in pieces} == {8 // world}
 
 
-def start_torchrun(out: Path, restarts: int, steps: int = 40, save_every: int = 5) -> subprocess.Popen[str]:
-    settings = SMALL | {"steps": steps, "save_every": save_every, "validate_every": steps, "out": out}
-    settings |= {"parallel": "fsdp", "rank_timeout": 60}
+def test_ranks_agree_which_start_this_is() -> None:
+    """Through a store that outlives them, whichever rank is late, and after a start in which some never came."""
+    from revnet.app.parallel import _attempt
+
+    store = dist.HashStore()
+
+    def started(ranks: dict[int, float], seconds: float = 20) -> list[Any]:
+        def one(rank: int, late: float) -> Any:
+            time.sleep(late)
+            try:
+                return _attempt(store, rank, 3, timedelta(seconds=seconds))
+            except dist.DistStoreError as error:
+                return str(error)
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(one, ranks, ranks.values()))
+
+    late = "timed out waiting for 3 ranks to start"
+    assert started({0: 0, 1: 0, 2: 0}) == [1, 1, 1]
+    assert started({0: 0.2, 1: 0, 2: 0.1}) == [2, 2, 2]
+    assert started({0: 0, 2: 0}, seconds=0.3) == [late, late]
+    assert started({0: 0.1, 1: 0, 2: 0.2}) == [4, 4, 4]
+    assert started({1: 0, 2: 0}, seconds=0.3) == [late, late]
+    assert started({0: 0.2, 1: 0, 2: 0}) == [5, 5, 5]
+
+
+LONG = {"steps": 120, "save_every": 10, "validate_every": 120, "parallel": "fsdp", "rank_timeout": 60}
+
+
+def start_torchrun(out: Path, *launch: str, **settings: Any) -> subprocess.Popen[str]:
+    settings = SMALL | LONG | settings | {"out": out}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    command = [sys.executable, *launch, "-m", "revnet", "train", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "revnet", "train", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+ONE_NODE = ("--standalone", "--nproc-per-node=2")
+
+
+def wait_for(happened: Callable[[], Any], run: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 100
+    while not happened():
+        assert time.monotonic() < end, "nothing happened in time"
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+
+
 def workers(agent: int) -> list[int]:
-    """The ranks that torchrun started, by their environment: {rank: pid} in order."""
+    """The processes that torchrun started, in the order of their ranks, by their environment."""
     found = {}
     for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
@@ -154,49 +225,75 @@ def workers(agent: int) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+def saved(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def kill_a_rank(run: Path, agent: subprocess.Popen[str], rank: int) -> int:
+    """`kill -9` at a random moment after the first checkpoint; returns the step that was saved last."""
+    wait_for(lambda: saved(run), agent)
+    time.sleep(random.random())
+    last = saved(run)[-1]
+    os.kill(workers(agent.pid)[rank], signal.SIGKILL)
+    return int(last.name.removeprefix("step-"))
+
+
+def resumed_from(output: str) -> int:
+    (step,) = (int(line.split("From step ")[1].split(".")[0]) for line in output.splitlines() if "From step" in line)
+    return step
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_killed_rank_and_restart(tmp_path: Path) -> None:
     """kill -9 of one rank ends the other with a message; torchrun restarts both, and every loss is as without."""
-    whole = start_torchrun(tmp_path / "whole", restarts=0)
-    assert whole.wait(120) == 0, whole.communicate()[0]
-    whole.communicate()
-    broken = start_torchrun(tmp_path / "broken", restarts=1)
-    checkpoints = tmp_path / "broken" / "checkpoints"
-    end = time.monotonic() + 100
-    while not list(checkpoints.glob("step-*")):
-        assert time.monotonic() < end, "no checkpoint in time"
-        assert broken.poll() is None
-        time.sleep(0.02)
-    os.kill(workers(broken.pid)[1], signal.SIGKILL)
-    output = broken.communicate(timeout=150)[0]
-    assert broken.returncode == 0, output
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run = start_torchrun(whole, *ONE_NODE, dropout=0.1)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, output
+    run = start_torchrun(broken, *ONE_NODE, "--max-restarts=1", dropout=0.1)
+    last = kill_a_rank(broken, run, 1)
+    output = run.communicate(timeout=150)[0]
+    assert run.returncode == 0, output
     assert "lost another rank" in output, output
-    resumed = [int(line.split("From step ")[1].split(".")[0]) for line in output.splitlines() if "From step" in line]
-    assert len(resumed) == 1
-    assert resumed[0] >= 5
-    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
-    one, two = (load_file(tmp_path / run / "weights.safetensors") for run in ("whole", "broken"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert not list(checkpoints.glob(".step-*")), "a half-written checkpoint was left"
+    assert resumed_from(output) >= last, "an older checkpoint than the last"
+    assert rows(broken) == rows(whole)
+    assert_same_weights(broken, whole)
+    assert not list((broken / "checkpoints").glob(".step-*")), "a half-written checkpoint was left"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_two_nodes(tmp_path: Path) -> None:
+    """Two agents, one of which loses its rank, train what one process trains."""
+    train_alone(SMALL | LONG | {"out": str(tmp_path / "one")})
+    meeting = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    launch = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7", meeting, "--max-restarts=3")
+    agents = [start_torchrun(tmp_path / "two", *launch) for _ in range(2)]
+    try:
+        last = kill_a_rank(tmp_path / "two", agents[0], 0)
+        outputs = [agent.communicate(timeout=150)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert resumed_from("".join(outputs)) >= last
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_interrupt_stops_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
-    run = start_torchrun(tmp_path / "run", restarts=1, steps=100_000, save_every=100_000)
-    end = time.monotonic() + 100
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert time.monotonic() < end, "no step in time"
-        time.sleep(0.05)
+    run = start_torchrun(tmp_path, *ONE_NODE, "--max-restarts=1", steps=100_000, save_every=100_000)
+    wait_for((tmp_path / "metrics.jsonl").exists, run)
     # One rank hears of it, and tells the other.
     os.kill(workers(run.pid)[1], signal.SIGTERM)
-    end = time.monotonic() + 60
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
-        assert time.monotonic() < end, "no checkpoint in time"
-        time.sleep(0.05)
+    wait_for(lambda: saved(tmp_path), run)
     run.send_signal(signal.SIGINT)
     output = run.communicate(timeout=60)[0]
     assert "Continue with: revnet train --resume" in output, output

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -202,8 +203,8 @@ def train(given: dict[str, Any], resumed: str | None) -> int:
     """Trains as `revnet.app.train.train` does, on all ranks; returns this rank's exit code."""
     first = int(os.environ["RANK"]) == 0
     try:
-        with _ranks(given), tempfile.TemporaryDirectory(prefix="revnet-") as scratch:
-            return _train(given, resumed, Path(scratch))
+        with _ranks(given) as attempt, tempfile.TemporaryDirectory(prefix="revnet-") as scratch:
+            return _train(given, resumed, attempt, Path(scratch))
     except (UserError, MachineError):
         # Every rank met it; one says so.
         if first:
@@ -233,7 +234,8 @@ def _is_lost(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def _ranks(given: dict[str, Any]) -> Iterator[None]:
+def _ranks(given: dict[str, Any]) -> Iterator[int]:
+    """A process group; gives the number of times that torchrun has started the ranks."""
     config = TrainConfig(**given)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = config.device != "cpu" and torch.cuda.is_available()
@@ -241,15 +243,16 @@ def _ranks(given: dict[str, Any]) -> Iterator[None]:
         torch.cuda.set_device(local)
     timeout = timedelta(seconds=config.rank_timeout)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
+    attempt = _attempt(store, rank, world, timeout)
     # torchrun keeps its store through restarts, and with it the addresses of ranks that are gone.
-    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
     )
     # A branch that ends in a linear layer returns a view; couplings work out of place, so no hook is lost.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     try:
-        yield
+        yield attempt
     finally:
         # Only where nothing went wrong: destroying waits for the other ranks.
         if sys.exc_info()[0] is None:
@@ -257,8 +260,33 @@ def _ranks(given: dict[str, Any]) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _train(given: dict[str, Any], resumed: str | None, scratch: Path) -> int:
-    training = _make(given, resumed, scratch)
+def _attempt(store: Store, rank: int, world: int, timeout: timedelta) -> int:
+    """The number of this start of all ranks, on which they agree.
+
+    TORCHELASTIC_RESTART_COUNT is each host's own: a host whose ranks are stopped because others failed counts nothing.
+    """
+    end, known = time.monotonic() + timeout.total_seconds(), 0
+    if rank == 0:
+        known = store.add("attempt", 1)
+    while time.monotonic() < end:
+        current = store.add("attempt", 0)
+        if rank and current != known:
+            # It may be an earlier one, which the first rank has yet to close by counting on.
+            known = current
+            store.add(f"arrived-{current}", 1)
+        arrived = store.add(f"arrived-{known}", 0)
+        if rank == 0 and arrived == world - 1:
+            store.set(f"complete-{known}", "")
+            return known
+        # Those of an earlier start that was complete are one too many now.
+        if rank and arrived == world - 1 and store.check([f"complete-{known}"]):
+            return known
+        time.sleep(0.02)
+    raise dist.DistStoreError(f"timed out waiting for {world} ranks to start")
+
+
+def _train(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Path) -> int:
+    training = _make(given, resumed, attempt, scratch)
     config, data, run = training.config, training.data, training.run
     first, world = dist.get_rank() == 0, dist.get_world_size()
     with _Display(config.steps, data.unit, quiet=not first) as display, interruptible() as told:
@@ -282,7 +310,7 @@ def _train(given: dict[str, Any], resumed: str | None, scratch: Path) -> int:
     return 0
 
 
-def _make(given: dict[str, Any], resumed: str | None, scratch: Path) -> ParallelTraining:
+def _make(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Path) -> ParallelTraining:
     """The training that was asked for; after a restart by torchrun, the one that was under way."""
     first = dist.get_rank() == 0
 
@@ -294,7 +322,7 @@ def _make(given: dict[str, Any], resumed: str | None, scratch: Path) -> Parallel
         run = Run.open(path)
         return run if first else _Shadow(scratch, run.path)
 
-    if resumed is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if resumed is None and attempt > 1:
         if given.get("out") is None:
             raise UserError("torchrun restarted the ranks, but without --out they cannot know which run was theirs")
         run = Path(given["out"])
