@@ -31,7 +31,7 @@ def check_inverse(program: nn.Module, *inputs: Any, tolerance: float | None = No
     Raises:
         ReversibleError: an error above the tolerance, an input changed in place, another structure, shape or dtype.
     """
-    before = _clone(inputs)
+    before = _leaves(inputs)
     name = ("target", "branch output").__getitem__ if isinstance(program, Coupling) else "stream {}".format
     with torch.no_grad():
         if isinstance(program, Coupling):
@@ -53,17 +53,7 @@ def check_inverse(program: nn.Module, *inputs: Any, tolerance: float | None = No
                     f"{name(i)} is {tuple(a.shape)} {a.dtype}, but came back as {tuple(b.shape)} {b.dtype}: the "
                     "inverse undoes shape and dtype, too"
                 )
-            error = _error(b, a)
-            worst = max(worst, error)
-            allowed = 1000 * torch.finfo(a.dtype).eps if tolerance is None else tolerance
-            if not error <= allowed:
-                raise ReversibleError(
-                    f"{name(i)} came back with a relative error of {error:.2g}, more than {allowed:.2g}. If it is of "
-                    "the order of one, the inverse does not match: undo the operations of forward in reverse order, "
-                    "with the same branch output, in eval() or without randomness. If it is small, the rule loses "
-                    "digits: leave approximate=False, so that steps keep their targets, or give it as scale and "
-                    "increment and use streams='fixed'."
-                )
+            worst = max(worst, _error(f"{name(i)} came back with a", b, a, tolerance, 1000, _LOSSY))
     return worst
 
 
@@ -91,15 +81,18 @@ def check_gradients(
     """
     execution = program.execution
     parameters = dict(program.named_parameters())
-    before = _clone(streams)
+    before = _leaves(streams)
     buffers = [(buffer, buffer.detach().clone()) for buffer in program.buffers()]
 
-    def run(execution: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    def begin(execution: Any) -> None:
+        program.execution = execution
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        program.execution = execution
-        leaves, given = _leaves(streams), _leaves(kwargs)
+
+    def run(execution: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+        begin(execution)
+        leaves, given = _leaves(streams, differentiable=True), _leaves(kwargs)
         devices = [leaf.device for leaf in pytree.tree_leaves(leaves) if leaf.device.type == "cuda"]
         with torch.random.fork_rng(devices=sorted({device.index or 0 for device in devices})):
             torch.manual_seed(seed)
@@ -118,10 +111,7 @@ def check_gradients(
         _deterministic(outputs, again, expected, repeated)
         outputs, actual = run(execution)
     finally:
-        program.execution = execution
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        begin(execution)
     for i, (a, b) in enumerate(zip(again, outputs, strict=True)):
         if not torch.equal(a, b):
             raise ReversibleError(
@@ -155,25 +145,13 @@ def _compare(actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor 
             if (right is None) != (found is None):
                 raise ReversibleError(f"{name} has {'no' if found is None else 'a'} gradient, unlike stored execution")
             continue
-        error = _error(found, right)
-        worst = max(worst, error)
-        allowed = 10_000 * torch.finfo(right.dtype).eps if tolerance is None else tolerance
-        if not error <= allowed:
-            raise ReversibleError(
-                f"{name}: relative error {error:.2g} of the gradient, more than {allowed:.2g}. With float streams, "
-                "rounding errors of the rebuilt activations grow with depth: use streams='fixed', or keep the targets "
-                "of some steps with execution='checkpoint'. With fixed streams, a branch draws from Python's or NumPy's"
-                " generator, or reads state that is not a buffer: determinism_check='exact' names it. If a coupling "
-                "sets approximate or rearranges, check it with check_inverse."
-            )
+        worst = max(worst, _error(f"the gradient of {name} has a", found, right, tolerance, 10_000, _WRONG))
     return worst
 
 
 def _deterministic(outputs: list[Tensor], again: list[Tensor], expected: Any, repeated: Any) -> None:
-    same = all(map(torch.equal, outputs, again)) and all(
-        (grad is None) == (repeated[name] is None) and (grad is None or torch.equal(grad, repeated[name]))
-        for name, grad in expected.items()
-    )
+    pairs = zip([*outputs, *expected.values()], [*again, *repeated.values()], strict=True)
+    same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
     if not same:
         raise ReversibleError(
             "two stored runs with the same seed differ, so no replay can be right. Draw from torch's global "
@@ -189,17 +167,12 @@ def _unchanged(inputs: Any, before: Any, name: str, names: Callable[[int], str])
                 raise ReversibleError(_IN_PLACE.format(name, names(i)))
 
 
-def _clone(tree: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), tree)
-
-
-def _leaves(tree: Any) -> Any:
-    """A tree of fresh leaves: streams all with gradient, keywords where they had one."""
-    everything = isinstance(tree, tuple)
+def _leaves(tree: Any, differentiable: bool = False) -> Any:
+    """A tree of fresh leaves: with gradient where they had one, or wherever they can."""
     return pytree.tree_map_only(
         Tensor,
         lambda leaf: (
-            leaf.detach().clone().requires_grad_(leaf.is_floating_point() and (everything or leaf.requires_grad))
+            leaf.detach().clone().requires_grad_(leaf.requires_grad or (differentiable and leaf.is_floating_point()))
         ),
         tree,
     )
@@ -216,7 +189,27 @@ def _weighted(out: Tensor) -> Tensor:
     return (weight * (wide + 0.1 * wide.square())).sum()
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
+_LOSSY = (
+    "If it is of the order of one, the inverse does not match: undo the operations of forward in reverse order, with "
+    "the same branch output, in eval() or without randomness. If it is small, the rule loses digits: leave "
+    "approximate=False, so that steps keep their targets, or give it as scale and increment and use streams='fixed'."
+)
+_WRONG = (
+    "With float streams, rounding errors of the rebuilt activations grow with depth: use streams='fixed', or keep the "
+    "targets of some steps with execution='checkpoint'. With fixed streams, a branch draws from Python's or NumPy's "
+    "generator, or reads state that is not a buffer: determinism_check='exact' names it. If a coupling sets "
+    "approximate or rearranges, check it with check_inverse."
+)
+
+
+def _error(
+    what: str, actual: Tensor, expected: Tensor, tolerance: float | None, precisions: float, advice: str
+) -> float:
+    """The relative error, within the tolerance, by default so many times the precision of the dtype."""
     difference = (actual.double() - expected.double()).norm().item()
     scale = expected.double().norm().item()
-    return float(difference / scale if scale else difference)
+    error = float(difference / scale if scale else difference)
+    allowed = precisions * torch.finfo(expected.dtype).eps if tolerance is None else tolerance
+    if not error <= allowed:
+        raise ReversibleError(f"{what} relative error of {error:.2g}, more than {allowed:.2g}. {advice}")
+    return error
