@@ -68,7 +68,7 @@ BARS = {
 def trained(name: str, given: argparse.Namespace, options: Sequence[str]) -> list[str]:
     """Runs the command; a row of the table, and what stands below it."""
     bar, folder = BARS[name], given.runs / name
-    command = ["train", bar.data, "--seed", str(given.seed), *options]
+    command = ["train", bar.data, "--seed", str(given.seed), "--device", given.device, *options]
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         [sys.executable, "-m", "revnet", *command, "--out", str(folder)],
@@ -85,7 +85,11 @@ def trained(name: str, given: argparse.Namespace, options: Sequence[str]) -> lis
         for picture in sorted(folder.glob("*.png")) + sorted(folder.glob("samples.txt")):
             shutil.copy(picture, given.pictures / f"{name}-{picture.name}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = ", ".join(f"{row['step']}: {row['held_out_bits']:.3f}" for row in rows if "held_out_bits" in row)
+    curve = [
+        f"| {row['step']} | {row['seconds'] / 60:.1f} | {row['held_out_bits']:.3f} |"
+        for row in rows
+        if "held_out_bits" in row
+    ]
     sizes = ("depth", "width", "heads", "batch", "steps", "lr", "dropout", "context", "dtype", "execution")
     figures = {key: round(value, 4) for key, value in result.items() if key != "memory"}
     return [
@@ -102,7 +106,9 @@ def trained(name: str, given: argparse.Namespace, options: Sequence[str]) -> lis
         "",
         f"At the end: {', '.join(f'{key} {value}' for key, value in figures.items())}.",
         "",
-        f"Held-out bits per token after so many steps: {curve}.",
+        "| steps | minutes | held-out bits per token |",
+        "|---:|---:|---:|",
+        *curve,
         "",
     ]
 
@@ -158,14 +164,15 @@ def main() -> None:
     names = [*BARS, "generation"]
     parser.add_argument("questions", nargs="+", choices=names, metavar="QUESTION", help=f"of {', '.join(names)}")
     parser.add_argument("--seed", type=int, default=0, help="of the runs")
+    parser.add_argument("--device", default="auto", help="of the runs")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--runs", type=Path, help="keep the runs in this folder")
     parser.add_argument("--pictures", type=Path, help="a folder for a copy of the pictures and texts")
     parser.add_argument("--out", type=Path, help="a file for the report")
     given, options = parser.parse_known_args()
     given.runs = given.runs or Path(tempfile.mkdtemp(prefix="quality-"))
-    graphics = torch.cuda.is_available()
-    hardware = torch.cuda.get_device_name() if graphics else f"{os.cpu_count()} cores of {platform.machine()}"
+    on_cpu = given.device == "cpu" or not torch.cuda.is_available()
+    hardware = f"a CPU ({platform.machine()})" if on_cpu else torch.cuda.get_device_name()
     lines = [
         "# What the trained networks are worth",
         "",

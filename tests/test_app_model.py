@@ -8,14 +8,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from revnet.app.data import PAD, START, Patches, Words, step_batch
 from revnet.app.digits import load, share_read
-from revnet.app.model import Shape, Transformer, bits_per_token, rotary_table, rotate
+from revnet.app.model import BUCKETS, NGrams, Shape, Transformer, bits_per_token, rotary_table, rotate
 from revnet.app.sample import Sampling, draw, generate
 
 IMAGE = Shape(depth=2, width=32, heads=2, prefix_vocab=9, prefix_length=4, vocab=7, rows=3, columns=5)
-TEXT = Shape(depth=2, width=32, heads=2, prefix_vocab=2, prefix_length=1, vocab=7, rows=15, columns=1)
+TEXT = Shape(depth=2, width=32, heads=2, prefix_vocab=2, prefix_length=1, vocab=7, rows=15, columns=1, ngrams=3)
 
 
 def network(shape: Shape) -> Transformer:
@@ -64,6 +65,53 @@ def test_the_cache_changes_nothing(shape: Shape) -> None:
         steps = [model(prefix, tokens[:, :n], cache=cache) for n in (0, 4, *range(5, shape.length))]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-12, atol=1e-12)
     assert len(cache) == shape.depth + 1
+
+
+def test_a_cached_token_costs_the_same_products_wherever_it_stands() -> None:
+    model = Transformer(Shape(4, 32, 2, 2, 1, 7, 400, 1))
+    prefix, tokens = torch.ones(1, 1, dtype=torch.int64), torch.randint(7, (1, 400))
+    flops: dict[bool, list[int]] = {True: [], False: []}
+    for cached, found in flops.items():
+        for n in (100, 200, 300):
+            cache: dict | None = {} if cached else None
+            with torch.no_grad():
+                if cached:
+                    model(prefix, tokens[:, : n - 1], cache=cache)
+                with FlopCounterMode(display=False) as counter:
+                    model(prefix, tokens[:, :n], cache=cache)
+            found.append(counter.get_total_flops())
+    first, second, third = flops[True]
+    # Nothing but the attention of one query, which grows with the keys that it sees; not all devices count it.
+    assert third - second == second - first <= 4 * 100 * 32 * 4
+    assert flops[False][0] > 90 * first
+    assert flops[False][2] >= 2.9 * flops[False][0]
+
+
+def test_ngrams_are_embedded_by_the_tokens_that_they_hold() -> None:
+    embedding = NGrams(vocab=256, width=3, most=4).double()
+    for table in embedding.longer:
+        torch.nn.init.normal_(table.weight)
+    tokens = torch.tensor([list(b"abcde-bcde")])
+    with torch.no_grad():
+        x = embedding(tokens)
+        expected = embedding.weight[tokens[0, 0]]
+        # The first has no token before it: its longer n-grams are the same in every text.
+        assert not torch.allclose(x[0, 0], expected)
+        assert torch.equal(embedding(torch.tensor([[97, 1]]))[0, 0], x[0, 0])
+    same = [i for i in range(5) if torch.equal(x[0, i], x[0, i + 5])]
+    assert same == [4]  # of "-bcde" only the e has the same four tokens as in "abcde"
+    assert embedding(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0, 3)
+
+
+def test_ngrams_share_buckets_evenly() -> None:
+    embedding = NGrams(vocab=256, width=1, most=2)
+    torch.nn.init.zeros_(embedding.weight)
+    with torch.no_grad():
+        embedding.longer[0].weight.copy_(torch.arange(BUCKETS)[:, None])
+        pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256))
+        buckets = embedding(pairs)[:, 1, 0].long()
+    counts = torch.bincount(buckets, minlength=BUCKETS)
+    assert counts.max() <= 16  # four on average
 
 
 def test_rotation_keeps_only_differences_of_places() -> None:

@@ -14,8 +14,9 @@ import numpy as np
 from revnet.app.data import START, Array, split
 from revnet.app.errors import UserError
 
-DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 16, "steps": 2000}
+DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}
 VOCAB = 256
+NGRAMS = 4
 
 # A document: a file from one byte to another.
 Document = tuple[Path, int, int]
@@ -89,7 +90,14 @@ class Corpus:
     @property
     def shape(self) -> dict[str, int]:
         """A prefix of `START` alone, then bytes."""
-        return {"prefix_vocab": START + 1, "prefix_length": 1, "vocab": VOCAB, "rows": self.length, "columns": 1}
+        return {
+            "prefix_vocab": START + 1,
+            "prefix_length": 1,
+            "vocab": VOCAB,
+            "rows": self.length,
+            "columns": 1,
+            "ngrams": NGRAMS,
+        }
 
     @property
     def counts(self) -> dict[str, int]:

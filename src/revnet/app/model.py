@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import revnet
 
 PAD = 0
+BUCKETS = 2**14
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Shape:
         vocab: Different predicted tokens.
         rows, columns: The grid of image tokens in raster order; a text of length n has n rows and 1 column.
         dropout: Share of each branch's output that is dropped in training.
+        ngrams: The most tokens, one and those before it, that are embedded together.
     """
 
     depth: int
@@ -39,6 +41,7 @@ class Shape:
     rows: int
     columns: int
     dropout: float = 0.0
+    ngrams: int = 1
 
     @property
     def length(self) -> int:
@@ -76,6 +79,29 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = table.unbind()
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class NGrams(nn.Embedding):
+    """Embeds each token, and it with the one, two … before it, which share `BUCKETS` vectors by a hash.
+
+    What a small model of bytes would spend its first blocks on is looked up instead.
+
+    Reference: Pagnoni et al. 2024 (Byte Latent Transformer), arXiv:2412.09871.
+    """
+
+    def __init__(self, vocab: int, width: int, most: int) -> None:
+        super().__init__(vocab, width)
+        self.longer = nn.ModuleList(nn.Embedding(BUCKETS, width) for _ in range(most - 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (batch, n), int64 -> (batch, n, width)."""
+        x, code = super().forward(tokens), tokens
+        for n, table in enumerate(self.longer, start=1):
+            before = F.pad(tokens, (n, 0), value=-1)[:, : tokens.shape[1]]
+            # Modulo a prime, which mixes all of them into the lower bits that choose the bucket.
+            code = (code * 1_000_003 + before + 1) % (2**31 - 1)
+            x = x + table(code % BUCKETS)
+        return x
 
 
 class Attention(nn.Module):
@@ -144,7 +170,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.shape = shape
         self.prefix_embedding = nn.Embedding(shape.prefix_vocab, shape.width)
-        self.embedding = nn.Embedding(shape.vocab, shape.width)
+        self.embedding = NGrams(shape.vocab, shape.width, shape.ngrams)
         only_attention = ((True, False),) * shape.depth
         self.layers = revnet.ReversibleSequence(
             [(Attention(shape), FeedForward(shape)) for _ in range(shape.depth)],
@@ -160,12 +186,15 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Unit-scale branches whose sum over all blocks is of unit scale; a head that starts from equal odds."""
+        """Unit-scale branches whose sum over all blocks is of unit scale; a head that starts from equal odds.
+
+        Combinations of tokens that have not been seen add nothing.
+        """
         for name, parameter in self.named_parameters():
-            if "embedding" in name:
-                nn.init.normal_(parameter, std=0.5)
-            elif name == "head.weight":
+            if name == "head.weight" or ".longer." in name:
                 nn.init.zeros_(parameter)
+            elif "embedding" in name:
+                nn.init.normal_(parameter, std=0.5)
             elif name.endswith(("qkv.weight", "hidden.weight", "out.weight")):
                 scale = math.sqrt(2 * self.shape.depth) if name.endswith("out.weight") else 1.0
                 nn.init.normal_(parameter, std=1 / (scale * math.sqrt(parameter.shape[1])))

@@ -67,12 +67,14 @@ def samples(training: Training) -> None:
     """Draws samples.png, or for a text writes samples.txt."""
     data, model, path = training.data, training.model, training.run.path
     if isinstance(data, Images):
-        images = images_of(model, data.words, data.patches, data.show, 10, Sampling())
+        with training.eager():
+            images = images_of(model, data.words, data.patches, data.show, 10, Sampling())
         sample_grid(path / "samples.png", data.show, [("", images)])
         return
+    with training.eager():
+        texts = texts_of(model, data.spec["show"], model.shape.length, Sampling())
     with replacing(path / "samples.txt") as file:
-        text = "\n\n----\n\n".join(texts_of(model, data.spec["show"], model.shape.length, Sampling()))
-        file.write(text.encode())
+        file.write("\n\n----\n\n".join(texts).encode())
 
 
 def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
@@ -112,7 +114,8 @@ def judge_digits(training: Training, data: Images) -> dict[str, float]:
     """The share of generated digits that an independent classifier reads as their caption says, and its accuracy."""
     wanted = np.arange(JUDGED) % 10
     captions = [digits.NAMES[digit] for digit in wanted]
-    images = images_of(training.model, data.words, data.patches, captions, 1, Sampling(seed=1))
+    with training.eager():
+        images = images_of(training.model, data.words, data.patches, captions, 1, Sampling(seed=1))
     share, accuracy = digits.share_read(images[:, 0], wanted)
     return {"read_as_captioned": share, "classifier_accuracy": accuracy}
 
@@ -157,7 +160,8 @@ def held_out(training: Training, data: Images) -> None:
     numbers = data.splits["held_out"][:count]
     captions = [data.captions[i][0] for i in numbers]
     real = np.stack([data.load(i) for i in numbers])[:, None]
-    drawn = images_of(training.model, data.words, data.patches, captions, 4, Sampling())
+    with training.eager():
+        drawn = images_of(training.model, data.words, data.patches, captions, 4, Sampling())
     candidates = np.random.default_rng(0).permutation(data.splits["train"])[:COMPARED]
     known = np.stack([data.load(i) for i in candidates])
     flat = known.reshape(len(known), -1).astype(np.float32)

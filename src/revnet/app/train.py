@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -70,6 +70,7 @@ class Training:
                     module.compile()
         self.optimizer = self.make_optimizer()
         self._board = _board(run) if config.tensorboard else None
+        self._start = time.perf_counter()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW, which decays matrices only."""
@@ -102,6 +103,10 @@ class Training:
         """The run's autocast."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             yield
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Runs compiled branches as they are written: every length of a sample would be compiled anew."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def loss(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         """Bits per token."""
@@ -145,8 +150,8 @@ class Training:
         return found
 
     def log(self, row: dict[str, Any]) -> None:
-        """Adds the step to a row and writes it to metrics.jsonl, and for TensorBoard where asked."""
-        self.run.log({"step": self.step} | row)
+        """Adds the step and its time to a row and writes it to metrics.jsonl, and for TensorBoard where asked."""
+        self.run.log({"step": self.step, "seconds": round(time.perf_counter() - self._start, 1)} | row)
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, self.step)
@@ -166,6 +171,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.forget_after(self.step)
+        self._start -= self.run.metrics()[-1]["seconds"]
 
     def plan(self, new: bool) -> None:
         """Chooses the executions that fit `--memory`; a resumed run keeps its plan, and so its rounding."""
