@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,27 +104,80 @@ class _Record:
     checksums: tuple[Tensor, Tensor] | None = None
 
 
-class _Token:
-    """Shared by the handles of one step: alive while a handle is."""
+class _Handles:
+    """The hooks under which one step runs; alive while autograd keeps something that they packed.
 
-    __slots__ = ("call", "step", "__weakref__")
+    What it packs of a restored tensor is a number, of one that passes through the tensor and its version (rule 5).
+    """
 
-    def __init__(self, call: Call, step: int) -> None:
+    __slots__ = ("call", "step", "record", "sources", "passing", "caught", "__weakref__")
+
+    def __init__(self, call: Call, step: int, record: _Record | None) -> None:
         self.call = call
         self.step = step
+        self.record = record
+        # Tensors that the step reads, and those of which they are views: leaves, perhaps, but restored.
+        self.sources: list[Tensor] = []
+        self.passing: Collection[int] = ()
+        # Per backward call, by number: the tensor and its version. It dies with the handles (rule 4).
+        self.caught: dict[int, dict[int, tuple[Tensor, int]]] = {}
+
+    def read(self, sources: Sequence[Any]) -> None:
+        """Tell what the step is about to read."""
+        for value in sources:
+            for leaf in tree_leaves(value):
+                base = leaf._base
+                self.sources += (leaf,) if base is None else (leaf, base)
+        assert self.record is not None
+        if versions := self.record.keywords.versions:
+            self.passing = {_memory(tensor) for tensor, _, _ in versions} - set(map(_memory, self.sources))
+
+    def pack(self, tensor: Tensor) -> Any:
+        # Called for each tensor that each step saves: every attribute counts.
+        saved = self.record.saved  # type: ignore[union-attr]
+        root = tensor._base
+        if root is None:
+            root = tensor
+        if root.requires_grad and root.is_leaf:
+            for source in self.sources:
+                if root is source:
+                    break
+            else:
+                saved.append(None)
+                return tensor, tensor._version
+        elif self.passing and _memory(tensor) in self.passing:
+            saved.append(None)
+            return tensor, tensor._version
+        described = _describe(tensor)
+        # Most steps save the like of what others saved.
+        saved.append(self.call.descriptions.setdefault(described, described))
+        return len(saved) - 1
+
+    def unpack(self, packed: Any) -> Tensor:
+        tensor: Tensor
+        if packed.__class__ is tuple:
+            tensor, version = packed
+        else:
+            caught = self.caught.get(torch._C._current_graph_task_id())
+            found = None if caught is None else caught.pop(packed, None)
+            tensor, version = self.call.recover(self, packed) if found is None else found
+        if tensor._version != version:
+            raise ReversibleError(_written(self.call.name(self.step), passing=packed.__class__ is tuple))
+        return tensor
 
 
 class _Task:
     """What one backward call has restored (rule 3)."""
 
-    __slots__ = ("position", "state", "caught", "loaded")
+    __slots__ = ("position", "state", "loaded")
 
     def __init__(self) -> None:
         self.position: int | None = None
         self.state: list[Stream] = []
-        self.caught: dict[int, dict[int, tuple[Tensor, int]]] = {}
         self.loaded: dict[int, list[Stream]] = {}
 
+
+_NO_KEYWORDS = KeywordState({})
 
 # Steps ahead of backward at which an offloaded target starts on its way to the device.
 _PREFETCH = 2
@@ -163,18 +216,23 @@ class Call:
         self.capturing = bool(self.devices) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self.lock = threading.RLock()
         self.records: list[_Record | None] = []
-        self.tokens: list[weakref.ref[_Token]] = []
+        self.handles: list[weakref.ref[_Handles]] = []
+        self.descriptions: dict[Any, Any] = {}
+        # The generators after the last step, while nobody can have drawn since.
+        self.random: RandomState | None = None
         # Position p is the state before step p.
         self.known: dict[int, Saved | list[Stream]] = {}
         self.tasks: dict[int, _Task] = {}
         self.running = False
+        self.offloads = "offload" in executions
         self.top = -1
 
     # Forward
 
     def enter(self, *streams: Any) -> None:
         """Take up the streams as a block received them through its `__call__` (rule 9)."""
-        if all(_same(mine, given) for (mine, _), given in zip(self.streams, streams, strict=True)):
+        self.random = None
+        if all(map(_same, self.start(), streams)):
             self.streams = [(value, held) for value, (_, held) in zip(streams, self.streams, strict=True)]
             return
         # A hook on the block put other streams in: below this point state cannot be found by walking. As after a stored
@@ -198,29 +256,26 @@ class Call:
         execution = self.executions[index]
         if execution == "select" and compiled(fn):
             execution = "store"
-        position = len(self.records)
+        sources = [self.streams[i][0] for i in source]
         if not self.recording or execution == "store":
             if self.recording:
-                if position and self.records[-1] is not None:
+                if self.records and self.records[-1] is not None:
                     self._mark()
                 self._append(None)
-            out = fn(*(self.streams[i][0] for i in source), **kwargs)
-            self._combine(coupling, target, self._branch(out, target, name), index, name)
+            self.random = None
+            self._combine(coupling, target, self._branch(fn(*sources, **kwargs), target, name), index, name)
             return
-        sources = [self.streams[i][0] for i in source]
-        roots = [root for value in sources for leaf in tree_leaves(value) for root in (leaf, leaf._base)]
-        versions = [leaf._version for value in sources for leaf in tree_leaves(value)]
-        contexts = self.options.context_fn() if self.options.context_fn is not None else None
+        contexts = self.options.context_fn() if self.options.context_fn is not None else (None, None)
         record = _Record(
             name=name,
             fn=fn,
             target=target,
             source=source,
             coupling=coupling,
-            keywords=KeywordState(kwargs),
-            modules=ModuleState(modules_of(fn, coupling)),
-            random=RandomState(self.devices) if self.options.preserve_rng_state and not self.capturing else None,
-            context=contexts[1] if contexts else None,
+            keywords=KeywordState(kwargs) if kwargs else _NO_KEYWORDS,
+            modules=ModuleState(modules_of(fn)),
+            random=None,
+            context=contexts[1],
             layouts=[tree_map(_Layout, value) for value in sources],
             target_layout=tree_map(_Layout, self.streams[target][0]),
             kept=self._keep(execution, target, source, coupling),
@@ -228,18 +283,37 @@ class Call:
             results=Results(execution == "select", self.capturing) if execution == "select" or self.capturing else None,
             saved=[],
         )
-        hooks = saved_tensors_hooks(_packing(record, self._append(record), roots), _unpack)
+        if self.options.preserve_rng_state and not self.capturing:
+            record.random = self.random or RandomState(self.devices)
+        handles = self._append(record)
+        handles.read(sources)
         self.running = True
         try:
-            recording = None if record.results is None else Recording(record.results, self.devices)
-            with hooks, record.decisions, _all(contexts and contexts[0], recording):
-                out = fn(*sources, **kwargs)
-            if record.results is not None:
-                record.results.settle()
+            self._record_step(record, handles, sources, contexts[0], index, kwargs)
+        finally:
+            self.running = False
+            # Autograd holds the hooks as long as what they packed.
+            handles.sources = []
+
+    def _record_step(
+        self,
+        record: _Record,
+        handles: _Handles,
+        sources: list[Any],
+        context: contextlib.AbstractContextManager[Any] | None,
+        index: int,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Run a step so that it can be replayed."""
+        target, name = record.target, record.name
+        versions = [tensor._version for tensor in handles.sources]
+        recording = None if record.results is None else Recording(record.results, self.devices)
+        with saved_tensors_hooks(handles.pack, handles.unpack):
+            with record.decisions, _all(context, recording):
+                out = record.fn(*sources, **kwargs)
+            record.saved_by_branch = len(record.saved)
             record.modules.settle()
-            if record.random is not None and not record.random.moved():
-                record.random = None
-            if versions != [leaf._version for value in sources for leaf in tree_leaves(value)]:
+            if versions != [tensor._version for tensor in handles.sources]:
                 raise ReversibleError(
                     f"{name} changed its input in place. The stream it reads is needed to rebuild the activations: "
                     "work on a copy, or use the out-of-place operation."
@@ -247,13 +321,13 @@ class Call:
             out = self._branch(out, target, name)
             if self.options.determinism_check == "exact":
                 record.checksums = _checksum(self.streams[target][1]), _checksum(out)
-            record.saved_by_branch = len(record.saved)
-            with hooks:
-                self._combine(coupling, target, out, index, name)
-        finally:
-            self.running = False
-            # Autograd holds the pack hook as long as what it packed.
-            roots.clear()
+            self._combine(record.coupling, target, out, index, name)
+        if record.results is not None:
+            record.results.settle()
+        if record.random is not None:
+            self.random = RandomState(self.devices)
+            if self.random.same(record.random):
+                record.random = None
 
     def start(self) -> list[Any]:
         """The streams before the first step, as branches read them."""
@@ -271,7 +345,7 @@ class Call:
 
     def __exit__(self, *exception: Any) -> None:
         # These hold the graph, and the graph's handles this call: keeping them would be a cycle through C++.
-        self.streams, self.aux = [], {}
+        self.streams, self.aux, self.random = [], {}, None
 
     def _keep(self, execution: str, target: int, source: tuple[int, ...], coupling: Coupling) -> Saved | Hosted | None:
         """The target before a step, where the step is not undone."""
@@ -281,11 +355,11 @@ class Call:
         undone = execution not in ("checkpoint", "offload") and target not in source
         return None if undone and self.arithmetic.undoes(coupling) else Saved(held)
 
-    def _append(self, record: _Record | None) -> _Token:
-        token = _Token(self, len(self.records))
+    def _append(self, record: _Record | None) -> _Handles:
+        handles = _Handles(self, len(self.records), record)
         self.records.append(record)
-        self.tokens.append(weakref.ref(token))
-        return token
+        self.handles.append(weakref.ref(handles))
+        return handles
 
     def _mark(self) -> None:
         """Keep the present state as a place to walk from."""
@@ -306,28 +380,24 @@ class Call:
 
     # Backward
 
-    def recover(self, step: int, index: int) -> Tensor:
-        """The tensor that a handle stands for."""
+    def recover(self, handles: _Handles, number: int) -> tuple[Tensor, int]:
+        """The tensor that a handle stands for, and the version that it has unless somebody wrote to it."""
         with self.lock:
             task_id = torch._C._current_graph_task_id()
-            task = self.tasks.get(task_id) or self._task(task_id)
-            caught = task.caught.get(step)
-            if caught is None or index not in caught:
+            caught = handles.caught.get(task_id)
+            # Another thread may have been here.
+            if caught is None or number not in caught:
                 try:
-                    self._walk(task, step)
+                    caught = self._walk(self.tasks.get(task_id) or self._task(task_id), handles)
                 except BaseException:
                     self.tasks.pop(task_id, None)
                     raise
-                caught = task.caught[step]
-            tensor, version = caught.pop(index)
-            if tensor._version != version:
-                raise ReversibleError(
-                    f"{self._name(step)}: a tensor that backward needs was changed in place by the branch itself, "
-                    "which stored execution does not allow either. Use the out-of-place operation."
-                )
-            return tensor
+                if task_id != -1:
+                    handles.caught[task_id] = caught
+            return caught.pop(number)
 
-    def _name(self, step: int) -> str:
+    def name(self, step: int) -> str:
+        """What errors call a step."""
         record = self.records[step]
         return record.name if record is not None else f"step {step}"
 
@@ -342,6 +412,9 @@ class Call:
             alive = call()
             if alive is not None:
                 alive.tasks.pop(task_id, None)
+                for reference in alive.handles:
+                    if (handles := reference()) is not None:
+                        handles.caught.pop(task_id, None)
 
         torch.autograd.Variable._execution_engine.queue_callback(forget)
         return task
@@ -355,7 +428,7 @@ class Call:
             candidates.append(task.position)
         if not candidates:
             raise ReversibleError(
-                f"{self._name(step)}: backward went through this part of the graph before, and what it needs is freed. "
+                f"{self.name(step)}: backward went through this part of the graph before, and what it needs is freed. "
                 "Give retain_graph=True to the first backward."
             )
         position = min(candidates)
@@ -369,50 +442,48 @@ class Call:
             task.loaded[position] = [(None, held) for held in known.load()] if isinstance(known, Saved) else known
         return position, task.loaded[position]
 
-    def _walk(self, task: _Task, step: int) -> None:
-        """Restore the state before `step`, and what its call saved."""
-        for done in [k for k in task.caught if self.tokens[k]() is None]:
-            del task.caught[done]
+    def _walk(self, task: _Task, handles: _Handles) -> dict[int, tuple[Tensor, int]]:
+        """Restore the state before a step; returns what its call saved, by number."""
+        step = handles.step
         position, state = self._nearest(task, step)
         state = list(state)
         task.position, task.state = None, []
-        for k in range(position - 1, step - 1, -1):
-            self._undo(task, k, state, catch=k == step)
-        if position == step:
-            record = self._record(step)
-            caught = task.caught.setdefault(step, {})
-            with self._as_called(record):
-                out = self._replay(record, state, caught, early=not self.running)
-                self._replay_combine(record, state[record.target], out, caught)
+        for k in range(position - 1, step, -1):
+            self._revisit(k, state, None, undo=True)
+        caught: dict[int, tuple[Tensor, int]] = {}
+        self._revisit(step, state, caught, undo=position > step)
         task.position, task.state = step, state
         self._release(task, step, state)
+        return caught
 
-    def _undo(self, task: _Task, k: int, state: list[Stream], catch: bool) -> None:
-        record = self._record(k)
-        for lower in self.records[max(0, k - _PREFETCH) : k]:
-            if lower is not None and isinstance(lower.kept, Hosted):
-                lower.kept.prefetch()
-        with self._as_called(record):
-            self._undo_as_called(task, k, record, state, catch)
-
-    def _undo_as_called(self, task: _Task, k: int, record: _Record, state: list[Stream], catch: bool) -> None:
-        caught: dict[int, tuple[Tensor, int]] | None = task.caught.setdefault(k, {}) if catch else None
-        out = None
-        if record.kept is not None:
-            state[record.target] = (None, record.kept.load())
+    def _revisit(self, k: int, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, undo: bool) -> None:
+        """Catch what step k saved; `undo` it in the state as well."""
+        record = self.records[k]
+        assert record is not None, "a stored step lies above the state kept before it"
+        if undo and self.offloads:
+            for lower in self.records[max(0, k - _PREFETCH) : k]:
+                if lower is not None and isinstance(lower.kept, Hosted):
+                    lower.kept.prefetch()
+        target = record.target
+        # Autocast and modules are as the step's call found them.
+        with REPLAYING, _all(self.autocast.restored(), record.modules.restored(record.name)):
+            out = None
+            if undo and record.kept is None:
+                out = self._replay(record, state, caught)
+                with torch.no_grad():
+                    state[target] = self.arithmetic.invert(record.coupling, state[target][1], out)
+                if self.arithmetic.exact:
+                    self._compare(record, 0, state[target][1])
+            else:
+                if record.kept is not None and undo:
+                    state[target] = (None, record.kept.load())
+                if caught is not None:
+                    compare = undo and record.checksums is not None and all(self._exact(i, k) for i in record.source)
+                    out = self._replay(record, state, caught, early=not compare and not self.running)
+                    if compare:
+                        self._compare(record, 1, out)
             if caught is not None:
-                compare = record.checksums is not None and all(self._exact(i, k) for i in record.source)
-                out = self._replay(record, state, caught, early=not compare)
-                if compare:
-                    self._compare(record, 1, out)
-        else:
-            out = self._replay(record, state, caught)
-            with torch.no_grad():
-                state[record.target] = self.arithmetic.invert(record.coupling, state[record.target][1], out)
-            if self.arithmetic.exact:
-                self._compare(record, 0, state[record.target][1])
-        if caught is not None:
-            self._replay_combine(record, state[record.target], out, caught)
+                self._replay_combine(record, state[target], out, caught)
 
     def _exact(self, stream: int, k: int) -> bool:
         """Whether the walk finds this stream as forward left it before step k, in every bit."""
@@ -433,11 +504,6 @@ class Call:
             "torch.use_deterministic_algorithms(True)."
         )
 
-    def _record(self, k: int) -> _Record:
-        record = self.records[k]
-        assert record is not None, "a stored step lies above the state kept before it"
-        return record
-
     def _read(self, stream: Stream, layouts: Any) -> Any:
         """The value of a stream as a step saw it: new leaves of the same layout."""
         value, held = stream
@@ -450,9 +516,7 @@ class Call:
         self, record: _Record, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, early: bool = False
     ) -> Any:
         """Call the branch again as forward did; its output, or None if it was stopped early."""
-        where = record.name
-        record.modules.check(where)
-        record.keywords.check(where)
+        record.keywords.check(record.name)
         sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, record.source, strict=True)]
         early = early and record.saved_by_branch == len(record.saved)
         pack = _Catching(record, 0, caught, self.options.determinism_check != "none", self.running, early)
@@ -465,7 +529,7 @@ class Call:
                 torch.enable_grad(),
                 record.decisions.rewound(),
                 _all(random, record.context, playing),
-                saved_tensors_hooks(pack, _identity),
+                saved_tensors_hooks(pack.pack, _identity),
             ):
                 out = record.fn(*sources, **record.keywords.fresh())
         except _Stop:
@@ -473,32 +537,22 @@ class Call:
         pack.check(record.saved_by_branch)
         return branch_output(out, record.target_layout)[0]
 
-    def _as_called(self, record: _Record) -> contextlib.AbstractContextManager[Any]:
-        """Autocast and modules as the step's call found them."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(REPLAYING)
-            if (autocast := self.autocast.restored()) is not None:
-                stack.enter_context(autocast)
-            if not record.modules.plain:
-                stack.enter_context(record.modules.restored())
-            return stack.pop_all()
-
     def _replay_combine(self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
         """Catch what the combine saved (rule 10)."""
         if self.running or record.saved_by_branch == len(record.saved):
             return
         pack = _Catching(record, record.saved_by_branch, caught, self.options.determinism_check != "none")
         value = self._read(target, record.target_layout)
-        with torch.enable_grad(), saved_tensors_hooks(pack, _identity):
+        with torch.enable_grad(), saved_tensors_hooks(pack.pack, _identity):
             # What an arithmetic does around the rule saves nothing.
             record.coupling.combine(value, out)
         pack.check(len(record.saved))
 
     def _release(self, task: _Task, step: int, state: list[Stream]) -> None:
         """Drop every known state that no handle needs any more (rule 4)."""
-        if self.running or self.tokens[step]() is None:
+        if self.running:
             return
-        while self.top > step and self.tokens[self.top]() is None:
+        while self.top > step and self.handles[self.top]() is None:
             self.top -= 1
         if self.top > step:
             return
@@ -545,7 +599,7 @@ class _Catching:
         self.partial = partial
         self.early = early
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> Tensor:
         # Called for each tensor that each step saves: every attribute counts.
         index = self.count
         self.count = count = index + 1
@@ -574,49 +628,6 @@ class _Catching:
             )
 
 
-def _packing(record: _Record, token: _Token, roots: list[Tensor | None]) -> Callable[[Tensor], Any]:
-    """Pack hook of the forward pass: keeps nothing but a handle, except for what passes through (rule 5)."""
-    passing = {_memory(tensor) for tensor, _, _ in record.keywords.versions}
-    if passing:
-        passing -= {_memory(root) for root in roots if root is not None}
-    saved = record.saved
-    name = record.name
-
-    def pack(tensor: Tensor) -> Any:
-        root = tensor._base
-        if root is None:
-            root = tensor
-        if root.requires_grad and root.is_leaf:
-            for source in roots:
-                if root is source:
-                    break
-            else:
-                saved.append(None)
-                return tensor, tensor._version, name
-        elif passing and _memory(tensor) in passing:
-            saved.append(None)
-            return tensor, tensor._version, name
-        saved.append(_describe(tensor))
-        return token, len(saved) - 1
-
-    return pack
-
-
-def _unpack(packed: tuple[Any, ...]) -> Tensor:
-    if len(packed) == 2:
-        token, index = packed
-        recovered: Tensor = token.call.recover(token.step, index)
-        return recovered
-    tensor: Tensor
-    tensor, version, name = packed
-    if tensor._version != version:
-        raise ReversibleError(
-            f"{name}: a parameter or keyword tensor was changed in place between forward and backward. Call backward "
-            "before the optimizer's step (or any other in-place write)."
-        )
-    return tensor
-
-
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -640,6 +651,18 @@ def _memory(tensor: Tensor) -> int:
     except NotImplementedError:  # A sparse tensor has none of its own.
         identity = id(tensor)
     return identity
+
+
+def _written(name: str, passing: bool) -> str:
+    if passing:
+        return (
+            f"{name}: a parameter or keyword tensor was changed in place between forward and backward. Call backward "
+            "before the optimizer's step (or any other in-place write)."
+        )
+    return (
+        f"{name}: a tensor that backward needs was changed in place by the branch itself, which stored execution does "
+        "not allow either. Use the out-of-place operation."
+    )
 
 
 def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:

@@ -229,7 +229,8 @@ class Recording(TorchDispatchMode):
             kept = (None, kept[1])
         results.functions.append(func)
         results.outputs.append(kept)
-        results.states.append(RandomState(self.devices) if before is not None and before.moved() else None)
+        drew = before is not None and not before.same(RandomState(self.devices))
+        results.states.append(RandomState(self.devices) if drew else None)
         return out
 
     def _protect(self, func: Any, args: Any, kwargs: Any) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,16 @@ class RandomState:
     __slots__ = ("cpu", "devices")
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self.cpu = torch.default_generator.get_state()
+        # Words compare six times as fast as bytes.
+        self.cpu = torch.default_generator.get_state().view(torch.int64)
         self.devices = [(device, _read_generator(device)) for device in devices]
 
-    def moved(self) -> bool:
-        """Whether a generator has been drawn from since."""
-        if any(_read_generator(device) != state for device, state in self.devices):
-            return True
-        return not torch.equal(self.cpu.view(torch.int64), torch.default_generator.get_state().view(torch.int64))
+    def same(self, other: RandomState) -> bool:
+        """Whether no generator has been drawn from in between."""
+        return self.devices == other.devices and torch.equal(self.cpu, other.cpu)
 
     def set(self) -> None:
-        torch.default_generator.set_state(self.cpu)
+        torch.default_generator.set_state(self.cpu.view(torch.uint8))
         for device, state in self.devices:
             _write_generator(device, state)
 
@@ -112,22 +111,18 @@ class AutocastState:
         return stack
 
 
-def modules_of(*callables: Callable[..., Any]) -> list[nn.Module]:
-    """Every distinct module that these calls may enter, as far as the callables show it."""
-    found: dict[nn.Module, None] = {}
-    for fn in callables:
-        root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-        if isinstance(root, nn.Module):
-            found[root] = None
-    waiting = list(found)
-    while waiting:
-        children = waiting.pop()._modules
-        if children:
-            for child in children.values():
-                if child is not None and child not in found:
-                    found[child] = None
-                    waiting.append(child)
-    return list(found)
+def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
+    """Every distinct module that a call may enter, as far as the callable shows it."""
+    root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    if not isinstance(root, nn.Module):
+        return []
+    found, seen = [root], {root}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
 
 
 def _is_dtensor(tensor: Tensor | None) -> bool:
@@ -180,54 +175,54 @@ def _sharded_by_fsdp(modules: list[nn.Module]) -> list[nn.Module]:
     return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
-# The attributes of any module; the rest is its author's.
-_INTERNAL = vars(nn.Module()).keys()
-
 # Replays exclude one another, since they set modules and global generators back: backward may run in several threads.
 REPLAYING = threading.RLock()
+
+# Types of the usual attributes of a module, none of them a tensor.
+_NO_TENSORS = frozenset(map(type, (None, True, 0, 0.0, "", (), [], {}, OrderedDict(), set())))
 
 
 class ModuleState:
     """Parameters, buffers and training flags of a branch as its call saw them.
 
     Made before the call, completed by `settle` after it. Tensors without gradient that are plain attributes count among
-    the buffers. Buffers that the call changed stay as copies of their value
-    before it, all others as references with their version.
+    the buffers. Buffers that the call changed stay as copies of their value before it, all others as references with
+    their version.
     """
 
-    __slots__ = ("modules", "training", "parameters", "requires_grad", "buffers", "uncast")
+    __slots__ = ("modules", "training", "parameters", "buffers")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
-        self.uncast = _sharded_by_fsdp(modules) if _FSDP_REPLAYS_UNCAST else []
         self.training = [module.training for module in modules]
-        self.parameters: list[tuple[dict[str, Any], str, Tensor, int]] = []
-        self.requires_grad: list[bool] = []
+        # Owner, name, parameter, its version, and whether it requires a gradient.
+        self.parameters: list[tuple[dict[str, Any], str, Tensor, int, bool]] = []
         # Owner, name, buffer, its version unless the call changed it, and what a replay starts from if it may write.
-        self.buffers: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor | None]] = [
-            (module._buffers, name, buffer, buffer._version, buffer.detach().clone())
-            for module in modules
-            if module._buffers
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self.buffers: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor | None]] = []
+        for module in modules:
+            own = module.__dict__
+            if buffers := own["_buffers"]:
+                self._add(buffers, buffers)
+            if not _NO_TENSORS.issuperset(map(type, own.values())):
+                tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+                self._add(own, [name for name, x in tensors.items() if not x.requires_grad and not x.is_inference()])
+
+    def _add(self, owner: dict[str, Any], names: Iterable[str]) -> None:
         self.buffers += [
-            (own, name, value, value._version, value.clone())
-            for own in map(vars, modules)
-            for name in own.keys() - _INTERNAL
-            if isinstance(value := own[name], Tensor) and not value.requires_grad and not value.is_inference()
+            (owner, name, buffer, buffer._version, buffer.detach().clone())
+            for name in names
+            if (buffer := owner[name]) is not None
         ]
 
     def settle(self) -> None:
         # Read after the call, because a lazy module creates its parameters in its first call.
         self.parameters = [
-            (module._parameters, name, parameter, parameter._version)
+            (owner, name, parameter, parameter._version, parameter.requires_grad)
             for module in self.modules
-            if module._parameters
-            for name, parameter in module._parameters.items()
+            if (owner := module._parameters)
+            for name, parameter in owner.items()
             if parameter is not None
         ]
-        self.requires_grad = [parameter.requires_grad for _, _, parameter, _ in self.parameters]
         if not self.buffers:
             return
         # Batch norm writes its statistics without a new version. Where a counter tells, all buffers of the module are
@@ -251,23 +246,32 @@ class ModuleState:
             for owner, name, buffer, version, before in self.buffers
         ]
 
-    def check(self, where: str) -> None:
-        """Raise if a parameter, or a buffer that the call left alone, was changed in place since."""
-        for owner, name, parameter, found in self.parameters:
-            if parameter._version != found and (
-                owner.get(name) is parameter or not isinstance(parameter, nn.Parameter) or _is_dtensor(parameter)
+    def restored(self, where: str) -> contextlib.AbstractContextManager[Any] | None:
+        """The modules as the call found them inside, as they are now afterwards; None where that is the same.
+
+        Raises:
+            ReversibleError: a parameter, or a buffer that the call left alone, was changed in place since.
+        """
+        plain = [module.training for module in self.modules] == self.training
+        for owner, name, parameter, version, flag in self.parameters:
+            present = owner.get(name)
+            if parameter._version != version and (
+                present is parameter or not isinstance(parameter, nn.Parameter) or _is_dtensor(parameter)
             ):
                 raise ReversibleError(_changed(where, "parameter", name))
-        for _, name, buffer, version, _ in self.buffers:
-            if version is not None and buffer._version != version:
+            plain = plain and present is parameter and parameter.requires_grad is flag
+        for _, name, buffer, found, start in self.buffers:
+            if found is not None and buffer._version != found:
                 raise ReversibleError(_changed(where, "buffer", name))
+            plain = plain and start is None
+        uncast = _sharded_by_fsdp(self.modules) if _FSDP_REPLAYS_UNCAST else []
+        return None if plain and not uncast else self._restored(uncast)
 
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """The modules as the call found them inside; as they are now afterwards."""
+    def _restored(self, uncast: list[nn.Module]) -> Iterator[None]:
         training = [module.training for module in self.modules]
         swapped: list[tuple[dict[str, Any], str, Any]] = []
-        for owner, name, parameter, _ in self.parameters:
+        for owner, name, parameter, _, _ in self.parameters:
             present = owner.get(name)
             if present is not parameter and not _swapped_by_fsdp(parameter, present):
                 swapped.append((owner, name, present))
@@ -278,36 +282,21 @@ class ModuleState:
                 owner[name] = start.clone()
         toggled = [
             parameter
-            for (_, _, parameter, _), flag in zip(self.parameters, self.requires_grad, strict=True)
+            for _, _, parameter, _, flag in self.parameters
             if parameter.requires_grad is not flag and parameter.is_leaf
         ]
         for parameter in toggled:
             parameter.requires_grad_(not parameter.requires_grad)
-        if training != self.training:
-            _set_training(self.modules, self.training)
+        _set_training(self.modules, self.training)
         try:
-            with _fsdp_casts(self.uncast):
+            with _fsdp_casts(uncast):
                 yield
         finally:
             for owner, name, present in reversed(swapped):
                 owner[name] = present
             for parameter in toggled:
                 parameter.requires_grad_(not parameter.requires_grad)
-            if training != self.training:
-                _set_training(self.modules, training)
-
-    @property
-    def plain(self) -> bool:
-        """Whether entering `restored` would change nothing now."""
-        if self.uncast:
-            return False
-        for (owner, name, parameter, _), flag in zip(self.parameters, self.requires_grad, strict=True):
-            if owner.get(name) is not parameter or parameter.requires_grad is not flag:
-                return False
-        for *_, start in self.buffers:
-            if start is not None:
-                return False
-        return [module.training for module in self.modules] == self.training
+            _set_training(self.modules, training)
 
 
 def _set_training(modules: list[nn.Module], flags: list[bool]) -> None:
@@ -329,7 +318,7 @@ class KeywordState:
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.versions: list[tuple[Tensor, int, str]] = []
-        self.kwargs = {name: self._copy(value, name) for name, value in kwargs.items()} if kwargs else kwargs
+        self.kwargs = {name: self._copy(value, name) for name, value in kwargs.items()}
 
     def _copy(self, value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
