@@ -126,7 +126,9 @@ class _Blocks(Program):
         self.layer_dropout = layer_dropout
         self._depth = depth
 
-    def _branches(self, i: int) -> Iterable[nn.Module]:
+    @property
+    def _branches(self) -> Sequence[Iterable[nn.Module]]:
+        """The branches of each block."""
         raise NotImplementedError
 
     def _parts(self, streams: Sequence[Any], kwargs: Any, dropped: Collection[int] | None = None) -> Parts:
@@ -135,9 +137,9 @@ class _Blocks(Program):
         if dropped is None:
             dropped = self._dropped()
         parts: list[tuple[int, Part]] = []
-        for i, keywords in enumerate(routed):
+        for i, (branches, keywords) in enumerate(zip(self._branches, routed, strict=True)):
             if i not in dropped:
-                parts += _residual(self._branches(i), keywords, 2 * i, f"{self._name} {i}, ", self._updates)
+                parts += _residual(branches, keywords, 2 * i, f"{self._name} {i}, ", self._updates)
         return parts
 
     @property
@@ -275,21 +277,21 @@ class ReversibleSequence(_Blocks):
         x1, x2 = self._undo((y1, y2), self._parts((y1, y2), kwargs, dropped=()))
         return x1, x2
 
-    def _branches(self, i: int) -> Iterable[nn.Module]:
-        block = cast(ReversibleBlock, self.blocks[i])
-        return block.f, block.g
+    @property
+    def _branches(self) -> Sequence[Iterable[nn.Module]]:
+        return [(block.f, block.g) for block in cast(Iterable[ReversibleBlock], self.blocks)]
 
     @property
     def _doors(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
     def _through(self, call: Call, parts: Parts) -> Sequence[Any]:
-        streams = call.start()
+        streams, doors = call.start(), self._doors
         for i in range(0, len(parts), 2):
             (first, f), (_, g) = parts[i : i + 2]
             _door.entered = call, parts[i : i + 2]
             try:
-                streams = self.blocks[first // 2](*streams, f.kwargs, g.kwargs)
+                streams = doors[first // 2](*streams, f.kwargs, g.kwargs)
             finally:
                 vars(_door).pop("entered", None)
         return streams
@@ -328,8 +330,9 @@ class SequentialSequence(_Blocks):
         y, *aux = self._run((x,), kwargs)
         return (y, *aux) if aux else y
 
-    def _branches(self, i: int) -> Iterable[nn.Module]:
-        return cast(nn.ModuleList, self.layers[i])
+    @property
+    def _branches(self) -> Sequence[Iterable[nn.Module]]:
+        return list(cast(Iterable[nn.ModuleList], self.layers))
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
