@@ -239,12 +239,15 @@ class Affine(Coupling):
 class Bijection(Coupling):
     """`y = module(x)`, undone by `module.inverse(y)` or by a second module; the step has `fn=None`.
 
+    To mix two streams by a matrix, three additive steps with linear branches do, which fixed streams undo in every bit.
+
     Args:
         module: maps the stream to a stream, perhaps of another shape.
         inverse: its inverse; `module.inverse` if not given.
         rearranges: the module only moves elements (a permutation, pixel-unshuffle, a reshape), and so acts on integers
             as on floats: exact in any stream.
-        approximate: undo it in float streams although `inverse` rounds, as that of an orthogonal matrix does.
+        approximate: undo it in float streams although `inverse` rounds: right for an orthogonal map, which does not
+            enlarge errors, in products of full precision (neither autocast nor TF32).
 
     Reference: Jacobsen et al. 2018, arXiv:1802.07088; Kingma and Dhariwal 2018, arXiv:1807.03039.
     """
