@@ -251,6 +251,22 @@ def test_bfloat16_runs_in_fixed_streams(tmp_path: Path) -> None:
     assert all("reconstruction_error" not in row for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_branches_train_alike(tmp_path: Path) -> None:
+    options = (*TINY, "--depth", "1", "--steps", "3", "--validate-every", "1", "--save-every", "2")
+    found = {}
+    for name, flags in {"eager": (), "compiled": ("--compile",)}.items():
+        process = command("train", *options, *flags, "--out", name, cwd=tmp_path)
+        _, err = process.communicate(timeout=500)
+        assert (process.returncode, err) == (0, "")
+        found[name] = [row["held_out_bits"] for row in rows_of(tmp_path / name) if "held_out_bits" in row]
+    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
+    assert found["compiled"] != found["eager"]  # other kernels round otherwise
+    assert (tmp_path / "compiled" / "samples.png").exists()
+    assert main(["sample", str(tmp_path / "compiled"), "three", "--each", "1"]) == 0
+
+
 def test_help_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for arguments in (["train"], ["sample"], ["compare"], ["plan"], []):
