@@ -102,7 +102,7 @@ def test_nothing_is_left_after_backward():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", EXACT)
 def test_a_gpu_undoes_in_every_bit(name: str):
-    net = program(name, 64, 0.1, dtype=torch.float32).cuda()
+    net = program(name, 32, 0.1, dtype=torch.float32).cuda()
     found: list[Any] = []
     for net.execution in ("store", "invert"):
         streams = [stream.detach().cuda().requires_grad_() for stream in streams_of(torch.float32, batch=512)]

@@ -24,6 +24,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # Advice of inductor for more speed on a GPU.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled:UserWarning"),
 ]
 
 MODES = ("autocast", "bf16", "float32")
@@ -505,12 +508,25 @@ def test_what_leaves_the_range_in_a_compiled_model_around_the_engine(value: floa
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_what_leaves_the_range_in_one_graph_is_nan(grad: bool) -> None:
-    """The monitor's memory is not part of a traced graph: there the value alone tells."""
+def test_what_leaves_the_range_in_one_graph_is_named(grad: bool) -> None:
     net, x = breaking(40_000.0)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        with torch.set_grad_enabled(grad):
+            assert_nan_in_one_place(compiled(x))
+        with pytest.raises(ReversibleError, match="block 1, branch g: .*largest value was (40000|39999)"):
+            net.check()
+    net.blocks[1].g.value = 1.0
     with torch.set_grad_enabled(grad):
-        assert_nan_in_one_place(compiled(x))
+        compiled(x)
+    net.check()
+
+
+def test_what_leaves_the_range_under_a_transform_is_named() -> None:
+    net, x = breaking(math.inf)
+    torch.func.grad(lambda x: net(x).nansum())(x)
+    with pytest.raises(ReversibleError, match="block 1, branch g: .*largest value was inf"):
+        net.check()
 
 
 class Small(nn.Module):

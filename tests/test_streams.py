@@ -25,6 +25,7 @@ from revnet._streams import Fixed, Float, Held, RangeMonitor, checksum, fitting_
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
 
 FORMATS = [Fixed(), Fixed(16), Fixed(0), Fixed(37)]

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo import mark_static_address
 from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
+from torch.utils import _pytree as pytree
 
 from ._inspect import reason
 
@@ -34,6 +36,15 @@ def inspect(ctx: Any) -> None:
                 "Or keep the activations: `net.execution = 'store'`.",
             ],
         )
+
+
+def prepare(ctx: Any) -> None:
+    """Allocate what the monitor in the local `monitor` writes to, on the devices of the local `streams`."""
+    monitor = _value(ctx, "monitor")
+    if monitor is not None:
+        for stream in pytree.tree_leaves(_value(ctx, "streams")):
+            # So that CUDA graphs of the compiler may write to it.
+            mark_static_address(monitor.prepare(stream.device).key, guard=False)
 
 
 def verdict() -> str:

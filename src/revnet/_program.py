@@ -115,11 +115,10 @@ class Program(nn.Module):
         fixed = self._format(x)
         if not isinstance(fixed, Fixed):
             return FloatArithmetic()
-        if active():
-            # The monitor's memory is not of the graph: there, what leaves the range shows as NaN alone.
-            return FixedArithmetic(fixed, None)
-        self._raise(self._monitor.poll(), fixed)
-        return FixedArithmetic(fixed, self._monitor)
+        if not active():
+            self._raise(self._monitor.poll(), fixed)
+        # An exported program has no monitor to tell.
+        return FixedArithmetic(fixed, None if torch.compiler._is_exporting_flag else self._monitor)
 
     def _format(self, x: Tensor) -> Fixed | Float:
         """The format of streams that start as x."""

@@ -22,7 +22,7 @@ from ._couplings import Coupling, fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
 from ._steps import FixedArithmetic, FloatArithmetic, branch_output
-from ._streams import Fixed, Held, fixed_add
+from ._streams import Fixed, Held, RangeMonitor, fixed_add
 
 Arithmetic = FloatArithmetic | FixedArithmetic
 
@@ -63,6 +63,8 @@ def run_traced(
         blocks: modules around the branches, which are not called here.
         obstacle: why the steps should be left to the engine, if they should.
     """
+    if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
+        _prepare(arithmetic.monitor, list(streams))
     if not torch.is_grad_enabled() or all(execution == "store" for execution in executions):
         return _loop(parts, streams, arithmetic)
     if torch.compiler.is_dynamo_compiling():
@@ -93,6 +95,14 @@ def _replayable(parts: Sequence[Part], streams: list[Any], blocks: list[nn.Modul
     comptime(inspect)
     del steps
     return not verdict()
+
+
+def _prepare(monitor: RangeMonitor | None, streams: list[Any]) -> None:
+    """Allocates the monitor's memory while the graph is traced: its own would be gone after a call."""
+    from ._outside import comptime, prepare
+
+    comptime(prepare)
+    del monitor, streams
 
 
 def _forward_mode() -> bool:
@@ -178,6 +188,7 @@ class _Program(NamedTuple):
     steps: tuple[_Evaluation, ...]
     streams: tuple[int, ...]
     fixed: Fixed | None
+    monitor: RangeMonitor | None
     # Of the CPU and of the streams' device: its type, whether autocast is enabled there, its dtype.
     autocast: tuple[tuple[str, bool, torch.dtype], tuple[str, bool, torch.dtype]]
 
@@ -201,7 +212,8 @@ def _reversibly(parts: Sequence[Part], streams: Sequence[Tensor], arithmetic: Ar
                 differentiated.append(slot)
         steps.append(_Evaluation(*part[:5], kwargs, tuple(state), tuple(differentiated)))
     fixed = arithmetic.fixed if isinstance(arithmetic, FixedArithmetic) else None
-    program = _Program(tuple(steps), starts, fixed, (_autocast("cpu"), _autocast(streams[0].device.type)))
+    monitor = arithmetic.monitor if isinstance(arithmetic, FixedArithmetic) else None
+    program = _Program(tuple(steps), starts, fixed, monitor, (_autocast("cpu"), _autocast(streams[0].device.type)))
     outputs = _Walk.apply(program, *table.tensors)
     return tuple(outputs[: len(streams)])
 
@@ -268,16 +280,16 @@ class _Walk(torch.autograd.Function):
         residuals = []
         if fixed is not None:
             for i, value in enumerate(values):
-                values[i], residual = fixed.encode(value)
+                values[i], residual = fixed.encode(value, program.monitor)
                 residuals.append(residual)
-        for step in program.steps:
+        for index, step in enumerate(program.steps):
             i = step.target
             inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
             added = _increment(step, values[i], tensors)(*inputs)
             if fixed is None:
                 values[i] = values[i] + added.to(values[i].dtype)
             else:
-                values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added)
+                values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added, program.monitor, index)
         # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
         # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
         return (*[value.clone() for value in values], *residuals)
