@@ -255,15 +255,19 @@ def _fusible(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
     for x in tensors:
-        if _is_fake(x):
-            continue
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            if _is_fake(x):
+                continue
             return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if transformed and torch._C._functorch.is_functorch_wrapped_tensor(x):
             return False
-        if x.device.type != "cpu" and (not x.is_cuda or _launcher() is None):
+        if not x.is_cpu and (not x.is_cuda or _launcher() is None):
             return False
+    # Looking for a mode that traces takes longer than all of the above: first whether there is any mode at all.
+    if not torch._C._len_torch_dispatch_stack() and not torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is None or proxies.get_proxy_mode() is None
 
