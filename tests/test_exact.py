@@ -494,11 +494,9 @@ def test_the_fixed_streams_of_auto_are_watched_too() -> None:
         net.check()
 
 
-@pytest.mark.slow
 @every_bad
 def test_what_leaves_the_range_in_a_compiled_model_around_the_engine(value: float, message: str) -> None:
     """Dropout makes the graph break, and the engine runs between its parts."""
-    torch._dynamo.reset()
     net, x = breaking(value)
     net.blocks[0].f = nn.Sequential(Ahead(), nn.Dropout(0.1))
     compiled = torch.compile(net, backend="aot_eager")
