@@ -22,11 +22,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
-    pytest.mark.timeout(600),
+    # Advice of inductor for more speed on a GPU.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 
 WIDTH = 16
 STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(37), id="fixed")]
+# Rounding to 37 fraction bits is off by up to 4e-12 per step.
+TOLERANCE = {"float": 1e-12, revnet.Fixed(37): 1e-10}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,9 @@ def tokens(**options: Any) -> Tensor:
     return torch.randn(2, 6, WIDTH, dtype=torch.float64, **options).requires_grad_()
 
 
-def assert_as_stored(run: Any, net: nn.Module, stored: nn.Module, x: Tensor, **given: Any) -> None:
+def assert_as_stored(
+    run: Any, net: nn.Module, stored: nn.Module, x: Tensor, tolerance: float = 1e-12, **given: Any
+) -> None:
     """Raises unless outputs and gradients of a (compiled) call of `net` are the stored loop's."""
     net.zero_grad()
     stored.zero_grad()
@@ -75,13 +80,13 @@ def assert_as_stored(run: Any, net: nn.Module, stored: nn.Module, x: Tensor, **g
     oracle.weighted(out).backward()
     found = {"x": x.grad, **{name: value.grad for name, value in given.items() if isinstance(value, Tensor)}}
     found |= {name: parameter.grad for name, parameter in net.named_parameters()}
-    oracle.assert_near(out, expected.output, "output")
+    oracle.assert_near(out, expected.output, "output", tolerance)
     for name, gradient in expected.gradients.items():
         # A parameter that takes no part has no gradient in one and a zero in the other.
         if gradient is None:
             assert found[name] is None or not found[name].any(), name
         else:
-            oracle.assert_near(found[name], gradient, name)
+            oracle.assert_near(found[name], gradient, name, tolerance)
 
 
 class NoOps(nn.Linear):
@@ -108,8 +113,8 @@ class Tied(nn.Module):
 
 # Each compilation takes seconds, so that networks, not branches, are compiled.
 TRACEABLE = {
-    "ordinary": [(cases.Mlp, cases.Gate), (cases.InPlaceInside, NoOps), (Tied, cases.SavesInput)],
-    "that save nothing": [(cases.SavesNothing, cases.ReturnsInput), (cases.ReturnsInput, cases.SavesNothing)],
+    "with parameters": [(cases.Mlp, cases.Gate), (cases.InPlaceInside, NoOps)],
+    "with little to save": [(Tied, cases.SavesInput), (cases.SavesNothing, cases.ReturnsInput)],
     "partly without gradient": [(cases.Constant, cases.Detached), (cases.Bias, cases.Unused)],
 }
 
@@ -119,7 +124,8 @@ TRACEABLE = {
 def test_one_graph_gives_the_gradients_of_the_stored_loop(branches: str, streams: Any) -> None:
     pairs, backend = [(f(WIDTH).double(), g(WIDTH).double()) for f, g in TRACEABLE[branches]], Backend()
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams=streams)
-    assert_as_stored(torch.compile(net, fullgraph=True, backend=backend), net, stored, tokens())
+    run = torch.compile(net, fullgraph=True, backend=backend)
+    assert_as_stored(run, net, stored, tokens(), TOLERANCE[streams])
     assert (backend.forward, backend.backward) == (1, 1)
 
 
@@ -127,7 +133,7 @@ def test_one_graph_gives_the_gradients_of_the_stored_loop(branches: str, streams
 def test_inductor_gives_the_gradients_of_the_stored_loop(streams: Any) -> None:
     pairs = pairs_of(cases.Mlp)
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams=streams)
-    assert_as_stored(torch.compile(net, fullgraph=True), net, stored, tokens())
+    assert_as_stored(torch.compile(net, fullgraph=True), net, stored, tokens(), TOLERANCE[streams])
 
 
 @pytest.mark.parametrize("streams", STREAMS)
@@ -141,7 +147,26 @@ def test_one_graph_routes_keyword_tensors_and_shares_modules(streams: Any) -> No
     scale = torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)
     shift = torch.randn(6, WIDTH, dtype=torch.float64)
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
-    assert_as_stored(run, net, stored, tokens(), scale=scale, shift=shift)
+    assert_as_stored(run, net, stored, tokens(), TOLERANCE[streams], scale=scale, shift=shift)
+
+
+class Repeated(nn.Linear):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor, times: float) -> Tensor:
+        return (times * super().forward(x)).sin()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1], ids=["inside", "outside"])
+def test_numbers_among_the_keywords_may_change_between_calls(rate: float) -> None:
+    """The compiler takes a number that it meets again with another value for a symbol."""
+    pairs = [*pairs_of(Repeated, 1), *pairs_of(cases.with_dropout(cases.Mlp, rate), 1)]
+    route = {"times": ((True, True), (False, False))}
+    stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route)
+    run = torch.compile(net, fullgraph=not rate, backend="aot_eager")
+    for times in (2, 3, 4.5, 5.5):
+        assert_as_stored(run, net, stored, tokens(), times=times)
 
 
 def test_one_graph_through_attention_with_a_mask() -> None:
@@ -200,7 +225,7 @@ def test_one_graph_for_everything_that_runs_steps(kind: str) -> None:
 @pytest.mark.parametrize("streams", ["float", "auto"])
 def test_backward_replays_in_the_autocast_of_the_forward(streams: str, inside: bool) -> None:
     torch.manual_seed(0)
-    net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(2)], streams=streams)
+    net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH))], streams=streams)
     x = torch.randn(2, 6, WIDTH)
 
     def forward(x: Tensor) -> Tensor:
@@ -240,22 +265,22 @@ class Marked(nn.Module):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_fixed_streams_are_rebuilt_in_every_bit_inside_the_graph(backend: str, autocast: bool) -> None:
     fixed, shape = revnet.Fixed(24), (2, 6, WIDTH)
-    pairs = [(Marked(shape), Marked(shape)) for _ in range(4)]
+    pairs = [(Marked(shape), Marked(shape)) for _ in range(2)]
     net = revnet.ReversibleSequence(pairs, streams=fixed, merge="sum")
     x = torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = torch.compile(net, fullgraph=True, backend=backend)(x)
     y.sum().backward()
-    assert torch.equal(pairs[0][0].mark.grad, fixed.decode(fixed.encode(x), x.dtype))
+    assert torch.equal(pairs[0][0].mark.grad, fixed.encode(x).value)
 
 
 def test_float_streams_are_not_rebuilt_in_every_bit() -> None:
     # What makes the test above able to fail.
     shape = (2, 6, WIDTH)
-    pairs = [(Marked(shape, 20.0), Marked(shape, 20.0)) for _ in range(4)]
+    pairs = [(Marked(shape, 20.0), Marked(shape, 20.0)) for _ in range(2)]
     net = revnet.ReversibleSequence(pairs, streams="float", merge="sum")
     x = torch.randn(shape)
     torch.compile(net, fullgraph=True, backend="aot_eager")(x).sum().backward()
@@ -276,16 +301,14 @@ def compiled_peak(depth: int, backend: str, branch: Callable[[int], nn.Module], 
 
 
 def test_the_peak_of_one_graph_does_not_grow_with_depth() -> None:
-    peaks = [compiled_peak(depth, "aot_eager", cases.Mlp) for depth in (2, 4, 8)]
+    peaks = [compiled_peak(depth, "aot_eager", cases.Mlp) for depth in (2, 6)]
     assert max(peaks) < 1.02 * min(peaks)
     assert max(peaks) < 14
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_peak_of_inductor_does_not_grow_with_depth() -> None:
-    # Inductor reorders: its peak is higher, and reaches its constant only at eight blocks.
-    peaks = [compiled_peak(depth, "inductor", cases.Mlp) for depth in (8, 16)]
+    # Inductor reorders: of larger branches its peak reaches its constant only at eight blocks, which take minutes.
+    peaks = [compiled_peak(depth, "inductor", Tied) for depth in (4, 8)]
     assert max(peaks) < 1.02 * min(peaks)
 
 
@@ -453,7 +476,7 @@ def test_another_batch_size_and_mode_are_right_too(branch: Any) -> None:
     pairs = pairs_of(branch)
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs)
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for batch in (2, 3, 5):
+    for batch in (2, 3):
         assert_as_stored(run, net, stored, torch.randn(batch, 6, WIDTH, dtype=torch.float64, requires_grad=True))
     with torch.no_grad():
         x = tokens()
@@ -501,7 +524,7 @@ def test_fixed_streams_are_rebuilt_in_every_bit_by_inductor_on_a_gpu(precision: 
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
         y = torch.compile(net, fullgraph=True)(x)
     y.sum().backward()
-    assert torch.equal(pairs[0][0].mark.grad, fixed.decode(fixed.encode(x), x.dtype))
+    assert torch.equal(pairs[0][0].mark.grad, fixed.encode(x).value)
 
 
 @pytest.mark.gpu
