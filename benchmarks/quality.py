@@ -115,12 +115,13 @@ def trained(name: str, given: argparse.Namespace, options: Sequence[str]) -> lis
 
 def generation(given: argparse.Namespace) -> list[str]:
     """What the next token of one text costs at each place, and whether the cache changes any."""
-    torch.set_num_threads(given.threads)
+    # One thread's CPU time says the same on a busy machine.
+    torch.set_num_threads(1)
     lines = [
         "## generation",
         "",
-        "The time of one more token after so many, batch 1, width 192, float32, with the keys and values of the tokens "
-        "before it and without; medians of 20.",
+        "CPU time of one more token after so many, batch 1, width 192, float32, one thread, with the keys and values "
+        "of the tokens before it and without; medians of 20.",
         "",
         "| depth | | " + " | ".join(f"{position} tokens" for position in POSITIONS) + " |",
         "|---:|---|" + "---:|" * len(POSITIONS),
@@ -153,9 +154,9 @@ def next_token(model: Transformer, prefix: torch.Tensor, tokens: torch.Tensor, c
     found = []
     for _ in range(count):
         cache = dict(before) if cached else None
-        start = time.perf_counter()
+        start = time.process_time()
         model(prefix, tokens, cache=cache)
-        found.append(time.perf_counter() - start)
+        found.append(time.process_time() - start)
     return found
 
 
