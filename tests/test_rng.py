@@ -101,6 +101,18 @@ def test_a_branch_that_seeds_the_global_generator():
     assert_same_step(train_step(net, x), train_step(oracle, x))
 
 
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_hooks_of_blocks_may_draw(register: str):
+    net = ReversibleSequence(build([(with_dropout(Mlp), with_dropout(Mlp))] * 3, 8))
+    for block in net.blocks:
+        getattr(block, register)(lambda *_: _draw())
+    x = randn(2, 6, 8, requires_grad=True)
+    found = train_step(net, x)
+    net.zero_grad()
+    net.execution = "store"
+    assert_same_step(found, train_step(net, x))
+
+
 def test_without_preserve_rng_state_a_network_that_draws_nothing_is_right():
     case = named("mlp-L8")[0]
     pairs = case.pairs()

@@ -8,7 +8,7 @@ output undoes the combine; at the step itself, what `fn` saves is caught for the
 The rules, cited below by number:
 
  1. One evaluation of `fn` per step in backward, which serves the inversion and the gradient.
- 2. State is found by walking, never by assuming an order. One lock per call.
+ 2. State is found by walking, never by assuming an order. Walks exclude one another.
  3. What was restored belongs to the backward call (graph task) that asked for it.
  4. What a handle caught dies with the handle. What the engine keeps is saved through a no-op Function, so that
     enclosing hooks manage it too. A known state dies with the last handle above it.
@@ -24,7 +24,6 @@ The rules, cited below by number:
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -104,6 +103,9 @@ class _Record:
     checksums: tuple[Tensor, Tensor] | None = None
 
 
+_current_task = torch._C._current_graph_task_id
+
+
 class _Handles:
     """The hooks under which one step runs; alive while autograd keeps something that they packed.
 
@@ -154,16 +156,20 @@ class _Handles:
         return len(saved) - 1
 
     def unpack(self, packed: Any) -> Tensor:
-        tensor: Tensor
         if packed.__class__ is tuple:
             tensor, version = packed
         else:
-            caught = self.caught.get(torch._C._current_graph_task_id())
+            caught = self.caught.get(_current_task())
             found = None if caught is None else caught.pop(packed, None)
             tensor, version = self.call.recover(self, packed) if found is None else found
         if tensor._version != version:
-            raise ReversibleError(_written(self.call.name(self.step), passing=packed.__class__ is tuple))
-        return tensor
+            what = "parameter or keyword tensor" if packed.__class__ is tuple else "tensor that the branch itself made"
+            raise ReversibleError(
+                f"{self.call.name(self.step)}: a {what} was changed in place before backward, which needs it. Call "
+                "backward before the optimizer's step (or any other in-place write). In a branch, use the out-of-place "
+                "operation."
+            )
+        return tensor  # type: ignore[no-any-return]
 
 
 class _Task:
@@ -214,7 +220,6 @@ class Call:
         self.streams: list[Stream] = [arithmetic.open(value) for value in streams]
         self.aux: dict[str, Any] = {}
         self.capturing = bool(self.devices) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self.lock = threading.RLock()
         self.records: list[_Record | None] = []
         self.handles: list[weakref.ref[_Handles]] = []
         self.descriptions: dict[Any, Any] = {}
@@ -231,7 +236,6 @@ class Call:
 
     def enter(self, *streams: Any) -> None:
         """Take up the streams as a block received them through its `__call__` (rule 9)."""
-        self.random = None
         if all(map(_same, self.start(), streams)):
             self.streams = [(value, held) for value, (_, held) in zip(streams, self.streams, strict=True)]
             return
@@ -382,8 +386,8 @@ class Call:
 
     def recover(self, handles: _Handles, number: int) -> tuple[Tensor, int]:
         """The tensor that a handle stands for, and the version that it has unless somebody wrote to it."""
-        with self.lock:
-            task_id = torch._C._current_graph_task_id()
+        with REPLAYING:
+            task_id = _current_task()
             caught = handles.caught.get(task_id)
             # Another thread may have been here.
             if caught is None or number not in caught:
@@ -448,10 +452,11 @@ class Call:
         position, state = self._nearest(task, step)
         state = list(state)
         task.position, task.state = None, []
-        for k in range(position - 1, step, -1):
-            self._revisit(k, state, None, undo=True)
         caught: dict[int, tuple[Tensor, int]] = {}
-        self._revisit(step, state, caught, undo=position > step)
+        with torch.no_grad():
+            for k in range(position - 1, step, -1):
+                self._revisit(k, state, None, undo=True)
+            self._revisit(step, state, caught, undo=position > step)
         task.position, task.state = step, state
         self._release(task, step, state)
         return caught
@@ -466,12 +471,11 @@ class Call:
                     lower.kept.prefetch()
         target = record.target
         # Autocast and modules are as the step's call found them.
-        with REPLAYING, _all(self.autocast.restored(), record.modules.restored(record.name)):
+        with _all(self.autocast.restored(), record.modules.restored(record.name)):
             out = None
             if undo and record.kept is None:
                 out = self._replay(record, state, caught)
-                with torch.no_grad():
-                    state[target] = self.arithmetic.invert(record.coupling, state[target][1], out)
+                state[target] = self.arithmetic.invert(record.coupling, state[target][1], out)
                 if self.arithmetic.exact:
                     self._compare(record, 0, state[target][1])
             else:
@@ -508,9 +512,8 @@ class Call:
         """The value of a stream as a step saw it: new leaves of the same layout."""
         value, held = stream
         if value is None:
-            with torch.no_grad():
-                value = self.arithmetic.read(held)
-        return tree_map(_Layout.apply, layouts, value) if not isinstance(layouts, _Layout) else layouts.apply(value)
+            value = self.arithmetic.read(held)
+        return layouts.apply(value) if isinstance(layouts, _Layout) else tree_map(_Layout.apply, layouts, value)
 
     def _replay(
         self, record: _Record, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, early: bool = False
@@ -651,18 +654,6 @@ def _memory(tensor: Tensor) -> int:
     except NotImplementedError:  # A sparse tensor has none of its own.
         identity = id(tensor)
     return identity
-
-
-def _written(name: str, passing: bool) -> str:
-    if passing:
-        return (
-            f"{name}: a parameter or keyword tensor was changed in place between forward and backward. Call backward "
-            "before the optimizer's step (or any other in-place write)."
-        )
-    return (
-        f"{name}: a tensor that backward needs was changed in place by the branch itself, which stored execution does "
-        "not allow either. Use the out-of-place operation."
-    )
 
 
 def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:

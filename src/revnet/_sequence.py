@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ._couplings import Additive
 from ._distributed import shared_generator
@@ -289,9 +290,12 @@ class ReversibleSequence(_Blocks):
         streams, doors = call.start(), self._doors
         for i in range(0, len(parts), 2):
             (first, f), (_, g) = parts[i : i + 2]
+            door = doors[first // 2]
+            if not _runs_only_steps(door):
+                call.random = None
             _door.entered = call, parts[i : i + 2]
             try:
-                streams = doors[first // 2](*streams, f.kwargs, g.kwargs)
+                streams = door(*streams, f.kwargs, g.kwargs)
             finally:
                 vars(_door).pop("entered", None)
         return streams
@@ -333,6 +337,13 @@ class SequentialSequence(_Blocks):
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:
         return list(cast(Iterable[nn.ModuleList], self.layers))
+
+
+def _runs_only_steps(block: nn.Module) -> bool:
+    """Whether calling a block runs no code beside its steps: no hooks, say, which might draw random numbers."""
+    hooks = block._forward_pre_hooks or block._forward_hooks or has_any_global_hook()
+    own = "forward" in vars(block) or block._compiled_call_impl is not None
+    return type(block) is ReversibleBlock and not hooks and not own
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
