@@ -6,7 +6,7 @@ import importlib
 import json
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import Attention, Mlp
 from distributed import run_ranks
 from oracle import StoredSequence, assert_near, stored_copy
-from revnet import ReversibleSequence
+from revnet import Fixed, Momentum, Reversible, ReversibleSequence, Step
+from revnet._execution import EXECUTIONS
 
 Check = Callable[[int, int], None]
 
 WIDTH, TOKENS = 8, 4
 
+# 37 fraction bits: the rounding of the streams stays below the tolerance in float64.
+STREAMS = {"float": "float", "fixed": Fixed(fraction_bits=37)}
+
 
 def run_checks(
-    module: str, world_size: int, folder: Path, checks_name: str = "CHECKS", timeout: float = 110.0
+    module: str, world_size: int, folder: Path, checks_name: str = "CHECKS", timeout: float = 280.0
 ) -> dict[str, str]:
     """Runs every function of the module's CHECKS, or of another such dict, on the ranks, in order.
 
@@ -145,6 +149,60 @@ def assert_bits(actual: Mapping[str, Tensor | None], expected: Mapping[str, Tens
 
 def sequence(depth: int = 3, dropout: float = 0.0, shared: bool = False, **options: Any) -> ReversibleSequence:
     return ReversibleSequence(branches(depth, dropout, shared), **{"streams": "float", **options})
+
+
+def every_execution(wrap: Callable[[nn.Module], nn.Module], rank: int, world_size: int) -> None:
+    """All executions and stream kinds agree with one process; in fixed streams, bit for bit with each other."""
+    _, expected = reference(branches(dropout=0.2), world_size)
+    mixed = [EXECUTIONS[i % len(EXECUTIONS)] for i in range(6)]
+    for name, streams in STREAMS.items():
+        results = {}
+        for execution in (*EXECUTIONS, mixed):
+            model = wrap(sequence(dropout=0.2, streams=streams, execution=execution))
+            rank_loss(model, rank, world_size).backward()
+            assert_gradients(model, expected)
+            results[str(execution)] = gradients(model)
+        if name == "fixed":
+            for result in results.values():
+                assert_bits(result, results["store"])
+
+
+def every_program(wrap: Callable[[nn.Module], nn.Module], rank: int, world_size: int) -> None:
+    """Programs of steps on three streams, each step used twice: as `every_execution`; with momentum, bits alone."""
+
+    def run(model: Callable[..., Sequence[Tensor]], rank: int) -> Tensor:
+        x, target = (mine(rank, tensor) for tensor in batch(world_size))
+        torch.manual_seed(100 + rank)
+        return sum(loss_of(y, target) for y in model(x, x.cos(), target))
+
+    def fresh() -> list[nn.Module]:
+        torch.manual_seed(7)
+        return [Mlp(WIDTH, 0.2).double() for _ in range(3)]
+
+    def stored(*streams: Tensor) -> Sequence[Tensor]:
+        held = list(streams)
+        for i in range(6):
+            held[i % 3] = held[i % 3] + plain[i % 3](held[(i + 1) % 3])
+        return held
+
+    plain = fresh()
+    for other in range(world_size):
+        (run(stored, other) / world_size).backward()
+    expected = [parameter.grad for fn in plain for parameter in fn.parameters()]
+    for coupling, kinds in ((None, STREAMS), (Momentum(0.9), {"fixed": "fixed"})):
+        for kind, streams in kinds.items():
+            results = {}
+            for execution in EXECUTIONS:
+                steps = [Step(fn, i, (i + 1) % 3, coupling) for i, fn in enumerate(fresh())]
+                model = wrap(Reversible(steps * 2, streams=streams, execution=execution))
+                run(model, rank).backward()
+                results[execution] = gradients(model)
+                if coupling is None:
+                    for (name, found), gradient in zip(results[execution].items(), expected, strict=True):
+                        assert_near(found, gradient, f"{kind} {execution} {name}", 1e-10)
+            if kind == "fixed":
+                for result in results.values():
+                    assert_bits(result, results["store"])
 
 
 class Collectives(TorchDispatchMode):

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import BY_NAME, Linear, Mlp, Unused, build, every, randn, with_dropout
 from oracle import Evaluations, assert_near, stored_copy, weighted
-from parallel import Check, run_checks
+from parallel import Check, every_execution, every_program, run_checks
 from revnet import ReversibleSequence
+from revnet._distributed import shared_generator
+
+# Many checks share one start of the ranks.
+pytestmark = pytest.mark.timeout(300)
 
 STEPS = 3
 
@@ -69,8 +74,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _option(label: str, rank: int, world_size: int) -> None:
-    pairs = BY_NAME["attention-L8-dropout"].pairs()
-    train_against_one_process(rank, world_size, *both(pairs), label, **OPTIONS[label])
+    for case in ("attention-L4", "attention-L8-dropout"):
+        pairs = BY_NAME[case].pairs()
+        train_against_one_process(rank, world_size, *both(pairs), f"{label} {case}", **OPTIONS[label])
 
 
 def _shared(rank: int, world_size: int) -> None:
@@ -151,6 +157,18 @@ def _two_forwards_with_buffers(rank: int, world_size: int) -> None:
     _two_forwards(rank, world_size, Shifted)
 
 
+def _generator(rank: int, world_size: int) -> None:
+    """The one that ranks draw alike from (`layer_dropout`) costs the user's own no draw."""
+    state = torch.get_rng_state()
+    torch.manual_seed(rank)
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, torch.rand(3, generator=shared_generator()).tolist())
+    assert found == [found[0]] * world_size
+    torch.set_rng_state(state)
+    shared_generator()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 CHECKS: dict[str, Check] = {label: partial(_option, label) for label in OPTIONS} | {
     "shared": _shared,
     "unused": _unused,
@@ -159,6 +177,9 @@ CHECKS: dict[str, Check] = {label: partial(_option, label) for label in OPTIONS}
     "no_sync": _no_sync,
     "two-forwards": _two_forwards,
     "two-forwards-with-buffers": _two_forwards_with_buffers,
+    "generator": _generator,
+    "executions": partial(every_execution, DistributedDataParallel),
+    "programs": partial(every_program, DistributedDataParallel),
 }
 
 

@@ -29,6 +29,9 @@ from parallel import TOKENS, WIDTH, assert_bits, batch, full, loss_of, run_check
 from revnet import Fixed, ReversibleSequence, measure_memory
 from revnet._execution import EXECUTIONS
 
+# Many checks share one start of the ranks.
+pytestmark = pytest.mark.timeout(300)
+
 FINE = Fixed(fraction_bits=37)
 
 
