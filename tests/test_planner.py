@@ -86,16 +86,14 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
     kinds = []
     for target in (0, 1):
         own = {"store": rng.randint(3, 14), "select": rng.randint(2, 8)}
-        source, held = (1 - target) * (1 + fixed), target * (1 + fixed) + fixed
-        keeps = {"store": (source,) if rng.random() < 0.7 else (), "checkpoint": (held,)}
+        whole_target = (0b11 if fixed else 0b01) << 2 * target
+        keeps = {"store": (rng.random() < 0.7) << 2 * (1 - target), "checkpoint": whole_target}
         times = {"store": 30, "select": 33, "checkpoint": 38, "offload": 39, "invert": 40}
         kinds.append(
             {
                 name: Cost(
                     own.get(name, 0),
-                    keeps.get(name, ()),
-                    (held,) if name == "store" and rng.random() < 0.2 else (),
-                    rng.randint(2, 12),
+                    keeps.get(name, 0),
                     own.get(name, 0) + rng.randint(8, 20),
                     times[name] + rng.randint(-2, 3),
                 )
@@ -103,16 +101,12 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
             }
         )
     return Chain(
-        sizes=(4, 8, 4, 8) if fixed else (4, 4),
-        streams=((0, 1), (2, 3)) if fixed else ((0,), (1,)),
-        given=() if fixed else (0, 1),
+        sizes=(4, 2, 4, 2) if fixed else (4, 0, 4, 0),
+        given=0 if fixed else 0b0101,
         kinds=tuple(kinds),
         steps=tuple((k % 2, k % 2) for k in range(steps)),
         gradients=tuple(rng.randint(0, 6) for _ in range(steps)),
-        result=4,
-        ending=8,
-        credit=rng.choice((0, 4)),
-        handed=rng.random() < 0.5,
+        overhead=4,
     )
 
 
@@ -129,7 +123,7 @@ def test_the_plan_is_the_best_of_all_plans(seed: int, steps: int, fixed: bool):
         best = min(found.time for found in everything if found.peak <= budget)
         found = solve(chain, budget)
         assert found is not None
-        assert (found.time, found.gap) == (best, 0.0)
+        assert found.time == best
         assert simulate(chain, found.executions) == found
         assert found.peak <= budget
 
@@ -142,13 +136,15 @@ def test_more_memory_is_never_slower():
     assert times[0] > times[-1]
 
 
-def test_the_gap_bounds_what_a_hurried_search_loses():
-    chain = random_chain(2, 60, fixed=False)
-    budget = (minimum(chain) + simulate(chain, ["store"] * 60).peak) // 2
-    best, hurried = solve(chain, budget), solve(chain, budget, effort=60)
-    assert best.gap == 0.0
-    assert best.time <= hurried.time
-    assert hurried.time * (1 - hurried.gap) <= best.time
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hurried_search_loses_little(seed: int):
+    chain = random_chain(seed, 100, fixed=False)
+    least, stored = minimum(chain), simulate(chain, ["store"] * 100).peak
+    for share in (0.05, 0.3, 0.6):
+        budget = round(least + share * (stored - least))
+        thorough, hurried = solve(chain, budget, effort=10**6), solve(chain, budget, effort=1)
+        assert hurried.peak <= budget
+        assert thorough.time <= hurried.time <= 1.002 * thorough.time
 
 
 def test_a_thousand_blocks_are_solved_in_seconds():
@@ -156,9 +152,8 @@ def test_a_thousand_blocks_are_solved_in_seconds():
     budget = (minimum(chain) + simulate(chain, ["store"] * 2000).peak) // 2
     start = time.perf_counter()
     found = solve(chain, budget)
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 60
     assert found.peak <= budget
-    assert found.gap < 0.02
 
 
 # What is predicted, and what is measured
@@ -181,7 +176,7 @@ def check_budgets(net: nn.Module, x: Tensor, budgets: list[str] = BUDGETS, **key
         assert abs(found.peak_bytes - peaks[-1]) <= 0.05 * peaks[-1]
     assert plans[0].peak_bytes < 0.9 * plans[-1].peak_bytes
     seconds = [found.seconds for found in plans]
-    assert all(more <= less for less, more in itertools.pairwise(seconds) if plans[-1].gap == 0.0)
+    assert seconds == sorted(seconds, reverse=True)
     return plans
 
 

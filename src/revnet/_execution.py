@@ -66,8 +66,6 @@ class Plan:
         budget: bytes that were asked for.
         shape, dtype, device: of the input that the plan was made for.
         estimated: whether times follow from counts of floating-point operations, not from measurements.
-        gap: proven bound of how much faster another plan for this budget could be, as a share of `seconds`; zero for a
-            plan that is proven to be the fastest.
     """
 
     executions: tuple[str, ...]
@@ -81,7 +79,6 @@ class Plan:
     dtype: str
     device: str
     estimated: bool = False
-    gap: float = 0.0
 
     @property
     def slowdown(self) -> float:
@@ -150,8 +147,6 @@ class Plan:
             f"predicted peak  {format_bytes(self.peak_bytes):>12}",
             f"predicted time  {_milliseconds(self.seconds):>12}   {self.slowdown:.3f} × stored ({source})",
         ]
-        if self.gap:
-            lines.append(f"no plan is more than {100 * self.gap:.2g} % faster")
         lines += ["", f"{'steps':<28}{'execution':<12}{'kept per step':>14}{'kept in all':>14}"]
         for steps, execution, kept in self._rows():
             each = "–" if len(set(kept)) > 1 else format_bytes(kept[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, overload
 
 import torch
@@ -14,7 +15,7 @@ from ._errors import ReversibleError
 from ._execution import Plan, format_bytes, parse_bytes
 from ._program import Program
 from ._rehearsal import Rehearsal
-from ._solver import Chain, minimum, simulate, solve
+from ._solver import Solution, minimum, simulate, solve
 
 Budget = int | str | None
 
@@ -65,79 +66,120 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
     many = isinstance(budget, Sequence) and not isinstance(budget, str)
     budgets = [_read(one) for one in (budget if many else [budget])]
     with torch.enable_grad(), Rehearsal(net, x, kwargs) as rehearsal:
-        chain = _largest_costs(rehearsal.chain())
-        plans = [_plan(rehearsal, chain, one) for one in budgets]
+        plans = _Planner(rehearsal).plans(budgets)
     return plans if many else plans[0]
 
 
-def _read(budget: Budget) -> int | float | str | None:
+def _read(budget: Budget) -> int | float | None:
     """A number of bytes, a share of the way from the minimum to stored, or None."""
-    if budget is None:
-        return None
-    if isinstance(budget, str):
-        if budget == "minimum":
-            return 0.0
-        if budget == "stored":
-            return 1.0
-        if budget.endswith("%"):
-            try:
-                return float(budget[:-1]) / 100
-            except ValueError:
-                raise ValueError(f"{budget!r} is not a share: write it as '25%'") from None
-    return parse_bytes(budget)
+    if budget in ("minimum", "stored"):
+        return float(budget == "stored")
+    if isinstance(budget, str) and budget.endswith("%"):
+        try:
+            return float(budget[:-1]) / 100
+        except ValueError:
+            raise ValueError(f"{budget!r} is not a share: write it as '25%'") from None
+    return None if budget is None else parse_bytes(budget)
 
 
-def _plan(rehearsal: Rehearsal, chain: Chain, budget: Any) -> Plan:
-    least = minimum(chain)
-    stored = simulate(chain, ["store"] * len(chain.steps))
-    # What a run shows beyond the model is set aside, and the rest solved again.
-    for _ in range(5):
+# Runs in search of the plan for one budget.
+_RUNS = 5
+
+
+class _Planner:
+    """The model of memory proposes plans, and a run of each shows its peak."""
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        self.rehearsal = rehearsal
+        chains = _gather(rehearsal.chain())
+        self.chain = chains[0]
+        if any((chain.steps, chain.sizes) != (self.chain.steps, self.chain.sizes) for chain in chains):
+            raise ReversibleError("the ranks of the process group plan for different sequences or inputs")
+        # What ran, with the peak of the run.
+        self.seen: dict[tuple[str, ...], Solution] = {}
+
+    def plans(self, budgets: Sequence[int | float | None]) -> list[Plan]:
+        sizes = [self.size(budget) for budget in budgets]
+        for size in sizes:
+            self.fit(size)
+        return [self.fastest(size) for size in sizes]
+
+    def size(self, budget: int | float | None) -> int:
+        """A budget in bytes."""
         if budget is None:
-            size = _largest(free_bytes(rehearsal.device))
-        elif isinstance(budget, float):
-            size = round(least + budget * (max(stored.peak, least) - least))
-        else:
-            size = budget
-        solution = solve(chain, size)
-        if solution is None:
+            return int(min(_gather(free_bytes(self.rehearsal.x.device))))
+        if isinstance(budget, int):
+            return budget
+        return round(self.least + budget * (max(self.run(self.stored).peak, self.least) - self.least))
+
+    @cached_property
+    def least(self) -> int:
+        """The smallest peak that any plan has."""
+        self.fit(None)
+        return min(solution.peak for solution in self.seen.values())
+
+    @cached_property
+    def stored(self) -> Solution:
+        return simulate(self.chain, ["store"] * len(self.chain.steps))
+
+    def fit(self, size: int | None) -> None:
+        """Find the fastest plan within `size` bytes or, without a size, the one with the smallest peak.
+
+        What a run takes more or less than the model said is added to the model, and the rest solved again.
+        """
+        chain = self.chain
+        for _ in range(_RUNS):
+            limit = minimum(chain) if size is None else size
+            solution = solve(chain, limit)
+            if solution is None:
+                return
+            off = self.run(solution).peak - solution.peak
+            if off == 0 or -0.01 * limit <= off <= limit - solution.peak:
+                return
+            if off > 0 and "offload" in solution.executions:
+                # How long a copy holds its tensor depends on how far the host runs ahead: no budget can be promised.
+                kinds = [{name: cost for name, cost in kind.items() if name != "offload"} for kind in chain.kinds]
+                self.chain = replace(self.chain, kinds=tuple(kinds))
+                chain = replace(chain, kinds=tuple(kinds))
+            else:
+                chain = replace(chain, overhead=chain.overhead + off)
+
+    def run(self, solution: Solution) -> Solution:
+        """The solution with the largest peak that it has in runs, on all ranks."""
+        executions = solution.executions
+        if executions not in self.seen:
+            peak = simulate(self.chain, executions).peak
+            if self.rehearsal.mode is None:
+                runs = 3 if "offload" in executions else 1
+                found = max(self.rehearsal.peak(executions) for _ in range(runs))
+                # Stand-ins have no gradients, so a run makes all of them.
+                every = replace(self.chain, gradients=self.rehearsal.gradients(set()))
+                peak += max(_gather(found)) - simulate(every, executions).peak
+            self.seen[executions] = solution._replace(peak=peak)
+        return self.seen[executions]
+
+    def fastest(self, size: int) -> Plan:
+        fitting = [solution for solution in self.seen.values() if solution.peak <= size]
+        if not fitting and self.least > size:
             raise ReversibleError(
                 f"no plan is within {format_bytes(size)} ({size} bytes): the smallest peak of this sequence, for this "
-                f"input, is {format_bytes(least)} ({least} bytes). Give at least that, or a smaller input."
+                f"input, is {format_bytes(self.least)} ({self.least} bytes). Give at least that, or a smaller input."
             )
-        excess = 0
-        if not rehearsal.estimated:
-            runs = 3 if "offload" in solution.executions else 1
-            excess = _largest(max(rehearsal.excess(solution, chain) for _ in range(runs)))
-        if excess <= 0 or solution.peak + excess <= size:
-            break
-        if "offload" in solution.executions:
-            # How long a copy holds its tensor depends on how far the host runs ahead: no budget can be promised.
-            kinds = tuple({name: cost for name, cost in kind.items() if name != "offload"} for kind in chain.kinds)
-            chain = replace(chain, kinds=kinds, _moves={})
-        else:
-            chain = replace(chain, overhead=chain.overhead + excess)
-        least, stored = minimum(chain), simulate(chain, ["store"] * len(chain.steps))
-    else:
-        raise ReversibleError(
-            f"the memory of this sequence differs from one run to the next by {format_bytes(excess)}: no plan can "
-            "promise a budget. Look for caches that grow in its branches."
+        solution = min(fitting or self.seen.values(), key=lambda solution: (solution.time, solution.peak))
+        rehearsal = self.rehearsal
+        return Plan(
+            executions=solution.executions,
+            names=tuple(part.name for part in rehearsal.parts),
+            kept_bytes=solution.kept,
+            peak_bytes=solution.peak,
+            seconds=solution.time / 1e9,
+            stored_seconds=self.stored.time / 1e9,
+            budget=size,
+            shape=tuple(rehearsal.x.shape),
+            dtype=str(rehearsal.x.dtype).removeprefix("torch."),
+            device=_gather(rehearsal.label)[0],
+            estimated=rehearsal.mode is not None,
         )
-    x = rehearsal.x
-    made = Plan(
-        executions=solution.executions,
-        names=tuple(site.name for site in rehearsal.sites),
-        kept_bytes=solution.kept,
-        peak_bytes=solution.peak + max(0, excess),
-        seconds=solution.time / 1e9,
-        stored_seconds=stored.time / 1e9,
-        budget=size,
-        shape=tuple(x.shape),
-        dtype=str(x.dtype).removeprefix("torch."),
-        device=rehearsal.label,
-        estimated=rehearsal.estimated,
-        gap=solution.gap,
-    )
-    return _of_first_rank(made)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -155,41 +197,3 @@ def _gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
-
-
-def _largest(value: int) -> int:
-    return int(max(_gather(value)))
-
-
-def _of_first_rank(made: Plan) -> Plan:
-    first: Plan = _gather(made)[0]
-    return first
-
-
-def _largest_costs(chain: Chain) -> Chain:
-    """The chain with the largest cost of each step among the ranks."""
-    chains = _gather(replace(chain, _moves={}))
-    if len(chains) == 1:
-        return chain
-    first = chains[0]
-    if any(
-        (c.steps, c.sizes, [set(kind) for kind in c.kinds]) != (first.steps, first.sizes, [set(k) for k in first.kinds])
-        for c in chains
-    ):
-        raise ReversibleError("the ranks of the process group plan for different sequences or inputs")
-    kinds = tuple(
-        {
-            name: replace(
-                cost,
-                **{
-                    field: max(getattr(c.kinds[i][name], field) for c in chains)
-                    for field in ("own", "forward", "backward", "time")
-                },
-            )
-            for name, cost in kind.items()
-        }
-        for i, kind in enumerate(first.kinds)
-    )
-    gradients = tuple(max(column) for column in zip(*(c.gradients for c in chains), strict=True))
-    largest: Chain = replace(first, kinds=kinds, gradients=gradients, _moves={})
-    return largest

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,59 +16,58 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._couplings import tree_leaves
+from ._couplings import tree_leaves, tree_map
 from ._engine import Call
 from ._kept import compiled
 from ._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
-from ._program import Program
+from ._program import Program, take
 from ._replay import RandomState, devices_of
 from ._sequence import ReversibleSequence, _Blocks
-from ._solver import Chain, Cost, Solution, simulate
-from ._steps import FixedArithmetic, FloatArithmetic
+from ._solver import Chain, Cost
+from ._steps import FixedArithmetic
 from ._streams import RangeMonitor
-from ._traced import Part
+from ._traced import Arithmetic, Part
+
+# Of one kind, in the chain that is timed.
+_REPEATED = 3
+# What an accelerator of today reaches in low precision, where nothing is measured.
+_FLOPS_PER_SECOND = 4e14
+_BYTES_PER_SECOND = 2.5e12
 
 
 class Rehearsal:
-    """Runs steps of a sequence on copies of its parameters' identities, its buffers and its randomness."""
+    """A sequence with stand-ins for its parameters, buffers, input and randomness, while a `with` lasts."""
 
     def __init__(self, net: Program, x: Any, kwargs: dict[str, Any]) -> None:
         self.net = net
-        self.original = x if isinstance(x, tuple) else (x,)
-        tensors = [*net.parameters(), *_tensors_in((self.original, kwargs))]
-        fakes = [t for t in tensors if isinstance(t, FakeTensor)]
-        self.label = str(tree_leaves(self.original[0])[0].device)
-        self.mode: FakeTensorMode | None = None
-        if fakes:
-            self.mode = fakes[0].fake_mode
-        elif any(t.is_meta for t in tensors):
+        self.given = (x if isinstance(x, tuple) else (x,)), kwargs
+        self.label = str(tree_leaves(self.given[0][0])[0].device)
+        tensors = [*net.parameters(), *_tensors_in(self.given)]
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        # Where nothing is allocated, and times are estimated.
+        self.mode: FakeTensorMode | None = fakes[0].fake_mode if fakes else None
+        if self.mode is None and any(tensor.is_meta for tensor in tensors):
             self.mode = FakeTensorMode()
-        self.estimated = self.mode is not None
-        self.given = kwargs
+        # Parameters whose gradient is there already.
+        self.filled: set[Tensor] = set()
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> Rehearsal:
         with contextlib.ExitStack() as stack:
-            if self.mode is not None:
+            if self.mode is None:
+                devices = devices_of([*_tensors_in(self.given), *self.net.parameters()])
+                stack.enter_context(RandomState(devices).restored())
+            else:
                 # The engine has a real tensor of its own, without elements that matter.
                 stack.callback(setattr, self.mode, "allow_non_fake_inputs", self.mode.allow_non_fake_inputs)
                 self.mode.allow_non_fake_inputs = True
                 # An input that is fake already brings its mode, which may be entered.
                 if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not self.mode:
                     stack.enter_context(self.mode)
-            else:
-                stack.enter_context(
-                    RandomState(devices_of([*_tensors_in(self.original), *self.net.parameters()])).restored()
-                )
-            self.inputs: tuple[Any, ...] = pytree.tree_map_only(Tensor, self._alias, self.original)
+            self.inputs, self.kwargs = pytree.tree_map_only(Tensor, self._alias, self.given)
             self.x = tree_leaves(self.inputs[0])[0]
-            self.kwargs = pytree.tree_map_only(Tensor, self._alias, self.given)
             self._swap(stack)
-            self.device = self.x.device
-            options = self.net._options
-            # Under fake tensors there is no state of a generator to compare.
-            self.options = replace(options, preserve_rng_state=options.preserve_rng_state and self.mode is None)
-            self.sites = [part for _, part in self.net._parts(self.inputs, self.kwargs)]
+            self.parts = [part for _, part in self.net._parts(self.inputs, self.kwargs)]
             self.stack = stack.pop_all()
         return self
 
@@ -78,212 +76,159 @@ class Rehearsal:
 
     def _alias(self, tensor: Tensor) -> Tensor:
         """Another tensor with the same values and without a past: its gradient is not the original's."""
-        if tensor.is_meta and self.mode is not None:
-            return torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad
-            )
-        if self.mode is not None and not isinstance(tensor, FakeTensor):
-            return self.mode.from_tensor(tensor).detach().requires_grad_(tensor.requires_grad)
-        return tensor.detach().requires_grad_(tensor.requires_grad)
+        if self.mode is not None and tensor.is_meta and not isinstance(tensor, FakeTensor):
+            alias = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        elif self.mode is not None and not isinstance(tensor, FakeTensor):
+            alias = self.mode.from_tensor(tensor).detach()
+        else:
+            alias = tensor.detach()
+        return alias.requires_grad_(tensor.requires_grad)
 
     def _swap(self, stack: contextlib.ExitStack) -> None:
-        """Put stand-ins in the place of parameters and buffers, until `stack` closes."""
+        """Put the stand-ins in their places, until `stack` closes."""
         net = self.net
         stack.callback(setattr, net, "_monitor", net._monitor)
-        net._monitor = RangeMonitor()
         stack.callback(setattr, net, "execution", net.execution)
         if isinstance(net, _Blocks):
             # A plan is for the call in which no block is dropped.
             stack.callback(setattr, net, "layer_dropout", net.layer_dropout)
             net.layer_dropout = 0.0
-        copies: dict[int, Any] = {}
-        self.accumulated: dict[int, bool] = {}
+        copies: dict[Tensor, Tensor] = {}
         for module in net.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is None:
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None:
                     continue
-                if hasattr(parameter, "placements"):
+                if hasattr(tensor, "placements"):
                     # Sharded parameters belong to their group; only their gradient is put aside.
-                    stack.callback(setattr, parameter, "grad", parameter.grad)
-                    self.accumulated[id(parameter)] = parameter.grad is not None
-                    parameter.grad = None
+                    copies[tensor] = tensor
+                    stack.callback(setattr, tensor, "grad", tensor.grad)
+                elif tensor not in copies and isinstance(tensor, nn.Parameter):
+                    copies[tensor] = nn.Parameter(self._alias(tensor), tensor.requires_grad)
+                elif tensor not in copies:
+                    copies[tensor] = self._alias(tensor).clone()
+                if tensor.is_leaf and tensor.grad is not None:
+                    self.filled.add(copies[tensor])
+                if copies[tensor] is tensor:
+                    tensor.grad = None
                     continue
-                if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(self._alias(parameter), parameter.requires_grad)
-                    self.accumulated[id(copies[id(parameter)])] = parameter.grad is not None
-                stack.callback(setattr, module, name, parameter)
-                setattr(module, name, copies[id(parameter)])
-            for name, buffer in list(module._buffers.items()):
-                if buffer is None:
-                    continue
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = self._alias(buffer).clone()
-                stack.callback(module._buffers.__setitem__, name, buffer)
-                module._buffers[name] = copies[id(buffer)]
-
-    def streams(self) -> tuple[Any, ...]:
-        return self.net._split(self.x) if isinstance(self.net, ReversibleSequence) else self.inputs
-
-    def arithmetic(self) -> FloatArithmetic | FixedArithmetic:
-        return self.net._arithmetic(self.x)
+                stack.callback(setattr, module, name, tensor)
+                setattr(module, name, copies[tensor])
 
     def chain(self) -> Chain:
         """Measures each kind of step once, in the order of the sequence, on the streams that reach it."""
-        names = [name for name in self.net._allowed if name != "offload" or self.device.type == "cuda"]
-        arithmetic = self.arithmetic()
+        net = self.net
+        names = [name for name in net._allowed if name != "offload" or self.x.is_cuda]
+        arithmetic = net._arithmetic(self.x)
+        streams = net._split(self.x) if isinstance(net, ReversibleSequence) else self.inputs
+        needs_grad = [any(leaf.requires_grad for leaf in tree_leaves(value)) for value in streams]
+        # Without a record, but with gradients: compiled branches are compiled for these.
+        with torch.no_grad():
+            call = self.call(streams, arithmetic, ["store"] * len(self.parts))
         kinds: dict[Any, int] = {}
         costs: list[dict[str, Cost]] = []
         steps: list[tuple[int, int]] = []
-        needs_grad = [any(leaf.requires_grad for leaf in tree_leaves(value)) for value in self.streams()]
-        with torch.no_grad():
-            call = Call(self.streams(), arithmetic, self.options, ["store"] * len(self.sites))
-        sizes, parts = _parts(call)
-        given = () if isinstance(arithmetic, FixedArithmetic) else tuple(range(len(sizes)))
-        for site in self.sites:
+        for part in self.parts:
             values = [value for value, _ in call.streams]
-            key = self._key(site, values, needs_grad)
-            if key not in kinds:
-                kinds[key] = len(kinds)
-                possible = [name for name in names if name != "select" or not compiled(site.fn)]
-                costs.append(self._costs(site, values, needs_grad, arithmetic, possible))
-            steps.append((kinds[key], site.target))
-            reached = any(needs_grad[i] for i in site.source) or any(p.requires_grad for p in _parameters(site.fn))
-            needs_grad[site.target] |= reached or any(
-                isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(site.kwargs)
-            )
-            # With gradients, for which measured steps are compiled already, if they are compiled.
-            call.step(0, site.fn, site.target, site.source, site.coupling, site.kwargs, site.name)
-            call.streams = [
-                cast(Any, pytree.tree_map_only(Tensor, partial(_fresh, requires_grad=grad), stream))
-                for stream, grad in zip(call.streams, needs_grad, strict=True)
-            ]
-        result = 0
-        if isinstance(self.net, ReversibleSequence):
-            with torch.no_grad():
-                result = _size(self.net._merge(*(value for value, _ in call.streams)))
+            kind = _kind(part, values, needs_grad)
+            if kind not in kinds:
+                kinds[kind] = len(costs)
+                stage = _Stage(self, part, values, needs_grad, arithmetic)
+                costs.append(stage.costs([name for name in names if name != "select" or not compiled(part.fn)]))
+            steps.append((kinds[kind], part.target))
+            take(call, 0, part, part.kwargs)
+            value = call.streams[part.target][0]
+            needs_grad[part.target] = any(leaf.requires_grad for leaf in tree_leaves(value))
+            call.streams = cast(Any, pytree.tree_map_only(Tensor, _leaf, call.streams))
+        values = [value for value, _ in call.streams]
+        with torch.no_grad():
+            result = net._merge(*values) if isinstance(net, ReversibleSequence) else values
+        sizes = tuple(memory.size for memory in _memories(call))
         return Chain(
             sizes=sizes,
-            streams=parts,
-            given=given,
+            given=0 if isinstance(arithmetic, FixedArithmetic) else (1 << len(sizes)) - 1,
             kinds=tuple(costs),
             steps=tuple(steps),
-            gradients=self._gradients(self.accumulated),
-            result=result,
-            ending=2 * result,
-            handed=not isinstance(self.net, ReversibleSequence),
-            # Merging by a sum gives both streams one gradient, a tensor that exists once.
-            credit=_size(call.streams[0][0]) if self._sums() else 0,
+            gradients=self.gradients(self.filled),
+            overhead=sum(storage.nbytes() for storage in _storages(_tensors_in(result))),
         )
 
-    def _sums(self) -> bool:
-        return isinstance(self.net, ReversibleSequence) and self.net.merge != "concat"
+    def call(self, streams: Sequence[Any], arithmetic: Arithmetic, executions: Sequence[str]) -> Call:
+        options = self.net._options
+        # Under fake tensors there is no state of a generator to compare.
+        options = replace(options, preserve_rng_state=options.preserve_rng_state and self.mode is None)
+        return Call(streams, arithmetic, options, executions)
 
-    def _key(self, site: Part, values: list[Any], needs_grad: list[bool]) -> Any:
-        """Equal for steps that cost alike."""
-        layouts = [(leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in pytree.tree_leaves(values)]
-        return (
-            _signature(site.fn),
-            _signature(site.coupling),
-            site.target,
-            site.source,
-            tuple(needs_grad),
-            tuple(layouts),
-            tuple(_describe(value) for value in pytree.tree_leaves(site.kwargs)),
-        )
-
-    def _gradients(self, accumulated: Mapping[int, bool]) -> tuple[int, ...]:
+    def gradients(self, filled: set[Tensor]) -> tuple[int, ...]:
         """Bytes of parameter gradients that each step makes: those not there before and not made by a later step."""
-        made: set[int] = set()
+        made = set(filled)
         gradients = []
-        for site in reversed(self.sites):
-            total = 0
-            for parameter in _parameters(site.fn):
-                if parameter.requires_grad and id(parameter) not in made and not accumulated.get(id(parameter)):
-                    total += parameter.numel() * parameter.element_size()
-                made.add(id(parameter))
-            gradients.append(total)
+        for part in reversed(self.parts):
+            new = {parameter for parameter in _parameters(part.fn) if parameter.requires_grad} - made
+            gradients.append(sum(parameter.numel() * parameter.element_size() for parameter in new))
+            made |= new
         return tuple(gradients[::-1])
 
-    def _costs(
-        self,
-        site: Part,
-        values: list[Any],
-        needs_grad: list[bool],
-        arithmetic: FloatArithmetic | FixedArithmetic,
-        names: Sequence[str],
-    ) -> dict[str, Cost]:
-        stage = _Stage(self, site, values, needs_grad, arithmetic)
-        for name in names:
-            stage.run(name)  # warm: workspaces, lazily made state, pools
-        times = stage.times(names)
-        return {name: stage.cost(name, times[name]) for name in names}
-
-    def excess(self, solution: Solution, chain: Chain) -> int:
-        """Bytes by which the peak of a run exceeds what the model says of it."""
-        # Stand-ins have no gradients, so a run makes all of them: the model is asked about such a run.
-        predicted = simulate(replace(chain, gradients=self._gradients({})), solution.executions).peak
-        self.net.execution = list(solution.executions)
+    def peak(self, executions: Sequence[str]) -> int:
+        """Bytes at the peak of a run, which makes the gradients of all parameters."""
+        self.net.execution = list(executions)
         # A new monitor looks at every step of its first call, and later ones at fewer.
         self.net._monitor = RangeMonitor()
         torch.clear_autocast_cache()
-        meter = _meter(self.device, self.mode)
+        meter = self.meter()
         with meter.watch():
             outputs = list(_tensors_in(self.net(*self.inputs, **self.kwargs)))
         wanted = [leaf for leaf in outputs if leaf.requires_grad]
         ones = [leaf.detach().new_ones(()).expand_as(leaf) for leaf in wanted]
-        with meter.watch():
-            torch.clear_autocast_cache()
+        with meter.watch(), _outside_autocast():
             torch.autograd.backward(wanted, ones)
-        _clear(self.net)
-        for leaf in _tensors_in((self.inputs, self.kwargs)):
+        for leaf in [*self.net.parameters(), *_tensors_in((self.inputs, self.kwargs))]:
             leaf.grad = None
-        return int(meter.peak - predicted)
+        return int(meter.peak)
 
-
-# Steps in the chain that is timed.
-_REPEATED = 3
+    def meter(self) -> Any:
+        if self.mode is not None:
+            return _FakeMeter()
+        return _CudaMeter() if self.x.is_cuda else _CpuMeter()
 
 
 class _Stage:
     """One step in a call of its own."""
 
     def __init__(
-        self,
-        rehearsal: Rehearsal,
-        site: Part,
-        values: list[Any],
-        needs_grad: list[bool],
-        arithmetic: FloatArithmetic | FixedArithmetic,
+        self, rehearsal: Rehearsal, part: Part, values: list[Any], needs_grad: list[bool], arithmetic: Arithmetic
     ) -> None:
         self.rehearsal = rehearsal
-        self.site = site
+        self.part = part
         self.values = values
         self.needs_grad = needs_grad
         self.arithmetic = arithmetic
-        self.leaves = [*_parameters(site.fn), *_parameters(site.coupling)]
-        self.leaves += [leaf for leaf in _tensors_in(site.kwargs) if leaf.is_leaf]
+        self.leaves = [*_parameters(part.fn), *_parameters(part.coupling)]
+        self.leaves += [leaf for leaf in _tensors_in(part.kwargs) if leaf.is_leaf]
+
+    def costs(self, executions: Sequence[str]) -> dict[str, Cost]:
+        for execution in executions:
+            self.run(execution)  # warm: workspaces, lazily made state, pools
+        times = self.times(executions)
+        return {execution: self.cost(execution, times[execution]) for execution in executions}
 
     def call(self, execution: str, steps: int = 1) -> Call:
         """A call whose streams are not leaves, so that nothing but the call and its graph holds them."""
-        streams = [
-            pytree.tree_map_only(Tensor, partial(_fresh, requires_grad=grad), value)
-            for value, grad in zip(self.values, self.needs_grad, strict=True)
-        ]
-        return Call(streams, self.arithmetic, self.rehearsal.options, [execution] * steps)
 
-    def step(self, call: Call, index: int = 0) -> None:
-        site = self.site
-        call.step(index, site.fn, site.target, site.source, site.coupling, site.kwargs, site.name)
+        def fresh(value: Any, needs_grad: bool) -> Any:
+            return tree_map(lambda leaf: leaf.detach().requires_grad_(needs_grad).clone(), value)
+
+        streams = list(map(fresh, self.values, self.needs_grad))
+        return self.rehearsal.call(streams, self.arithmetic, [execution] * steps)
 
     def run(self, execution: str, steps: int = 1) -> None:
         """Forward and backward of the step, or of a chain of its like."""
         call = self.call(execution, steps)
         for index in range(steps):
-            self.step(call, index)
-        root = _root(call.finish())
-        call.__exit__()
+            take(call, index, self.part, self.part.kwargs)
+        root = _root(call)
         if root is not None:
-            root.backward()
+            with _outside_autocast():
+                root.backward()
         self.clear()
 
     def clear(self) -> None:
@@ -291,84 +236,62 @@ class _Stage:
             leaf.grad = None
         torch.clear_autocast_cache()
 
-    def times(self, names: Sequence[str]) -> dict[str, int]:
+    def times(self, executions: Sequence[str]) -> dict[str, int]:
         """Nanoseconds of forward and backward: of runs in turn, the least disturbed."""
-        if self.rehearsal.estimated:
-            return {name: self._estimate(name) for name in names}
-        device = self.rehearsal.device
-        found: dict[str, list[int]] = {name: [] for name in names}
+        if self.rehearsal.mode is not None:
+            return {execution: self.estimate(execution) for execution in executions}
+        found: dict[str, list[int]] = {execution: [] for execution in executions}
         began = time.perf_counter()
         for turn in range(9):
-            for name in names:
-                _synchronize(device)
+            for execution in executions:
+                _synchronize(self.rehearsal.x.device)
                 start = time.perf_counter_ns()
                 # In a chain, as in a sequence, the host runs ahead of the device.
-                self.run(name, _REPEATED)
-                _synchronize(device)
-                found[name].append((time.perf_counter_ns() - start) // _REPEATED)
+                self.run(execution, _REPEATED)
+                _synchronize(self.rehearsal.x.device)
+                found[execution].append((time.perf_counter_ns() - start) // _REPEATED)
             if turn >= 2 and time.perf_counter() - began > 1.0:
                 break
-        return _ordered({name: min(values) for name, values in found.items()})
+        times = {execution: min(measured) for execution, measured in found.items()}
+        # What does all of another's work and more takes no less: what says otherwise is noise.
+        less_work = {"select": "store", "checkpoint": "store", "offload": "checkpoint", "invert": "checkpoint"}
+        for execution in executions[1:]:
+            times[execution] = max(times[execution], times[less_work[execution]])
+        return times
 
-    def _estimate(self, name: str) -> int:
+    def estimate(self, execution: str) -> int:
         with _FakeMeter() as traffic, FlopCounterMode(display=False) as flops:
-            self.run(name)
+            self.run(execution)
         return int(1e9 * (flops.get_total_flops() / _FLOPS_PER_SECOND + traffic.written * 3 / _BYTES_PER_SECOND))
 
     def cost(self, execution: str, nanoseconds: int) -> Cost:
-        rehearsal = self.rehearsal
-        meter = _meter(rehearsal.device, rehearsal.mode)
+        meter = self.rehearsal.meter()
         with meter.watch():
             call = self.call(execution)
-        incoming = meter.held
-        before = _weak_parts(call)
-        with meter.watch():
-            self.step(call)
-        forward = meter.peak - incoming
-        after = _weak_parts(call)
-        site = self.site
-        # Holds the graph and not the streams. A node that Python made is held by its output alone.
-        graph = _root([value for value, _ in call.streams])
-        with meter.watch():
-            call.streams, call.aux = [], {}
+            before = _memories(call)
+            take(call, 0, self.part, self.part.kwargs)
+            after = _memories(call)[2 * self.part.target :][:2]
+            # Holds the graph and not the streams. A node that Python made is held by its output alone.
+            graph = _spring(call.start())
+            call.__exit__()
             torch.clear_autocast_cache()
-        width = len(before) // len(self.values)
-        keeps = tuple(part for part, (alive, _) in enumerate(before) if alive())
-        own_parts = range(site.target * width, (site.target + 1) * width)
-        keeps_result = tuple(part for part in own_parts if after[part][0]())
-        kept = sum(before[part][1] for part in keeps) + sum(after[part][1] for part in keeps_result)
-        own = max(0, meter.held - kept)
+        keeps = [part for part, memory in enumerate(before) if memory.size and memory.alive()]
+        shared = sum(before[part].size for part in keeps) + sum(memory.size for memory in after if memory.alive())
+        own = max(0, meter.held - shared)
         del call, graph
 
-        meter = _meter(rehearsal.device, rehearsal.mode)
+        meter = self.rehearsal.meter()
         with meter.watch():
             call = self.call(execution)
-            self.step(call)
-            root = _root(call.finish())
-            call.__exit__()
-        torch.clear_autocast_cache()
-        meter.peak = meter.held
-        if root is not None:
-            with meter.watch():
-                root.backward()
-        backward = meter.peak
+            take(call, 0, self.part, self.part.kwargs)
+            root = _root(call)
+            if root is not None:
+                with _outside_autocast():
+                    root.backward()
         # In a longer call the state that backward has reached outlives this step: the call is held until here.
         del call
         self.clear()
-        return Cost(own, keeps, keeps_result, forward, backward, nanoseconds)
-
-
-def _ordered(times: dict[str, int]) -> dict[str, int]:
-    """`times` such that doing all of another's work and more takes no less: what says otherwise is noise."""
-    for less, more in (
-        ("store", "select"),
-        ("store", "checkpoint"),
-        ("checkpoint", "offload"),
-        ("checkpoint", "invert"),
-    ):
-        if less in times and more in times:
-            times[more] = max(times[less], times[more])
-    return times
+        return Cost(own, sum(1 << part for part in keeps), meter.peak, nanoseconds)
 
 
 class _Spring(torch.autograd.Function):
@@ -387,47 +310,60 @@ class _Spring(torch.autograd.Function):
         )
 
 
-def _root(streams: Sequence[Any]) -> Tensor | None:
-    wanted = [leaf for value in streams for leaf in tree_leaves(value) if leaf.requires_grad]
+def _spring(values: Sequence[Any]) -> Tensor | None:
+    wanted = [leaf for value in values for leaf in tree_leaves(value) if leaf.requires_grad]
     return _Spring.apply(*wanted) if wanted else None
 
 
-def _fresh(leaf: Tensor, requires_grad: bool) -> Tensor:
-    return leaf.detach().requires_grad_(requires_grad and leaf.is_floating_point()).clone()
+@contextlib.contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """As after the end of all contexts of autocast, where backward belongs: none of their casts is left."""
+    enabled = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    depth = torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    for kind in enabled:
+        torch.set_autocast_enabled(kind, False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+        for kind, before in enabled.items():
+            torch.set_autocast_enabled(kind, before)
 
 
-def _parts(call: Call) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Bytes of the parts of the streams, and which parts each stream has."""
-    sizes: list[int] = []
-    streams = []
-    for value, held in call.streams:
-        both = [value] if value is held else [value, held]
-        streams.append(tuple(range(len(sizes), len(sizes) + len(both))))
-        sizes += [_size(tree) for tree in both]
-    return tuple(sizes), tuple(streams)
+def _root(call: Call) -> Tensor | None:
+    """The tensor from which backward goes through a call, which ends here."""
+    root = _spring(call.finish())
+    call.__exit__()
+    return root
 
 
-def _weak_parts(call: Call) -> list[tuple[Callable[[], bool], int]]:
-    """For each part of the streams: whether it is alive, and its bytes."""
-    return [
-        (_Alive(tree), _size(tree))
-        for value, held in call.streams
-        for tree in ([value] if value is held else [value, held])
-    ]
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-class _Alive:
-    """Tells whether the memory of a part of a stream still is, without holding it."""
+class _Memory:
+    """The memory of a part of a stream: its bytes, and whether it still is; does not hold it."""
 
-    def __init__(self, tree: Any) -> None:
-        self.storages = [weakref.ref(storage) for storage in _storages(_tensors_in(tree))]
+    def __init__(self, storages: Sequence[torch.UntypedStorage]) -> None:
+        self.size = sum(storage.nbytes() for storage in storages)
+        self.storages = [weakref.ref(storage) for storage in storages]
 
-    def __call__(self) -> bool:
+    def alive(self) -> bool:
         return any(storage() is not None for storage in self.storages)
 
 
-def _size(tree: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in _tensors_in(tree))
+def _memories(call: Call) -> list[_Memory]:
+    """Two for each stream: of the value that branches read, and of what else it is held as."""
+    found = []
+    for value, held in call.streams:
+        read = {storage._cdata: storage for storage in _storages(_tensors_in(value))}
+        rest = [storage for storage in _storages(_tensors_in(held)) if storage._cdata not in read]
+        found += [_Memory(list(read.values())), _Memory(rest)]
+    return found
 
 
 def _parameters(fn: Any) -> list[Tensor]:
@@ -435,10 +371,12 @@ def _parameters(fn: Any) -> list[Tensor]:
     return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
-def _clear(fn: Any) -> None:
-    """Drop the gradients of the parameters of `fn`."""
-    for parameter in _parameters(fn):
-        parameter.grad = None
+def _kind(part: Part, values: list[Any], needs_grad: list[bool]) -> Any:
+    """Equal for steps that cost alike."""
+    layouts = [(leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in pytree.tree_leaves(values)]
+    keywords = [_describe(value) for value in pytree.tree_leaves(part.kwargs)]
+    work = _signature(part.fn), _signature(part.coupling)
+    return work, part.target, part.source, tuple(needs_grad), tuple(layouts), tuple(keywords)
 
 
 def _signature(fn: Any) -> Any:
@@ -448,12 +386,10 @@ def _signature(fn: Any) -> Any:
         return id(fn)
     found: list[Any] = [getattr(fn, "__name__", None)]
     for name, child in module.named_modules(remove_duplicate=False):
-        settings = [(key, _describe(value)) for key, value in sorted(child.__dict__.items()) if key[:1] != "_"]
-        tensors = [
-            (key, _describe(value)) for owned in (child._parameters, child._buffers) for key, value in owned.items()
-        ]
-        hooks = [len(child._forward_hooks), len(child._forward_pre_hooks), len(child._backward_hooks)]
-        found.append((name, type(child), tuple(settings), tuple(tensors), tuple(hooks)))
+        settings = {key: value for key, value in sorted(vars(child).items()) if key[:1] != "_"}
+        described = [(key, _describe(value)) for key, value in (settings | child._parameters | child._buffers).items()]
+        hooks = len(child._forward_hooks), len(child._forward_pre_hooks), len(child._backward_hooks)
+        found.append((name, type(child), tuple(described), hooks))
     return tuple(found)
 
 
@@ -465,12 +401,7 @@ def _describe(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return tuple(_describe(item) for item in value)
-    return type(value).__qualname__ if not callable(value) else getattr(value, "__qualname__", type(value).__qualname__)
-
-
-# What an accelerator of today reaches in low precision, where nothing was measured.
-_FLOPS_PER_SECOND = 4e14
-_BYTES_PER_SECOND = 2.5e12
+    return getattr(value if callable(value) else type(value), "__qualname__", type(value).__qualname__)
 
 
 class _FakeMeter(TorchDispatchMode):
@@ -489,20 +420,15 @@ class _FakeMeter(TorchDispatchMode):
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {
-            leaf.untyped_storage()._cdata for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
+        known = {storage._cdata for storage in _storages(_tensors_in((args, kwargs)))}
         out = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage(), known)
+        for storage in _storages(_tensors_in(out)):
+            if storage._cdata not in known and storage._cdata not in self.alive:
+                self._count(storage)
         return out
 
-    def _count(self, storage: Any, known: set[int]) -> None:
-        key = storage._cdata
-        if key in known or key in self.alive:
-            return
-        size = storage.nbytes()
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
         self.written += size
         self.held += size
         self.peak = max(self.peak, self.held)
@@ -515,12 +441,6 @@ class _FakeMeter(TorchDispatchMode):
                 meter.alive.pop(key, None)
 
         self.alive[key] = weakref.ref(storage, freed)
-
-
-def _meter(device: torch.device, mode: FakeTensorMode | None) -> Any:
-    if mode is not None:
-        return _FakeMeter()
-    return _CudaMeter() if device.type == "cuda" else _CpuMeter()
 
 
 def _synchronize(device: torch.device) -> None:

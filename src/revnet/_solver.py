@@ -2,46 +2,42 @@
 
 Every constraint has one form: what the steps before step k keep, plus what step k needs at its worst moment, fits. So a
 search from the first step to the last only has to remember the bytes kept so far, the time so far, and which of the
-present stream tensors are kept already: a stream tensor that several steps keep exists once. Of two ways to reach the
-same state, one that neither keeps less nor is faster is dropped; with a lower bound of the time still to come, from the
-Lagrangian dual of the budget, so is one that cannot beat a plan known already.
+present stream tensors are kept already: a tensor that several steps keep exists once. Of two ways to reach the same
+state, one that neither keeps less nor is faster is dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ._engine import _PREFETCH
 
-@dataclass(frozen=True)
-class Cost:
+
+class Cost(NamedTuple):
     """What one step costs under one execution.
 
-    A stream has one part (the tensor) or two (the value that branches read, and how it is held); parts are numbered
-    over all streams.
+    A stream has two parts, the value that branches read and what else it is held as: bits 2i and 2i + 1 of a mask stand
+    for those of stream i.
 
     Attributes:
         own: bytes kept until backward, without parts of streams.
-        keeps: parts of the streams before the step that it keeps.
-        keeps_result: parts of the target after the step that it keeps.
-        forward: peak bytes in the forward pass above the streams before the step.
-        backward: peak bytes in the backward pass of a call of this one step, everything that it keeps, the streams it
-            walks from, and its gradients included.
+        keeps: mask of the parts of the streams before the step that it keeps.
+        peak: bytes at the worst moment of a call of this one step, its streams and their gradients included.
         time: nanoseconds of forward and backward.
     """
 
     own: int
-    keeps: tuple[int, ...]
-    keeps_result: tuple[int, ...]
-    forward: int
-    backward: int
+    keeps: int
+    peak: int
     time: int
 
 
@@ -51,265 +47,126 @@ class Chain:
 
     Attributes:
         sizes: bytes of each part of the streams.
-        streams: per stream, its parts; the last is what it is held as.
-        given: parts that the caller holds anyway before the first step: the input.
+        given: mask of the parts that the caller holds anyway before the first step: the input.
         kinds: per kind of step, the cost under each execution.
         steps: per step, its kind and the stream it updates.
         gradients: per step, bytes of parameter gradients that no later step has made.
-        result: bytes of the result, which the caller holds through backward.
-        ending: bytes that it takes to make the result from the streams.
-        credit: bytes by which the gradients of the streams are fewer at the last step.
-        handed: whether the caller gets the streams themselves, and so holds the last value of each.
-        prefetch: stream tensors that offloaded steps have on the device ahead of their use.
-        overhead: bytes seen in a run beyond what the model says.
+        overhead: bytes seen beside these in a run: the result, and what the model leaves out.
     """
 
     sizes: tuple[int, ...]
-    streams: tuple[tuple[int, ...], ...]
-    given: tuple[int, ...]
+    given: int
     kinds: tuple[Mapping[str, Cost], ...]
     steps: tuple[tuple[int, int], ...]
     gradients: tuple[int, ...]
-    result: int
-    ending: int
-    credit: int = 0
-    handed: bool = False
-    prefetch: int = 2
     overhead: int = 0
-    _moves: dict[tuple[int, int, bool, int, _State], list[_Move]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
 
-    def made_above(self) -> list[int]:
-        """Per step, bytes that are there in its backward whatever the plan: the result, and gradients made before."""
-        made, total = [], self.result
-        for k in range(len(self.steps) - 1, -1, -1):
-            if self.ends[k][0]:
-                total += self.sizes[self.streams[self.steps[k][1]][0]]
-            made.append(total)
-            total += self.gradients[k]
-        made[0] -= self.credit
-        return made[::-1]
+    def size(self, parts: int) -> int:
+        """Bytes of the parts in a mask."""
+        return sum(size for part, size in enumerate(self.sizes) if parts >> part & 1)
 
-    @cached_property
-    def ends(self) -> list[tuple[bool, int]]:
-        """Per step: whether the caller holds the target after it, and bytes of other streams that it holds by then.
+    def streams(self, *numbers: int) -> int:
+        """The mask of all parts of these streams."""
+        return sum(3 << 2 * number for number in numbers)
 
-        The walk through a step has those too.
-        """
-        if not self.handed:
-            return [(False, 0)] * len(self.steps)
-        last = {target: k for k, (_, target) in enumerate(self.steps)}
-        found, held = [], 0
-        for k, (_, target) in enumerate(self.steps):
-            found.append((last[target] == k, held))
-            if last[target] == k and len(self.streams[target]) == 1:
-                held += self.sizes[self.streams[target][0]]
-        return found
+    def made(self) -> list[int]:
+        """Per step, bytes that are there in its backward whatever the plan."""
+        above = [self.overhead]
+        for gradients in self.gradients[:0:-1]:
+            above.append(above[-1] + gradients)
+        return above[::-1]
 
-    def size(self, parts: Sequence[int], kept: int = 0) -> int:
-        """Bytes of `parts` that are not among the `kept` (a bit mask)."""
-        return sum(self.sizes[part] for part in parts if not kept >> part & 1)
+
+# Which part of a plan a step belongs to. Backward walks through the steps that are not stored, down from the state that
+# is kept where a run of stored steps begins, or from the end.
+_FIRST = 0  # stored, like all before it
+_WALKED = 1  # not stored
+_BETWEEN = 2  # stored, between steps that are not: the state that the walk above has reached is alive
+_LAST = 3  # stored, like all after it
 
 
 class _State(NamedTuple):
     """What matters of the steps so far for those to come."""
 
-    kept: int  # bit mask of the parts that steps so far keep
-    walked: bool  # the last step was not stored: backward walks through it
-    later: bool  # of stored steps between others: the state that the walk above them reached is alive
-    tail: bool  # only stored steps follow
-    hosted: bool  # some step is offloaded
-
-
-# The kind of a step, its target, what the caller holds of it and besides, and the state before it.
-_Key = tuple[int, int, bool, int, _State]
+    kept: int  # mask of the parts that steps so far keep
+    place: int
 
 
 class _Move(NamedTuple):
     execution: str
     state: _State
     kept: int  # bytes
+    need: int  # bytes, at worst, above what the steps before keep
     time: int  # nanoseconds
-    forward: int  # bytes, at worst, above what the steps before keep
-    backward: int
 
 
 class Solution(NamedTuple):
-    """Executions and what they come to: bytes kept per step, peak bytes, nanoseconds, bound of what is lost."""
+    """Executions and what they come to: bytes kept per step, peak bytes, nanoseconds."""
 
     executions: tuple[str, ...]
     kept: tuple[int, ...]
     peak: int
     time: int
-    gap: float
 
 
-def _begin(chain: Chain, hosted: bool) -> _State:
-    return _State(sum(1 << part for part in chain.given), False, False, False, hosted)
-
-
-def _may_end(state: _State) -> bool:
-    return state.walked or state.tail or not state.later
-
-
-def _end(chain: Chain, state: _State) -> int:
-    """Bytes at the end of the forward pass above what is kept: the streams, and the result."""
-    return chain.size(range(len(chain.sizes)), state.kept) + chain.ending
-
-
-def _moves(chain: Chain, k: int, state: _State) -> list[_Move]:
+def _moves(chain: Chain, k: int, state: _State) -> Iterator[_Move]:
     """What step k may be, from `state`."""
     kind, target = chain.steps[k]
-    key = kind, target, *chain.ends[k], state
-    if key not in chain._moves:
-        chain._moves[key] = [
-            _move(chain, *key[1:], execution, cost, later)
-            for execution, cost in chain.kinds[kind].items()
-            for later in ((False, True) if execution == "store" and state.walked else (state.later,))
-            if not (state.tail and execution != "store") and (state.hosted or execution != "offload")
-        ]
-    return chain._moves[key]
+    for execution, cost in chain.kinds[kind].items():
+        if execution != "store":
+            if state.place != _LAST:
+                yield _move(chain, target, state, execution, cost, _WALKED)
+        elif state.place == _WALKED:
+            yield _move(chain, target, state, execution, cost, _BETWEEN)
+            yield _move(chain, target, state, execution, cost, _LAST)
+        else:
+            yield _move(chain, target, state, execution, cost, state.place)
 
 
-def _move(
-    chain: Chain,
-    target: int,
-    handed: bool,
-    besides: int,
-    state: _State,
-    execution: str,
-    cost: Cost,
-    later: bool,
-) -> _Move:
-    parts = range(len(chain.sizes))
+def _move(chain: Chain, target: int, state: _State, execution: str, cost: Cost, place: int) -> _Move:
+    everything = chain.streams(*range(len(chain.sizes) // 2))
     kept, marked = state.kept, 0
-    stored = execution == "store"
-    if stored and state.walked:
+    if execution == "store" and state.place == _WALKED:
         # The streams are kept where a stored run begins, for the walk below it to start from.
-        held = [stream[-1] for stream in chain.streams]
-        marked = chain.size(held, kept)
-        kept |= sum(1 << part for part in held)
-    forward = marked + chain.size(parts, kept) + cost.forward
-    # A part that is kept already is not there twice.
-    backward = marked + cost.backward - (chain.size(cost.keeps) - chain.size(cost.keeps, kept))
-    if stored and later:
-        backward += sum(chain.sizes)
-    if not stored:
-        target_parts = chain.streams[target]
-        if len(target_parts) > 1:
-            backward += chain.sizes[target_parts[0]]  # the value that the walk above has read
-        backward -= besides
-        if state.hosted:
-            backward += chain.prefetch * chain.sizes[target_parts[-1]]
-    own = cost.own + chain.size(cost.keeps, kept) + chain.size(cost.keeps_result)
-    kept |= sum(1 << part for part in cost.keeps)
-    kept &= ~sum(1 << part for part in chain.streams[target])
-    kept |= sum(1 << part for part in cost.keeps_result)
-    if handed and not kept >> chain.streams[target][0] & 1:
-        own += chain.sizes[chain.streams[target][0]]
-        kept |= 1 << chain.streams[target][0]
-    tail = state.tail or (stored and state.walked and not later)
-    after = _State(kept, not stored, later if stored else True, tail, state.hosted)
-    return _Move(execution, after, marked + own, cost.time, forward, backward)
+        marked = chain.size(everything & ~kept)
+        kept = everything
+    # What is kept already is not there twice.
+    need = marked + cost.peak - chain.size(cost.keeps & kept)
+    if place == _BETWEEN:
+        need += chain.size(everything)
+    if execution == "offload":
+        # It is back while backward is in one of the steps above, whichever that is.
+        need = max(cost.peak for kind in chain.kinds for cost in kind.values())
+        need += _PREFETCH * chain.size(chain.streams(target))
+    more = marked + cost.own + chain.size(cost.keeps & ~kept)
+    after = _State((kept | cost.keeps) & ~chain.streams(target), place)
+    return _Move(execution, after, more, need, cost.time)
 
 
 def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
     """What `executions` come to."""
-    state = _begin(chain, "offload" in executions)
     last = max((k for k, execution in enumerate(executions) if execution != "store"), default=-1)
-    made = chain.made_above()
-    kept = peak = time = 0
-    per_step = []
-    for k, execution in enumerate(executions):
-        later = k < last if execution == "store" and state.walked else state.later
-        move = next(
-            move
-            for move in _moves(chain, k, state)
-            if move.execution == execution and (execution != "store" or move.state.later == later)
-        )
-        peak = max(peak, kept + move.forward, kept + move.backward + made[k])
-        kept += move.kept
-        time += move.time
-        per_step.append(move.kept)
+    state = _State(chain.given, _FIRST)
+    moves: list[_Move] = []
+    peak = 0
+    for k, (execution, made) in enumerate(zip(executions, chain.made(), strict=True)):
+        impossible = _LAST if k < last else _BETWEEN
+        move = next(m for m in _moves(chain, k, state) if m.execution == execution and m.state.place != impossible)
+        peak = max(peak, sum(move.kept for move in moves) + move.need + made)
+        moves.append(move)
         state = move.state
-    peak = max(peak, kept + _end(chain, state))
-    return Solution(tuple(executions), tuple(per_step), peak + chain.overhead, time, 0.0)
-
-
-class _Layer(NamedTuple):
-    """All moves of one step from all states that can be reached."""
-
-    moves: list[_Move]
-    owner: Tensor  # per move, the state it starts from
-    after: Tensor  # the state it leads to
-    kept: Tensor
-    time: Tensor
-    need: Tensor  # the larger of forward and backward, with what is there whatever the plan
-    states: list[_State]  # after the step
-
-
-def _layers(chain: Chain) -> tuple[list[_State], list[_Layer]]:
-    executions = {execution for kind in chain.kinds for execution in kind}
-    first = [_begin(chain, hosted) for hosted in ((False, True) if "offload" in executions else (False,))]
-    made = chain.made_above()
-    states, layers = first, []
-    for k in range(len(chain.steps)):
-        found = [(owner, move) for owner, state in enumerate(states) for move in _moves(chain, k, state)]
-        if k == len(chain.steps) - 1:
-            found = [(owner, move) for owner, move in found if _may_end(move.state)]
-        index: dict[_State, int] = {}
-        after = [index.setdefault(move.state, len(index)) for _, move in found]
-        need = [max(move.forward, move.backward + made[k]) for _, move in found]
-        if k == len(chain.steps) - 1:
-            need = [max(most, move.kept + _end(chain, move.state)) for most, (_, move) in zip(need, found, strict=True)]
-        layers.append(
-            _Layer(
-                [move for _, move in found],
-                torch.tensor([owner for owner, _ in found]),
-                torch.tensor(after),
-                torch.tensor([move.kept for _, move in found]),
-                torch.tensor([move.time for _, move in found]),
-                torch.tensor(need),
-                list(index),
-            )
-        )
-        states = list(index)
-    return first, layers
+    return Solution(tuple(executions), tuple(move.kept for move in moves), peak, sum(move.time for move in moves))
 
 
 def _prices(chain: Chain) -> Tensor:
-    """Prices of a byte in nanoseconds at which one execution takes over from another."""
+    """Nanoseconds for a byte at which one execution of a step takes over from another."""
     prices = {0.0}
     for kind in chain.kinds:
-        for a in kind.values():
-            for b in kind.values():
-                for shared in (0, 1):
-                    more = a.own - b.own + shared * (chain.size(a.keeps) - chain.size(b.keeps))
-                    if more > 0 and b.time > a.time:
-                        prices.add((b.time - a.time) / more)
-    ordered = sorted(prices)
-    stride = max(1, len(ordered) // 48)
-    return torch.tensor(ordered[::stride], dtype=torch.float64)
-
-
-def _bounds(first: int, layers: list[_Layer], prices: Tensor) -> list[Tensor]:
-    """Per step and state before it, the least of time plus price × bytes still to come: (states, prices)."""
-    bounds: list[Tensor] = []
-    below: Tensor | None = None
-    for k in range(len(layers) - 1, -1, -1):
-        layer = layers[k]
-        priced = layer.need.maximum(layer.kept) if below is None else layer.kept
-        values = layer.time[:, None] + priced[:, None] * prices
-        if below is not None:
-            values = values + below[layer.after]
-        count = len(layers[k - 1].states) if k else first
-        owner = layer.owner[:, None].expand_as(values)
-        below = torch.full((count, len(prices)), torch.inf, dtype=torch.float64).scatter_reduce(
-            0, owner, values, "amin"
-        )
-        bounds.append(below)
-    return bounds[::-1]
+        for a, b in itertools.permutations(kind.values(), 2):
+            more = a.own + chain.size(a.keeps) - b.own - chain.size(b.keeps)
+            if more > 0 and b.time > a.time:
+                prices.add((b.time - a.time) / more)
+    return torch.tensor(sorted(prices), dtype=torch.float64)
 
 
 @contextlib.contextmanager
@@ -319,164 +176,76 @@ def _real() -> Iterator[None]:
         yield
 
 
-@_real()
-def solve(chain: Chain, budget: int, effort: int = 1_000_000) -> Solution | None:
+def solve(chain: Chain, budget: int, effort: int = 100_000) -> Solution | None:
     """The fastest plan whose peak is within `budget` bytes, or None if there is none.
 
     Args:
         chain: what to plan.
         budget: bytes.
-        effort: labels that may be held over all steps. With more than that a plan is still found, and how far it can be
-            from the fastest one is returned as its `gap`.
+        effort: ways that may be followed, over all steps. Where there are more, those are that some price of a byte
+            makes cheapest: the plan fits, and is slower than the fastest by about a step's time at most.
     """
-    budget -= chain.overhead
-    first, layers = _layers(chain)
-    prices = _prices(chain)
-    bounds = _bounds(len(first), layers, prices)
-    best: tuple[int, list[int]] | None = None
-    for width in (32, max(256, effort // len(layers))):
-        found, complete = _search(first, layers, bounds, prices, budget, width, best[0] if best else None)
-        best = found or best
-        if complete:
-            break
-    if best is None:
-        fallback = _least(first, layers, budget)
-        if fallback is None:
-            return None
-        best, complete = fallback, False
-    time, path = best
-    executions = [layer.moves[move].execution for layer, move in zip(layers, path, strict=True)]
-    solution = simulate(chain, executions)
-    if complete:
-        return solution
-    root = (bounds[0] - prices * budget).amax(1).min().item()
-    return solution._replace(gap=max(0.0, 1 - root / time))
+    return _search(chain, budget, max(64, effort // len(chain.steps)))
 
 
-def _search(
-    first: list[_State],
-    layers: list[_Layer],
-    bounds: list[Tensor],
-    prices: Tensor,
-    budget: int,
-    width: int,
-    known: int | None,
-) -> tuple[tuple[int, list[int]] | None, bool]:
-    """The fastest path faster than `known`, as its time and one move per step; and whether no path was left out."""
-    state = torch.arange(len(first))
-    kept = torch.zeros(len(first), dtype=torch.int64)
-    time = torch.zeros(len(first), dtype=torch.int64)
-    complete = True
-    history: list[tuple[Tensor, Tensor]] = []
-    for k, layer in enumerate(layers):
-        # Every label takes every move of its state.
-        order = torch.argsort(state, stable=True)
-        count = len(layers[k - 1].states) if k else len(first)
-        counts = torch.bincount(state, minlength=count)
-        starts = counts.cumsum(0) - counts
-        each = counts[layer.owner]
-        move = torch.repeat_interleave(torch.arange(len(layer.moves)), each)
-        offset = torch.arange(len(move)) - torch.repeat_interleave(each.cumsum(0) - each, each)
-        label = order[starts[layer.owner][move] + offset]
-        fits = kept[label] + layer.need[move] <= budget
-        move, label = move[fits], label[fits]
-        state, new_kept, new_time = layer.after[move], kept[label] + layer.kept[move], time[label] + layer.time[move]
-        # Of labels in one state, keep those faster than all that keep no more.
-        order = torch.argsort(new_time, stable=True)
-        order = order[torch.argsort(new_kept[order], stable=True)]
-        order = order[torch.argsort(state[order], stable=True)]
-        state, new_kept, new_time, move, label = (x[order] for x in (state, new_kept, new_time, move, label))
-        if len(state) == 0:
-            return None, complete
-        span = int(new_time.max()) + 1
-        shifted = new_time - state * span
-        faster = torch.ones(len(state), dtype=torch.bool)
-        faster[1:] = shifted[1:] < shifted.cummin(0).values[:-1]
-        state, new_kept, new_time, move, label = (x[faster] for x in (state, new_kept, new_time, move, label))
-        kept, time = new_kept, new_time
-        if k + 1 < len(layers):
-            ahead = (bounds[k + 1][state] - prices * (budget - kept)[:, None]).amax(1)
-            total = time + ahead
-            if known is not None:
-                # Half a nanosecond less than `known` cannot be: times are whole.
-                hopeful = total < known - 0.5
-                state, kept, time, move, label, total = (x[hopeful] for x in (state, kept, time, move, label, total))
-                if len(state) == 0:
-                    return None, complete
-            if len(state) > width:
-                complete = False
-                # The label that keeps least goes on in any case: it can be the only one that fits.
-                chosen = torch.topk(total, width - 1, largest=False).indices
-                chosen = torch.unique(torch.cat((chosen, kept.argmin()[None])))
-                state, kept, time, move, label = (x[chosen] for x in (state, kept, time, move, label))
-        history.append((move, label))
-    best = int(time.argmin())
-    fastest = int(time[best])
-    if known is not None and fastest >= known:
-        return None, complete
-    path = []
-    for move, label in reversed(history):
-        path.append(int(move[best]))
-        best = int(label[best])
-    return (fastest, path[::-1]), complete
-
-
-def _least(first: list[_State], layers: list[_Layer], budget: int) -> tuple[int, list[int]] | None:
-    """A plan that fits, if there is one: from each state on, the fewest bytes kept are the best to go on with."""
-    reached: dict[int, tuple[int, int, tuple[int, ...] | None]] = dict.fromkeys(range(len(first)), (0, 0, None))
-    history: list[dict[int, tuple[int, int, int, int]]] = []
-    for layer in layers:
-        after: dict[int, tuple[int, int, int, int]] = {}
-        columns = zip(
-            layer.owner.tolist(),
-            layer.after.tolist(),
-            layer.kept.tolist(),
-            layer.need.tolist(),
-            layer.moves,
-            strict=True,
-        )
-        for number, (owner, to, more, need, move) in enumerate(columns):
-            if owner not in reached:
-                continue
-            kept, time, _ = reached[owner]
-            if kept + need > budget:
-                continue
-            label = kept + more, time + move.time, number, owner
-            if to not in after or label[:2] < after[to][:2]:
-                after[to] = label
-        if not after:
-            return None
-        history.append(after)
-        reached = {to: (label[0], label[1], None) for to, label in after.items()}
-    state = min(reached, key=lambda to: reached[to][1])
-    time, path = reached[state][1], []
-    for after in reversed(history):
-        _, _, number, state = after[state]
-        path.append(number)
-    return time, path[::-1]
+def minimum(chain: Chain) -> int:
+    """The smallest peak that any plan has, in bytes."""
+    found = _search(chain, None, 256)
+    assert found is not None
+    return found.peak
 
 
 @_real()
-def minimum(chain: Chain) -> int:
-    """The smallest peak that any plan has, in bytes."""
-    first, layers = _layers(chain)
-    names = [tuple(kind) for kind in chain.kinds]
-    low, high = (
-        0,
-        min(
-            simulate(chain, [_first(names[kind], execution) for kind, _ in chain.steps]).peak
-            for execution in ("store", "invert", "checkpoint")
-        ),
-    )
-    while low < high:
-        found = _least(first, layers, (low + high) // 2 - chain.overhead)
-        if found is None:
-            low = (low + high) // 2 + 1
-        else:
-            executions = [layer.moves[move].execution for layer, move in zip(layers, found[1], strict=True)]
-            high = simulate(chain, executions).peak
-    return high
-
-
-def _first(names: Sequence[str], execution: str) -> str:
-    return execution if execution in names else names[0]
+def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
+    """The plan that takes the least time within a budget or, without one, whose peak is smallest."""
+    # Per state, ways to reach it: bytes kept, rising, and time so far, falling (without a budget, the peak so far).
+    zero = torch.zeros(1, dtype=torch.int64)
+    fronts = {_State(chain.given, _FIRST): (zero, zero)}
+    # Per step and state after it, for each way the state before, the execution, and the way to the state before.
+    history: list[dict[_State, tuple[list[tuple[_State, str]], Tensor, Tensor]]] = []
+    known: dict[tuple[tuple[int, int], _State], list[_Move]] = {}
+    prices = _prices(chain)
+    for k, made in enumerate(chain.made()):
+        ways: defaultdict[_State, list[tuple[_State, str, Tensor, Tensor]]] = defaultdict(list)
+        for state, (kept, value) in fronts.items():
+            key = chain.steps[k], state
+            if key not in known:
+                known[key] = list(_moves(chain, k, state))
+            for move in known[key]:
+                need = move.need + made
+                if budget is None:
+                    worth = value.maximum(kept + need)
+                else:
+                    worth = value[: int(torch.searchsorted(kept, budget - need, right=True))] + move.time
+                if len(worth):
+                    ways[move.state].append((state, move.execution, kept[: len(worth)] + move.kept, worth))
+        fronts, past = {}, {}
+        for state, found in ways.items():
+            kept, value = (torch.cat(column) for column in ([way[2] for way in found], [way[3] for way in found]))
+            source = torch.repeat_interleave(torch.tensor([len(way[2]) for way in found]))
+            label = torch.cat([torch.arange(len(way[2])) for way in found])
+            order = value.argsort(stable=True)
+            order = order[kept[order].argsort(stable=True)]
+            ordered = value[order]
+            better = torch.ones(len(order), dtype=torch.bool)
+            better[1:] = ordered[1:] < ordered.cummin(0).values[:-1]
+            order = order[better]
+            if len(order) > width:
+                # The way that keeps least goes on in any case: it can be the only one that fits.
+                off = value[order, None] + prices * kept[order, None]
+                near = (off - off.amin(0)).amin(1).topk(width, largest=False).indices
+                order = order[torch.cat((near, torch.zeros(1, dtype=torch.int64))).unique()]
+            fronts[state] = kept[order], value[order]
+            past[state] = [way[:2] for way in found], source[order], label[order]
+        history.append(past)
+    ends = [state for state in fronts if state.place != _BETWEEN]
+    if not ends:
+        return None
+    state = min(ends, key=lambda state: int(fronts[state][1][-1]))
+    way = -1
+    executions = []
+    for past in reversed(history):
+        sources, source, label = past[state]
+        (state, execution), way = sources[int(source[way])], int(label[way])
+        executions.append(execution)
+    return simulate(chain, executions[::-1])
