@@ -43,6 +43,16 @@ class Coupling(nn.Module):
     least_scale: float | Fraction | None = None
     # Whether `combine` and `invert` only move elements: they then apply to integers as to floats, and are exact.
     rearranges = False
+    # Of each class of rules. Whether it multiplies the target; whether it has the form `scale(out) · target +
+    # increment(out)`; whether it adds to the target something that does not depend on it.
+    scales = False
+    linear = True
+    translates = True
+
+    def __init_subclass__(cls) -> None:
+        cls.scales = cls.scale is not Coupling.scale
+        cls.linear = cls.combine is Coupling.combine and cls.invert is Coupling.invert
+        cls.translates = cls.linear and not cls.scales
 
     def __init__(self, *, approximate: bool = False) -> None:
         super().__init__()
@@ -71,21 +81,6 @@ class Coupling(nn.Module):
         """The target before the step, from the target after it."""
         target = tree_map(_subtract, target, self.increment(out))
         return _scaled(target, self.scale(out), _divide) if self.scales else target
-
-    @property
-    def scales(self) -> bool:
-        """Whether the rule multiplies the target."""
-        return type(self).scale is not Coupling.scale
-
-    @property
-    def linear(self) -> bool:
-        """Whether the rule has the form `scale(out) · target + increment(out)`."""
-        return type(self).combine is Coupling.combine and type(self).invert is Coupling.invert
-
-    @property
-    def translates(self) -> bool:
-        """Whether the rule adds to the target something that does not depend on it."""
-        return self.linear and not self.scales
 
     @property
     def bits_per_step(self) -> float:
@@ -280,11 +275,11 @@ class Bijection(Coupling):
 
 def _add(target: Tensor, increment: Tensor) -> Tensor:
     # A stream keeps its dtype: without the cast, adding a wider output would promote it.
-    return target + increment.to(target.dtype)
+    return target + (increment if increment.dtype is target.dtype else increment.to(target.dtype))
 
 
 def _subtract(target: Tensor, increment: Tensor) -> Tensor:
-    return target - increment.to(target.dtype)
+    return target - (increment if increment.dtype is target.dtype else increment.to(target.dtype))
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
