@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import time
 import warnings
@@ -27,6 +28,12 @@ def _rank_main(rank: int, fn: Callable[..., None], world_size: int, store: str, 
         dist.destroy_process_group()
 
 
+def start_ranks(fn: Callable[..., None], world_size: int, *args: Any) -> Any:
+    """Starts `fn(rank, *args)` in fresh processes, forked off a server that has imported torch: that outlasts most tests."""
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.testing", "revnet.testing"])
+    return mp.start_processes(fn, args, world_size, join=False, start_method="forkserver")
+
+
 def run_ranks(fn: Callable[..., None], world_size: int, *args: Any, timeout: float = 120.0) -> None:
     """Runs `fn(rank, world_size, *args)` in `world_size` fresh gloo processes, and returns when all have.
 
@@ -42,8 +49,7 @@ def run_ranks(fn: Callable[..., None], world_size: int, *args: Any, timeout: flo
     """
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        context = mp.spawn(_rank_main, args=(fn, world_size, store, args), nprocs=world_size, join=False)
-        assert context is not None
+        context = start_ranks(_rank_main, world_size, fn, world_size, store, args)
         end = time.monotonic() + timeout
         try:
             while not context.join(timeout=1.0):

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from distributed import start_ranks
 from revnet.app.data import step_batch
 
 pytest.importorskip("sklearn")
@@ -71,7 +71,9 @@ def _rank(rank: int, world: int, ports: list[int], runs: list[tuple[dict[str, An
 
 def train_on(world: int, *runs: tuple[dict[str, Any], str | None]) -> None:
     """Trains one after the other on `world` ranks."""
-    mp.spawn(_rank, (world, [free_port() for _ in runs], list(runs)), nprocs=world)
+    context = start_ranks(_rank, world, world, [free_port() for _ in runs], list(runs))
+    while not context.join():
+        pass
 
 
 def train_alone(given: dict[str, Any], resumed: str | None = None) -> None:
