@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oracle import StoredSequence, stored_copy
+from revnet import ReversibleSequence
+
 
 class Mlp(nn.Module):
     """Norm, linear, GELU, dropout, linear."""
@@ -375,3 +378,10 @@ BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
 def named(*names: str) -> list[Case]:
     """Returns the cases of those names."""
     return [BY_NAME[name] for name in names]
+
+
+def both(case: Case, **options: Any) -> tuple[ReversibleSequence, StoredSequence]:
+    """Returns the sequence and the stored loop over copies of the same branches."""
+    pairs = case.pairs()
+    oracle = stored_copy(pairs, case.route, **case.options)
+    return ReversibleSequence(pairs, case.route, **case.options, **options), oracle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Route = Mapping[str, Sequence[tuple[bool, bool]]]
+Results = dict[str, Tensor | None]
 
 
 class _Pair(nn.Module):
@@ -149,6 +150,17 @@ def assert_same_step(actual: Outcome, expected: Outcome, tolerance: float = 1e-1
 def gradients_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Returns copies of the accumulated gradients by parameter name."""
     return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def assert_alike(
+    net: nn.Module, oracle: nn.Module, run: Callable[[nn.Module], Results], tolerance: float = 1e-12
+) -> None:
+    """Raises unless `run`, from one seed, returns the same tensors for both modules and leaves the same gradients."""
+    found = []
+    for module in (net, oracle):
+        torch.manual_seed(0)
+        found.append({**run(module), **gradients_of(module)})
+    assert_same_gradients(*found, tolerance)
 
 
 class Evaluations:

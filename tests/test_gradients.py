@@ -26,6 +26,7 @@ from cases import (
     SavesInput,
     SavesNothing,
     SavesResult,
+    both,
     build,
     every,
     named,
@@ -33,7 +34,8 @@ from cases import (
     with_dropout,
 )
 from oracle import (
-    StoredSequence,
+    Results,
+    assert_alike,
     assert_near,
     assert_same_gradients,
     assert_same_step,
@@ -44,25 +46,7 @@ from oracle import (
 )
 from revnet import ReversibleBlock, ReversibleSequence, SequentialSequence
 
-EXECUTIONS = ["invert", "store"]
 SEVERAL = named("mlp-L8", "attention-L8-dropout", "modulated-L4-keywords", "saves-nothing-between-L4", "mixed-L6")
-
-
-def both(case: Case, **options: object) -> tuple[ReversibleSequence, StoredSequence]:
-    """Returns the sequence and the stored loop over copies of the same branches."""
-    pairs = case.pairs()
-    oracle = stored_copy(pairs, case.route, **case.options)
-    return ReversibleSequence(pairs, case.route, **case.options, **options), oracle
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_step_equals_the_stored_loop(case: Case, execution: str):
-    net, oracle = both(case, execution=execution)
-    expected = train_step(oracle, case.input(), **case.keywords())
-    actual = train_step(net, case.input(), **case.keywords())
-    assert torch.equal(actual.output, expected.output)
-    assert_same_step(actual, expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -101,39 +85,40 @@ def test_switching_between_forward_and_backward_changes_nothing():
 def test_run_gives_both_streams(which: str):
     case = named("attention-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x1, x2 = randn(2, 6, 8, seed=3, requires_grad=True), randn(2, 6, 8, seed=4, requires_grad=True)
-        torch.manual_seed(0)
         y1, y2 = module.run(x1, x2)
         weighted(*{"y1": (y1,), "y2": (y2,), "both": (y1, y2)}[which]).backward()
-        found.append({"y1": y1, "y2": y2, "x1": x1.grad, "x2": x2.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"y1": y1, "y2": y2, "x1": x1.grad, "x2": x2.grad}
+
+    assert_alike(net, oracle, run)
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["x1", "x2"])
 def test_run_when_one_stream_needs_no_gradient(needs: tuple[bool, bool]):
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x1 = randn(2, 6, 8, seed=3, requires_grad=needs[0])
         x2 = randn(2, 6, 8, seed=4, requires_grad=needs[1])
-        torch.manual_seed(0)
         weighted(*module.run(x1, x2)).backward()
-        found.append({"x1": x1.grad, "x2": x2.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x1": x1.grad, "x2": x2.grad}
+
+    assert_alike(net, oracle, run)
 
 
 def test_run_of_the_same_tensor_twice():
     case = named("mlp-L8")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x = case.input()
         weighted(*module.run(x, x)).backward()
-        found.append({"x": x.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run)
 
 
 @pytest.mark.parametrize("case", named("mlp-L8", "attention-L4-mask-rotary", "convolution-L3-nchw-chunk"), ids=str)
@@ -146,13 +131,14 @@ def test_inverse_undoes_run_and_has_its_own_gradient(case: Case):
     back1, back2 = net.inverse(*net.run(x1, x2, **case.keywords()), **case.keywords())
     assert_near(back1, x1)
     assert_near(back2, x2)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         module.zero_grad()
         y1, y2 = x1.clone().requires_grad_(), x2.clone().requires_grad_()
         weighted(*module.inverse(y1, y2, **case.keywords())).backward()
-        found.append({"y1": y1.grad, "y2": y2.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"y1": y1.grad, "y2": y2.grad}
+
+    assert_alike(net, oracle, run)
 
 
 def test_a_block_alone_is_one_step_of_the_loop_and_inverts():
@@ -197,26 +183,27 @@ def test_gradients_of_keyword_tensors(to: tuple[bool, bool], leaf: bool):
     pairs = build([(with_dropout(Modulated), with_dropout(Modulated))] * 3, 8)
     route = {"scale": every(3, *to)}
     net, oracle = ReversibleSequence(pairs, route), stored_copy(pairs, route)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x, source = randn(2, 6, 8, requires_grad=True), randn(2, 1, 8, seed=5, requires_grad=True)
         scale = source if leaf else source.exp()
-        torch.manual_seed(0)
         (weighted(module(x, scale=scale)) + scale.sum()).backward()
-        found.append({"x": x.grad, "source": source.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad, "source": source.grad}
+
+    assert_alike(net, oracle, run)
 
 
 def test_a_keyword_that_depends_on_the_input():
     pairs = build([(Modulated, Modulated)] * 3, 8)
     route = {"scale": every(3, True, True), "shift": every(3, False, True)}
     net, oracle = ReversibleSequence(pairs, route), stored_copy(pairs, route)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x = randn(2, 6, 8, requires_grad=True)
         weighted(module(x, scale=x.mean(1, keepdim=True), shift=x)).backward()
-        found.append({"x": x.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run)
 
 
 class ReadsAttribute(nn.Module):
@@ -235,15 +222,16 @@ class ReadsAttribute(nn.Module):
 def test_gradients_of_tensors_that_a_branch_holds(leaf: bool):
     pairs = build([(ReadsAttribute, ReadsAttribute)] * 3, 8)
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x, source = randn(2, 6, 8, requires_grad=True), randn(8, seed=5, requires_grad=True)
         gain = source if leaf else source.tanh()
         for block in module.blocks:
             block.f.gain = block.g.gain = gain
         weighted(module(x)).backward()
-        found.append({"x": x.grad, "source": source.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad, "source": source.grad}
+
+    assert_alike(net, oracle, run)
 
 
 GRADCHECK = [
@@ -286,14 +274,14 @@ def test_numerical_derivatives(case: Case, order: int):
 )
 def test_a_gradient_penalty(case: Case):
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x, given = case.input(), case.keywords()
-        torch.manual_seed(0)
         (slope,) = torch.autograd.grad(weighted(module(x, **given)), x, create_graph=True)
         (slope.square().sum() - 1).square().backward()
-        found.append({"x": x.grad, **{k: v.grad for k, v in given.items()}, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad, **{k: v.grad for k, v in given.items()}}
+
+    assert_alike(net, oracle, run)
 
 
 def test_a_third_derivative():
@@ -313,45 +301,45 @@ def test_a_third_derivative():
 def test_the_loss_and_a_penalty_in_one_backward():
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x = case.input()
-        torch.manual_seed(0)
         loss = weighted(module(x))
         (slope,) = torch.autograd.grad(loss, x, create_graph=True)
         (loss + slope.square().sum()).backward()
-        found.append({"x": x.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run)
 
 
 @pytest.mark.parametrize("order", ["one backward", "first then second", "second then first"])
 def test_two_forwards_before_the_backward(order: str):
     case = named("attention-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         first, second = case.input(seed=1), case.input(seed=2)
-        torch.manual_seed(0)
         losses = [weighted(module(first)), weighted(module(second))]
         if order == "one backward":
             sum(losses).backward()
         else:
             for loss in losses if order.startswith("first") else reversed(losses):
                 loss.backward()
-        found.append({"first": first.grad, "second": second.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"first": first.grad, "second": second.grad}
+
+    assert_alike(net, oracle, run)
 
 
 def test_the_output_of_one_call_is_the_input_of_the_next():
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x = case.input()
-        torch.manual_seed(0)
         weighted(module(module(x))).backward()
-        found.append({"x": x.grad, **gradients_of(module)})
-    assert_same_gradients(*found, tolerance=1e-11)
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run, tolerance=1e-11)
 
 
 def test_gradient_accumulation():
@@ -369,18 +357,18 @@ def test_gradient_accumulation():
 @pytest.mark.parametrize("case", named("mlp-L8-dropout", "convolution-L3-batchnorm"), ids=str)
 def test_the_mode_may_change_between_forward_and_backward(case: Case, training: bool, then: str):
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         module.train(training)
         x = case.input()
-        torch.manual_seed(0)
         loss = weighted(module(x))
         module.train({"eval": False, "train": True}.get(then, training))
         flags = [m.training for m in module.modules()]
         loss.backward()
         assert [m.training for m in module.modules()] == flags
-        found.append({"x": x.grad, **gradients_of(module), **{k: b.clone() for k, b in module.named_buffers()}})
-    assert_same_gradients(*found)
+        return {"x": x.grad, **{k: b.clone() for k, b in module.named_buffers()}}
+
+    assert_alike(net, oracle, run)
 
 
 def test_one_branch_in_eval_mode_while_the_rest_trains():
@@ -460,16 +448,16 @@ def test_autograd_grad_of_any_subset_touches_no_grad(case: Case):
 @pytest.mark.parametrize("case", SEVERAL, ids=str)
 def test_backward_twice_with_retain_graph(case: Case):
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x, given = case.input(), case.keywords()
-        torch.manual_seed(0)
         loss = weighted(module(x, **given))
         loss.backward(retain_graph=True)
         loss.backward(retain_graph=True)
         (2 * loss).backward()
-        found.append({"x": x.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run)
 
 
 def test_a_second_backward_without_retain_graph_raises_as_stored_execution_does():
@@ -485,15 +473,15 @@ def test_a_second_backward_without_retain_graph_raises_as_stored_execution_does(
 def test_several_backwards_from_several_losses_of_one_output():
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x = case.input()
-        torch.manual_seed(0)
         out = module(x)
         out[:, 0].sum().backward(retain_graph=True)
         weighted(out).backward()
-        found.append({"x": x.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run)
 
 
 def _fill_slice(t: Tensor) -> Tensor:
@@ -599,14 +587,14 @@ def test_changing_the_input_in_place_before_backward_is_right_or_raises(case: Ca
 def test_the_input_may_have_been_made_by_other_operations():
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         x = case.input()
-        torch.manual_seed(0)
         hidden = x.exp()
         weighted(module(hidden).sin() + hidden).backward()
-        found.append({"x": x.grad, **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run)
 
 
 class Fails(Exception):
@@ -691,10 +679,9 @@ def test_a_gradient_that_is_asked_for_from_inside_a_hook_of_the_same_backward():
     """A second backward, of another graph through the same sequence, runs while the first is under way."""
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
-    found = []
-    for module in (net, oracle):
+
+    def run(module: nn.Module) -> Results:
         first, second = case.input(seed=1), case.input(seed=2)
-        torch.manual_seed(0)
         other = weighted(module(second))
         loss = weighted(module(first))
         inner: list[Tensor] = []
@@ -702,8 +689,9 @@ def test_a_gradient_that_is_asked_for_from_inside_a_hook_of_the_same_backward():
             lambda _, other=other, second=second, inner=inner: inner.extend(torch.autograd.grad(other, second))
         )
         loss.backward()
-        found.append({"first": first.grad, "inner": inner[0], **gradients_of(module)})
-    assert_same_gradients(*found)
+        return {"first": first.grad, "inner": inner[0]}
+
+    assert_alike(net, oracle, run)
 
 
 MAKERS = {

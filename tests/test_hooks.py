@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Case, Linear, Mlp, build, named, randn, with_dropout
+from cases import Case, Linear, Mlp, both, build, named, randn, with_dropout
 from oracle import (
-    StoredSequence,
     assert_near,
     assert_same_gradients,
     assert_same_step,
@@ -25,11 +24,6 @@ from oracle import (
 from revnet import ReversibleSequence
 
 HOOKED = named("mlp-L8-dropout", "mlp-L4-chunk-concat", "attention-L8-dropout", "saves-nothing-between-L4")
-
-
-def both(case: Case) -> tuple[ReversibleSequence, StoredSequence]:
-    pairs = case.pairs()
-    return ReversibleSequence(pairs, case.route, **case.options), stored_copy(pairs, case.route, **case.options)
 
 
 def branches(module: nn.Module) -> dict[str, nn.Module]:
