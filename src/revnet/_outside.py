@@ -68,8 +68,9 @@ def _value(ctx: Any, name: str) -> Any:
 
 def _realized(variable: Any) -> Any:
     """The value of a variable of the function that is being traced, its tensors without memory."""
-    from torch._dynamo.variables import ConstDictVariable, SymNodeVariable, TensorVariable
+    from torch._dynamo.variables import ConstDictVariable, TensorVariable
     from torch._dynamo.variables.lists import BaseListVariable
+    from torch._dynamo.variables.tensor import SymNodeVariable
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     variable = variable.realize()
