@@ -512,7 +512,7 @@ def test_what_leaves_the_range_in_one_graph_is_named(grad: bool) -> None:
     for _ in range(2):
         with torch.set_grad_enabled(grad):
             assert_nan_in_one_place(compiled(x))
-        with pytest.raises(ReversibleError, match="block 1, branch g: .*largest value was (40000|39999)"):
+        with pytest.raises(ReversibleError, match=r"block 1, branch g: .*largest value was (40000|39999)"):
             net.check()
     net.blocks[1].g.value = 1.0
     with torch.set_grad_enabled(grad):
@@ -523,7 +523,7 @@ def test_what_leaves_the_range_in_one_graph_is_named(grad: bool) -> None:
 def test_what_leaves_the_range_under_a_transform_is_named() -> None:
     net, x = breaking(math.inf)
     torch.func.grad(lambda x: net(x).nansum())(x)
-    with pytest.raises(ReversibleError, match="block 1, branch g: .*largest value was inf"):
+    with pytest.raises(ReversibleError, match=r"block 1, branch g: .*largest value was inf"):
         net.check()
 
 
