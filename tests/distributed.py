@@ -29,7 +29,7 @@ def _rank_main(rank: int, fn: Callable[..., None], world_size: int, store: str, 
 
 
 def start_ranks(fn: Callable[..., None], world_size: int, *args: Any) -> Any:
-    """Starts `fn(rank, *args)` in fresh processes, forked off a server that has imported torch: that outlasts most tests."""
+    """Starts `fn(rank, *args)` in fresh processes, forked off a server: importing torch outlasts most tests."""
     multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.testing", "revnet.testing"])
     return mp.start_processes(fn, args, world_size, join=False, start_method="forkserver")
 
