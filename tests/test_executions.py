@@ -25,7 +25,7 @@ from oracle import (
     train_step,
     weighted,
 )
-from revnet import ReversibleError, ReversibleSequence, SequentialSequence, plan
+from revnet import ReversibleError, ReversibleSequence, SequentialSequence, measure_memory, plan
 
 EXECUTIONS = ["store", "select", "checkpoint", "offload", "invert"]
 SEVERAL = named("mlp-L8-dropout", "attention-L8-dropout", "modulated-L4-keywords-dropout", "mixed-L6", "gate-L4")
@@ -227,6 +227,19 @@ def test_the_flops_of_a_mixture_are_the_sum_over_its_steps(data: st.DataObject):
         alone[step] = execution
         extra[step, execution] = backward_flops(ReversibleSequence(pairs, execution=alone), x, {}) - stored
     assert backward_flops(ReversibleSequence(pairs, execution=mixture), x, {}) - stored == sum(extra.values())
+
+
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_without_a_device_to_copy_from_offload_is_checkpoint(streams: str):
+    x = randn(2, 6, 8, requires_grad=True)
+    reports, steps = [], []
+    for execution in ("checkpoint", "offload"):
+        net = ReversibleSequence(build([(Attention, Mlp)] * 4, 8), streams=streams, execution=execution)
+        steps.append(train_step(net, x))
+        net.zero_grad()
+        reports.append(measure_memory(net, x.detach()))
+    assert_same_step(*steps, tolerance=0.0)
+    assert reports[0] == reports[1]
 
 
 # context_fn

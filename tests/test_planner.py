@@ -166,12 +166,12 @@ def measured(net: nn.Module, *inputs: Tensor, **keywords: object) -> int:
     return measure_memory(net, *inputs, **keywords).peak_bytes
 
 
-def check_budgets(net: nn.Module, x: Tensor, budgets: list[str] = BUDGETS, **keywords: object) -> list[Plan]:
+def check_budgets(net: nn.Module, x: object, budgets: list[str] = BUDGETS, **keywords: object) -> list[Plan]:
     plans = plan(net, x, budgets, **keywords)
     peaks = []
     for found in plans:
         net.execution = found
-        peaks.append(measured(net, x, **keywords))
+        peaks.append(measured(net, *(x if isinstance(x, tuple) else (x,)), **keywords))
         assert peaks[-1] <= found.budget
         assert abs(found.peak_bytes - peaks[-1]) <= 0.05 * peaks[-1]
     assert plans[0].peak_bytes < 0.9 * plans[-1].peak_bytes
@@ -253,10 +253,7 @@ def test_gradients_that_exist_are_not_counted():
 def test_programs_of_steps_are_planned_too():
     steps = [Step(Mlp(32), target=i % 3, source=(i + 1) % 3) for i in range(9)]
     net = Reversible(steps)
-    streams = tuple(torch.randn(3, 4, 48, 32))
-    for found in plan(net, streams, ["minimum", "40%", "stored"]):
-        net.execution = found
-        assert measured(net, *streams) <= found.budget
+    check_budgets(net, tuple(torch.randn(3, 4, 48, 32)))
 
 
 def test_steps_that_scale_their_target_are_planned_too():
@@ -270,9 +267,26 @@ def test_steps_that_scale_their_target_are_planned_too():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4, 512, 256), (16, 128, 512)], ids=str)
-def test_the_predicted_peak_is_the_measured_one_on_cuda(shape: tuple[int, ...]):
-    net = sequence(8, shape[-1], dtype=torch.bfloat16).cuda()
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_the_predicted_peak_is_the_measured_one_on_cuda(shape: tuple[int, ...], streams: str):
+    net = sequence(8, shape[-1], dtype=torch.bfloat16, streams=streams).cuda()
     check_budgets(net, torch.randn(shape, dtype=torch.bfloat16, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_what_is_offloaded_is_not_on_the_device(streams: str):
+    net = sequence(16, 256, dtype=torch.bfloat16, streams=streams).cuda()
+    x = torch.randn(4, 512, 256, dtype=torch.bfloat16, device="cuda")
+    net(x).sum().backward()
+    kept = {}
+    for execution in ("checkpoint", "offload", "invert"):
+        net.execution = execution
+        for _ in range(2):  # the second time, host buffers come from the pool
+            torch.cuda.synchronize()
+            kept[execution] = measure_memory(net, x).saved_bytes
+    assert kept["checkpoint"] - kept["invert"] > 25 * x.nbytes
+    assert kept["offload"] - kept["invert"] < 5 * x.nbytes
 
 
 # Using a plan
@@ -319,6 +333,25 @@ def test_planning_leaves_everything_as_it_was():
     assert [module.training for module in net.modules()] == flags
     assert torch.equal(x.grad, x_grad)
     assert not fired
+
+
+class Recurrent(nn.Module):
+    """Its module holds its parameters twice: by name, and in a list for the kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)[0]
+
+
+def test_planning_reaches_no_gradient_through_another_reference():
+    net = ReversibleSequence([(Recurrent(), Mlp(8).float())] * 2)
+    plan(net, torch.randn(2, 5, 8), ["minimum", "stored"])
+    assert all(parameter.grad is None for parameter in net.parameters())
+    body = net.blocks[0].f.body
+    assert all(flat is getattr(body, name) for flat, name in zip(body._flat_weights, body._all_weights[0], strict=True))
 
 
 def test_a_plan_is_for_the_call_in_which_no_block_is_dropped():
