@@ -34,12 +34,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from ._couplings import Coupling, tree_leaves, tree_map
+from ._couplings import tree_leaves, tree_map
 from ._decisions import Decisions
 from ._errors import ReversibleError
 from ._kept import Hosted, Playing, Recording, Results, Saved, compiled, unrecorded
 from ._replay import REPLAYING, AutocastState, KeywordState, ModuleState, RandomState, devices_of, modules_of
-from ._steps import FixedArithmetic, FloatArithmetic, Stream, branch_output
+from ._steps import FixedArithmetic, FloatArithmetic, Part, Stream, branch_output
 from ._streams import checksum
 
 ContextFn = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]]
@@ -82,23 +82,19 @@ class _Layout:
 class _Record:
     """What the replay of one step needs."""
 
-    name: str
-    fn: Callable[..., Any]
-    target: int
-    source: tuple[int, ...]
-    coupling: Coupling
+    part: Part
     keywords: KeywordState
     modules: ModuleState
-    random: RandomState | None
-    context: contextlib.AbstractContextManager[Any] | None
     layouts: list[Any]
     target_layout: Any
     kept: Saved | Hosted | None
     results: Results | None
+    random: RandomState | None
     decisions: Decisions
     # Per tensor that the call saved: shape, dtype, device, strides; None where it passed through.
     saved: list[Any]
     saved_by_branch: int = 0
+    context: contextlib.AbstractContextManager[Any] | None = None
     # Under determinism_check="exact": of the target before the step, and of the branch's output.
     checksums: tuple[Tensor, Tensor] | None = None
 
@@ -246,86 +242,63 @@ class Call:
             self._append(None)
         self.streams = [self.arithmetic.open(value) for value in streams]
 
-    def step(
-        self,
-        index: int,
-        fn: Callable[..., Any],
-        target: int,
-        source: tuple[int, ...],
-        coupling: Coupling,
-        kwargs: dict[str, Any],
-        name: str,
-    ) -> None:
+    def step(self, index: int, part: Part) -> None:
         """Apply step `index` of the sequence to the streams."""
         execution = self.executions[index]
-        if execution == "select" and compiled(fn):
+        if execution == "select" and compiled(part.fn):
             execution = "store"
-        sources = [self.streams[i][0] for i in source]
+        sources = [self.streams[i][0] for i in part.source]
         if not self.recording or execution == "store":
             if self.recording:
-                if self.records and self.records[-1] is not None:
-                    self._mark()
+                self._mark()
                 self._append(None)
             self.random = None
-            self._combine(coupling, target, self._branch(fn(*sources, **kwargs), target, name), index, name)
+            self._combine(index, part, self._branch(part, part.fn(*sources, **part.kwargs)))
             return
-        contexts = self.options.context_fn() if self.options.context_fn is not None else (None, None)
         record = _Record(
-            name=name,
-            fn=fn,
-            target=target,
-            source=source,
-            coupling=coupling,
-            keywords=KeywordState(kwargs) if kwargs else _NO_KEYWORDS,
-            modules=ModuleState(modules_of(fn)),
-            random=None,
-            context=contexts[1],
+            # Keywords may hold the graph, and its handles the record.
+            part=part._replace(kwargs={}),
+            keywords=KeywordState(part.kwargs) if part.kwargs else _NO_KEYWORDS,
+            modules=ModuleState(modules_of(part.fn)),
             layouts=[tree_map(_Layout, value) for value in sources],
-            target_layout=tree_map(_Layout, self.streams[target][0]),
-            kept=self._keep(execution, target, source, coupling),
-            decisions=Decisions(name),
+            target_layout=tree_map(_Layout, self.streams[part.target][0]),
+            kept=self._keep(execution, part),
             results=Results(execution == "select", self.capturing) if execution == "select" or self.capturing else None,
+            random=self._generators(),
+            decisions=Decisions(part.name),
             saved=[],
         )
-        if self.options.preserve_rng_state and not self.capturing:
-            record.random = self.random or RandomState(self.devices)
         handles = self._append(record)
         handles.read(sources)
         self.running = True
         try:
-            self._record_step(record, handles, sources, contexts[0], index, kwargs)
+            self._record(index, part, record, handles, sources)
         finally:
             self.running = False
             # Autograd holds the hooks as long as what they packed.
             handles.sources = []
 
-    def _record_step(
-        self,
-        record: _Record,
-        handles: _Handles,
-        sources: list[Any],
-        context: contextlib.AbstractContextManager[Any] | None,
-        index: int,
-        kwargs: dict[str, Any],
-    ) -> None:
+    def _record(self, index: int, part: Part, record: _Record, handles: _Handles, sources: list[Any]) -> None:
         """Run a step so that it can be replayed."""
-        target, name = record.target, record.name
-        versions = [tensor._version for tensor in handles.sources]
+        context = None
+        if self.options.context_fn is not None:
+            context, record.context = self.options.context_fn()
         recording = None if record.results is None else Recording(record.results, self.devices)
+        versions = [tensor._version for tensor in handles.sources]
         with saved_tensors_hooks(handles.pack, handles.unpack):
             with record.decisions, _all(context, recording):
-                out = record.fn(*sources, **kwargs)
+                out = part.fn(*sources, **part.kwargs)
             record.saved_by_branch = len(record.saved)
             record.modules.settle()
             if versions != [tensor._version for tensor in handles.sources]:
                 raise ReversibleError(
-                    f"{name} changed its input in place. The stream it reads is needed to rebuild the activations: "
-                    "work on a copy, or use the out-of-place operation."
+                    f"{part.name} changed its input in place. The stream it reads is needed to rebuild the "
+                    "activations: work on a copy, or use the out-of-place operation."
                 )
-            out = self._branch(out, target, name)
+            out = self._branch(part, out)
             if self.options.determinism_check == "exact":
-                record.checksums = _checksum(self.streams[target][1]), _checksum(out)
-            self._combine(record.coupling, target, out, index, name)
+                record.checksums = _checksum(self.streams[part.target][1]), _checksum(out)
+            self._combine(index, part, out)
         if record.results is not None:
             record.results.settle()
         if record.random is not None:
@@ -333,14 +306,19 @@ class Call:
             if self.random.same(record.random):
                 record.random = None
 
+    def _generators(self) -> RandomState | None:
+        """The generators before a step."""
+        if not self.options.preserve_rng_state or self.capturing:
+            return None
+        return self.random or RandomState(self.devices)
+
     def start(self) -> list[Any]:
         """The streams before the first step, as branches read them."""
         return [value for value, _ in self.streams]
 
     def finish(self, *streams: Any) -> Sequence[Any]:
         """The streams after the last step, as its block gave them. Now the call lives as long as its handles."""
-        if self.records and self.records[-1] is not None:
-            self._mark()
+        self._mark()
         self.top = len(self.records) - 1
         return streams or self.start()
 
@@ -351,13 +329,13 @@ class Call:
         # These hold the graph, and the graph's handles this call: keeping them would be a cycle through C++.
         self.streams, self.aux, self.random = [], {}, None
 
-    def _keep(self, execution: str, target: int, source: tuple[int, ...], coupling: Coupling) -> Saved | Hosted | None:
+    def _keep(self, execution: str, part: Part) -> Saved | Hosted | None:
         """The target before a step, where the step is not undone."""
-        held = self.streams[target][1]
+        held = self.streams[part.target][1]
         if execution == "offload" and all(leaf.is_cuda for leaf in tree_leaves(held)) and not self.capturing:
             return Hosted(held)
-        undone = execution not in ("checkpoint", "offload") and target not in source
-        return None if undone and self.arithmetic.undoes(coupling) else Saved(held)
+        undone = execution not in ("checkpoint", "offload") and part.target not in part.source
+        return None if undone and self.arithmetic.undoes(part.coupling) else Saved(held)
 
     def _append(self, record: _Record | None) -> _Handles:
         handles = _Handles(self, len(self.records), record)
@@ -366,21 +344,22 @@ class Call:
         return handles
 
     def _mark(self) -> None:
-        """Keep the present state as a place to walk from."""
-        self.known[len(self.records)] = Saved([held for _, held in self.streams])
+        """Keep the present state as a place to walk from, unless the last step was stored."""
+        if self.records and self.records[-1] is not None:
+            self.known[len(self.records)] = Saved([held for _, held in self.streams])
 
-    def _branch(self, out: Any, target: int, name: str) -> Any:
+    def _branch(self, part: Part, out: Any) -> Any:
         """The branch's output, its extra output put aside."""
-        out, aux = branch_output(out, self.streams[target][0])
+        out, aux = branch_output(out, self.streams[part.target][0])
         if aux is not None:
-            self.aux[name] = aux
+            self.aux[part.name] = aux
         return out
 
-    def _combine(self, coupling: Coupling, target: int, out: Any, index: int, name: str) -> None:
+    def _combine(self, index: int, part: Part, out: Any) -> None:
         try:
-            self.streams[target] = self.arithmetic.combine(coupling, self.streams[target], out, index)
+            self.streams[part.target] = self.arithmetic.combine(part.coupling, self.streams[part.target], out, index)
         except (TypeError, ValueError) as error:
-            raise ReversibleError(f"{name} {error}") from error
+            raise ReversibleError(f"{part.name} {error}") from error
 
     # Backward
 
@@ -403,7 +382,7 @@ class Call:
     def name(self, step: int) -> str:
         """What errors call a step."""
         record = self.records[step]
-        return record.name if record is not None else f"step {step}"
+        return record.part.name if record is not None else f"step {step}"
 
     def _task(self, task_id: int) -> _Task:
         task = _Task()
@@ -469,20 +448,20 @@ class Call:
             for lower in self.records[max(0, k - _PREFETCH) : k]:
                 if lower is not None and isinstance(lower.kept, Hosted):
                     lower.kept.prefetch()
-        target = record.target
+        part, target = record.part, record.part.target
         # Autocast and modules are as the step's call found them.
-        with _all(self.autocast.restored(), record.modules.restored(record.name)):
+        with _all(self.autocast.restored(), record.modules.restored(part.name)):
             out = None
             if undo and record.kept is None:
                 out = self._replay(record, state, caught)
-                state[target] = self.arithmetic.invert(record.coupling, state[target][1], out)
+                state[target] = self.arithmetic.invert(part.coupling, state[target][1], out)
                 if self.arithmetic.exact:
                     self._compare(record, 0, state[target][1])
             else:
                 if record.kept is not None and undo:
                     state[target] = (None, record.kept.load())
                 if caught is not None:
-                    compare = undo and record.checksums is not None and all(self._exact(i, k) for i in record.source)
+                    compare = undo and record.checksums is not None and all(self._exact(i, k) for i in part.source)
                     out = self._replay(record, state, caught, early=not compare and not self.running)
                     if compare:
                         self._compare(record, 1, out)
@@ -494,7 +473,7 @@ class Call:
         for record in self.records[k + 1 :]:
             if record is None:
                 break
-            if record.target == stream:
+            if record.part.target == stream:
                 return self.arithmetic.exact or record.kept is not None
         return True
 
@@ -502,7 +481,7 @@ class Call:
         if record.checksums is None or torch.equal(record.checksums[which], _checksum(tree)):
             return
         raise ReversibleError(
-            f"{record.name} is not deterministic: called again on the same input, it gave another output, so its "
+            f"{record.part.name} is not deterministic: called again on the same input, it gave another output, so its "
             "gradient would be wrong. Randomness of Python, NumPy or an own torch.Generator is not repeated: draw from "
             "torch's global generators. Kernels that add in changing order have deterministic forms: "
             "torch.use_deterministic_algorithms(True)."
@@ -519,14 +498,15 @@ class Call:
         self, record: _Record, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, early: bool = False
     ) -> Any:
         """Call the branch again as forward did; its output, or None if it was stopped early."""
-        record.keywords.check(record.name)
-        sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, record.source, strict=True)]
+        part = record.part
+        record.keywords.check(part.name)
+        sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, part.source, strict=True)]
         early = early and record.saved_by_branch == len(record.saved)
         pack = _Catching(record, 0, caught, self.options.determinism_check != "none", self.running, early)
         random = None if record.random is None else record.random.restored()
         playing: contextlib.AbstractContextManager[Any] | None = None
         if record.results is not None:
-            playing = unrecorded(record.results) if self.running else Playing(record.results, record.name)
+            playing = unrecorded(record.results) if self.running else Playing(record.results, part.name)
         try:
             with (
                 torch.enable_grad(),
@@ -534,7 +514,7 @@ class Call:
                 _all(random, record.context, playing),
                 saved_tensors_hooks(pack.pack, _identity),
             ):
-                out = record.fn(*sources, **record.keywords.fresh())
+                out = part.fn(*sources, **record.keywords.fresh())
         except _Stop:
             return None
         pack.check(record.saved_by_branch)
@@ -548,7 +528,7 @@ class Call:
         value = self._read(target, record.target_layout)
         with torch.enable_grad(), saved_tensors_hooks(pack.pack, _identity):
             # What an arithmetic does around the rule saves nothing.
-            record.coupling.combine(value, out)
+            record.part.coupling.combine(value, out)
         pack.check(len(record.saved))
 
     def _release(self, task: _Task, step: int, state: list[Stream]) -> None:
@@ -612,12 +592,12 @@ class _Catching:
             forward = saved[index]
             if forward is not None:
                 if self.compare and _describe(tensor) != forward:
-                    raise ReversibleError(_mismatch(self.record.name, index, forward, _describe(tensor)))
+                    raise ReversibleError(_mismatch(self.record.part.name, index, forward, _describe(tensor)))
                 found = tensor.detach()
                 if self.caught is not None:
                     self.caught[index] = found, tensor._version
         elif not self.partial and self.compare:
-            raise ReversibleError(_mismatch(self.record.name, index, None, _describe(tensor)))
+            raise ReversibleError(_mismatch(self.record.part.name, index, None, _describe(tensor)))
         if self.early and count == len(saved):
             raise _Stop
         return found
@@ -625,7 +605,7 @@ class _Catching:
     def check(self, expected: int) -> None:
         if self.count < expected or (self.compare and self.count != expected and not self.partial):
             raise ReversibleError(
-                f"{self.record.name}: the replay saved {self.count} tensors for backward where the forward saved "
+                f"{self.record.part.name}: the replay saved {self.count} tensors for backward where the forward saved "
                 f"{expected}. The branch did not do the same work twice: look for a condition on state that the first "
                 "call changed, or randomness of Python or NumPy."
             )

@@ -15,19 +15,14 @@ from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, Plan, resolve
 from ._routing import check_keywords
-from ._steps import FixedArithmetic, FloatArithmetic, Step, undo
+from ._steps import FixedArithmetic, FloatArithmetic, Part, Step, undo
 from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
-from ._traced import Part, active, outside, run_traced
+from ._traced import active, outside, run_traced
 
 Execution = str | Sequence[str] | Plan
 Streams = str | Fixed | Float
 # The steps of one pass, each with its index in the program: some may be left out.
 Parts = Sequence[tuple[int, Part]]
-
-
-def take(call: Call, index: int, part: Part, kwargs: Mapping[str, Any]) -> None:
-    """Apply a step to the streams of a call."""
-    call.step(index, part.fn, part.target, part.source, part.coupling, dict(kwargs), part.name)
 
 
 class Program(nn.Module):
@@ -75,7 +70,7 @@ class Program(nn.Module):
     def _through(self, call: Call, parts: Parts) -> Sequence[Any]:
         """Apply the steps to the streams of a call; returns the streams, if not as the last step left them."""
         for index, part in parts:
-            take(call, index, part, part.kwargs)
+            call.step(index, part)
         return ()
 
     def _run(self, streams: Sequence[Any], kwargs: Any) -> tuple[Any, ...]:

@@ -20,13 +20,13 @@ from ._couplings import tree_leaves, tree_map
 from ._engine import Call
 from ._kept import compiled
 from ._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
-from ._program import Program, take
+from ._program import Program
 from ._replay import RandomState, devices_of
 from ._sequence import ReversibleSequence, _Blocks
 from ._solver import Chain, Cost
-from ._steps import FixedArithmetic
+from ._steps import FixedArithmetic, Part
 from ._streams import RangeMonitor
-from ._traced import Arithmetic, Part
+from ._traced import Arithmetic
 
 # Of one kind, in the chain that is timed.
 _REPEATED = 3
@@ -135,7 +135,7 @@ class Rehearsal:
                 stage = _Stage(self, part, values, needs_grad, arithmetic)
                 costs.append(stage.costs([name for name in names if name != "select" or not compiled(part.fn)]))
             steps.append((kinds[kind], part.target))
-            take(call, 0, part, part.kwargs)
+            call.step(0, part)
             value = call.streams[part.target][0]
             needs_grad[part.target] = any(leaf.requires_grad for leaf in tree_leaves(value))
             call.streams = cast(Any, pytree.tree_map_only(Tensor, _leaf, call.streams))
@@ -224,7 +224,7 @@ class _Stage:
         """Forward and backward of the step, or of a chain of its like."""
         call = self.call(execution, steps)
         for index in range(steps):
-            take(call, index, self.part, self.part.kwargs)
+            call.step(index, self.part)
         root = _root(call)
         if root is not None:
             with _outside_autocast():
@@ -269,7 +269,7 @@ class _Stage:
         with meter.watch():
             call = self.call(execution)
             before = _memories(call)
-            take(call, 0, self.part, self.part.kwargs)
+            call.step(0, self.part)
             after = _memories(call)[2 * self.part.target :][:2]
             # Holds the graph and not the streams. A node that Python made is held by its output alone.
             graph = _spring(call.start())
@@ -283,7 +283,7 @@ class _Stage:
         meter = self.rehearsal.meter()
         with meter.watch():
             call = self.call(execution)
-            take(call, 0, self.part, self.part.kwargs)
+            call.step(0, self.part)
             root = _root(call)
             if root is not None:
                 with _outside_autocast():

@@ -14,9 +14,10 @@ from ._couplings import Additive
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn
 from ._execution import EXECUTIONS
-from ._program import Execution, Parts, Program, Streams, check_stream, take
+from ._program import Execution, Parts, Program, Streams, check_stream
 from ._routing import Routes, check_keywords, check_routes, route_args
-from ._traced import Part, active
+from ._steps import Part
+from ._traced import active
 
 _ADDITIVE = Additive()
 
@@ -75,7 +76,7 @@ class ReversibleBlock(Program):
             del x1, x2
             # The keywords may have gone through hooks of the block.
             for (index, part), keywords in zip(parts, (f_args, g_args), strict=True):
-                take(call, index, part, keywords)
+                call.step(index, part._replace(kwargs=dict(keywords)))
             y1, y2 = call.start()
             return y1, y2
         y1, y2, *_ = self._run((x1, x2), (f_args, g_args))

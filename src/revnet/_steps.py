@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,17 @@ class Step(nn.Module):
 
     def extra_repr(self) -> str:
         return f"target={self.target}, source={self.source}"
+
+
+class Part(NamedTuple):
+    """A step of one call: `streams[target] = coupling.combine(streams[target], fn(*streams[source], **kwargs))`."""
+
+    name: str
+    fn: Any
+    coupling: Coupling
+    target: int
+    source: tuple[int, ...]
+    kwargs: dict[str, Any]
 
 
 # A stream under way is a pair: its value, which branches read and gradients flow through, and how it is held.

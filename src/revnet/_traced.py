@@ -21,7 +21,7 @@ from torch.func import functional_call, vjp
 from ._couplings import Coupling, fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
-from ._steps import FixedArithmetic, FloatArithmetic, branch_output
+from ._steps import FixedArithmetic, FloatArithmetic, Part, branch_output
 from ._streams import Fixed, Held, RangeMonitor, fixed_add
 
 Arithmetic = FloatArithmetic | FixedArithmetic
@@ -30,17 +30,6 @@ Arithmetic = FloatArithmetic | FixedArithmetic
 def active() -> bool:
     """Whether hooks on saved tensors are out of reach: in a traced graph, or under a transform of `torch.func`."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None or inspecting()
-
-
-class Part(NamedTuple):
-    """A step of one call: `streams[target] = coupling.combine(streams[target], fn(*streams[source], **kwargs))`."""
-
-    name: str
-    fn: Any
-    coupling: Coupling
-    target: int
-    source: tuple[int, ...]
-    kwargs: dict[str, Any]
 
 
 def run_traced(
