@@ -134,6 +134,18 @@ def test_out_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("revnet: out of memory: try a smaller --batch")
 
 
+@pytest.mark.parametrize(
+    "message", ["No working C++ compiler found in cxx", "Cannot find a working triton installation"]
+)
+def test_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError(f"{message}\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr("revnet.app.train.train", fail)
+    assert main(["train", "--compile"]) == 2
+    assert capsys.readouterr().err == f"revnet: --compile: {message}. Install one, or leave --compile out.\n"
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "nonsense:x"])
 def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
     assert main(["train", *TINY, "--device", device, "--out", str(tmp_path / "run")]) == 2

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
             advice = "try a smaller --batch, --depth or --width, or --execution invert"
             return _fail(f"out of memory: {advice}. What was saved before is as it was.", MACHINE_ERROR)
+        if "compiler found" in message or "working triton" in message:
+            return _fail(f"--compile: {str(error).splitlines()[0]}. Install one, or leave --compile out.", USER_ERROR)
         raise
 
 
