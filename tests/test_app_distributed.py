@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -194,21 +194,26 @@ def test_ranks_agree_which_start_this_is() -> None:
     assert started({0: 0.2, 1: 0, 2: 0}) == [5, 5, 5]
 
 
+Running = subprocess.Popen[str]
 LONG = {"steps": 120, "save_every": 10, "validate_every": 120, "parallel": "fsdp", "rank_timeout": 60}
 
 
-def start_torchrun(out: Path, *launch: str, **settings: Any) -> subprocess.Popen[str]:
+def start_command(out: Path, *launch: str, environment: Mapping[str, str] = {}, **settings: Any) -> Running:
     settings = SMALL | LONG | settings | {"out": out}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "revnet", "train", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, "-m", "revnet", "train", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_torchrun(out: Path, *launch: str, **settings: Any) -> Running:
+    return start_command(out, "-m", "torch.distributed.run", *launch, **settings)
 
 
 ONE_NODE = ("--standalone", "--nproc-per-node=2")
 
 
-def wait_for(happened: Callable[[], Any], run: subprocess.Popen[str]) -> None:
+def wait_for(happened: Callable[[], Any], run: Running) -> None:
     end = time.monotonic() + 100
     while not happened():
         assert time.monotonic() < end, "nothing happened in time"
@@ -231,7 +236,7 @@ def saved(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def kill_a_rank(run: Path, agent: subprocess.Popen[str], rank: int) -> int:
+def kill_a_rank(run: Path, agent: Running, rank: int) -> int:
     """`kill -9` at a random moment after the first checkpoint; returns the step that was saved last."""
     wait_for(lambda: saved(run), agent)
     time.sleep(random.random())
@@ -279,7 +284,8 @@ def test_two_nodes(tmp_path: Path) -> None:
         outputs = [agent.communicate(timeout=150)[0] for agent in agents]
     finally:
         for agent in agents:
-            agent.kill()
+            with agent:
+                agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert resumed_from("".join(outputs)) >= last
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
@@ -299,3 +305,24 @@ def test_interrupt_stops_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     output = run.communicate(timeout=60)[0]
     assert "Continue with: revnet train --resume" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_silent_rank_counts_as_lost(tmp_path: Path) -> None:
+    """Its connections stay open: the timeout of the process group ends the other rank. Without torchrun, too."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    given: dict[str, Any] = {"steps": 100_000, "save_every": 100_000, "rank_timeout": 20}
+    ranks = [start_command(tmp_path, environment=shared | {"RANK": str(rank)}, **given) for rank in range(2)]
+    try:
+        wait_for((tmp_path / "metrics.jsonl").exists, ranks[0])
+        ranks[1].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        output = ranks[0].communicate(timeout=100)[0]
+        assert time.monotonic() - start < 40
+        assert ranks[0].returncode == 1
+        assert "rank 0 of 2 lost another rank" in output, output
+    finally:
+        for rank in ranks:
+            with rank:
+                rank.kill()
