@@ -359,10 +359,15 @@ class RangeMonitor:
         if bad.numel() == 0 or _is_fake(bad):
             return
         found = torch.where(bad, magnitude.view(torch.int32).to(torch.int64) + _key(step), 0)
-        while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(found):
-            found = torch._C._functorch.get_unwrapped(found)
         key = self.prepare(found.device).key
-        key.copy_(torch.maximum(key, found.amax()))
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            key.copy_(torch.maximum(key, found.amax()))
+            return
+        while torch._C._functorch.is_functorch_wrapped_tensor(found):
+            found = torch._C._functorch.get_unwrapped(found)
+        # A transform allows no write to a tensor that it did not make.
+        with torch._C._DisableFuncTorch():
+            key.copy_(torch.maximum(key, found.amax()))
 
     def sample(self, increment: Tensor, fixed: Fixed, step: int) -> None:
         """Measure, in the 1st, 2nd, 4th, 8th ... call of a step, how many of some increments are rounded to zero."""
