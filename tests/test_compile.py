@@ -106,7 +106,10 @@ def test_export_takes_the_plain_loop(strict: bool, training: bool):
         assert_near(exported.module()(x), oracle(x))
 
     def calls(program: torch.export.ExportedProgram) -> list[str]:
-        return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        # The oracle casts also where there is nothing to cast.
+        casts = ("aten.to.dtype", "aten._assert_tensor_metadata.default")
+        names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        return [name for name in names if name not in casts]
 
     assert calls(exported) == calls(plain)
 
