@@ -407,7 +407,7 @@ class Report:
         self.lines = [
             "# Training on several GPUs",
             "",
-            f"    python {' '.join(sys.argv)}",
+            f"    python {' '.join(sys.argv)}".replace(f" --out {options.out}", ""),
             "",
             f"{day}; {max(options.gpus)} × {where}; torch {torch.__version__}, Python {platform.python_version()}",
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import _attention as torch_ring
-from torch.distributed.tensor.experimental._context_parallel._attention import _templated_ring_attention_backward
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -68,7 +68,7 @@ class Ring(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, out, lse = ctx.saved_tensors
-        return _templated_ring_attention_backward(
+        return sys.modules[torch_ring._templated_ring_attention.__module__]._templated_ring_attention_backward(
             dist.group.WORLD, 2, backward, grad, "grad_out", q, k, v, out, lse, is_causal=True, dropout_p=0.0
         )[:3]
 
