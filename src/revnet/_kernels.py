@@ -22,7 +22,7 @@ def _wide(x):
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "unit"])
 def _combine(
     value_ptr,
     residual_ptr,
@@ -32,9 +32,9 @@ def _combine(
     finding_ptr,
     size,
     key,
+    unit,
     SIGN: tl.constexpr,
     SCALE: tl.constexpr,
-    UNIT: tl.constexpr,
     BOUND: tl.constexpr,
     INTEGERS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,11 +62,12 @@ def _combine(
     if finding_ptr is not None:
         bad = mask & known & ~inside
         if tl.max(bad.to(tl.int32), axis=0) > 0:
-            found = tl.where(fits, tl.abs(total).to(tl.float32) * UNIT, magnitude.to(tl.float32))
+            found = tl.where(fits, tl.abs(total).to(tl.float32) * unit, magnitude.to(tl.float32))
             found = tl.where(bad, found.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
             tl.atomic_max(finding_ptr, tl.max(found, axis=0), sem="relaxed")
     dtype: tl.constexpr = new_value_ptr.dtype.element_ty
-    new = (total.to(tl.float64 if dtype == tl.float64 else tl.float32) * UNIT).to(dtype)
+    # The unit is no constant: a product with one would be left out, and int64 then go to bfloat16 in one rounding.
+    new = (total.to(tl.float64 if dtype == tl.float64 else tl.float32) * unit).to(dtype)
     rest = tl.where(inside, total - (_wide(new) * SCALE).to(tl.int64), 0)
     tl.store(new_value_ptr + place, tl.where(inside, new, float("nan")).to(dtype), mask=mask)
     rest = rest.to(new_residual_ptr.dtype.element_ty)
@@ -112,9 +113,9 @@ def launch(
         finding,
         size,
         key,
+        2.0**-fraction_bits,
         sign,
         2.0**fraction_bits,
-        2.0**-fraction_bits,
         bound,
         2.0**52 if increment.dtype == torch.float64 else 2.0**23,
         _BLOCK,
