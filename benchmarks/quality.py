@@ -180,7 +180,7 @@ def main() -> None:
         f"    python {' '.join(sys.argv)}",
         "",
         f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{given.threads} CPU threads, seed {given.seed}. Wall and CPU time are those of the whole command: start, "
+        f"CPU threads: {given.threads}, seed {given.seed}. Wall and CPU time are those of the whole command: start, "
         "data, training, validations, samples and pictures.",
         "",
     ]

@@ -72,7 +72,10 @@ class Case:
 
     def __str__(self) -> str:
         shape, device = self.shape, self.device
-        where = f"{torch.get_num_threads()} threads of {platform.machine()}" if device.type == "cpu" else device.type
+        threads = torch.get_num_threads()
+        where = device.type
+        if device.type == "cpu":
+            where = f"{threads} {'thread' if threads == 1 else 'threads'} of {platform.machine()}"
         if device.type == "cuda":
             where = torch.cuda.get_device_name(device)
         tokens = shape.prefix_length - 1 + shape.length

@@ -172,6 +172,7 @@ def _plot(path: Path, rows: list[Row], title: str) -> None:
     seconds.set(xlabel="depth (blocks)", ylabel="time of a step (ms)")
     for axes in (memory, seconds):
         axes.set_ylim(bottom=0)
+        axes.set_xticks(depths)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     memory.legend(frameon=False)
