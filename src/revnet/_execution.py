@@ -7,10 +7,10 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,10 +127,30 @@ class Plan:
             ValueError: the file holds something else.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**_checked(found))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+            found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found.pop("format", None) != _FORMAT:
+                raise ValueError(f"its format is not {_FORMAT!r}")
+            fields: dict[str, Any] = {
+                k: tuple(value) if isinstance(value, list) else value for k, value in found.items()
+            }
+            loaded = cls(**fields)
+            loaded._check()
+            return loaded
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is not a plan: {error}") from error
+
+    def _check(self) -> None:
+        """Raise unless all fields are of their types and lengths; data alone can do no harm, but can be wrong."""
+        texts = *self.executions, *self.names, self.dtype, self.device
+        numbers = *self.kept_bytes, *self.shape, self.peak_bytes, self.budget, self.seconds, self.stored_seconds
+        lists = self.executions, self.names, self.kept_bytes, self.shape
+        for values, types in ((lists, (tuple,)), (texts, (str,)), (numbers, (int, float))):
+            if not all(type(value) in types for value in values):
+                raise ValueError("a field is of another type")
+        if not len(resolve(self.executions, len(self.names))) == len(self.kept_bytes) > 0:
+            raise ValueError("executions, names and kept_bytes differ in length, or are empty")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype {self.dtype!r} is not one of torch's")
 
     def __repr__(self) -> str:
         return (
@@ -153,53 +173,21 @@ class Plan:
             lines.append(f"{steps:<28}{execution:<12}{each:>14}{format_bytes(sum(kept)):>14}")
         return "\n".join(lines)
 
-    def _rows(self) -> list[tuple[str, str, list[int]]]:
-        """Runs of steps, or of pairs of steps, that are executed alike."""
+    def _rows(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Runs of blocks that are executed alike, a row for each of their branches."""
         steps = list(zip(self.names, self.executions, self.kept_bytes, strict=True))
-        width = 2 if len(steps) % 2 == 0 and all(_branch(a[0]) != _branch(b[0]) for a, b in _pairs(steps)) else 1
-        rows: list[tuple[str, str, list[int]]] = []
-        units = [steps[i : i + width] for i in range(0, len(steps), width)]
-        for executions, run in groupby(units, key=lambda unit: [step[1] for step in unit]):
-            columns = zip(*run, strict=True)
-            rows += [
-                (_span([name for name, _, _ in column]), execution, [kept for _, _, kept in column])
-                for execution, column in zip(executions, columns, strict=True)
-            ]
+        blocks = [list(block) for _, block in groupby(steps, key=lambda step: _NUMBER.findall(step[0]))]
+        rows = []
+        for _alike, run in groupby(blocks, key=lambda block: [(_NUMBER.sub("", name), how) for name, how, _ in block]):
+            for branch in zip(*run, strict=True):
+                names, executions, kept = zip(*branch, strict=True)
+                numbers = [number for name in (names[0], names[-1]) for number in _NUMBER.findall(name)[:1]]
+                rows.append((_NUMBER.sub("–".join(dict.fromkeys(numbers)), names[0]), executions[0], kept))
         return rows
 
 
 _FORMAT = "revnet plan 1"
-
-
-def _checked(found: Any) -> dict[str, Any]:
-    """The fields of a plan, of the right types and lengths; data alone can do no harm, but can be wrong."""
-    if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
-        raise ValueError(f"its format is not {_FORMAT!r}")
-    types = get_type_hints(Plan)
-    if set(found) != {field.name for field in fields(Plan)}:
-        raise ValueError(f"its fields are {', '.join(sorted(found))}")
-    values: dict[str, Any] = {}
-    for name, value in found.items():
-        kind = types[name]
-        if get_origin(kind) is tuple:
-            item = get_args(kind)[0]
-            if not isinstance(value, list) or not all(type(entry) is item for entry in value):
-                raise ValueError(f"{name} is not a list of {item.__name__}")
-            values[name] = tuple(value)
-        elif kind is float and type(value) in (int, float):
-            values[name] = float(value)
-        elif type(value) is kind:
-            values[name] = value
-        else:
-            raise ValueError(f"{name} is {value!r}, not {kind.__name__}")
-    for name in values["executions"]:
-        if name not in EXECUTIONS:
-            raise ValueError(f"execution {name!r} is not one of {', '.join(map(repr, EXECUTIONS))}")
-    if not len(values["executions"]) == len(values["names"]) == len(values["kept_bytes"]) > 0:
-        raise ValueError("executions, names and kept_bytes differ in length, or are empty")
-    if not isinstance(getattr(torch, values["dtype"], None), torch.dtype):
-        raise ValueError(f"dtype {values['dtype']!r} is not one of torch's")
-    return values
+_NUMBER = re.compile(r"[0-9]+")
 
 
 def resolve(execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence[str] = EXECUTIONS) -> list[str]:
@@ -236,20 +224,3 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
-
-
-def _branch(name: str) -> str:
-    """What two steps of one block differ in: their names without the number of the block."""
-    return re.sub(r"[0-9]+", "#", name)
-
-
-def _pairs(steps: list[tuple[str, str, int]]) -> list[tuple[tuple[str, str, int], tuple[str, str, int]]]:
-    return list(zip(steps[::2], steps[1::2], strict=True))
-
-
-def _span(names: list[str]) -> str:
-    """`block 0, branch f` to `block 3, branch f` as `block 0–3, branch f`."""
-    first, last = re.search(r"[0-9]+", names[0]), re.search(r"[0-9]+", names[-1])
-    if first is None or last is None or first[0] == last[0]:
-        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-    return f"{names[0][: first.end()]}–{last[0]}{names[0][first.end() :]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._decisions import Decisions
+from ._kept import arguments, draws
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -235,8 +235,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        named = _named(func, args, kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(named):
+        named = arguments(func, args, kwargs)
+        if draws(func, args, kwargs):
             self._find(f"draws random numbers ({func.name()})")
         for argument, value in named:
             real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
@@ -264,21 +264,6 @@ class _Watch(TorchDispatchMode):
 def _storage(x: Tensor) -> int:
     address: int = x.untyped_storage()._cdata
     return address
-
-
-def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Each argument of the operation's schema with its value."""
-    found = list(itertools.zip_longest(func._schema.arguments[: len(args)], args))
-    by_name = {argument.name: argument for argument in func._schema.arguments}
-    return [*found, *((by_name[name], value) for name, value in kwargs.items() if name in by_name)]
-
-
-def _draws_nothing(named: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether an operation that may draw was asked for no dropout, as attention kernels usually are."""
-    values = {argument.name: value for argument, value in named}
-    rates = [values[name] for name in ("p", "dropout_p", "dropout") if name in values]
-    phases = [values[name] for name in ("train", "training") if name in values]
-    return any(rate == 0 for rate in rates) or any(phase is False for phase in phases)
 
 
 def _moves_statistics(func: Any, named: Sequence[tuple[Any, Any]]) -> bool:

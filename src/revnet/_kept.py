@@ -188,11 +188,12 @@ def _expensive(func: Any) -> bool:
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call of an operator takes random numbers."""
+    """Whether a call of an operator takes random numbers: attention kernels, too, are usually asked for no dropout."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    rates = [value for argument, value in _named(func, args, kwargs) if argument.name in ("p", "dropout_p")]
-    return rates != [0.0]
+    values = {argument.name: value for argument, value in arguments(func, args, kwargs)}
+    rates = [values[name] for name in ("p", "dropout_p", "dropout") if isinstance(values.get(name), float | int)]
+    return 0 not in rates and values.get("train", values.get("training")) is not False
 
 
 @contextlib.contextmanager
@@ -237,7 +238,7 @@ class Recording(TorchDispatchMode):
         """Copy a kept result before an in-place operation of the branch writes to it."""
         written = {
             value.untyped_storage()._cdata
-            for argument, value in _named(func, args, kwargs)
+            for argument, value in arguments(func, args, kwargs)
             if argument.alias_info is not None and argument.alias_info.is_write
             for value in pytree.tree_leaves(value)
             if isinstance(value, Tensor)
@@ -251,10 +252,11 @@ class Recording(TorchDispatchMode):
                 self.results.written.add(i)
 
 
-def _named(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
-    arguments = func._schema.arguments
-    named = list(zip(arguments, args, strict=False))
-    return named + [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
+def arguments(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
+    """The arguments of a call of an operator, as its schema describes them, each with its value."""
+    schema = func._schema.arguments
+    named = list(zip(schema, args, strict=False))
+    return named + [(argument, kwargs[argument.name]) for argument in schema if argument.name in kwargs]
 
 
 class Playing(TorchDispatchMode):

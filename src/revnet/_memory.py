@@ -4,11 +4,11 @@ import dataclasses
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,26 +86,16 @@ def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         ones = [t.detach().new_ones(()).expand_as(t) for t in outputs]
         with cpu.watch(), cuda.watch():
             torch.autograd.backward(outputs, ones)
-    meter: _Meter = cuda if cuda.used else cpu
+    meter = cuda if cuda.used else cpu
     grads = sum(map(meter.created, _storages(_gradients())))
     return MemoryReport(saved[cuda.used], meter.peak, grads)
 
 
-class _Meter(Protocol):
-    """Bytes above the start, over one or more watches; what happens between two watches is not counted."""
-
-    held: int
-    peak: int
-
-    def watch(self) -> AbstractContextManager[None]:
-        """Counts what is allocated and released inside."""
-
-    def created(self, storage: torch.UntypedStorage) -> int:
-        """Returns the bytes of `storage` if they were allocated under watch and are still held, else 0."""
-
-
 class _CpuMeter:
-    """Follows the events of the CPU allocator, block by block."""
+    """Follows the events of the CPU allocator, block by block.
+
+    As the other meters it counts bytes above the start, over one or more watches; not what happens between two watches.
+    """
 
     def __init__(self) -> None:
         self.held = 0
@@ -128,6 +118,7 @@ class _CpuMeter:
                 self.held -= self._blocks.pop(address, 0)
 
     def created(self, storage: torch.UntypedStorage) -> int:
+        """Returns the bytes of `storage` if they were allocated under watch and are still held, else 0."""
         return self._blocks.get(storage.data_ptr(), 0) if storage.device.type == "cpu" else 0
 
 
