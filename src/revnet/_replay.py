@@ -101,14 +101,16 @@ class AutocastState:
     def restored(self) -> contextlib.AbstractContextManager[Any] | None:
         """A context with the recorded state; None where that is the present one."""
         present = self._read()
-        if present == self.state:
-            return None
-        stack = contextlib.ExitStack()
-        for device_type, state, now in zip(self.types, self.state, present, strict=True):
-            if now != state:
-                enabled, dtype, cache = state
-                stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
-        return stack
+        return None if present == self.state else self._restored(present)
+
+    @contextlib.contextmanager
+    def _restored(self, present: list[tuple[bool, torch.dtype, bool]]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device_type, state, now in zip(self.types, self.state, present, strict=True):
+                if now != state:
+                    enabled, dtype, cache = state
+                    stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            yield
 
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
