@@ -47,7 +47,9 @@ class TrainConfig:
     seed: int = option(0, "training", "seed of everything that is random (0)", "N")
 
     execution: str = option(EXECUTIONS[0], "machine", ", ".join(EXECUTIONS), "E", EXECUTIONS, own=True)
-    memory: str = option(None, "machine", "plan the executions for this much, such as 8GiB", "SIZE", own=True)
+    memory: str = option(
+        None, "machine", "plan for this much activation memory of the blocks, as 8GiB", "SIZE", own=True
+    )
     streams: str = option("auto", "machine", "float; fixed, which is exact; auto: fixed in bfloat16", "S", STREAMS)
     dtype: str = option("float32", "machine", "float32, or bfloat16 by autocast", "T", DTYPES)
     device: str = option("auto", "machine", "auto (an accelerator if there is one), cpu, cuda, cuda:1", "D", own=True)
