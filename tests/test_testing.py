@@ -16,9 +16,11 @@ from revnet import (
     Coupling,
     Momentum,
     Reversible,
+    ReversibleBlock,
     ReversibleError,
     ReversibleSequence,
     Step,
+    plan,
 )
 from revnet.testing import check_gradients, check_inverse
 
@@ -152,3 +154,10 @@ def test_a_bijection_without_the_right_inverse_is_named():
     module = Reversible([Step(branch()), Step(None, 0, coupling=Bijection(Shift(), rearranges=True))])
     with pytest.raises(ReversibleError, match="stream 0 came back"):
         check_inverse(module.eval(), *streams())
+
+
+def test_a_block_is_a_program_like_any():
+    block = ReversibleBlock(branch(), branch()).eval()
+    assert check_inverse(block, *streams()) < 1e-5
+    assert check_gradients(block, *streams()) < 1e-5
+    assert plan(block, streams(), "minimum").budget <= plan(block, streams(), "stored").budget

@@ -53,7 +53,7 @@ class Program(nn.Module):
         self._monitor = RangeMonitor()
         self.execution = execution
 
-    def _parts(self, streams: Sequence[Any], kwargs: Any) -> Parts:
+    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
         """The steps of one pass, after a look at what it is given."""
         raise NotImplementedError
 
@@ -73,7 +73,7 @@ class Program(nn.Module):
             call.step(index, part)
         return ()
 
-    def _run(self, streams: Sequence[Any], kwargs: Any) -> tuple[Any, ...]:
+    def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The streams after one pass, followed by a dict of the branches' extra outputs if there are any."""
         again = partial(self._run, streams, kwargs)
         if self._draws and torch.compiler.is_dynamo_compiling():
@@ -250,7 +250,7 @@ class Reversible(Program):
         """
         return self._undo(streams, self._parts(streams, kwargs))
 
-    def _parts(self, streams: Sequence[Any], kwargs: Any) -> Parts:
+    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
         if len(streams) < self._width:
             raise ValueError(f"got {len(streams)} streams, but the steps refer to {self._width}")
         for i, stream in enumerate(streams):

@@ -23,14 +23,19 @@ _ADDITIVE = Additive()
 
 
 def _residual(
-    branches: Iterable[nn.Module], keywords: Sequence[Any], first: int = 0, name: str = "", updates: Any = (0, 1)
+    branches: Iterable[nn.Module],
+    keywords: Iterable[Mapping[str, Any]],
+    first: int = 0,
+    name: str = "",
+    updates: tuple[int, int] = (0, 1),
 ) -> Parts:
     """The steps of a block, counted from `first`: each branch updates one stream and reads the other."""
+    f, g = branches
+    f_args, g_args = keywords
     a, b = updates
-    places = (("f", a, (b,)), ("g", b, (a,)))
     return [
-        (first + i, Part(f"{name}branch {letter}", branch, _ADDITIVE, target, source, dict(keywords[i])))
-        for i, (branch, (letter, target, source)) in enumerate(zip(branches, places, strict=True))
+        (first, Part(f"{name}branch f", f, _ADDITIVE, a, (b,), dict(f_args))),
+        (first + 1, Part(f"{name}branch g", g, _ADDITIVE, b, (a,), dict(g_args))),
     ]
 
 
@@ -79,19 +84,19 @@ class ReversibleBlock(Program):
                 call.step(index, part._replace(kwargs=dict(keywords)))
             y1, y2 = call.start()
             return y1, y2
-        y1, y2, *_ = self._run((x1, x2), (f_args, g_args))
+        y1, y2, *_ = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
         return y1, y2
 
     def inverse(
         self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
     ) -> tuple[Tensor, Tensor]:
         """The streams before the block, from those after it; differentiable. Randomness is not repeated."""
-        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), (f_args, g_args)))
+        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), {"f_args": f_args, "g_args": g_args}))
         return x1, x2
 
-    def _parts(self, streams: Sequence[Any], kwargs: Any) -> Parts:
+    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
         _check_streams(*streams)
-        return _residual((self.f, self.g), kwargs)
+        return _residual((self.f, self.g), (kwargs.get("f_args", {}), kwargs.get("g_args", {})))
 
     def extra_repr(self) -> str:
         return ""
@@ -133,7 +138,9 @@ class _Blocks(Program):
         """The branches of each block."""
         raise NotImplementedError
 
-    def _parts(self, streams: Sequence[Any], kwargs: Any, dropped: Collection[int] | None = None) -> Parts:
+    def _parts(
+        self, streams: Sequence[Any], kwargs: Mapping[str, Any], dropped: Collection[int] | None = None
+    ) -> Parts:
         check_keywords(self.args_route, kwargs)
         routed = route_args(self.args_route, kwargs, self._depth)
         if dropped is None:
