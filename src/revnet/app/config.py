@@ -32,14 +32,14 @@ class TrainConfig:
     data: list[str] = option(["digits"], "data", "digits (default), icons, stdlib, folder of images, texts", "DATA")
     image_size: int = option(32, "data", "side that your images are scaled to, in pixels (32)", "N")
     patch: int = option(2, "data", "side of the patch that is one token of your images (2)", "N")
-    codes: int = option(512, "data", "different patches that are learned from your images (512)", "N")
+    codes: int = option(512, "data", "different patches, learned from your images (512)", "N")
     grey: bool = option(False, "data", "read your images without colour")
     context: int = option(256, "data", "bytes of text that the model sees at once (256)", "N")
 
-    depth: int = option(None, "model", "the dial: blocks; width, heads and learning rate follow (4)", "N")
+    depth: int = option(None, "model", "the dial: blocks; width, heads and rate follow (4)", "N")
     width: int = option(None, "model", "features per token (24 x depth, rounded up to 32)", "N")
     heads: int = option(None, "model", "attention heads (width / 32; width / 64 from 512 on)", "N")
-    dropout: float = option(None, "model", "share of each branch's output that is dropped (0.1; of texts 0)", "P")
+    dropout: float = option(None, "model", "share of branches' outputs to drop (0.1; of texts 0)", "P")
 
     steps: int = option(None, "training", "optimizer steps (digits 800, texts 4000, otherwise 2000)", "N", own=True)
     batch: int = option(None, "training", "examples per step (32; of texts 8)", "N")
@@ -47,9 +47,7 @@ class TrainConfig:
     seed: int = option(0, "training", "seed of everything that is random (0)", "N")
 
     execution: str = option(EXECUTIONS[0], "machine", ", ".join(EXECUTIONS), "E", EXECUTIONS, own=True)
-    memory: str = option(
-        None, "machine", "plan for this much activation memory of the blocks, as 8GiB", "SIZE", own=True
-    )
+    memory: str = option(None, "machine", "plan for this much memory of the blocks, as 8GiB", "SIZE", own=True)
     streams: str = option("auto", "machine", "float; fixed, which is exact; auto: fixed in bfloat16", "S", STREAMS)
     dtype: str = option("float32", "machine", "float32, or bfloat16 by autocast", "T", DTYPES)
     device: str = option("auto", "machine", "auto (an accelerator if there is one), cpu, cuda, cuda:1", "D", own=True)
