@@ -335,25 +335,6 @@ def test_planning_leaves_everything_as_it_was():
     assert not fired
 
 
-class Recurrent(nn.Module):
-    """Its module holds its parameters twice: by name, and in a list for the kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.LSTM(8, 8, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)[0]
-
-
-def test_planning_reaches_no_gradient_through_another_reference():
-    net = ReversibleSequence([(Recurrent(), Mlp(8).float())] * 2)
-    plan(net, torch.randn(2, 5, 8), ["minimum", "stored"])
-    assert all(parameter.grad is None for parameter in net.parameters())
-    body = net.blocks[0].f.body
-    assert all(flat is getattr(body, name) for flat, name in zip(body._flat_weights, body._all_weights[0], strict=True))
-
-
 def test_a_plan_is_for_the_call_in_which_no_block_is_dropped():
     net = sequence(6, layer_dropout=0.5)
     x = torch.randn(4, 48, 32)

@@ -275,6 +275,8 @@ class _Stage:
             graph = _spring(call.start())
             call.__exit__()
             torch.clear_autocast_cache()
+            if self.rehearsal.mode is None:
+                _settle(self.rehearsal.x.device)
         keeps = [part for part, memory in enumerate(before) if memory.size and memory.alive()]
         shared = sum(before[part].size for part in keeps) + sum(memory.size for memory in after if memory.alive())
         own = max(0, meter.held - shared)
@@ -446,3 +448,10 @@ class _FakeMeter(TorchDispatchMode):
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def _settle(device: torch.device) -> None:
+    """A tensor on its way to the host is freed by the first allocation after its copy."""
+    if device.type == "cuda":
+        _synchronize(device)
+        torch.empty(1, device=device)
