@@ -49,7 +49,8 @@ class Coupling(nn.Module):
     linear = True
     translates = True
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
         cls.scales = cls.scale is not Coupling.scale
         cls.linear = cls.combine is Coupling.combine and cls.invert is Coupling.invert
         cls.translates = cls.linear and not cls.scales
@@ -275,11 +276,11 @@ class Bijection(Coupling):
 
 def _add(target: Tensor, increment: Tensor) -> Tensor:
     # A stream keeps its dtype: without the cast, adding a wider output would promote it.
-    return target + (increment if increment.dtype is target.dtype else increment.to(target.dtype))
+    return target + increment.to(target.dtype)
 
 
 def _subtract(target: Tensor, increment: Tensor) -> Tensor:
-    return target - (increment if increment.dtype is target.dtype else increment.to(target.dtype))
+    return target - increment.to(target.dtype)
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
