@@ -128,11 +128,21 @@ class Fixed:
     def _combine(
         self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
     ) -> Held:
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
+            # One operator that the compiler does not look into: what it fused with float64 it would vectorise in
+            # another way, and so evaluate a branch in backward with other roundings than in forward.
+            value, residual, found = _operator(*(held or (None, None)), increment, sign, self.fraction_bits, step)
+            if monitor is not None:
+                monitor.note(found)
+            return Held(value, residual)
         tensors = (increment,) if held is None else (*held, increment)
         if not _fusible(*tensors):
             return self._reference(held, increment, sign, monitor, step)
         if monitor is not None and held is not None:
             monitor.sample(increment, self, step)
+        return self._fused(held, increment, sign, monitor, step)
+
+    def _fused(self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int) -> Held:
         value = increment if held is None else held.value
         new = Held(torch.empty_like(value), torch.empty_like(value, dtype=self.residual_dtype(value.dtype)))
         if value.numel() == 0 or _is_fake(value):
@@ -149,7 +159,7 @@ class Fixed:
         self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
     ) -> Held:
         """What the fused implementations equal in every bit. All sums are exact: of fewer than 53 bits."""
-        added = torch.round(_as_stored(increment).double() / self.unit) * (sign * self.unit)
+        added = torch.round(increment.double() / self.unit) * (sign * self.unit)
         if held is None:
             total, known = 0.0 + added, None
         else:
@@ -165,12 +175,12 @@ class Fixed:
         """Return a float64 stream in its two parts, and where it is in range."""
         inside = total.abs() < self.limit_in(dtype)
         total = torch.where(inside, total, math.nan)
-        value = total if dtype == torch.float64 else _as_stored(total.to(torch.float32).to(dtype))
-        rest = (total - value.double()) / self.unit
-        residual = torch.where(inside, rest, 0.0).to(self.residual_dtype(dtype))
-        # No `to` that changes nothing: in a compiled Function, torch 2.11 takes the two names of the result for two
-        # outputs, one of them without a gradient, and both lose it.
-        return Held(value if value.dtype == dtype else value.to(dtype), residual), inside
+        value = read = total if dtype == torch.float64 else total.to(torch.float32).to(dtype)
+        if torch.compiler.is_compiling():
+            # Where it differentiates, inductor leaves out what lies between two float64, and with it the rounding.
+            read = value.view(torch.int16 if value.itemsize == 2 else torch.int32).view(dtype)
+        rest = (total - read.double()) / self.unit
+        return Held(value, torch.where(inside, rest, 0.0).to(self.residual_dtype(dtype))), inside
 
     def _launched(
         self, held: Held | None, increment: Tensor, new: Held, sign: int, monitor: RangeMonitor | None, step: int
@@ -218,26 +228,6 @@ class Fixed:
 # Elements per thread and piece. Smaller pieces stay in a level-2 cache but cost more in calls than that saves; this
 # bounds the scratch memory and stays in a level-3 cache. A multiple of the length that torch gives to a thread.
 _PIECE = 262144
-
-
-def _as_stored(x: Tensor) -> Tensor:
-    """Return x; in a compiled graph, of 16-bit numbers the values that the 16 bits hold, in float32.
-
-    Inductor keeps 16-bit intermediates in float32 where it fuses. The addition and its inverse need not be fused alike:
-    without this rounding, which changes no number that was stored, they would not see the same numbers.
-    """
-    if x.dtype not in (torch.bfloat16, torch.float16) or not torch.compiler.is_compiling():
-        return x
-    wide = x.to(torch.float32)
-    dropped = 16 if x.dtype == torch.bfloat16 else 13
-    finite = torch.where(wide.isfinite(), wide, 0.0)
-    bits = finite.view(torch.int32)
-    bits = (bits + (2 ** (dropped - 1) - 1) + ((bits >> dropped) & 1)) & -(2**dropped)
-    rounded = bits.view(torch.float32)
-    if x.dtype == torch.float16:
-        rounded = torch.where(finite.abs() < 2.0**-14, torch.round(finite * 2.0**24) * 2.0**-24, rounded)
-        rounded = torch.where(rounded.abs() > 65504.0, rounded * math.inf, rounded)
-    return torch.where(wide.isfinite(), rounded, wide)
 
 
 def _like(x: Tensor, pattern: Tensor) -> Tensor:
@@ -358,7 +348,10 @@ class RangeMonitor:
         bad, magnitude = _local(bad), _local(magnitude)
         if bad.numel() == 0 or _is_fake(bad):
             return
-        found = torch.where(bad, magnitude.view(torch.int32).to(torch.int64) + _key(step), 0)
+        self.note(torch.where(bad, magnitude.view(torch.int32).to(torch.int64) + _key(step), 0))
+
+    def note(self, found: Tensor) -> None:
+        """Remember the largest of some findings, int64 of any shape, on their device."""
         key = self.prepare(found.device).key
         if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
             key.copy_(torch.maximum(key, found.amax()))
@@ -460,6 +453,33 @@ def _is_fake(x: Tensor) -> bool:
         return False
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     return fakes is not None and isinstance(x, fakes.FakeTensor)
+
+
+@torch.library.custom_op(
+    "revnet::combine",
+    mutates_args=(),
+    schema="(Tensor? value, Tensor? residual, Tensor increment, int sign, int fraction_bits, int step)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _operator(
+    value: Tensor | None, residual: Tensor | None, increment: Tensor, sign: int, fraction_bits: int, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Fixed._combine` for compilers; returns also what the monitor is to be told."""
+    fixed, monitor = Fixed(fraction_bits), RangeMonitor()
+    found = torch.zeros(1, dtype=torch.int64, device=increment.device)
+    monitor._cells[increment.device] = _Cell(found, found)
+    held = None if value is None or residual is None else Held(value, residual)
+    fused = _fusible(increment, *(held or ()))
+    return *(fixed._fused if fused else fixed._reference)(held, increment, sign, monitor, step), found
+
+
+@_operator.register_fake
+def _(
+    value: Tensor | None, residual: Tensor | None, increment: Tensor, sign: int, fraction_bits: int, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    value = increment if value is None else value
+    residual = torch.empty_like(value, dtype=Fixed(fraction_bits).residual_dtype(value.dtype))
+    return torch.empty_like(value), residual, increment.new_empty(1, dtype=torch.int64)
 
 
 class _FixedAdd(torch.autograd.Function):
