@@ -104,8 +104,8 @@ def test_a_branch_that_seeds_the_global_generator():
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
 def test_hooks_of_blocks_may_draw(register: str):
     net = ReversibleSequence(build([(with_dropout(Mlp), with_dropout(Mlp))] * 3, 8))
-    for block in net.blocks:
-        getattr(block, register)(lambda *_: _draw())
+    # On one block, so that those around it run nothing beside their steps.
+    getattr(net.blocks[1], register)(lambda *_: _draw())
     x = randn(2, 6, 8, requires_grad=True)
     found = train_step(net, x)
     net.zero_grad()

@@ -299,13 +299,14 @@ class ReversibleSequence(_Blocks):
         for i in range(0, len(parts), 2):
             (first, f), (_, g) = parts[i : i + 2]
             door = doors[first // 2]
-            if not _runs_only_steps(door):
-                call.random = None
+            alone = _runs_only_steps(door)
+            call.random = call.random if alone else None
             _door.entered = call, parts[i : i + 2]
             try:
                 streams = door(*streams, f.kwargs, g.kwargs)
             finally:
                 vars(_door).pop("entered", None)
+            call.random = call.random if alone else None
         return streams
 
     def extra_repr(self) -> str:
