@@ -12,6 +12,8 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 import cases
 import oracle
@@ -481,6 +483,34 @@ def test_another_batch_size_and_mode_are_right_too(branch: Any) -> None:
     with torch.no_grad():
         x = tokens()
         oracle.assert_near(run(x), stored(x))
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_transforms_inside_a_graph(streams: Any) -> None:
+    net = revnet.ReversibleSequence([(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)], streams=streams).double()
+    gradient = torch.func.grad(lambda x: net(x).square().sum())
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    expected = gradient(x)
+    found = torch.compile(gradient, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[streams])
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_distributed_tensors_inside_a_graph(streams: Any) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        net = revnet.ReversibleSequence([(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)], streams=streams)
+        distribute_module(net.double(), mesh)
+        x = distribute_tensor(torch.randn(4, WIDTH, dtype=torch.float64), mesh, [Shard(0)])
+        found = []
+        for module in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+            net.zero_grad()
+            module(x).full_tensor().square().sum().backward()
+            found.append([parameter.grad.full_tensor().clone() for parameter in net.parameters()])
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=TOLERANCE[streams])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_export_takes_the_plain_loop() -> None:

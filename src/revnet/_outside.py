@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ._inspect import reason
 
 _found: list[str] = []
+_told: list[bool] = []
 
 
 def inspect(ctx: Any) -> None:
@@ -39,10 +40,15 @@ def inspect(ctx: Any) -> None:
 
 
 def prepare(ctx: Any) -> None:
-    """Allocate what the monitor in the local `monitor` writes to, on the devices of the local `streams`."""
-    monitor = _value(ctx, "monitor")
-    if monitor is not None:
-        for stream in pytree.tree_leaves(_value(ctx, "streams")):
+    """Allocate what the monitor in the local `monitor` writes to, on the devices of the local `streams`.
+
+    Transforms allow no write to it, nor does it take findings that are distributed: `told` says whether it is told any.
+    """
+    monitor, streams = _value(ctx, "monitor"), pytree.tree_leaves(_value(ctx, "streams"))
+    distributed = any(hasattr(stream, "placements") for stream in streams)
+    _told[:] = [not distributed and torch._C._functorch.peek_interpreter_stack() is None]
+    if monitor is not None and _told[0]:
+        for stream in streams:
             # So that CUDA graphs of the compiler may write to it.
             mark_static_address(monitor.prepare(stream.device).key, guard=False)
 
@@ -52,8 +58,13 @@ def verdict() -> str:
     return _found[0]
 
 
+def told() -> bool:
+    """What `prepare` found."""
+    return _told[0]
+
+
 # torch.compile calls such a function once, while it traces, and takes the result for a constant.
-verdict._dynamo_marked_constant = True  # type: ignore[attr-defined]
+verdict._dynamo_marked_constant = told._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.compiler.disable(reason="revnet: a sequence that cannot be replayed in a graph runs outside it")  # type: ignore[untyped-decorator]

@@ -128,14 +128,14 @@ class Fixed:
     def _combine(
         self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
     ) -> Held:
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
+        tensors = (increment,) if held is None else (*held, increment)
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag and _are_plain(*tensors):
             # One operator that the compiler does not look into: what it fused with float64 it would vectorise in
             # another way, and so evaluate a branch in backward with other roundings than in forward.
             value, residual, found = _operator(*(held or (None, None)), increment, sign, self.fraction_bits, step)
             if monitor is not None:
                 monitor.note(found)
             return Held(value, residual)
-        tensors = (increment,) if held is None else (*held, increment)
         if not _fusible(*tensors):
             return self._reference(held, increment, sign, monitor, step)
         if monitor is not None and held is not None:
@@ -236,6 +236,11 @@ def _like(x: Tensor, pattern: Tensor) -> Tensor:
     if same and x.shape == pattern.shape and not x.is_neg():
         return x
     return torch.empty_like(pattern, dtype=x.dtype).copy_(x)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether no tensor is of a subclass, such as a distributed one."""
+    return all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
 
 
 def _fusible(*tensors: Tensor) -> bool:

@@ -53,7 +53,7 @@ def run_traced(
         obstacle: why the steps should be left to the engine, if they should.
     """
     if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
-        _prepare(arithmetic.monitor, list(streams))
+        arithmetic = FixedArithmetic(arithmetic.fixed, _prepared(arithmetic.monitor, list(streams)))
     if not torch.is_grad_enabled() or all(execution == "store" for execution in executions):
         return _loop(parts, streams, arithmetic)
     if torch.compiler.is_dynamo_compiling():
@@ -86,12 +86,13 @@ def _replayable(parts: Sequence[Part], streams: list[Any], blocks: list[nn.Modul
     return not verdict()
 
 
-def _prepare(monitor: RangeMonitor | None, streams: list[Any]) -> None:
-    """Allocates the monitor's memory while the graph is traced: its own would be gone after a call."""
-    from ._outside import comptime, prepare
+def _prepared(monitor: RangeMonitor | None, streams: list[Any]) -> RangeMonitor | None:
+    """Allocates the monitor's memory while the graph is traced: its own would be gone after a call. None if untold."""
+    from ._outside import comptime, prepare, told
 
     comptime(prepare)
-    del monitor, streams
+    del streams
+    return monitor if told() else None
 
 
 def _forward_mode() -> bool:
