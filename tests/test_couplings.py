@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import revnet
 from oracle import assert_near, weighted
 from revnet import Additive, Affine, Bijection, Coupling, Fixed, Leapfrog, Midpoint, Momentum, Reversible, Step
+from revnet.testing import check_gradients
 
 WIDTH = 6
 
@@ -213,6 +214,26 @@ def test_by_default_gradients_are_right_at_depth_256(name: str, dtype: torch.dty
     for key in expected:
         tolerance = 0.0 if exact else {torch.float64: 1e-11, torch.float32: 2e-3}[dtype]
         assert_near(actual[key], expected[key], key, tolerance)
+
+
+class Narrow(nn.Module):
+    """A branch that reads one dtype and returns another."""
+
+    def __init__(self, out: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.out = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.float()).tanh().to(self.out)
+
+
+@pytest.mark.parametrize("low", [0, 1])
+def test_one_stream_in_low_precision_makes_all_fixed(low: int):
+    torch.manual_seed(0)
+    dtypes = [torch.bfloat16 if i == low else torch.float32 for i in range(2)]
+    steps = [Step(Narrow(dtypes[i % 2]), i % 2, (i + 1) % 2) for i in range(32)]
+    assert check_gradients(Reversible(steps), *(torch.randn(4, 8).to(dtype) for dtype in dtypes)) == 0.0
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -79,9 +79,9 @@ class Program(nn.Module):
         if self._draws and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
         parts = self._parts(streams, kwargs)
-        first = tree_leaves(streams[0])[0]
-        self._check_plan(first)
-        arithmetic = self._arithmetic(first)
+        leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
+        self._check_plan(leaves[0])
+        arithmetic = self._arithmetic(*leaves)
         if active():
             obstacle = ""
             if self._options.context_fn is not None or self._options.determinism_check == "exact":
@@ -105,9 +105,9 @@ class Program(nn.Module):
         if isinstance(self._execution, Plan) and torch.is_grad_enabled():
             self._execution.check_input(x)
 
-    def _arithmetic(self, x: Tensor) -> FloatArithmetic | FixedArithmetic:
+    def _arithmetic(self, *leaves: Tensor) -> FloatArithmetic | FixedArithmetic:
         """How this call holds its streams, after a look at what earlier calls found."""
-        fixed = self._format(x)
+        fixed = self._format(leaves)
         if not isinstance(fixed, Fixed):
             return FloatArithmetic()
         if not active():
@@ -115,12 +115,14 @@ class Program(nn.Module):
         # An exported program has no monitor to tell.
         return FixedArithmetic(fixed, None if torch.compiler._is_exporting_flag else self._monitor)
 
-    def _format(self, x: Tensor) -> Fixed | Float:
-        """The format of streams that start as x."""
+    def _format(self, leaves: Sequence[Tensor]) -> Fixed | Float:
+        """The format of streams that start as these tensors."""
         if isinstance(self.streams, Fixed | Float):
             return self.streams
-        low = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
-        return Fixed() if low or (self._needs_fixed and x.dtype is torch.float32) else Float()
+        # One stream in low precision is enough for wrong gradients.
+        low = any(leaf.dtype in (torch.bfloat16, torch.float16) for leaf in leaves)
+        low = low or torch.is_autocast_enabled(leaves[0].device.type)
+        return Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
 
     def check(self) -> None:
         """Wait for the device and raise if a stream left the range of its format.

@@ -118,7 +118,7 @@ class Rehearsal:
         """Measures each kind of step once, in the order of the sequence, on the streams that reach it."""
         net = self.net
         names = [name for name in net._allowed if name != "offload" or self.x.is_cuda]
-        arithmetic = net._arithmetic(self.x)
+        arithmetic = net._arithmetic(*tree_leaves(self.inputs))
         streams = net._split(self.x) if isinstance(net, ReversibleSequence) else self.inputs
         needs_grad = [any(leaf.requires_grad for leaf in tree_leaves(value)) for value in streams]
         # Without a record, but with gradients: compiled branches are compiled for these.

@@ -118,7 +118,7 @@ def check_gradients(
                 f"output {i} differs between execution={execution!r} and 'store': a branch reads what its own calls "
                 "change, such as a counter. Keep such state in buffers."
             )
-    exact = program._arithmetic(_floating(streams)[0]).exact  # type: ignore[operator]
+    exact = program._arithmetic(*_floating(streams)).exact  # type: ignore[operator]
     return _compare(actual, expected, 0.0 if exact and tolerance is None else tolerance)
 
 
