@@ -581,15 +581,17 @@ def test_fake_tensors_and_tracing() -> None:
 
 
 @pytest.mark.slow
-def test_export() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_export(dtype: torch.dtype) -> None:
     class Add(torch.nn.Module):
         def forward(self, value: Tensor, residual: Tensor, increment: Tensor) -> tuple[Tensor, ...]:
             return tuple(Fixed().add(Held(value, residual), increment))
 
-    held, increment = Fixed().encode(torch.randn(3, 4)), torch.randn(3, 4)
-    exported = torch.export.export(Add(), (*held, increment)).module()
-    increment[0, 0] = math.inf
-    assert same(Held(*exported(*held, increment)), Fixed().add(held, increment))
+    for x in (torch.randn(3, 4, dtype=dtype), torch.randn(4, 3, dtype=dtype).t(), torch.randn((), dtype=dtype)):
+        held, increment = Fixed().encode(x), torch.randn(x.shape)
+        exported = torch.export.export(Add(), (*held, increment)).module()
+        increment[(0,) * x.dim()] = math.inf
+        assert same(Held(*exported(*held, increment)), Fixed().add(held, increment))
 
 
 # The monitor

@@ -1,7 +1,7 @@
 """How a stream is held: as floating point, or as fixed-point numbers that add and subtract without loss.
 
-`Fixed` exists in three implementations of one arithmetic, equal in every bit: plain torch operations (the reference,
-which compilers fuse), a Triton kernel (`_kernels.py`), and for the CPU a variant that works in place, in few passes.
+`Fixed` exists in three implementations of one arithmetic, equal in every bit: plain torch operations (the reference), a
+Triton kernel (`_kernels.py`), and for the CPU a variant that works in place, in few passes. Compilers see one operator.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Fixed:
         inside = total.abs() < self.limit_in(dtype)
         total = torch.where(inside, total, math.nan)
         value = read = total if dtype == torch.float64 else total.to(torch.float32).to(dtype)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and dtype != torch.float64:
             # Where it differentiates, inductor leaves out what lies between two float64, and with it the rounding.
             read = value.view(torch.int16 if value.itemsize == 2 else torch.int32).view(dtype)
         rest = (total - read.double()) / self.unit
@@ -252,7 +252,7 @@ def _fusible(*tensors: Tensor) -> bool:
         return False
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     for x in tensors:
-        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+        if not _are_plain(x):
             if _is_fake(x):
                 continue
             return False
