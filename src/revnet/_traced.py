@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
-from ._couplings import Coupling, fitting
+from ._couplings import fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
 from ._steps import FixedArithmetic, FloatArithmetic, Part, branch_output
@@ -161,12 +161,7 @@ def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
 class _Evaluation(NamedTuple):
     """A step whose tensors are slots."""
 
-    name: str
-    fn: Any
-    coupling: Coupling
-    target: int
-    source: tuple[int, ...]
-    kwargs: dict[str, Any]
+    part: Part
     # Parameters and buffers by name, and those of all its slots that take a gradient.
     state: tuple[tuple[str, int], ...]
     differentiated: tuple[int, ...]
@@ -200,7 +195,7 @@ def _reversibly(parts: Sequence[Part], streams: Sequence[Tensor], arithmetic: Ar
         for slot in used:
             if slot not in differentiated and _takes_gradient(table.tensors[slot]):
                 differentiated.append(slot)
-        steps.append(_Evaluation(*part[:5], kwargs, tuple(state), tuple(differentiated)))
+        steps.append(_Evaluation(Part(*part[:5], kwargs), tuple(state), tuple(differentiated)))
     fixed = arithmetic.fixed if isinstance(arithmetic, FixedArithmetic) else None
     monitor = arithmetic.monitor if isinstance(arithmetic, FixedArithmetic) else None
     program = _Program(tuple(steps), starts, fixed, monitor, (_autocast("cpu"), _autocast(streams[0].device.type)))
@@ -245,14 +240,14 @@ def _increment(step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]) -> 
     """What a step adds to its target, as a function of its sources and of its tensors that take a gradient."""
 
     def increment(*inputs: Tensor) -> Tensor:
-        count = len(step.source)
+        count = len(step.part.source)
         filled = list(tensors)
         for slot, tensor in zip(step.differentiated, inputs[count:], strict=True):
             filled[slot] = tensor
         state = {name: filled[slot] for name, slot in step.state}
         # Every name of a shared tensor is among the state: looking for them again would take long to trace.
-        out = functional_call(step.fn, state, inputs[:count], _filled(step.kwargs, filled), tie_weights=False)
-        added: Tensor = fitting(target, step.coupling.increment(out))
+        out = functional_call(step.part.fn, state, inputs[:count], _filled(step.part.kwargs, filled), tie_weights=False)
+        added: Tensor = fitting(target, step.part.coupling.increment(out))
         return added
 
     return increment
@@ -273,8 +268,8 @@ class _Walk(torch.autograd.Function):
                 values[i], residual = fixed.encode(value, program.monitor)
                 residuals.append(residual)
         for index, step in enumerate(program.steps):
-            i = step.target
-            inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
+            i = step.part.target
+            inputs = [values[j] for j in step.part.source] + [tensors[slot] for slot in step.differentiated]
             added = _increment(step, values[i], tensors)(*inputs)
             if fixed is None:
                 values[i] = values[i] + added.to(values[i].dtype)
@@ -322,9 +317,9 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
     stream_grads = list(grads[:count])
     collected: list[Tensor | None] = [None] * len(tensors)
     for step in program.steps[::-1]:
-        i = step.target
+        i = step.part.target
         with _autocasting(*program.autocast[0]), _autocasting(*program.autocast[1]):
-            inputs = [values[j] for j in step.source] + [tensors[slot] for slot in step.differentiated]
+            inputs = [values[j] for j in step.part.source] + [tensors[slot] for slot in step.differentiated]
             evaluated: Any = vjp(_increment(step, values[i], tensors), *inputs)
         added, pull = evaluated
         if fixed is None:
@@ -337,9 +332,9 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
         # A graph is traced with the caller's autocast on, which would cast these products once more.
         with _without_autocast(program.autocast[0]), _without_autocast(program.autocast[1]):
             pulled = pull(stream_grads[i].to(added.dtype))
-        for j, grad in zip(step.source, pulled, strict=False):
+        for j, grad in zip(step.part.source, pulled, strict=False):
             stream_grads[j] = stream_grads[j] + grad
-        for slot, grad in zip(step.differentiated, pulled[len(step.source) :], strict=True):
+        for slot, grad in zip(step.differentiated, pulled[len(step.part.source) :], strict=True):
             _accumulate(collected, slot, grad)
     for slot, grad in zip(program.streams, stream_grads, strict=True):
         _accumulate(collected, slot, grad)
