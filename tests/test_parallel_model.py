@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import _attention as torch_ring
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -22,11 +26,12 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cases import Mlp
 from oracle import assert_near, stored_copy
 from parallel import TOKENS, WIDTH, assert_bits, batch, full, loss_of, run_checks
-from revnet import Fixed, ReversibleSequence, measure_memory
+from revnet import Fixed, ReversibleError, ReversibleSequence, measure_memory
 from revnet._execution import EXECUTIONS
 
 # Many checks share one start of the ranks.
@@ -54,32 +59,31 @@ class Heads(nn.Module):
         return (q @ k.mT).softmax(-1) @ v
 
 
-class Ring(torch.autograd.Function):
-    """torch's ring attention around the CPU's kernel, for which `context_parallel` has no rule."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = torch_ring._templated_ring_attention(dist.group.WORLD, 2, forward, q, k, v, is_causal=True)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        q, k, v, out, lse = ctx.saved_tensors
-        return sys.modules[torch_ring._templated_ring_attention.__module__]._templated_ring_attention_backward(
-            dist.group.WORLD, 2, backward, grad, "grad_out", q, k, v, out, lse, is_causal=True, dropout_p=0.0
-        )[:3]
-
-
 class Causal(Heads):
-    """Causal attention over the tokens of one rank or, by a ring, of all ranks."""
-
-    ring = False
+    """Causal attention over the tokens of one rank or, inside `context_parallel`, of all ranks."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return Ring.apply(q, k, v) if self.ring else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def ring_on_cpu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
+    """torch's ring around the CPU's kernel: what `context_parallel` does with the kernels of CUDA."""
+    mesh = args[0].device_mesh
+    local = [arg.to_local() if isinstance(arg, DTensor) else arg for arg in args]
+    if op is KERNEL.default:
+        out = torch_ring._templated_ring_attention(mesh.get_group(), 2, op, *local[:3], is_causal=local[4])[:2]
+    else:
+        grad, q, k, v, result, lse, dropout, causal = local
+        out = sys.modules[torch_ring._templated_ring_attention.__module__]._templated_ring_attention_backward(
+            mesh.get_group(), 2, op, grad, "grad_out", q, k, v, result, lse, is_causal=causal, dropout_p=dropout
+        )[:3]
+    return tuple(DTensor.from_local(tensor, mesh, [Shard(2)], run_check=False) for tensor in out)
+
+
+KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+RING = dict.fromkeys(
+    (KERNEL.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default), ring_on_cpu
+)
 
 
 def pairs(depth: int = 3) -> list[tuple[nn.Module, nn.Module]]:
@@ -155,6 +159,21 @@ def two_dimensional(streams: str, rank: int, world_size: int) -> None:
             assert_near(full(parameter.grad), expected[name], f"{execution} {name}", 1e-10)
 
 
+@contextlib.contextmanager
+def by_context(mesh: DeviceMesh, *buffers: Tensor) -> Iterator[None]:
+    """torch's `context_parallel` over the tokens of the buffers, with a rule for the CPU's kernel."""
+    with torch_ring.context_parallel(mesh, buffers=list(buffers), buffer_seq_dims=[1] * len(buffers)):
+        # Leaving the context drops it.
+        DTensor._op_dispatcher._custom_op_handlers |= RING  # type: ignore[operator]
+        yield
+
+
+def in_thread(fn: Callable[[], Any]) -> None:
+    """Calls `fn` in a fresh thread, as the devices' threads of autograd call replays."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fn).result()
+
+
 def context_parallel(rank: int, world_size: int) -> None:
     """Each rank has some of the tokens, dealt out by torch; keys and values go around, in replays too."""
     mesh = init_device_mesh("cpu", (world_size,))
@@ -169,35 +188,40 @@ def context_parallel(rank: int, world_size: int) -> None:
     leaf = x.clone().requires_grad_()
     (twin(leaf) * target).sum().backward()
     expected = {name: p.grad for name, p in twin.named_parameters()}
-    shared = {"buffers": [x, target], "buffer_seq_dims": [1, 1]}
     for kind in ("float", FINE):
         bits: dict[str, dict[str, Tensor | None]] = {}
         for execution in EXECUTIONS:
-            model = ReversibleSequence(blocks, streams=kind, execution=execution)
-            model.zero_grad()
-            for f, _ in blocks:
-                f.ring = True
-            with torch_ring.context_parallel(mesh, **shared):
-                assert x.shape[1] == tokens // world_size
-                mine = x.clone().requires_grad_()
-                (model(mine) * target).sum().backward()
-            for parameter in model.parameters():
-                dist.all_reduce(parameter.grad)
-            whole = torch_ring.context_parallel_unshard(mesh, [mine.grad], [1])[0]
-            assert_near(whole, leaf.grad, f"{execution} x", 1e-10)
-            bits[execution] = {name: p.grad.clone() for name, p in model.named_parameters()}
-            for name, gradient in bits[execution].items():
-                assert_near(gradient, expected[name], f"{execution} {name}", 1e-10)
+            for how in (in_thread, operator.call):
+                model = ReversibleSequence(blocks, streams=kind, execution=execution)
+                model.zero_grad()
+                with by_context(mesh, x, target):
+                    assert x.shape[1] == tokens // world_size
+                    mine = x.clone().requires_grad_()
+                    how((model(mine) * target).sum().backward)
+                for parameter in model.parameters():
+                    dist.all_reduce(parameter.grad)
+                whole = torch_ring.context_parallel_unshard(mesh, [mine.grad], [1])[0]
+                assert_near(whole, leaf.grad, f"{execution} x", 1e-10)
+                bits[execution] = {name: p.grad.clone() for name, p in model.named_parameters()}
+                for name, gradient in bits[execution].items():
+                    assert_near(gradient, expected[name], f"{execution} {name}", 1e-10)
         if kind is FINE:
             for result in bits.values():
                 assert_bits(result, bits["store"])
-    # Once torch can do this, the ring above has no reason.
-    blocks[0][0].ring = False
-    with (
-        torch_ring.context_parallel(mesh, **shared),
-        pytest.raises(NotImplementedError, match="flash_attention_for_cpu"),
-    ):
-        blocks[0][0](x)
+
+
+def context_left_too_early(rank: int, world_size: int) -> None:
+    """Outside the context a replay would attend to the rank's own tokens alone: that is an error, on every rank."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    torch.manual_seed(7)
+    blocks = [(Causal().double(), Mlp(WIDTH).double()) for _ in range(3)]
+    for execution in ("invert", "checkpoint"):
+        model = ReversibleSequence(blocks, execution=execution)
+        x = torch.randn(2, 4 * world_size, WIDTH, dtype=torch.float64)
+        with by_context(mesh, x):
+            loss = model(x).sum()
+        with pytest.raises(ReversibleError, match="did not do the same work twice"):
+            loss.backward()
 
 
 class Stage(nn.Module):
@@ -297,6 +321,7 @@ CHECKS = {
     "tensor-sequence": partial(tensor_parallel, "sharded"),
     "tensor-DTensor": partial(tensor_parallel, "DTensor"),
     "context": context_parallel,
+    "context-left": context_left_too_early,
     "pipeline-gpipe": partial(pipeline, ScheduleGPipe),
     "pipeline-1f1b": partial(pipeline, Schedule1F1B),
     "pipeline-memory": pipeline_memory,
@@ -329,3 +354,23 @@ def test_model_parallel(name: str, on_two: dict[str, str]) -> None:
 def test_two_dimensional(name: str, on_four: dict[str, str]) -> None:
     if on_four[name] != "passed":
         pytest.fail(on_four[name], pytrace=False)
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(32, False), (48, False), (64, True), (96, False), (128, True)])
+def test_ring_of_the_padding_kernel(tokens: int, fits: bool) -> None:
+    """docs/scaling.md: around CUDA's memory-efficient kernel, torch's ring needs a multiple of 64 tokens per rank.
+
+    The kernel pads the sums of a half of them to 32 rows, and the ring does not expect it.
+    """
+    module = sys.modules[torch_ring._templated_ring_attention.__module__]
+    q = torch.empty(1, 2, tokens, 8, device="meta")
+    failures = 0
+    for rank in range(2):
+        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        try:
+            module._scaled_dot_product_ring_efficient_attention(init_device_mesh("cpu", (2,)), q, q, q, is_causal=True)
+        except RuntimeError:
+            failures += 1
+        finally:
+            dist.destroy_process_group()
+    assert (failures == 0) == fits
