@@ -205,6 +205,21 @@ def test_arguments_are_passed_on(device):
 # ---- what must not disturb it
 
 
+@pytest.mark.parametrize("transform", ["vmap", "grad", "both"])
+def test_tensors_that_torch_func_left_over(device, transform):
+    left = []
+
+    def fn(x):
+        left.append((x * 2).detach())
+        return x.sum()
+
+    functions = {"vmap": torch.func.vmap(fn), "grad": torch.func.grad(fn), "both": torch.func.vmap(torch.func.grad(fn))}
+    functions[transform](torch.rand(3, N, device=device) if transform != "grad" else torch.rand(N, device=device))
+    w, x = leaf(device), torch.rand(N, device=device)
+    assert measure_memory(lambda: w * x) == MemoryReport(0, 2 * FLOATS, FLOATS)
+    assert measure_memory(lambda: left) == MemoryReport(0, 0, 0)
+
+
 def test_memory_from_before_that_the_call_frees_does_not_count():
     held = [torch.empty(N)]
 

@@ -266,9 +266,12 @@ def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
             # A DTensor names its device mesh among its parts.
             parts = (getattr(tensor, name) for name in names)
             pending.extend(part for part in parts if isinstance(part, Tensor))
+        elif torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            # Left over by a transform of torch.func, or by a compilation.
+            pending.append(torch._C._functorch.get_unwrapped(tensor))
         elif tensor.layout is torch.sparse_coo:
             pending.extend((tensor._indices(), tensor._values()))
-        elif tensor.layout is torch.strided:
+        elif torch._C._has_storage(tensor):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage
     return list(storages.values())
