@@ -137,6 +137,8 @@ def test_a_branch_must_return_the_structure_of_its_target():
         net({"a": torch.randn(2, 4)}, torch.randn(2, 4))
     with pytest.raises(TypeError, match=r"stream 1 is torch\.int64"):
         net(torch.randn(2, 4), torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the streams hold no tensors: give at least one"):
+        Reversible([Step(None)])({}, [])
     with pytest.raises(ValueError, match="got 1 streams, but the steps refer to 2"):
         net(torch.randn(2, 4))
 

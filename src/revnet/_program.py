@@ -255,6 +255,8 @@ class Reversible(Program):
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
         if len(streams) < self._width:
             raise ValueError(f"got {len(streams)} streams, but the steps refer to {self._width}")
+        if not any(map(tree_leaves, streams)):
+            raise ValueError("the streams hold no tensors: give at least one")
         for i, stream in enumerate(streams):
             for leaf in tree_leaves(stream):
                 check_stream(leaf, f"stream {i}")
