@@ -275,12 +275,16 @@ class Bijection(Coupling):
 
 
 def _add(target: Tensor, increment: Tensor) -> Tensor:
-    # A stream keeps its dtype: without the cast, adding a wider output would promote it.
-    return target + increment.to(target.dtype)
+    return target + _cast(increment, target.dtype)
 
 
 def _subtract(target: Tensor, increment: Tensor) -> Tensor:
-    return target - increment.to(target.dtype)
+    return target - _cast(increment, target.dtype)
+
+
+def _cast(increment: Tensor, dtype: torch.dtype) -> Tensor:
+    # A stream keeps its dtype: without the cast, adding a wider output would promote it. Most need none.
+    return increment if increment.dtype is dtype else increment.to(dtype)
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

@@ -146,9 +146,7 @@ class _Handles:
         elif self.passing and _memory(tensor) in self.passing:
             saved.append(None)
             return tensor, tensor._version
-        described = _describe(tensor)
-        # Most steps save the like of what others saved.
-        saved.append(self.call.descriptions.setdefault(described, described))
+        saved.append(_describe(tensor))
         return len(saved) - 1
 
     def unpack(self, packed: Any) -> Tensor:
@@ -218,7 +216,6 @@ class Call:
         self.capturing = bool(self.devices) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self.records: list[_Record | None] = []
         self.handles: list[weakref.ref[_Handles]] = []
-        self.descriptions: dict[Any, Any] = {}
         # The generators after the last step, while nobody can have drawn since.
         self.random: RandomState | None = None
         # Position p is the state before step p.
@@ -257,7 +254,7 @@ class Call:
             return
         record = _Record(
             # Keywords may hold the graph, and its handles the record.
-            part=part._replace(kwargs={}),
+            part=part._replace(kwargs={}) if part.kwargs else part,
             keywords=KeywordState(part.kwargs) if part.kwargs else _NO_KEYWORDS,
             modules=ModuleState(modules_of(part.fn)),
             layouts=[tree_map(_Layout, value) for value in sources],
@@ -432,7 +429,8 @@ class Call:
         state = list(state)
         task.position, task.state = None, []
         caught: dict[int, tuple[Tensor, int]] = {}
-        with torch.no_grad():
+        # Backward has gradients off already, unless it is to be differentiated itself.
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
             for k in range(position - 1, step, -1):
                 self._revisit(k, state, None, undo=True)
             self._revisit(step, state, caught, undo=position > step)
@@ -593,7 +591,8 @@ class _Catching:
             if forward is not None:
                 if self.compare and _describe(tensor) != forward:
                     raise ReversibleError(_mismatch(self.record.part.name, index, forward, _describe(tensor)))
-                found = tensor.detach()
+                if tensor.requires_grad:
+                    found = tensor.detach()
                 if self.caught is not None:
                     self.caught[index] = found, tensor._version
         elif not self.partial and self.compare:

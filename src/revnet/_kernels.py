@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -74,9 +74,13 @@ def _combine(
     tl.store(new_residual_ptr + place, rest, mask=mask, eviction_policy="evict_first")
 
 
+_NOTHING = contextlib.nullcontext()
+
 _BLOCK = 512
 _WARPS = 8
 _state = {"launched": False, "broken": False}
+# Kernels by what Triton would look at to find them: asking it takes as long again as launching.
+_built: dict[Any, Any] = {}
 
 
 def launch(
@@ -106,11 +110,9 @@ def launch(
     size = increment.numel()
     if size == 0:
         return True
+    tensors = (*(held or (None, None)), increment, *new, finding)
     arguments = (
-        *((None, None) if held is None else held),
-        increment,
-        *new,
-        finding,
+        *tensors,
         size,
         key,
         2.0**-fraction_bits,
@@ -120,12 +122,22 @@ def launch(
         2.0**52 if increment.dtype == torch.float64 else 2.0**23,
         _BLOCK,
     )
+    grid, device = (-(-size // _BLOCK), 1, 1), increment.get_device()
+    # Triton builds another kernel where numbers or addresses are not multiples of 16, and of numbers beyond 32 bits.
+    usual = size % 16 == 0 and size < 2**31 and not any(x.data_ptr() % 16 for x in tensors if x is not None)
+    dtypes = increment.dtype, new.value.dtype
+    which = (device, dtypes, held is None, finding is None, sign, fraction_bits) if usual else None
     try:
-        launched = _combine[(-(-size // _BLOCK),)]
         # Triton's interpreter runs it on the CPU.
-        elsewhere = increment.is_cuda and increment.get_device() != torch.cuda.current_device()
-        with torch.cuda.device_of(increment) if elsewhere else contextlib.nullcontext():
-            launched(*arguments, num_warps=_WARPS)
+        elsewhere = increment.is_cuda and device != torch.cuda.current_device()
+        with torch.cuda.device_of(increment) if elsewhere else _NOTHING:
+            kernel = _built.get(which)
+            if kernel is not None:
+                kernel[grid](*arguments)
+            else:
+                kernel = _combine[grid](*arguments, num_warps=_WARPS)
+                if usual and kernel is not None:
+                    _built[which] = kernel
     except Exception as error:
         if _state["launched"]:
             raise

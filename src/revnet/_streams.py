@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -129,27 +129,28 @@ class Fixed:
         self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
     ) -> Held:
         tensors = (increment,) if held is None else (*held, increment)
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag and _are_plain(*tensors):
+        if _fusible(tensors):
+            if monitor is not None and held is not None:
+                monitor.sample(increment, self, step)
+            return self._fused(held, increment, sign, monitor, step)
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag and _are_plain(tensors):
             # One operator that the compiler does not look into: what it fused with float64 it would vectorise in
             # another way, and so evaluate a branch in backward with other roundings than in forward.
             value, residual, found = _operator(*(held or (None, None)), increment, sign, self.fraction_bits, step)
             if monitor is not None:
                 monitor.note(found)
             return Held(value, residual)
-        if not _fusible(*tensors):
-            return self._reference(held, increment, sign, monitor, step)
-        if monitor is not None and held is not None:
-            monitor.sample(increment, self, step)
-        return self._fused(held, increment, sign, monitor, step)
+        return self._reference(held, increment, sign, monitor, step)
 
     def _fused(self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int) -> Held:
         value = increment if held is None else held.value
         new = Held(torch.empty_like(value), torch.empty_like(value, dtype=self.residual_dtype(value.dtype)))
         if value.numel() == 0 or _is_fake(value):
             return new
-        held = None if held is None else Held(*(_like(part, new.value) for part in held))
+        if held is not None:
+            held = Held(_like(value, new.value), _like(held.residual, new.value))
         increment = _like(increment, new.value)
-        if value.device.type == "cpu":
+        if value.is_cpu:
             self._combine_in_cache(held, increment, new, sign, monitor, step)
         elif not self._launched(held, increment, new, sign, monitor, step):
             self._combine_into(held, increment, new, sign, monitor, step)
@@ -187,7 +188,7 @@ class Fixed:
     ) -> bool:
         launch = _launcher()
         finding = None if monitor is None else monitor.prepare(new.value.device).key
-        bound = int(self.limit_in(new.value.dtype) / self.unit)
+        bound = _bound(self.fraction_bits, new.value.dtype)
         return launch is not None and launch(held, increment, new, finding, sign, self.fraction_bits, bound, _key(step))
 
     def _combine_into(
@@ -204,14 +205,17 @@ class Fixed:
 
         A reduction per piece shows that every number is in range; a piece where it does not is left to the reference.
         """
-        scale, bound = 1.0 / self.unit, self.limit_in(new.value.dtype) / self.unit
+        scale, bound = 1.0 / self.unit, _bound(self.fraction_bits, new.value.dtype)
         size = increment.numel()
-        length = min(size, _PIECE * torch.get_num_threads())
-        sums, others = torch.empty(2, length, dtype=torch.float64)
-        flat = [x.as_strided((size,), (1,)) for x in (increment, *new, *(held or ()))]
-        for start in range(0, size, length):
-            addend, value, residual, *before = (x[start : start + length] for x in flat)
-            total, other = sums[: len(addend)], others[: len(addend)]
+        length = _PIECE * torch.get_num_threads()
+        pieces = [(increment, *new, *(held or ()))]
+        if size > length:
+            flat = [x.as_strided((size,), (1,)) for x in pieces[0]]
+            pieces = [tuple(x[start : start + length] for x in flat) for start in range(0, size, length)]
+        total, other = (torch.empty_like(pieces[0][1], dtype=torch.float64) for _ in range(2))
+        for addend, value, residual, *before in pieces:
+            if value.shape != total.shape:
+                total, other = total[: len(value)], other[: len(value)]
             total.copy_(addend).mul_(sign * scale).round_()
             for part, factor in zip(before, (scale, 1.0), strict=False):
                 total.add_(other.copy_(part), alpha=factor)
@@ -238,12 +242,22 @@ def _like(x: Tensor, pattern: Tensor) -> Tensor:
     return torch.empty_like(pattern, dtype=x.dtype).copy_(x)
 
 
-def _are_plain(*tensors: Tensor) -> bool:
+@cache
+def _bound(fraction_bits: int, dtype: torch.dtype) -> int:
+    """The smallest integer that a stream cannot hold."""
+    fixed = Fixed(fraction_bits)
+    return int(fixed.limit_in(dtype) / fixed.unit)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _are_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor is of a subclass, such as a distributed one."""
-    return all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    return all(type(x) in _PLAIN for x in tensors)
 
 
-def _fusible(*tensors: Tensor) -> bool:
+def _fusible(tensors: Iterable[Tensor]) -> bool:
     """Whether there is a fused implementation, and the memory may be worked on: not traced, not batched.
 
     Fake tensors have no memory, and take what the fused implementation would.
@@ -252,7 +266,7 @@ def _fusible(*tensors: Tensor) -> bool:
         return False
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     for x in tensors:
-        if not _are_plain(x):
+        if type(x) not in _PLAIN:
             if _is_fake(x):
                 continue
             return False
@@ -369,9 +383,11 @@ class RangeMonitor:
 
     def sample(self, increment: Tensor, fixed: Fixed, step: int) -> None:
         """Measure, in the 1st, 2nd, 4th, 8th ... call of a step, how many of some increments are rounded to zero."""
-        increment = _local(increment.detach())
         calls = self._calls[step] = self._calls.get(step, 0) + 1
-        if calls & (calls - 1) or increment.numel() == 0 or _is_fake(increment):
+        if calls & (calls - 1):
+            return
+        increment = _local(increment.detach())
+        if increment.numel() == 0 or _is_fake(increment):
             return
         if increment.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -454,7 +470,7 @@ def _local(x: Tensor) -> Tensor:
 
 
 def _is_fake(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():
+    if type(x) is Tensor or torch.compiler.is_compiling():
         return False
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     return fakes is not None and isinstance(x, fakes.FakeTensor)
@@ -474,7 +490,7 @@ def _operator(
     found = torch.zeros(1, dtype=torch.int64, device=increment.device)
     monitor._cells[increment.device] = _Cell(found, found)
     held = None if value is None or residual is None else Held(value, residual)
-    fused = _fusible(increment, *(held or ()))
+    fused = _fusible((increment, *(held or ())))
     return *(fixed._fused if fused else fixed._reference)(held, increment, sign, monitor, step), found
 
 
@@ -502,8 +518,10 @@ class _FixedAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        return grad, None, None if grad is None else grad.to(ctx.increment_dtype), None, None, None
+        grad = increment = grads[0]
+        if grad is not None and grad.dtype is not ctx.increment_dtype:
+            increment = grad.to(ctx.increment_dtype)
+        return grad, None, increment, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
