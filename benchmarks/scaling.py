@@ -421,7 +421,9 @@ def on_ranks(gpus: int, seconds: float, fn: Callable[..., Any], device: str, *ar
             if OUT_OF_MEMORY in codes:
                 failure = "out of memory"
             elif codes:
-                said = [file.read_text() for file in sorted(Path(folder).glob("error-*"))]
+                # The others fail after the first, because it is gone.
+                files = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+                said = [file.read_text() for file in files]
                 failure = f"failed: {said[0] if said else f'exit code {codes[0]}'}"
             elif time.monotonic() > end:
                 failure = f"no answer within {seconds:.0f} s"
@@ -651,7 +653,8 @@ def search(
             if fits or not fails:
                 break
         end = f", not {fails:,}" if fails else ""
-        report.row(f"**{method}**", f"**{fits:,} fit{end}**", "", "", f"{expected:,.0f} expected")
+        rest = "" if fails else "; larger ones were not tried"
+        report.row(f"**{method}**", f"**{fits:,} fit{end}**", "", "", f"{expected:,.0f} expected{rest}")
 
 
 PARTS = {
