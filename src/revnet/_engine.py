@@ -537,10 +537,9 @@ class Call:
             self.top -= 1
         if self.top > step:
             return
-        for position in [position for position in self.known if position > step]:
-            del self.known[position]
-        for position in [position for position in task.loaded if position > step]:
-            del task.loaded[position]
+        for known in (self.known, task.loaded):
+            for position in [position for position in known if position > step]:
+                del known[position]
         self.known[step] = list(state)
         del self.records[step + 1 :]
 

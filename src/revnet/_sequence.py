@@ -81,7 +81,7 @@ class ReversibleBlock(Program):
             del x1, x2
             # The keywords may have gone through hooks of the block.
             for (index, part), keywords in zip(parts, (f_args, g_args), strict=True):
-                call.step(index, part._replace(kwargs=dict(keywords)))
+                call.step(index, part if keywords is part.kwargs else part._replace(kwargs=dict(keywords)))
             y1, y2 = call.start()
             return y1, y2
         y1, y2, *_ = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
