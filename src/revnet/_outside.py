@@ -23,7 +23,7 @@ def inspect(ctx: Any) -> None:
     Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle raises at once.
     """
     steps, streams, blocks, obstacle = (_value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle"))
-    _found[:] = [obstacle or reason(steps, streams, blocks)]
+    _found[:] = [_vmapped() or obstacle or reason(steps, streams, blocks)]
     tracer = getattr(ctx, "_ComptimeContext__tx", None)
     if _found[0] and getattr(tracer, "one_graph", False):
         unimplemented(
@@ -37,6 +37,13 @@ def inspect(ctx: Any) -> None:
                 "Or keep the activations: `net.execution = 'store'`.",
             ],
         )
+
+
+def _vmapped() -> str:
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    kinds = [level.key() for level in retrieve_all_functorch_interpreters()]
+    return "it runs under torch.func.vmap" if torch._C._functorch.TransformType.Vmap in kinds else ""
 
 
 def prepare(ctx: Any) -> None:

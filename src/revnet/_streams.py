@@ -526,7 +526,7 @@ class _FixedAdd(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         batched = (_batch_first(x, dim, info.batch_size) for x, dim in zip(args[:3], in_dims[:3], strict=True))
-        return _FixedAdd.apply(*batched, *args[3:]), (0, 0)
+        return tuple(_FixedAdd.apply(*batched, *args[3:])), (0, 0)
 
 
 class _FixedAddNow(torch.autograd.Function):
@@ -565,7 +565,7 @@ class _FixedEncode(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return _FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:]), (0, 0)
+        return tuple(_FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])), (0, 0)
 
 
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
