@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 
 GIB = 2**30
 BF16, FP32 = 2, 4
@@ -39,8 +40,13 @@ LAYOUTS = {"8B": Layout(8, 64), "70B": Layout(8, 512)}
 
 
 def weights(shape: Shape, layout: Layout) -> float:
-    """Bytes of float32 weights, gradients and the two states of AdamW, and of two gathered blocks in bfloat16."""
-    return 16 * shape.parameters / layout.shards + 2 * BF16 * shape.parameters / shape.layers
+    """Bytes of float32 weights, gradients and the two states of AdamW, and of what FSDP2 holds besides."""
+    return 4 * FP32 * shape.parameters / layout.shards + buffers(shape)
+
+
+def buffers(shape: Shape) -> float:
+    """Bytes that FSDP2, by block, holds at the peak: two gathered blocks, and the last one's gradients in float32."""
+    return (2 * BF16 + FP32) * shape.parameters / shape.layers
 
 
 def stream(shape: Shape, tokens: int, layout: Layout) -> float:
@@ -91,7 +97,7 @@ def host(shape: Shape, tokens: int, layout: Layout) -> float:
 def table() -> str:
     """The table of docs/scaling.md: GiB per GPU."""
     lines = [
-        "| shape, tokens | weights | reversible | checkpointed | checkpointed and offloaded | + host memory |",
+        "| shape, tokens | weights, buffers | reversible | checkpointed | checkpointed and offloaded | + host memory |",
         "|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
@@ -138,7 +144,26 @@ def check() -> str:
             unit = stream(shape, tokens, here)
             measured = measure_memory(step).peak_bytes
             lines.append(f"| {layers} | {name} | {formula / unit:.1f} streams | {measured / unit:.1f} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *check_sharded()])
+
+
+def check_sharded() -> list[str]:
+    """What FSDP2's buffers add to it, in streams: one rank, of the proportions of width 2048 and 2 × 4096 tokens."""
+    import torch.distributed as dist
+    from scaling import SEARCHED, Work, activation_peak, backward, build, inputs
+
+    lines = ["| shards | method | measured |", "|---|---|---|"]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for shards in ("block", "branch"):
+        for method in SEARCHED:
+            work = Work(method, 256, 24, 512, 2, "cpu", shards)
+            model, x = build(work), inputs(work)
+            step = partial(backward, model, x)
+            step()
+            peak = activation_peak(work.device, step)
+            lines.append(f"| {shards} | {method} | {peak / (x.numel() * BF16):.1f} streams |")
+    dist.destroy_process_group()
+    return lines
 
 
 if __name__ == "__main__":

@@ -28,3 +28,15 @@ def test_formulas_give_measured_bytes(tokens: int, reversible: float, checkpoint
     here = paper.Layout(1, 1)
     assert paper.reversible(shape, tokens, here, fixed=False) / paper.GIB == pytest.approx(reversible, rel=tolerance)
     assert paper.checkpointed(shape, tokens, here) / paper.GIB == pytest.approx(checkpointed, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "reversible", "checkpointed"), [(True, 1152, 1825), (False, 1024, 1825)], ids=["fixed", "float"]
+)
+def test_formulas_give_measured_bytes_of_fsdp2(fixed: bool, reversible: int, checkpointed: int) -> None:
+    """Two H200, by block, 2 × 4096 tokens on each: MiB above weights, gradients and optimizer."""
+    shape = paper.Shape("measured", 2048, 24, 8192, 24 * 12 * 2048**2, gated=False)
+    here, mib = paper.Layout(1, 2), 2**20
+    held = paper.reversible(shape, 8192, here, fixed) + paper.buffers(shape)
+    assert held / mib == pytest.approx(reversible, rel=0.05)
+    assert (paper.checkpointed(shape, 8192, here) + paper.buffers(shape)) / mib == pytest.approx(checkpointed, rel=0.05)
