@@ -546,6 +546,7 @@ def test_one_graph_on_a_gpu_under_autocast(streams: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
 def test_fixed_streams_are_rebuilt_by_inductor_on_a_gpu(precision: str) -> None:
+    torch.manual_seed(0)
     fixed, shape = revnet.Fixed(24), (4, 32, 64)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     pairs = [(Marked(shape).to("cuda", dtype), Marked(shape).to("cuda", dtype)) for _ in range(6)]
@@ -554,11 +555,14 @@ def test_fixed_streams_are_rebuilt_by_inductor_on_a_gpu(precision: str) -> None:
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
         y = torch.compile(net, fullgraph=True)(x)
     y.sum().backward()
-    if precision == "fp32":
-        # Nothing binds inductor to round a branch in backward as in forward: here it does not, by a few last places.
-        torch.testing.assert_close(pairs[0][0].mark.grad, fixed.encode(x).value, atol=1e-4, rtol=1e-4)
+    found, expected = pairs[0][0].mark.grad, fixed.encode(x).value
+    if precision == "bf16":
+        assert torch.equal(found, expected)
     else:
-        assert torch.equal(pairs[0][0].mark.grad, fixed.encode(x).value)
+        # Nothing binds inductor to round a branch in backward as in forward. What it rounds otherwise are last places of
+        # float32, which under autocast may flip the rounding of a branch's output to bfloat16, once per step.
+        last = 1e-4 if precision == "fp32" else 2**-8 * len(pairs)
+        torch.testing.assert_close(found, expected, atol=last, rtol=last)
 
 
 @pytest.mark.gpu
