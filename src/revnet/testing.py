@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,47 +80,50 @@ def check_gradients(
     Raises:
         ReversibleError: a wrong gradient, a branch that gives another result when called again, or a changed input.
     """
-    execution = program.execution
-    parameters = dict(program.named_parameters())
-    before = _leaves(streams)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in program.buffers()]
-
-    def begin(execution: Any) -> None:
-        program.execution = execution
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-    def run(execution: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-        begin(execution)
-        leaves, given = _leaves(streams, differentiable=True), _leaves(kwargs)
-        devices = [leaf.device for leaf in pytree.tree_leaves(leaves) if leaf.device.type == "cuda"]
-        with torch.random.fork_rng(devices=sorted({device.index or 0 for device in devices})):
-            torch.manual_seed(seed)
-            outputs = _floating(_run(program, leaves, given))
-            wanted = {f"stream {i}": leaf for i, leaf in enumerate(_floating(leaves))}
-            wanted |= {f"keyword tensor {i}": leaf for i, leaf in enumerate(_floating(given)) if leaf.requires_grad}
-            wanted |= {f"parameter {name}": value for name, value in parameters.items() if value.requires_grad}
-            total = torch.stack([_weighted(out).to(outputs[0].device) for out in outputs]).sum()
-            grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
-        _unchanged(leaves, before, type(program).__name__, "stream {}".format)
-        return [out.detach() for out in outputs], dict(zip(wanted, grads, strict=True))
-
-    try:
-        outputs, expected = run("store")
-        again, repeated = run("store")
-        _deterministic(outputs, again, expected, repeated)
-        outputs, actual = run(execution)
-    finally:
-        begin(execution)
+    outputs, expected = _pass(program, "store", streams, kwargs, seed)
+    again, repeated = _pass(program, "store", streams, kwargs, seed)
+    _deterministic(outputs, again, expected, repeated)
+    outputs, actual = _pass(program, program.execution, streams, kwargs, seed)
     for i, (a, b) in enumerate(zip(again, outputs, strict=True)):
         if not torch.equal(a, b):
             raise ReversibleError(
-                f"output {i} differs between execution={execution!r} and 'store': a branch reads what its own calls "
-                "change, such as a counter. Keep such state in buffers."
+                f"output {i} differs between execution={program.execution!r} and 'store': a branch reads what its own "
+                "calls change, such as a counter. Keep such state in buffers."
             )
     exact = program._arithmetic(*_floating(streams)).exact  # type: ignore[operator]
     return _compare(actual, expected, 0.0 if exact and tolerance is None else tolerance)
+
+
+def _pass(
+    program: nn.Module, execution: Any, streams: Any, kwargs: Mapping[str, Any], seed: int
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """The outputs of one pass, and the gradients by name."""
+    leaves, given = _leaves(streams, differentiable=True), _leaves(kwargs)
+    wanted = {f"stream {i}": leaf for i, leaf in enumerate(_floating(leaves))}
+    wanted |= {f"keyword tensor {i}": leaf for i, leaf in enumerate(_floating(given)) if leaf.requires_grad}
+    wanted |= {f"parameter {name}": value for name, value in program.named_parameters() if value.requires_grad}
+    devices = {leaf.device.index or 0 for leaf in _floating(leaves) if leaf.device.type == "cuda"}
+    with _executed(program, execution), torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(seed)
+        outputs = _floating(_run(program, leaves, given))
+        total = torch.stack([_weighted(out).to(outputs[0].device) for out in outputs]).sum()
+        grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+    _unchanged(leaves, streams, type(program).__name__, "stream {}".format)
+    return [out.detach() for out in outputs], dict(zip(wanted, grads, strict=True))
+
+
+@contextlib.contextmanager
+def _executed(program: nn.Module, execution: Any) -> Iterator[None]:
+    """Inside with another execution; afterwards with its own again, and with the buffers as they were."""
+    own, buffers = program.execution, [(buffer, buffer.detach().clone()) for buffer in program.buffers()]
+    program.execution = execution
+    try:
+        yield
+    finally:
+        program.execution = own
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _run(program: nn.Module, streams: Any, kwargs: Any) -> Any:
@@ -141,18 +145,16 @@ def _compare(actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor 
     worst = 0.0
     for name, right in expected.items():
         found = actual[name]
-        if right is None or found is None:
-            if (right is None) != (found is None):
-                raise ReversibleError(f"{name} has {'no' if found is None else 'a'} gradient, unlike stored execution")
-            continue
-        worst = max(worst, _error(f"the gradient of {name} has a", found, right, tolerance, 10_000, _WRONG))
+        if (right is None) != (found is None):
+            raise ReversibleError(f"{name} has {'no' if found is None else 'a'} gradient, unlike stored execution")
+        if right is not None and found is not None:
+            worst = max(worst, _error(f"the gradient of {name} has a", found, right, tolerance, 10_000, _WRONG))
     return worst
 
 
 def _deterministic(outputs: list[Tensor], again: list[Tensor], expected: Any, repeated: Any) -> None:
     pairs = zip([*outputs, *expected.values()], [*again, *repeated.values()], strict=True)
-    same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-    if not same:
+    if not all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs):
         raise ReversibleError(
             "two stored runs with the same seed differ, so no replay can be right. Draw from torch's global "
             "generators, not from Python's, NumPy's or an own one; keep state in buffers; and on a GPU ask for "
@@ -202,14 +204,12 @@ _WRONG = (
 )
 
 
-def _error(
-    what: str, actual: Tensor, expected: Tensor, tolerance: float | None, precisions: float, advice: str
-) -> float:
+def _error(what: str, actual: Tensor, expected: Tensor, tolerance: float | None, precisions: int, hint: str) -> float:
     """The relative error, within the tolerance, by default so many times the precision of the dtype."""
     difference = (actual.double() - expected.double()).norm().item()
     scale = expected.double().norm().item()
     error = float(difference / scale if scale else difference)
     allowed = precisions * torch.finfo(expected.dtype).eps if tolerance is None else tolerance
     if not error <= allowed:
-        raise ReversibleError(f"{what} relative error of {error:.2g}, more than {allowed:.2g}. {advice}")
+        raise ReversibleError(f"{what} relative error of {error:.2g}, more than {allowed:.2g}. {hint}")
     return error
