@@ -103,7 +103,7 @@ def launch(
         sign: 1 adds, -1 subtracts.
         fraction_bits: of the format.
         bound: magnitudes from this integer on are out of range.
-        key: of the step, see `_streams.RangeMonitor`.
+        key: of the step, see `_monitor.RangeMonitor`.
     """
     if _state["broken"]:
         return False
