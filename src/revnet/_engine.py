@@ -214,6 +214,8 @@ class Call:
         self.streams: list[Stream] = [arithmetic.open(value) for value in streams]
         self.aux: dict[str, Any] = {}
         self.capturing = bool(self.devices) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        # Under FakeTensorMode nothing is drawn, and generators cannot be read.
+        self.fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         self.records: list[_Record | None] = []
         self.handles: list[weakref.ref[_Handles]] = []
         # The generators after the last step, while nobody can have drawn since.
@@ -305,7 +307,7 @@ class Call:
 
     def _generators(self) -> RandomState | None:
         """The generators before a step."""
-        if not self.options.preserve_rng_state or self.capturing:
+        if not self.options.preserve_rng_state or self.capturing or self.fake:
             return None
         return self.random or RandomState(self.devices)
 
