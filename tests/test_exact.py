@@ -552,6 +552,18 @@ def test_outputs_that_vanish_are_warned_of() -> None:
         finer.check()
 
 
+@pytest.mark.parametrize("outer", ["the next call", "a model's next call", "check"])
+def test_the_warning_points_at_the_line_that_called_the_library(outer: str) -> None:
+    net = ReversibleSequence([(Small(1e-6), Small(1.0))], streams=Fixed(16))
+    x = randn(16, 8, dtype=torch.float32)
+    net(x)
+    model = nn.Sequential(net)
+    call = {"the next call": lambda: net(x), "a model's next call": lambda: model(x), "check": net.check}[outer]
+    with pytest.warns(UserWarning, match="block 0, branch f") as found:
+        call()
+    assert [warning.filename for warning in found] == [__file__]
+
+
 @pytest.mark.parametrize(
     ("bits", "size", "lost"), [(16, 1e-4, 0.044), (16, 1e-6, 1.0), (24, 1e-4, 1.7e-4), (24, 1e-6, 0.017)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -141,7 +142,7 @@ class Program(nn.Module):
                 f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than half of "
                 f"2^-{fixed.fraction_bits}, the resolution of the streams, and change nothing. Use more fraction bits, "
                 "as in streams=revnet.Fixed(fraction_bits=37).",
-                stacklevel=3,
+                stacklevel=_callers_level(),
             )
         if found is None:
             return
@@ -269,6 +270,14 @@ class Reversible(Program):
             keywords = {key: value for key, value in routed.items() if self.args_route[key][i]}
             parts.append((i, Part(f"step {i}", step, step.coupling, step.target, step.source, keywords)))
         return parts
+
+
+def _callers_level() -> int:
+    """The `stacklevel` with which a warning of the calling function names the line that called the library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("revnet", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _streams(streams: Streams) -> Streams:
