@@ -8,8 +8,8 @@ Two states relax towards the fixed point z = f(z, x) in turn:
 Each line is a momentum step with gamma = 1 - b. Undoing it in floats would divide rounding errors by 1 - b hundreds of
 times; the fixed streams remember one bit per element and step for b = 1/2, and undo it in every bit.
 
-With --full, 300 applications to 1,024 × 1,024 states, twelve times forward and backward: on a GPU these wait for the host,
-a few milliseconds per application. --applications 1000 takes three times as long.
+With --full, 300 applications to 1,024 × 1,024 states, twelve times forward and backward: on a GPU these wait for the
+host, a few milliseconds per application. --applications 1000 takes three times as long.
 
 Reference: McCallum et al. 2025, arXiv:2509.12917; Bai et al. 2019, arXiv:1909.01377.
 """

@@ -46,8 +46,8 @@ class RevGnn(nn.Module):
         self.leave = nn.Sequential(nn.LayerNorm(groups * width), nn.Linear(groups * width, classes))
 
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
-        # The dense matrix of a small graph; on a GPU, sums over edges are not deterministic by default. A keyword, and no
-        # buffer of the branches: those a branch may write to, so that each step would copy it.
+        # The dense matrix of a small graph; on a GPU, sums over edges are not deterministic by default. A keyword, and
+        # no buffer of the branches: those a branch may write to, so that each step would copy it.
         groups = self.layers(*self.enter(x).chunk(self.groups, -1), neighbours=neighbours)
         return self.leave(torch.cat(groups, -1))
 
