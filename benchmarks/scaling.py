@@ -56,7 +56,6 @@ GIB = 2**30
 REVERSIBLE, FLOAT, CHECKPOINT = "reversible", "reversible float", "checkpoint"
 EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
 METHODS = (REVERSIBLE, FLOAT, CHECKPOINT)
-SEARCHED = (FLOAT, CHECKPOINT)
 OUT_OF_MEMORY = 77
 
 
@@ -316,8 +315,12 @@ def speed(works: list[Work], rounds: int, seconds: float) -> Iterator[dict[str, 
         clear(work.device)
 
 
-def trials(work: Work, name: str, sizes: tuple[int, int], shares: list[float], seconds: float) -> Iterator[Any]:
+def trials(
+    work: Work, name: str, sizes: tuple[int, int], shares: list[float], seconds: float, failed: int
+) -> Iterator[Any]:
     """Training steps of two sizes that fit, and then of shares of the size that, by a straight line, just fits.
+
+    Of the size that `failed`, if there is one.
 
     Yields the expected size; then each size that is tried, and after it the seconds and bytes of its step.
     """
@@ -333,7 +336,7 @@ def trials(work: Work, name: str, sizes: tuple[int, int], shares: list[float], s
     expected, each = plan
     yield expected
     for share in shares:
-        size = int(share * expected)
+        size = int(share * (failed or expected))
         # What does not fit says so before its step ends.
         if share < 1 and size * each > seconds:
             size = int(seconds / each)
@@ -413,6 +416,7 @@ def on_ranks(gpus: int, seconds: float, fn: Callable[..., Any], device: str, *ar
         arguments = (gpus, str(Path(folder) / "store"), str(path), fn, device, args)
         failure, end = "", time.monotonic() + seconds
         # The server of the forks has imported torch, and has not touched a GPU.
+        multiprocessing.set_forkserver_preload(["torch", "torch.distributed.fsdp", "revnet"])
         context: Any = mp.start_processes(_rank, arguments, gpus, join=False, start_method="forkserver")
         processes = context.processes
         while any(process.is_alive() for process in processes) and not failure:
@@ -635,13 +639,13 @@ def search(
         + f"At most {options.seconds:.0f} s per method.",
         "method", name, "step", "peak per GPU", "",
     )  # fmt: skip
-    for method in options.methods or SEARCHED:
+    for method in options.methods or METHODS:
         fits, fails, expected = 0, 0, 0.0
         # Upwards until it no longer fits; where the first does not, once more from further below.
-        for shares in ([0.98, 1.02, 1.06, 1.12], [0.92, 0.95], [0.8]):
-            given = (work(method), name, sizes, shares, options.seconds)
+        for shares in ([0.98, 1.02, 1.06, 1.12], [0.95, 0.975], [0.85, 0.9]):
+            given = (work(method), name, sizes, shares, options.seconds, fails)
             found, failure = on_ranks(gpus, 2 * options.seconds + 60, trials, options.device, *given)
-            expected = found[0] if found else expected
+            expected = expected or (found[0] if found else 0)
             for size, taken in zip(found[1::2], found[2::2], strict=False):
                 fits = max(fits, size)
                 report.row(method, f"{size:,}", f"{taken['seconds']:.1f} s", f"{taken['peak'] / GIB:.1f} GiB", "fits")
@@ -684,7 +688,6 @@ def main() -> None:
     options = parser.parse_args()
     # Long sequences leave no room for fragments.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed.fsdp", "revnet"])
     report = Report(options)
     for part in options.parts:
         start = time.perf_counter()
