@@ -289,11 +289,13 @@ def test_float_streams_are_not_rebuilt_in_every_bit() -> None:
     assert not torch.equal(pairs[0][0].mark.grad, x)
 
 
-def compiled_peak(depth: int, backend: str, branch: Callable[[int], nn.Module], device: str = "cpu") -> float:
+def compiled_peak(
+    depth: int, backend: str, branch: Callable[[int], nn.Module], device: str = "cpu", **options: Any
+) -> float:
     """The peak of a compiled step, in streams, above weights and gradients."""
     torch._dynamo.reset()
-    net = revnet.ReversibleSequence([(branch(WIDTH), branch(WIDTH)) for _ in range(depth)], streams="float")
-    net.to(device)
+    options.setdefault("streams", "float")
+    net = revnet.ReversibleSequence([(branch(WIDTH), branch(WIDTH)) for _ in range(depth)], **options).to(device)
     x = torch.randn(32, 64, WIDTH, device=device, requires_grad=True)
     run = torch.compile(net, fullgraph=True, backend=backend)
     run(x).sum().backward()

@@ -87,8 +87,7 @@ class Program(nn.Module):
             obstacle = ""
             if self._options.context_fn is not None or self._options.determinism_check == "exact":
                 obstacle = "context_fn and determinism_check='exact' take effect in the replays of the engine"
-            steps = [part for _, part in parts]
-            return tuple(run_traced(steps, streams, arithmetic, self._executions, again, self._doors, obstacle))
+            return tuple(run_traced(parts, streams, arithmetic, self._executions, again, self._doors, obstacle))
         with Call(streams, arithmetic, self._options, self._executions) as call:
             outputs = tuple(call.finish(*self._through(call, parts)))
             self._monitor.flush()

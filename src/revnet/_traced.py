@@ -1,12 +1,14 @@
 """Sequences as one differentiable operation, for `torch.compile` and for the transforms of `torch.func`.
 
-Neither allows saved-tensor hooks, on which the engine rests. Here the same steps are one `torch.autograd.Function` that
-saves the streams after the last step and the tensors that its branches read. Its backward walks down: it evaluates each
-branch once with `torch.func.vjp`, undoes the step with the result, and pulls the gradient through.
+Neither allows saved-tensor hooks, on which the engine rests. Here a run of steps that are not stored is one
+`torch.autograd.Function` that saves the streams after its last step and the tensors that its branches read. Its
+backward walks down: it evaluates each branch once with `torch.func.vjp`, undoes the step with the result, and pulls the
+gradient through. Stored steps between such runs are ordinary operations: what stays of them, autograd or the compiler
+decides. Every other execution rebuilds, because what else it would keep is not the graph's to promise.
 
 A second evaluation is right only for branches that are functions of their tensors. What draws random numbers, moves
 statistics, has hooks or returns more than its update is found beforehand (`_inspect`): a compiled graph then breaks,
-and the engine runs between its parts; under a transform the steps are an ordinary loop, which keeps its activations.
+and the engine runs between its parts; under a transform all steps are ordinary operations, whose activations stay.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
+from ._buffer import Remembering
 from ._couplings import fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
-from ._steps import FixedArithmetic, FloatArithmetic, Part, branch_output
+from ._steps import FixedArithmetic, FloatArithmetic, Part, Stream, branch_output
 from ._streams import Fixed, Held, RangeMonitor, fixed_add
 
 Arithmetic = FloatArithmetic | FixedArithmetic
@@ -33,7 +36,7 @@ def active() -> bool:
 
 
 def run_traced(
-    parts: Sequence[Part],
+    parts: Sequence[tuple[int, Part]],
     streams: Sequence[Any],
     arithmetic: Arithmetic,
     executions: Sequence[str],
@@ -44,28 +47,51 @@ def run_traced(
     """The streams after all steps, followed by a dict of the branches' extra outputs if there are any.
 
     Args:
-        parts: the steps.
+        parts: the steps, each with its index in the program.
         streams: the streams before them.
         arithmetic: how streams are held.
-        executions: of the steps. Where all are `"store"`, activations are kept; otherwise all are rebuilt.
+        executions: of the program's steps. Where one is `"store"`, activations are kept; any other rebuilds them.
         engine: does the same outside a graph.
         blocks: modules around the branches, which are not called here.
         obstacle: why the steps should be left to the engine, if they should.
     """
     if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
         arithmetic = FixedArithmetic(arithmetic.fixed, _prepared(arithmetic.monitor, list(streams)))
-    if not torch.is_grad_enabled() or all(execution == "store" for execution in executions):
-        return _loop(parts, streams, arithmetic)
-    if torch.compiler.is_dynamo_compiling():
-        # Read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
-        if torch.compiler._is_exporting_flag:
-            return _loop(parts, streams, arithmetic)
-        if _replayable(parts, list(streams), list(blocks), obstacle):
-            return _reversibly(parts, streams, arithmetic)
-        return outside(engine)
-    if inspecting() or torch.compiler.is_compiling() or _forward_mode() or obstacle or reason(parts, streams, blocks):
-        return _loop(parts, streams, arithmetic)
-    return _reversibly(parts, streams, arithmetic)
+    again = [part for index, part in parts if executions[index] != "store"] if torch.is_grad_enabled() else []
+    if again and not all(isinstance(stream, Tensor) for stream in streams):
+        obstacle = obstacle or "a stream is a tree of tensors"
+    # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
+    if not again or torch.compiler._is_exporting_flag:
+        rebuild = False
+    elif torch.compiler.is_dynamo_compiling():
+        if not _replayable(again, list(streams), list(blocks), obstacle):
+            return outside(engine)
+        rebuild = True
+    else:
+        rebuild = not (inspecting() or torch.compiler.is_compiling() or _forward_mode() or obstacle)
+        rebuild = rebuild and not reason(again, streams, blocks)
+    # Steps that begin with a run have it encode the streams: compiled transforms take the operator only inside.
+    encode = not rebuild or executions[parts[0][0]] == "store"
+    states = [arithmetic.open(stream) if encode else (stream, None) for stream in streams]
+    aux: dict[str, Any] = {}
+    run: list[tuple[int, Part]] = []
+    for index, part in parts:
+        if rebuild and executions[index] != "store":
+            run.append((index, part))
+            continue
+        if run:
+            states, run = _reversibly(run, states, arithmetic, False), []
+        out, extra = branch_output(part.fn(*(states[i][0] for i in part.source), **part.kwargs), states[part.target][0])
+        if extra is not None:
+            aux[part.name] = extra
+        try:
+            states[part.target] = arithmetic.combine(part.coupling, states[part.target], out, index)
+        except (TypeError, ValueError) as error:
+            raise ReversibleError(f"{part.name} {error}") from error
+    if run:
+        states = _reversibly(run, states, arithmetic, True)
+    values = tuple(value for value, _ in states)
+    return (*values, aux) if aux else values
 
 
 def outside(engine: Callable[[], Any]) -> Any:
@@ -99,22 +125,6 @@ def _forward_mode() -> bool:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())
-
-
-def _loop(parts: Sequence[Part], streams: Sequence[Any], arithmetic: Arithmetic) -> tuple[Any, ...]:
-    """The steps as anyone would write them."""
-    states = [arithmetic.open(stream) for stream in streams]
-    aux: dict[str, Any] = {}
-    for index, part in enumerate(parts):
-        out, extra = branch_output(part.fn(*(states[i][0] for i in part.source), **part.kwargs), states[part.target][0])
-        if extra is not None:
-            aux[part.name] = extra
-        try:
-            states[part.target] = arithmetic.combine(part.coupling, states[part.target], out, index)
-        except (TypeError, ValueError) as error:
-            raise ReversibleError(f"{part.name} {error}") from error
-    values = tuple(value for value, _ in states)
-    return (*values, aux) if aux else values
 
 
 class _Slot(NamedTuple):
@@ -162,7 +172,8 @@ class _Evaluation(NamedTuple):
     """A step whose tensors are slots."""
 
     part: Part
-    # Parameters and buffers by name, and those of all its slots that take a gradient.
+    # Its index in the program; parameters and buffers by name; those of all its slots that take a gradient.
+    place: int
     state: tuple[tuple[str, int], ...]
     differentiated: tuple[int, ...]
 
@@ -171,19 +182,32 @@ class _Program(NamedTuple):
     """All of the operation but its tensors."""
 
     steps: tuple[_Evaluation, ...]
+    # The streams and, of fixed ones that are encoded, what is left over of each.
     streams: tuple[int, ...]
+    residuals: tuple[int, ...]
     fixed: Fixed | None
     monitor: RangeMonitor | None
+    # Whether no step follows.
+    last: bool
     # Of the CPU and of the streams' device: its type, whether autocast is enabled there, its dtype.
     autocast: tuple[tuple[str, bool, torch.dtype], tuple[str, bool, torch.dtype]]
 
 
-def _reversibly(parts: Sequence[Part], streams: Sequence[Tensor], arithmetic: Arithmetic) -> tuple[Any, ...]:
-    """The steps as one operation whose backward rebuilds the streams."""
+def _reversibly(
+    parts: Sequence[tuple[int, Part]], states: list[Stream], arithmetic: Arithmetic, last: bool
+) -> list[Stream]:
+    """The streams after the steps, as one operation whose backward rebuilds them."""
     table = _Tensors()
-    starts = tuple([table.add(stream) for stream in streams])
+    streams = tuple([table.add(value) for value, _ in states])
+    fixed = monitor = None
+    residuals: tuple[int, ...] = ()
+    if isinstance(arithmetic, FixedArithmetic):
+        fixed, monitor = arithmetic.fixed, arithmetic.monitor
+        # What a stored step left in a buffer, only the engine would read again.
+        helds = [held.stream if isinstance(held, Remembering) else held for _, held in states]
+        residuals = tuple([table.add(held.residual) for held in helds if held is not None])
     steps = []
-    for part in parts:
+    for index, part in parts:
         state = []
         for name, tensor in part.fn.named_parameters(remove_duplicate=False):
             state.append((name, table.add(tensor)))
@@ -195,12 +219,13 @@ def _reversibly(parts: Sequence[Part], streams: Sequence[Tensor], arithmetic: Ar
         for slot in used:
             if slot not in differentiated and _takes_gradient(table.tensors[slot]):
                 differentiated.append(slot)
-        steps.append(_Evaluation(Part(*part[:5], kwargs), tuple(state), tuple(differentiated)))
-    fixed = arithmetic.fixed if isinstance(arithmetic, FixedArithmetic) else None
-    monitor = arithmetic.monitor if isinstance(arithmetic, FixedArithmetic) else None
-    program = _Program(tuple(steps), starts, fixed, monitor, (_autocast("cpu"), _autocast(streams[0].device.type)))
+        steps.append(_Evaluation(Part(*part[:5], kwargs), index, tuple(state), tuple(differentiated)))
+    autocast = (_autocast("cpu"), _autocast(states[0][0].device.type))
+    program = _Program(tuple(steps), streams, residuals, fixed, monitor, last, autocast)
     outputs = _Walk.apply(program, *table.tensors)
-    return tuple(outputs[: len(streams)])
+    values = outputs[: len(streams)]
+    held = values if fixed is None else [Held(*parts) for parts in zip(values, outputs[len(streams) :], strict=True)]
+    return list(zip(values, held, strict=True))
 
 
 def _slots(value: Any) -> list[int]:
@@ -262,22 +287,22 @@ class _Walk(torch.autograd.Function):
     def forward(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
         fixed = program.fixed
         values = [tensors[slot] for slot in program.streams]
-        residuals = []
-        if fixed is not None:
+        residuals = [tensors[slot] for slot in program.residuals]
+        if fixed is not None and not residuals:
             for i, value in enumerate(values):
                 values[i], residual = fixed.encode(value, program.monitor)
                 residuals.append(residual)
-        for index, step in enumerate(program.steps):
+        for step in program.steps:
             i = step.part.target
             inputs = [values[j] for j in step.part.source] + [tensors[slot] for slot in step.differentiated]
             added = _increment(step, values[i], tensors)(*inputs)
             if fixed is None:
                 values[i] = values[i] + added.to(values[i].dtype)
             else:
-                values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added, program.monitor, index)
+                values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added, program.monitor, step.place)
         # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
         # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
-        return (*[value.clone() for value in values], *residuals)
+        return tuple([x.clone() for x in (*values, *residuals)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -312,9 +337,13 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
     fixed = program.fixed
     count = len(program.streams)
     values = list(saved[:count])
-    residuals = [] if fixed is None else list(saved[count : 2 * count])
-    tensors = saved[count if fixed is None else 2 * count :]
+    kept = count if fixed is None else 2 * count
+    residuals, tensors = list(saved[count:kept]), saved[kept:]
     stream_grads = list(grads[:count])
+    if torch.compiler.is_compiling() and not program.last:
+        # The values, but known only with the gradients: a branch that reads what it read in forward would otherwise
+        # be one operation with that, and its activations would stay.
+        values = [torch.where(grad.isnan(), x, x) for x, grad in zip(values, stream_grads, strict=True)]
     collected: list[Tensor | None] = [None] * len(tensors)
     for step in program.steps[::-1]:
         i = step.part.target

@@ -1,0 +1,239 @@
+"""Executions per step inside one graph: stored runs of steps between rebuilt ones, their gradients and their memory."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
+from torch.func import functional_call, grad, vjp, vmap
+
+import cases
+import oracle
+import revnet
+from test_compile_traced import TOLERANCE, WIDTH, assert_as_stored, compiled_peak, pairs_of, pytestmark, tokens
+
+__all__ = ["pytestmark"]
+
+ADDMM = torch.ops.aten.addmm.default
+EXECUTIONS = ["store", "select", "checkpoint", "offload", "invert"]
+STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(37), id="fixed")]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def mixes(steps: int) -> st.SearchStrategy[list[str]]:
+    """Half of the steps stored, on average: an even choice among five would seldom give a run of stored ones."""
+    return st.lists(st.sampled_from(["store", "invert"]) | st.sampled_from(EXECUTIONS), min_size=steps, max_size=steps)
+
+
+def shared() -> tuple[list[tuple[nn.Module, nn.Module]], dict[str, Any]]:
+    """Three blocks of two pairs of modules, so that every weight takes part in several steps, and routed keywords."""
+    (f, g), (h, _) = pairs_of(cases.Modulated)
+    route = {
+        "scale": ((True, False), (True, True), (False, True)),
+        "shift": ((False, True), (True, False), (True,) * 2),
+    }
+    return [(f, g), (h, f), (g, h)], route
+
+
+def keywords() -> dict[str, Tensor]:
+    return {
+        "scale": torch.randn(WIDTH, dtype=torch.float64, requires_grad=True),
+        "shift": torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True),
+    }
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+@given(data=st.data())
+@settings(max_examples=6)
+def test_any_mix_in_one_graph_gives_the_gradients_of_the_stored_loop(streams: Any, data: st.DataObject) -> None:
+    mix = data.draw(mixes(6))
+    torch._dynamo.reset()
+    pairs, route = shared()
+    stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route, streams=streams)
+    net.execution = mix
+    run = torch.compile(net, fullgraph=True, backend="aot_eager")
+    assert_as_stored(run, net, stored, tokens(), TOLERANCE[streams], **keywords())
+    if streams == "float":
+        return
+    # Rounded to the same numbers, fixed streams give the same gradients whatever is rebuilt.
+    eager = revnet.ReversibleSequence(copy.deepcopy(pairs), route, streams=streams, execution="store")
+    assert_as_stored(run, net, eager, tokens(), **keywords())
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+@given(data=st.data())
+@settings(max_examples=25)
+def test_any_mix_under_transforms_gives_the_gradients_of_the_stored_loop(streams: Any, data: st.DataObject) -> None:
+    mix = data.draw(mixes(6))
+    pairs, route = shared()
+    stored = oracle.stored_copy(pairs, route)
+    if streams != "float":
+        stored = revnet.ReversibleSequence(copy.deepcopy(pairs), route, streams=streams, execution="store")
+    net = revnet.ReversibleSequence(pairs, route, streams=streams, execution=mix)
+    x, given, pull = tokens().detach(), keywords(), torch.randn(2, 6, WIDTH, dtype=torch.float64)
+    found = []
+    for of in (net, stored):
+        parameters = {name: parameter.detach() for name, parameter in of.named_parameters()}
+
+        def call(parameters: Any, x: Tensor, of: nn.Module = of, **given: Tensor) -> Tensor:
+            return functional_call(of, parameters, (x,), given)
+
+        def loss(parameters: Any, x: Tensor, given: Any) -> Tensor:
+            return oracle.weighted(call(parameters, x, **given))
+
+        found.append(
+            [
+                grad(loss, (0, 1, 2))(parameters, x, given),
+                vjp(partial(call, **given), parameters, x)[1](pull),
+                vmap(grad(loss, (0, 1)), (None, 0, None))(parameters, x, given),
+            ]
+        )
+    for actual, wanted in zip(*map(torch.utils._pytree.tree_leaves, found), strict=True):
+        oracle.assert_near(actual, wanted)
+
+
+def test_steps_that_are_stored_need_not_be_fit_for_a_replay() -> None:
+    blocks = [*pairs_of(cases.Mlp, 1), *pairs_of(cases.with_dropout(cases.Mlp), 1), *pairs_of(cases.Mlp, 1)]
+    net = revnet.ReversibleSequence(blocks, streams="float")
+    x, found = tokens(), []
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.execution = ["invert", "invert", "store", "store", "invert", "invert"]
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(run(x).sum(), [x, *net.parameters()]))
+    for actual, wanted in zip(*found, strict=True):
+        oracle.assert_near(actual, wanted)
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_stored_steps_may_update_streams_by_any_rule(streams: Any) -> None:
+    branches = [nn.Linear(WIDTH, WIDTH).double() for _ in range(6)]
+    couplings = [revnet.Additive(), revnet.Momentum(0.9)] * 3
+    steps = [revnet.Step(f, i % 2, (i + 1) % 2, c) for i, (f, c) in enumerate(zip(branches, couplings, strict=True))]
+    net = revnet.Reversible(steps, streams=streams, execution="store")
+    x, found = tokens(), []
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        found.append(torch.autograd.grad(oracle.weighted(*run(x, x.sin())), [x, *net.parameters()]))
+        net.execution = ["invert", "store"] * 3
+    for actual, wanted in zip(*found, strict=True):
+        oracle.assert_near(actual, wanted, tolerance=TOLERANCE[streams])
+
+
+def test_trees_between_rebuilt_tensors_leave_the_graph() -> None:
+    class Sums(nn.Linear):
+        def forward(self, tree: dict[str, Tensor]) -> Tensor:
+            return super().forward(tree["a"]).sin()
+
+    net = revnet.Reversible([revnet.Step(Sums(WIDTH, WIDTH).double(), 0, 1) for _ in range(2)])
+    x = tokens()
+
+    def loss(run: Any, x: Tensor) -> Tensor:
+        return oracle.weighted(run(x, {"a": 2 * x})[0])
+
+    runs = net, torch.compile(net, backend="aot_eager")
+    found = [torch.autograd.grad(loss(run, x), [x, *net.parameters()]) for run in runs]
+    for actual, wanted in zip(*found, strict=True):
+        oracle.assert_near(actual, wanted)
+    oracle.assert_near(grad(lambda x: loss(net, x))(x.detach()), found[0][0])
+
+
+class Large(nn.Module):
+    """A branch that leaves the range of its stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() * 2.0**40
+
+
+@pytest.mark.parametrize("step", [0, 3, 4])
+@pytest.mark.parametrize("how", ["compiled", "transformed"])
+def test_the_step_that_leaves_the_range_is_named(step: int, how: str) -> None:
+    branches = [nn.Tanh() for _ in range(6)]
+    branches[step] = Large()
+    net = revnet.ReversibleSequence(list(zip(branches[::2], branches[1::2], strict=True)), streams=revnet.Fixed(24))
+    net.execution = ["invert", "store", "store", "invert", "store", "invert"]
+    x = torch.randn(3, WIDTH)
+    if how == "compiled":
+        torch.compile(net, fullgraph=True, backend="aot_eager")(x.requires_grad_())
+    else:
+        grad(lambda x: net(x).sum())(x)
+    with pytest.raises(revnet.ReversibleError, match=f"block {step // 2}, branch {'fg'[step % 2]}"):
+        net.check()
+
+
+def test_layer_dropout_keeps_the_executions_of_the_steps_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from revnet import _traced
+
+    rebuilt: list[str] = []
+    evaluation = _traced._Evaluation
+    monkeypatch.setattr(
+        _traced, "_Evaluation", lambda part, *rest: (rebuilt.append(part.name), evaluation(part, *rest))[1]
+    )
+    net = revnet.ReversibleSequence(pairs_of(cases.Mlp, 8), layer_dropout=0.5)
+    net.execution = ["store", "invert"] * 8
+    grad(lambda x: net(x).sum())(tokens().detach())
+    assert 0 < len(rebuilt) < 8
+    assert all(name.endswith("branch g") for name in rebuilt)
+
+
+MIXES: dict[str, Sequence[str]] = {
+    "the last stored": ["invert"] * 6 + ["store"] * 2,
+    "the first stored": ["store"] * 2 + ["invert"] * 6,
+    "in turn": ["store", "invert"] * 4,
+    "others": ["store", "select", "store", "checkpoint", "store", "offload", "store", "invert"],
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_peak_falls_with_every_step_that_is_rebuilt(backend: str) -> None:
+    depth = 4
+    counts = range(0, 2 * depth + 1, 1 if backend == "aot_eager" else 4)
+    peaks = [
+        compiled_peak(depth, backend, cases.Mlp, execution=["invert"] * count + ["store"] * (2 * depth - count))
+        for count in counts
+    ]
+    # The last step is kept or rebuilt for the same peak.
+    falls = [less - more for more, less in itertools.pairwise(peaks)]
+    assert max(falls) <= 0.01 * peaks[0], peaks
+    assert peaks[-1] < 0.5 * peaks[0]
+
+
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+@pytest.mark.parametrize("name", MIXES)
+def test_every_step_that_is_rebuilt_is_evaluated_once_more(name: str, streams: str) -> None:
+    """Also where inductor sees that a branch is given what it was given in forward, and would keep the result."""
+    products: list[int] = []
+
+    def inner(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        products.append(sum(node.target in (torch.ops.aten.mm.default, ADDMM) for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    def in_backward(execution: Any) -> int:
+        torch._dynamo.reset()
+        net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(4)], streams=streams)
+        net.execution = execution
+        run = torch.compile(net, fullgraph=True, backend=partial(compile_fx, inner_compile=inner))
+        run(torch.randn(2, 6, WIDTH, requires_grad=True)).sum().backward()
+        return products[-1]
+
+    # What would only undo the first step of a run is not evaluated, nor the last step of all again.
+    runs = [list(run) for stored, run in itertools.groupby(MIXES[name], "store".__eq__) if not stored]
+    expected = sum(2 * len(run) - 1 for run in runs)
+    if MIXES[name][-1] != "store":
+        expected -= min(2, 2 * len(runs[-1]) - 1)
+    assert in_backward(MIXES[name]) - in_backward("store") == expected
+    assert products[0] == products[2] == 16
