@@ -419,22 +419,24 @@ def on_ranks(gpus: int, seconds: float, fn: Callable[..., Any], device: str, *ar
         multiprocessing.set_forkserver_preload(["torch", "torch.distributed.fsdp", "revnet"])
         context: Any = mp.start_processes(_rank, arguments, gpus, join=False, start_method="forkserver")
         processes = context.processes
-        while any(process.is_alive() for process in processes) and not failure:
-            time.sleep(0.05)
-            codes = [process.exitcode for process in processes if process.exitcode]
-            if OUT_OF_MEMORY in codes:
-                failure = "out of memory"
-            elif codes:
-                # The others fail after the first, because it is gone.
-                files = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
-                said = [file.read_text() for file in files]
-                failure = f"failed: {said[0] if said else f'exit code {codes[0]}'}"
-            elif time.monotonic() > end:
-                failure = f"no answer within {seconds:.0f} s"
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        try:
+            while any(process.is_alive() for process in processes) and not failure:
+                time.sleep(0.05)
+                codes = [process.exitcode for process in processes if process.exitcode]
+                if OUT_OF_MEMORY in codes:
+                    failure = "out of memory"
+                elif codes:
+                    # The others fail after the first, because it is gone.
+                    files = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+                    said = [file.read_text() for file in files]
+                    failure = f"failed: {said[0] if said else f'exit code {codes[0]}'}"
+                elif time.monotonic() > end:
+                    failure = f"no answer within {seconds:.0f} s"
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
         return (json.loads(path.read_text()) if path.exists() else []), failure
 
 
