@@ -19,7 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revnet._streams import Fixed, Held, RangeMonitor
+from revnet._monitor import RangeMonitor
+from revnet._streams import Fixed, Held
 
 FORMATS = (Fixed(), Fixed(37))
 # value, increment: fp32 streams under bf16 autocast; pure bf16; pure fp32.

@@ -17,7 +17,7 @@ import revnet
 from oracle import assert_near, weighted
 from revnet import Affine, Bijection, Coupling, Fixed, Momentum, Reversible, ReversibleSequence, Step
 from revnet._buffer import Remembering, divide, multiply
-from revnet._streams import RangeMonitor
+from revnet._monitor import RangeMonitor
 
 KINDS = ["float", "fixed"]
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnet import _streams
-from revnet._streams import Fixed, Float, Held, RangeMonitor, checksum, fitting_fraction_bits, fixed_add, fixed_encode
+from revnet._monitor import RangeMonitor
+from revnet._streams import Fixed, Float, Held, checksum, fitting_fraction_bits, fixed_add, fixed_encode
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a Function.
 pytestmark = [

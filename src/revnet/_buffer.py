@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._couplings import tree_map, tree_unzip
-from ._streams import Fixed, Held, RangeMonitor
+from ._monitor import RangeMonitor
+from ._streams import Fixed, Held
 
 # The denominator of factors that are tensors, and what a buffer may hold.
 _DENOMINATOR = 2**24

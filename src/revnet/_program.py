@@ -15,9 +15,10 @@ from ._couplings import tree_leaves
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, Plan, resolve
+from ._monitor import OutOfRange, RangeMonitor
 from ._routing import check_keywords
 from ._steps import FixedArithmetic, FloatArithmetic, Part, Step, undo
-from ._streams import Fixed, Float, OutOfRange, RangeMonitor, fitting_fraction_bits
+from ._streams import Fixed, Float, fitting_fraction_bits
 from ._traced import active, outside, run_traced
 
 Execution = str | Sequence[str] | Plan

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from ._buffer import Remembering, divide, multiply
 from ._couplings import Additive, Coupling, fitting, tree_map, tree_unzip
 from ._errors import ReversibleError
-from ._streams import Fixed, Held, RangeMonitor, fixed_add, fixed_encode
+from ._monitor import RangeMonitor
+from ._streams import Fixed, Held, fixed_add, fixed_encode
 
 
 class Step(nn.Module):

@@ -24,8 +24,9 @@ from ._buffer import Remembering
 from ._couplings import fitting
 from ._errors import ReversibleError
 from ._inspect import inspecting, reason
+from ._monitor import RangeMonitor
 from ._steps import FixedArithmetic, FloatArithmetic, Part, Stream, branch_output
-from ._streams import Fixed, Held, RangeMonitor, fixed_add
+from ._streams import Fixed, Held, fixed_add
 
 Arithmetic = FloatArithmetic | FixedArithmetic
 
