@@ -561,8 +561,8 @@ def test_fixed_streams_are_rebuilt_by_inductor_on_a_gpu(precision: str) -> None:
     if precision == "bf16":
         assert torch.equal(found, expected)
     else:
-        # Nothing binds inductor to round a branch in backward as in forward. What it rounds otherwise are last places of
-        # float32, which under autocast may flip the rounding of a branch's output to bfloat16, once per step.
+        # Nothing binds inductor to round a branch in backward as in forward. What it rounds otherwise are last places
+        # of float32, which under autocast may flip the rounding of a branch's output to bfloat16, once per step.
         last = 1e-4 if precision == "fp32" else 2**-8 * len(pairs)
         torch.testing.assert_close(found, expected, atol=last, rtol=last)
 
