@@ -91,18 +91,13 @@ class Plan:
         Raises:
             ReversibleError: `x` is larger in some dimension, has another number of them, or a wider dtype.
         """
-        planned = getattr(torch, self.dtype).itemsize
-        if (
-            x.dim() == len(self.shape)
-            and all(size <= limit for size, limit in zip(x.shape, self.shape, strict=True))
-            and x.element_size() <= planned
-        ):
-            return
-        raise ReversibleError(
-            f"the input is {tuple(x.shape)} {_dtype(x.dtype)}, larger than {self.shape} {self.dtype}, for which the "
-            f"plan of {format_bytes(self.budget)} was made. Make a plan with this input: "
-            "net.execution = revnet.plan(net, x, budget)."
-        )
+        wider = x.element_size() > getattr(torch, self.dtype).itemsize
+        if wider or x.dim() != len(self.shape) or any(map(int.__gt__, x.shape, self.shape)):
+            raise ReversibleError(
+                f"the input is {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, larger than {self.shape} "
+                f"{self.dtype}, for which the plan of {format_bytes(self.budget)} was made. Make a plan with this "
+                "input: net.execution = revnet.plan(net, x, budget)."
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path` as JSON, entirely or not at all."""
@@ -127,12 +122,10 @@ class Plan:
             ValueError: the file holds something else.
         """
         try:
-            found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
             if found.pop("format", None) != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")
-            fields: dict[str, Any] = {
-                k: tuple(value) if isinstance(value, list) else value for k, value in found.items()
-            }
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
             loaded = cls(**fields)
             loaded._check()
             return loaded
@@ -165,7 +158,7 @@ class Plan:
             f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: {len(self.executions)} steps",
             f"budget          {format_bytes(self.budget):>12}",
             f"predicted peak  {format_bytes(self.peak_bytes):>12}",
-            f"predicted time  {_milliseconds(self.seconds):>12}   {self.slowdown:.3f} × stored ({source})",
+            f"predicted time  {f'{1000 * self.seconds:.3g} ms':>12}   {self.slowdown:.3f} × stored ({source})",
         ]
         lines += ["", f"{'steps':<28}{'execution':<12}{'kept per step':>14}{'kept in all':>14}"]
         for steps, execution, kept in self._rows():
@@ -216,11 +209,3 @@ def resolve(execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence
     if len(names) != steps:
         raise ValueError(f"execution names {len(names)} steps, but there are {steps}: two per block, f before g")
     return names
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"

@@ -1,4 +1,10 @@
-"""From a memory budget to the fastest plan: rehearse each kind of step under each execution, then solve."""
+"""From a memory budget to the fastest plan.
+
+A plan comes about in three moves. `_rehearsal` measures what one step of each kind costs under each execution: a
+`Chain`, numbers alone. `_solver` finds the fastest executions whose peak, by these numbers, is within the budget. Then
+the whole sequence runs once as proposed: what its peak is more or less than was predicted is added to the chain, and
+the rest solved again. The plan is the fastest of those that were run and fit.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ import torch.distributed as dist
 from ._errors import ReversibleError
 from ._execution import Plan, format_bytes, parse_bytes
 from ._program import Program
-from ._rehearsal import Rehearsal
+from ._rehearsal import Rehearsal, rehearsing
 from ._solver import Solution, minimum, simulate, solve
 
 Budget = int | str | None
@@ -65,7 +71,7 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
         raise TypeError(f"net is {type(net).__name__}, but a plan is for a revnet sequence")
     many = isinstance(budget, Sequence) and not isinstance(budget, str)
     budgets = [_read(one) for one in (budget if many else [budget])]
-    with torch.enable_grad(), Rehearsal(net, x, kwargs) as rehearsal:
+    with torch.enable_grad(), rehearsing(net, x, kwargs) as rehearsal:
         plans = _Planner(rehearsal).plans(budgets)
     return plans if many else plans[0]
 
@@ -107,7 +113,7 @@ class _Planner:
     def size(self, budget: int | float | None) -> int:
         """A budget in bytes."""
         if budget is None:
-            return int(min(_gather(free_bytes(self.rehearsal.x.device))))
+            return int(min(_gather(_free_bytes(self.rehearsal.x.device))))
         if isinstance(budget, int):
             return budget
         return round(self.least + budget * (max(self.run(self.stored).peak, self.least) - self.least))
@@ -182,7 +188,7 @@ class _Planner:
         )
 
 
-def free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now; on the CPU, of the machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,10 @@
-"""What each step of a sequence costs under each execution: a rehearsal, after which all is as it was."""
+"""What each step of a sequence costs under each execution: a rehearsal, after which all is as it was.
+
+Inside `rehearsing`, stand-ins take the places of parameters, buffers and inputs. `Rehearsal.chain` goes through the
+steps once. Of each kind of step, a `_Stage` runs the first under every execution, in calls of its own, and measures
+bytes and seconds; steps of the same kind cost the same. `Rehearsal.peak` runs the whole sequence. With fake tensors
+the same code counts bytes, and times are estimated.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -26,7 +32,6 @@ from ._sequence import ReversibleSequence, _Blocks
 from ._solver import Chain, Cost
 from ._steps import FixedArithmetic, Part
 from ._streams import RangeMonitor
-from ._traced import Arithmetic
 
 # Of one kind, in the chain that is timed.
 _REPEATED = 3
@@ -35,135 +40,135 @@ _FLOPS_PER_SECOND = 4e14
 _BYTES_PER_SECOND = 2.5e12
 
 
-class Rehearsal:
-    """A sequence with stand-ins for its parameters, buffers, input and randomness, while a `with` lasts."""
-
-    def __init__(self, net: Program, x: Any, kwargs: dict[str, Any]) -> None:
-        self.net = net
-        self.given = (x if isinstance(x, tuple) else (x,)), kwargs
-        self.label = str(tree_leaves(self.given[0][0])[0].device)
-        tensors = [*net.parameters(), *_tensors_in(self.given)]
-        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-        # Where nothing is allocated, and times are estimated.
-        self.mode: FakeTensorMode | None = fakes[0].fake_mode if fakes else None
-        if self.mode is None and any(tensor.is_meta for tensor in tensors):
-            self.mode = FakeTensorMode()
-        # Parameters whose gradient is there already.
-        self.filled: set[Tensor] = set()
-        self.stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Rehearsal:
-        with contextlib.ExitStack() as stack:
-            if self.mode is None:
-                devices = devices_of([*_tensors_in(self.given), *self.net.parameters()])
-                stack.enter_context(RandomState(devices).restored())
-            else:
-                # The engine has a real tensor of its own, without elements that matter.
-                stack.callback(setattr, self.mode, "allow_non_fake_inputs", self.mode.allow_non_fake_inputs)
-                self.mode.allow_non_fake_inputs = True
-                # An input that is fake already brings its mode, which may be entered.
-                if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not self.mode:
-                    stack.enter_context(self.mode)
-            self.inputs, self.kwargs = pytree.tree_map_only(Tensor, self._alias, self.given)
-            self.x = tree_leaves(self.inputs[0])[0]
-            self._swap(stack)
-            self.parts = [part for _, part in self.net._parts(self.inputs, self.kwargs)]
-            self.stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.stack.close()
-
-    def _alias(self, tensor: Tensor) -> Tensor:
-        """Another tensor with the same values and without a past: its gradient is not the original's."""
-        if self.mode is not None and tensor.is_meta and not isinstance(tensor, FakeTensor):
-            alias = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        elif self.mode is not None and not isinstance(tensor, FakeTensor):
-            alias = self.mode.from_tensor(tensor).detach()
+@contextlib.contextmanager
+def rehearsing(net: Program, x: Any, kwargs: dict[str, Any]) -> Iterator[Rehearsal]:
+    """`net` with stand-ins for its parameters, buffers, input and randomness."""
+    given = (x if isinstance(x, tuple) else (x,)), kwargs
+    tensors = [*net.parameters(), *_tensors_in(given)]
+    mode = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
+    if mode is None and any(tensor.is_meta for tensor in tensors):
+        mode = FakeTensorMode()
+    with contextlib.ExitStack() as stack:
+        if mode is None:
+            stack.enter_context(RandomState(devices_of(tensors)).restored())
         else:
-            alias = tensor.detach()
-        return alias.requires_grad_(tensor.requires_grad)
+            # The engine has a real tensor of its own, without elements that matter.
+            _set(stack, mode, "allow_non_fake_inputs", True)
+            stack.enter_context(mode)
+            # There is no state of a generator to compare.
+            _set(stack, net, "_options", replace(net._options, preserve_rng_state=False))
+        label = str(tree_leaves(given[0][0])[0].device)
+        inputs, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _alias(tensor, mode), given)
+        filled = _swap(stack, net, mode)
+        yield Rehearsal(net, inputs, kwargs, mode, filled, label)
 
-    def _swap(self, stack: contextlib.ExitStack) -> None:
-        """Put the stand-ins in their places, until `stack` closes."""
-        net = self.net
-        stack.callback(setattr, net, "_monitor", net._monitor)
-        stack.callback(setattr, net, "execution", net.execution)
-        if isinstance(net, _Blocks):
-            # A plan is for the call in which no block is dropped.
-            stack.callback(setattr, net, "layer_dropout", net.layer_dropout)
-            net.layer_dropout = 0.0
-        copies: dict[Tensor, Tensor] = {}
-        for module in net.modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is None:
-                    continue
-                if hasattr(tensor, "placements"):
-                    # Sharded parameters belong to their group; only their gradient is put aside.
-                    copies[tensor] = tensor
-                    stack.callback(setattr, tensor, "grad", tensor.grad)
-                elif tensor not in copies and isinstance(tensor, nn.Parameter):
-                    copies[tensor] = nn.Parameter(self._alias(tensor), tensor.requires_grad)
-                elif tensor not in copies:
-                    copies[tensor] = self._alias(tensor).clone()
-                if tensor.is_leaf and tensor.grad is not None:
-                    self.filled.add(copies[tensor])
-                if copies[tensor] is tensor:
-                    tensor.grad = None
-                    continue
-                stack.callback(setattr, module, name, tensor)
-                setattr(module, name, copies[tensor])
+
+def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until `stack` closes."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _alias(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
+    """Another tensor with the same values and without a past: its gradient is not the original's."""
+    if mode is None or isinstance(tensor, FakeTensor):
+        alias = tensor.detach()
+    else:
+        device = "cpu" if tensor.is_meta else tensor.device
+        alias = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return alias.requires_grad_(tensor.requires_grad)
+
+
+def _swap(stack: contextlib.ExitStack, net: Program, mode: FakeTensorMode | None) -> set[Tensor]:
+    """Put the stand-ins in their places, until `stack` closes; those of parameters that have a gradient already."""
+    _set(stack, net, "_monitor", net._monitor)
+    _set(stack, net, "execution", net.execution)
+    if isinstance(net, _Blocks):
+        # A plan is for the call in which no block is dropped.
+        _set(stack, net, "layer_dropout", 0.0)
+    stand_ins: dict[Tensor, Tensor] = {}
+    filled = {tensor for tensor in net.parameters() if tensor.grad is not None}
+    for module in net.modules():
+        for held in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
+            stack.callback(held.update, dict(held))
+            for name, tensor in held.items():
+                if tensor is not None:
+                    if tensor not in stand_ins:
+                        stand_ins[tensor] = _stand_in(stack, tensor, mode)
+                    held[name] = stand_ins[tensor]
+    return {stand_ins[tensor] for tensor in filled}
+
+
+def _stand_in(stack: contextlib.ExitStack, tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
+    if hasattr(tensor, "placements"):
+        # Sharded parameters belong to their group; only their gradient is put aside.
+        _set(stack, tensor, "grad", None)
+        return tensor
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(_alias(tensor, mode), tensor.requires_grad)
+    return _alias(tensor, mode).clone()
+
+
+@dataclass
+class Rehearsal:
+    """A sequence under rehearsal.
+
+    Attributes:
+        net, inputs, kwargs: the sequence and what it is given, stand-ins all.
+        mode: under which nothing is allocated, and times are estimated; None where tensors are real.
+        filled: parameters whose gradient is there already.
+        label: the device of the input that the stand-in is for.
+    """
+
+    net: Program
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mode: FakeTensorMode | None
+    filled: set[Tensor]
+    label: str
+
+    def __post_init__(self) -> None:
+        self.x = tree_leaves(self.inputs[0])[0]
+        self.parts = [part for _, part in self.net._parts(self.inputs, self.kwargs)]
+        self.arithmetic = self.net._arithmetic(*tree_leaves(self.inputs))
 
     def chain(self) -> Chain:
         """Measures each kind of step once, in the order of the sequence, on the streams that reach it."""
         net = self.net
-        names = [name for name in net._allowed if name != "offload" or self.x.is_cuda]
-        arithmetic = net._arithmetic(*tree_leaves(self.inputs))
-        streams = net._split(self.x) if isinstance(net, ReversibleSequence) else self.inputs
-        needs_grad = [any(leaf.requires_grad for leaf in tree_leaves(value)) for value in streams]
+        call = self.call(net._split(self.x) if isinstance(net, ReversibleSequence) else self.inputs, ["store"])
         # Without a record, but with gradients: compiled branches are compiled for these.
-        with torch.no_grad():
-            call = self.call(streams, arithmetic, ["store"] * len(self.parts))
+        call.recording = False
         kinds: dict[Any, int] = {}
         costs: list[dict[str, Cost]] = []
         steps: list[tuple[int, int]] = []
         for part in self.parts:
-            values = [value for value, _ in call.streams]
-            kind = _kind(part, values, needs_grad)
-            if kind not in kinds:
-                kinds[kind] = len(costs)
-                stage = _Stage(self, part, values, needs_grad, arithmetic)
-                costs.append(stage.costs([name for name in names if name != "select" or not compiled(part.fn)]))
-            steps.append((kinds[kind], part.target))
-            call.step(0, part)
-            value = call.streams[part.target][0]
-            needs_grad[part.target] = any(leaf.requires_grad for leaf in tree_leaves(value))
             call.streams = cast(Any, pytree.tree_map_only(Tensor, _leaf, call.streams))
-        values = [value for value, _ in call.streams]
+            number = kinds.setdefault(_kind(part, call.start()), len(costs))
+            if number == len(costs):
+                costs.append(_Stage(self, part, call.start()).costs())
+            steps.append((number, part.target))
+            call.step(0, part)
         with torch.no_grad():
-            result = net._merge(*values) if isinstance(net, ReversibleSequence) else values
+            result = net._merge(*call.start()) if isinstance(net, ReversibleSequence) else call.start()
         sizes = tuple(memory.size for memory in _memories(call))
         return Chain(
             sizes=sizes,
-            given=0 if isinstance(arithmetic, FixedArithmetic) else (1 << len(sizes)) - 1,
+            given=0 if isinstance(self.arithmetic, FixedArithmetic) else (1 << len(sizes)) - 1,
             kinds=tuple(costs),
             steps=tuple(steps),
             gradients=self.gradients(self.filled),
             overhead=sum(storage.nbytes() for storage in _storages(_tensors_in(result))),
         )
 
-    def call(self, streams: Sequence[Any], arithmetic: Arithmetic, executions: Sequence[str]) -> Call:
-        options = self.net._options
-        # Under fake tensors there is no state of a generator to compare.
-        options = replace(options, preserve_rng_state=options.preserve_rng_state and self.mode is None)
-        return Call(streams, arithmetic, options, executions)
+    def call(self, streams: Sequence[Any], executions: Sequence[str]) -> Call:
+        return Call(streams, self.arithmetic, self.net._options, executions)
 
     def gradients(self, filled: set[Tensor]) -> tuple[int, ...]:
         """Bytes of parameter gradients that each step makes: those not there before and not made by a later step."""
         made = set(filled)
         gradients = []
         for part in reversed(self.parts):
-            new = {parameter for parameter in _parameters(part.fn) if parameter.requires_grad} - made
+            new = {parameter for parameter in part.fn.parameters() if parameter.requires_grad} - made
             gradients.append(sum(parameter.numel() * parameter.element_size() for parameter in new))
             made |= new
         return tuple(gradients[::-1])
@@ -176,13 +181,11 @@ class Rehearsal:
         torch.clear_autocast_cache()
         meter = self.meter()
         with meter.watch():
-            outputs = list(_tensors_in(self.net(*self.inputs, **self.kwargs)))
-        wanted = [leaf for leaf in outputs if leaf.requires_grad]
-        ones = [leaf.detach().new_ones(()).expand_as(leaf) for leaf in wanted]
+            outputs = [leaf for leaf in _tensors_in(self.net(*self.inputs, **self.kwargs)) if leaf.requires_grad]
+        ones = [leaf.detach().new_ones(()).expand_as(leaf) for leaf in outputs]
         with meter.watch(), _outside_autocast():
-            torch.autograd.backward(wanted, ones)
-        for leaf in [*self.net.parameters(), *_tensors_in((self.inputs, self.kwargs))]:
-            leaf.grad = None
+            torch.autograd.backward(outputs, ones)
+        _clear([*self.net.parameters(), *_tensors_in((self.inputs, self.kwargs))])
         return int(meter.peak)
 
     def meter(self) -> Any:
@@ -191,21 +194,18 @@ class Rehearsal:
         return _CudaMeter() if self.x.is_cuda else _CpuMeter()
 
 
+@dataclass
 class _Stage:
-    """One step in a call of its own."""
+    """One step in calls of its own, with the values of the streams that reach it."""
 
-    def __init__(
-        self, rehearsal: Rehearsal, part: Part, values: list[Any], needs_grad: list[bool], arithmetic: Arithmetic
-    ) -> None:
-        self.rehearsal = rehearsal
-        self.part = part
-        self.values = values
-        self.needs_grad = needs_grad
-        self.arithmetic = arithmetic
-        self.leaves = [*_parameters(part.fn), *_parameters(part.coupling)]
-        self.leaves += [leaf for leaf in _tensors_in(part.kwargs) if leaf.is_leaf]
+    rehearsal: Rehearsal
+    part: Part
+    values: Sequence[Any]
 
-    def costs(self, executions: Sequence[str]) -> dict[str, Cost]:
+    def costs(self) -> dict[str, Cost]:
+        """What the step costs under each execution that is another one here."""
+        same = {"offload": not self.rehearsal.x.is_cuda, "select": compiled(self.part.fn)}
+        executions = [execution for execution in self.rehearsal.net._allowed if not same.get(execution)]
         for execution in executions:
             self.run(execution)  # warm: workspaces, lazily made state, pools
         times = self.times(executions)
@@ -213,28 +213,22 @@ class _Stage:
 
     def call(self, execution: str, steps: int = 1) -> Call:
         """A call whose streams are not leaves, so that nothing but the call and its graph holds them."""
-
-        def fresh(value: Any, needs_grad: bool) -> Any:
-            return tree_map(lambda leaf: leaf.detach().requires_grad_(needs_grad).clone(), value)
-
-        streams = list(map(fresh, self.values, self.needs_grad))
-        return self.rehearsal.call(streams, self.arithmetic, [execution] * steps)
+        streams = [tree_map(lambda leaf: _leaf(leaf).clone(), value) for value in self.values]
+        return self.rehearsal.call(streams, [execution] * steps)
 
     def run(self, execution: str, steps: int = 1) -> None:
         """Forward and backward of the step, or of a chain of its like."""
         call = self.call(execution, steps)
         for index in range(steps):
             call.step(index, self.part)
-        root = _root(call)
+        root = _spring(call.finish())
+        call.__exit__()
         if root is not None:
             with _outside_autocast():
                 root.backward()
-        self.clear()
-
-    def clear(self) -> None:
-        for leaf in self.leaves:
-            leaf.grad = None
-        torch.clear_autocast_cache()
+        # In a longer call the state that backward has reached outlives this step: the call is held until here.
+        del call
+        _clear([*self.part.fn.parameters(), *(leaf for leaf in _tensors_in(self.part.kwargs) if leaf.is_leaf)])
 
     def times(self, executions: Sequence[str]) -> dict[str, int]:
         """Nanoseconds of forward and backward: of runs in turn, the least disturbed."""
@@ -244,11 +238,11 @@ class _Stage:
         began = time.perf_counter()
         for turn in range(9):
             for execution in executions:
-                _synchronize(self.rehearsal.x.device)
+                _settle(self.rehearsal.x.device)
                 start = time.perf_counter_ns()
                 # In a chain, as in a sequence, the host runs ahead of the device.
                 self.run(execution, _REPEATED)
-                _synchronize(self.rehearsal.x.device)
+                _settle(self.rehearsal.x.device)
                 found[execution].append((time.perf_counter_ns() - start) // _REPEATED)
             if turn >= 2 and time.perf_counter() - began > 1.0:
                 break
@@ -277,23 +271,15 @@ class _Stage:
             torch.clear_autocast_cache()
             if self.rehearsal.mode is None:
                 _settle(self.rehearsal.x.device)
-        keeps = [part for part, memory in enumerate(before) if memory.size and memory.alive()]
-        shared = sum(before[part].size for part in keeps) + sum(memory.size for memory in after if memory.alive())
+        keeps = sum(1 << part for part, memory in enumerate(before) if memory.size and memory.alive())
+        shared = sum(memory.size for memory in (*before, *after) if memory.alive())
         own = max(0, meter.held - shared)
         del call, graph
 
         meter = self.rehearsal.meter()
         with meter.watch():
-            call = self.call(execution)
-            call.step(0, self.part)
-            root = _root(call)
-            if root is not None:
-                with _outside_autocast():
-                    root.backward()
-        # In a longer call the state that backward has reached outlives this step: the call is held until here.
-        del call
-        self.clear()
-        return Cost(own, sum(1 << part for part in keeps), meter.peak, nanoseconds)
+            self.run(execution)
+        return Cost(own, keeps, meter.peak, nanoseconds)
 
 
 class _Spring(torch.autograd.Function):
@@ -313,7 +299,8 @@ class _Spring(torch.autograd.Function):
 
 
 def _spring(values: Sequence[Any]) -> Tensor | None:
-    wanted = [leaf for value in values for leaf in tree_leaves(value) if leaf.requires_grad]
+    """The tensor from which backward goes to all of these; None where none needs a gradient."""
+    wanted = [leaf for leaf in tree_leaves(list(values)) if leaf.requires_grad]
     return _Spring.apply(*wanted) if wanted else None
 
 
@@ -336,11 +323,11 @@ def _outside_autocast() -> Iterator[None]:
             torch.set_autocast_enabled(kind, before)
 
 
-def _root(call: Call) -> Tensor | None:
-    """The tensor from which backward goes through a call, which ends here."""
-    root = _spring(call.finish())
-    call.__exit__()
-    return root
+def _clear(leaves: Sequence[Tensor]) -> None:
+    """Forget what a run left behind."""
+    for leaf in leaves:
+        leaf.grad = None
+    torch.clear_autocast_cache()
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -368,31 +355,17 @@ def _memories(call: Call) -> list[_Memory]:
     return found
 
 
-def _parameters(fn: Any) -> list[Tensor]:
-    module = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    return list(module.parameters()) if isinstance(module, nn.Module) else []
-
-
-def _kind(part: Part, values: list[Any], needs_grad: list[bool]) -> Any:
-    """Equal for steps that cost alike."""
-    layouts = [(leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in pytree.tree_leaves(values)]
-    keywords = [_describe(value) for value in pytree.tree_leaves(part.kwargs)]
-    work = _signature(part.fn), _signature(part.coupling)
-    return work, part.target, part.source, tuple(needs_grad), tuple(layouts), tuple(keywords)
-
-
-def _signature(fn: Any) -> Any:
-    """Equal for branches that do the same work."""
-    module = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    if not isinstance(module, nn.Module):
-        return id(fn)
-    found: list[Any] = [getattr(fn, "__name__", None)]
-    for name, child in module.named_modules(remove_duplicate=False):
-        settings = {key: value for key, value in sorted(vars(child).items()) if key[:1] != "_"}
-        described = [(key, _describe(value)) for key, value in (settings | child._parameters | child._buffers).items()]
-        hooks = len(child._forward_hooks), len(child._forward_pre_hooks), len(child._backward_hooks)
-        found.append((name, type(child), tuple(described), hooks))
-    return tuple(found)
+def _kind(part: Part, values: Sequence[Any]) -> Any:
+    """Equal for steps that cost alike: those of branches that do the same work on the same streams."""
+    work: list[Any] = []
+    for name, module in part.fn.named_modules(remove_duplicate=False):
+        settings = {key: value for key, value in sorted(vars(module).items()) if key[:1] != "_"}
+        settings |= module._parameters | module._buffers
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)
+        work.append((name, type(module), tuple(settings), _describe(list(settings.values())), hooks))
+    leaves = pytree.tree_leaves(values)
+    strides = tuple(leaf.stride() for leaf in leaves)
+    return tuple(work), part.target, part.source, strides, _describe([*leaves, *pytree.tree_leaves(part.kwargs)])
 
 
 def _describe(value: Any) -> Any:
@@ -434,24 +407,16 @@ class _FakeMeter(TorchDispatchMode):
         self.written += size
         self.held += size
         self.peak = max(self.peak, self.held)
-        owner = weakref.ref(self)
 
         def freed(_: Any) -> None:
-            meter = owner()
-            if meter is not None:
-                meter.held -= size
-                meter.alive.pop(key, None)
+            self.held -= size
+            del self.alive[key]
 
         self.alive[key] = weakref.ref(storage, freed)
 
 
-def _synchronize(device: torch.device) -> None:
+def _settle(device: torch.device) -> None:
+    """Wait for a device; a tensor on its way to the host is freed by the first allocation after its copy."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _settle(device: torch.device) -> None:
-    """A tensor on its way to the host is freed by the first allocation after its copy."""
-    if device.type == "cuda":
-        _synchronize(device)
         torch.empty(1, device=device)

@@ -13,6 +13,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ._engine import _PREFETCH
+
+# Ways that a search may follow, over all steps.
+_EFFORT = 100_000
 
 
 class Cost(NamedTuple):
@@ -109,18 +113,16 @@ class Solution(NamedTuple):
     time: int
 
 
-def _moves(chain: Chain, k: int, state: _State) -> Iterator[_Move]:
-    """What step k may be, from `state`."""
-    kind, target = chain.steps[k]
+def _moves(chain: Chain, step: tuple[int, int], state: _State) -> Iterator[_Move]:
+    """What a step may be, from `state`."""
+    kind, target = step
     for execution, cost in chain.kinds[kind].items():
         if execution != "store":
-            if state.place != _LAST:
-                yield _move(chain, target, state, execution, cost, _WALKED)
-        elif state.place == _WALKED:
-            yield _move(chain, target, state, execution, cost, _BETWEEN)
-            yield _move(chain, target, state, execution, cost, _LAST)
+            places = [] if state.place == _LAST else [_WALKED]
         else:
-            yield _move(chain, target, state, execution, cost, state.place)
+            places = [_BETWEEN, _LAST] if state.place == _WALKED else [state.place]
+        for place in places:
+            yield _move(chain, target, state, execution, cost, place)
 
 
 def _move(chain: Chain, target: int, state: _State, execution: str, cost: Cost, place: int) -> _Move:
@@ -149,9 +151,9 @@ def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
     state = _State(chain.given, _FIRST)
     moves: list[_Move] = []
     peak = 0
-    for k, (execution, made) in enumerate(zip(executions, chain.made(), strict=True)):
+    for k, (step, execution, made) in enumerate(zip(chain.steps, executions, chain.made(), strict=True)):
         impossible = _LAST if k < last else _BETWEEN
-        move = next(m for m in _moves(chain, k, state) if m.execution == execution and m.state.place != impossible)
+        move = next(m for m in _moves(chain, step, state) if m.execution == execution and m.state.place != impossible)
         peak = max(peak, sum(move.kept for move in moves) + move.need + made)
         moves.append(move)
         state = move.state
@@ -176,16 +178,13 @@ def _real() -> Iterator[None]:
         yield
 
 
-def solve(chain: Chain, budget: int, effort: int = 100_000) -> Solution | None:
+def solve(chain: Chain, budget: int) -> Solution | None:
     """The fastest plan whose peak is within `budget` bytes, or None if there is none.
 
-    Args:
-        chain: what to plan.
-        budget: bytes.
-        effort: ways that may be followed, over all steps. Where there are more, those are that some price of a byte
-            makes cheapest: the plan fits, and is slower than the fastest by about a step's time at most.
+    Where there are more than `_EFFORT` ways to follow, over all steps, those are followed that some price of a byte
+    makes cheapest: the plan fits, and is slower than the fastest by about a step's time at most.
     """
-    return _search(chain, budget, max(64, effort // len(chain.steps)))
+    return _search(chain, budget, max(64, _EFFORT // len(chain.steps)))
 
 
 def minimum(chain: Chain) -> int:
@@ -195,23 +194,24 @@ def minimum(chain: Chain) -> int:
     return found.peak
 
 
+# Ways to reach one state: bytes kept, rising, and time so far, falling (without a budget, the peak so far).
+_Front = tuple[Tensor, Tensor]
+# For each way to reach one state: which of these, the state before and the execution, it came by, and the way to there.
+_Past = tuple[list[tuple[_State, str]], Tensor, Tensor]
+
+
 @_real()
 def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
     """The plan that takes the least time within a budget or, without one, whose peak is smallest."""
-    # Per state, ways to reach it: bytes kept, rising, and time so far, falling (without a budget, the peak so far).
     zero = torch.zeros(1, dtype=torch.int64)
     fronts = {_State(chain.given, _FIRST): (zero, zero)}
-    # Per step and state after it, for each way the state before, the execution, and the way to the state before.
-    history: list[dict[_State, tuple[list[tuple[_State, str]], Tensor, Tensor]]] = []
-    known: dict[tuple[tuple[int, int], _State], list[_Move]] = {}
+    history: list[dict[_State, _Past]] = []
     prices = _prices(chain)
-    for k, made in enumerate(chain.made()):
+    moves = cache(lambda step, state: list(_moves(chain, step, state)))
+    for step, made in zip(chain.steps, chain.made(), strict=True):
         ways: defaultdict[_State, list[tuple[_State, str, Tensor, Tensor]]] = defaultdict(list)
         for state, (kept, value) in fronts.items():
-            key = chain.steps[k], state
-            if key not in known:
-                known[key] = list(_moves(chain, k, state))
-            for move in known[key]:
+            for move in moves(step, state):
                 need = move.need + made
                 if budget is None:
                     worth = value.maximum(kept + need)
@@ -219,33 +219,35 @@ def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
                     worth = value[: int(torch.searchsorted(kept, budget - need, right=True))] + move.time
                 if len(worth):
                     ways[move.state].append((state, move.execution, kept[: len(worth)] + move.kept, worth))
-        fronts, past = {}, {}
-        for state, found in ways.items():
-            kept, value = (torch.cat(column) for column in ([way[2] for way in found], [way[3] for way in found]))
-            source = torch.repeat_interleave(torch.tensor([len(way[2]) for way in found]))
-            label = torch.cat([torch.arange(len(way[2])) for way in found])
-            order = value.argsort(stable=True)
-            order = order[kept[order].argsort(stable=True)]
-            ordered = value[order]
-            better = torch.ones(len(order), dtype=torch.bool)
-            better[1:] = ordered[1:] < ordered.cummin(0).values[:-1]
-            order = order[better]
-            if len(order) > width:
-                # The way that keeps least goes on in any case: it can be the only one that fits.
-                off = value[order, None] + prices * kept[order, None]
-                near = (off - off.amin(0)).amin(1).topk(width, largest=False).indices
-                order = order[torch.cat((near, torch.zeros(1, dtype=torch.int64))).unique()]
-            fronts[state] = kept[order], value[order]
-            past[state] = [way[:2] for way in found], source[order], label[order]
-        history.append(past)
+        found = {state: _best(some, prices, width) for state, some in ways.items()}
+        fronts = {state: front for state, (front, _) in found.items()}
+        history.append({state: past for state, (_, past) in found.items()})
     ends = [state for state in fronts if state.place != _BETWEEN]
     if not ends:
         return None
-    state = min(ends, key=lambda state: int(fronts[state][1][-1]))
-    way = -1
+    state, way = min(ends, key=lambda state: int(fronts[state][1][-1])), -1
     executions = []
-    for past in reversed(history):
-        sources, source, label = past[state]
+    for pasts in reversed(history):
+        sources, source, label = pasts[state]
         (state, execution), way = sources[int(source[way])], int(label[way])
         executions.append(execution)
     return simulate(chain, executions[::-1])
+
+
+def _best(ways: list[tuple[_State, str, Tensor, Tensor]], prices: Tensor, width: int) -> tuple[_Front, _Past]:
+    """Those ways to a state of which no other keeps less and is faster, `width` of them or fewer."""
+    kept, value = (torch.cat(column) for column in ([way[2] for way in ways], [way[3] for way in ways]))
+    source = torch.repeat_interleave(torch.tensor([len(way[2]) for way in ways]))
+    label = torch.cat([torch.arange(len(way[2])) for way in ways])
+    order = value.argsort(stable=True)
+    order = order[kept[order].argsort(stable=True)]
+    ordered = value[order]
+    better = torch.ones(len(order), dtype=torch.bool)
+    better[1:] = ordered[1:] < ordered.cummin(0).values[:-1]
+    order = order[better]
+    if len(order) > width:
+        # The way that keeps least goes on in any case: it can be the only one that fits.
+        off = value[order, None] + prices * kept[order, None]
+        near = (off - off.amin(0)).amin(1).topk(width, largest=False).indices
+        order = order[torch.cat((near, torch.zeros(1, dtype=torch.int64))).unique()]
+    return (kept[order], value[order]), ([way[:2] for way in ways], source[order], label[order])
