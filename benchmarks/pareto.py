@@ -3,6 +3,7 @@
     python benchmarks/pareto.py                                # the shapes of the report; on a GPU
     python benchmarks/pareto.py --shapes 128x128x4x8 --dtype float32 --device cpu --rounds 5
     python benchmarks/pareto.py --only compiled --streams float fixed --out benchmarks/results
+    python benchmarks/pareto.py --only graph --streams float fixed --shapes 1024x1024x8x48 --blocks 12 --warm 12
 
 A shape is width x tokens x batch x blocks. Every way to run the network is first checked for its gradients against the
 plain stored loop, then measured for its peak (above weights, gradients and input). The ways of one part then run in
@@ -10,7 +11,10 @@ turn, once a round; medians of their times, and of the ratios of times within a 
 each part the report is written anew, with all that is known by then.
 
 Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans of compiled branches:
-compiled by default, or with the budget of the rival, whichever of the two plans is predicted to be faster.
+compiled by default, or with the budget of the rival, whichever of the two plans is predicted to be faster. `graph` has
+the same rivals meet the whole network as one graph, with as many of its last steps stored as leave the peak, measured,
+at or below the rival's. One graph takes long to compile: `--warm` compiles several at a time, in processes of their own
+that leave their results in the compiler's caches on disk.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ import contextlib
 import copy
 import datetime
 import itertools
+import multiprocessing
 import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -226,6 +232,43 @@ def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> 
     return [next(found) if budget in possible else None for budget in budgets]
 
 
+# One graph
+
+
+def in_one_graph(pairs: Pairs, streams: str, stored: int) -> Run:
+    """Returns the network compiled as a whole, its last `stored` steps stored and the others rebuilt."""
+    execution = ["invert"] * (2 * len(pairs) - stored) + ["store"] * stored
+    return torch.compile(revnet.ReversibleSequence(pairs, streams=streams, execution=execution), fullgraph=True)
+
+
+def warm(shape: str, options: argparse.Namespace, streams: str, stored: int) -> int:
+    """Returns the peak of one graph, and leaves what was compiled in the caches."""
+    torch.set_num_threads(1)
+    comparison = Comparison(shape, options)
+    arm = Arm("", in_one_graph(comparison.pairs, streams, stored))
+    comparison.examine(arm, None)
+    return arm.peak
+
+
+def most_stored(limit: int, peaks: dict[int, int]) -> int | None:
+    """Returns how many steps may be stored, by interpolation of known peaks; None if with none the limit is exceeded.
+
+    Args:
+        limit: bytes.
+        peaks: in bytes by the number of stored steps, for none, all, and any others.
+    """
+    fitting = [count for count, peak in peaks.items() if peak <= limit]
+    if not fitting:
+        return None
+    low = max(fitting)
+    above = [count for count in peaks if count > low]
+    if not above:
+        return low
+    high = min(above)
+    share = (limit - peaks[low]) / max(1, peaks[high] - peaks[low])
+    return min(high - 1, low + int(share * (high - low)))
+
+
 # Measurements
 
 
@@ -336,6 +379,8 @@ def curve_table(streams: str, arms: list[Arm], stored: Arm) -> list[str]:
         f"| {arm.name} | {mib(arm)} | {arm.time:.2f} | {arm.noise:.1%} | {arm.against(stored):.3f} | {arm.error:.1e} |"
         for arm in arms
     ]
+    if len(arms) < 2:
+        return lines
     rises = [(*more.slower(less), less.name, more.name) for less, more in itertools.combinations(arms, 2)]
     ratio, noise, less, more = max(rises, key=lambda rise: rise[0] - rise[1])
     verdict = "yes" if ratio - noise <= 1.01 else "no"
@@ -373,6 +418,8 @@ class Comparison:
 
     def __init__(self, shape: str, options: argparse.Namespace) -> None:
         width, tokens, batch, blocks = map(int, shape.split("x"))
+        blocks = options.blocks or blocks
+        self.shape = shape
         dtype = getattr(torch, options.dtype)
         self.title = f"width {width}, {tokens} tokens, batch {batch}, {blocks} blocks, {options.dtype}"
         self.options = options
@@ -421,6 +468,60 @@ class Comparison:
             ]
         yield self.finish(part)
 
+    def budgeted(self, setting: float) -> Arm:
+        rival = Arm(f"activation_memory_budget {setting}", loop(self.pairs, torch.compile(apart(block, setting))))
+        with compiling(setting):
+            self.examine(rival, self.expected)
+        return rival
+
+    def graph(self) -> Iterator[Part]:
+        import torch._dynamo.config
+
+        torch._dynamo.config.recompile_limit = 64
+        arms: dict[tuple[str, int], Arm] = {}
+        peaks: dict[str, dict[int, int]] = {streams: {} for streams in self.options.streams}
+
+        def measure(streams: str, stored: int) -> Arm:
+            if (streams, stored) not in arms:
+                name = f"one graph, {stored} of {2 * len(self.pairs)} stored"
+                arm = Arm(name, in_one_graph(self.pairs, streams, stored))
+                self.examine(arm, self.expected)
+                self.say(f"{streams} streams, {arm.name}: {mib(arm)} MiB")
+                arms[streams, stored], peaks[streams][stored] = arm, arm.peak
+            return arms[streams, stored]
+
+        def prepare(wanted: Iterable[tuple[str, int]]) -> None:
+            """Find the peaks of these graphs."""
+            new = [(streams, stored) for streams, stored in dict.fromkeys(wanted) if stored not in peaks[streams]]
+            if not self.options.warm:
+                for streams, stored in new:
+                    measure(streams, stored)
+            elif new:
+                with ProcessPoolExecutor(self.options.warm, multiprocessing.get_context("spawn")) as pool:
+                    jobs = [pool.submit(warm, self.shape, self.options, *one) for one in new]
+                    for (streams, stored), job in zip(new, jobs, strict=True):
+                        peaks[streams][stored] = job.result()
+                self.say(f"{len(new)} graphs compiled beforehand")
+
+        prepare((streams, stored) for streams in peaks for stored in (0, 2 * len(self.pairs)))
+        rivals = [self.budgeted(setting) for setting in SETTINGS]
+        self.say("rivals measured")
+        # The first interpolation is between none and all, the second has a nearer neighbour.
+        for _ in range(2):
+            guesses = [(name, most_stored(rival.peak, peaks[name])) for rival in rivals for name in peaks]
+            prepare((streams, stored) for streams, stored in guesses if stored is not None)
+        part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
+        for rival, streams in itertools.product(rivals, peaks):
+            for stored in sorted(peaks[streams], reverse=True):
+                if peaks[streams][stored] <= rival.peak and measure(streams, stored).peak <= rival.peak:
+                    part.plans[rival.name][streams] = arms[streams, stored]
+                    break
+        for streams in peaks:
+            measure(streams, 0)
+            known = sorted(stored for name, stored in arms if name == streams)
+            part.curve[streams] = [arms[streams, stored] for stored in known]
+        yield self.finish(part)
+
     def compiled(self) -> Iterator[Part]:
         import torch._dynamo.config
 
@@ -430,9 +531,7 @@ class Comparison:
         stored = Arm("", loop(self.pairs))
         for setting in SETTINGS:
             before = graphs()
-            rival = Arm(f"activation_memory_budget {setting}", loop(self.pairs, torch.compile(apart(block, setting))))
-            with compiling(setting):
-                self.examine(rival, self.expected)
+            rival = self.budgeted(setting)
             self.say(f"{rival.name}: {graphs() - before} graphs, {mib(rival)} MiB")
             if setting == 1.0:
                 stored = rival
@@ -472,14 +571,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--streams", nargs="+", default=["float"], help="float, fixed, or both")
-    parser.add_argument("--only", choices=("eager", "compiled"), help="one kind of rivals")
+    parser.add_argument("--only", choices=("eager", "compiled", "graph"), help="one kind of rivals")
+    parser.add_argument("--blocks", type=int, help="blocks of every shape, in place of those it names")
+    parser.add_argument("--warm", type=int, default=0, help="graphs compiled at a time, before they are measured")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=20.0, help="no further round after these, for each part")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    kinds = [options.only] if options.only else ["eager", "compiled"]
+    kinds = [options.only] if options.only else ["eager", "compiled", "graph"]
     stamp = f"{'-'.join(name.replace(',', '').split()).lower()}_{datetime.date.today()}"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"pareto_{'_'.join(kinds)}_{stamp}.md"
