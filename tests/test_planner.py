@@ -137,12 +137,16 @@ def test_more_memory_is_never_slower():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_hurried_search_loses_little(seed: int):
+def test_a_hurried_search_loses_little(seed: int, monkeypatch: pytest.MonkeyPatch):
     chain = random_chain(seed, 100, fixed=False)
     least, stored = minimum(chain), simulate(chain, ["store"] * 100).peak
     for share in (0.05, 0.3, 0.6):
         budget = round(least + share * (stored - least))
-        thorough, hurried = solve(chain, budget, effort=10**6), solve(chain, budget, effort=1)
+        found = []
+        for effort in (10**6, 1):
+            monkeypatch.setattr("revnet._solver._EFFORT", effort)
+            found.append(solve(chain, budget))
+        thorough, hurried = found
         assert hurried.peak <= budget
         assert thorough.time <= hurried.time <= 1.002 * thorough.time
 
@@ -236,6 +240,19 @@ def test_the_predicted_peak_under_autocast():
         peak = measure_memory(forward, x).peak_bytes
         assert found.budget >= peak
         assert found.peak_bytes <= 1.05 * peak
+
+
+# torch.compile itself reads the .grad of whatever is passed to a compiled function.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "streams"), [("aot_eager", "fixed"), ("inductor", "float")])
+def test_the_predicted_peak_of_compiled_branches(backend: str, streams: str):
+    torch.compiler.reset()
+    net = sequence(3, streams=streams)
+    for block in net.blocks:
+        block.f.compile(backend=backend)
+    check_budgets(net, torch.randn(4, 48, 32), ["minimum", "30%", "60%", "stored"])
 
 
 def test_gradients_that_exist_are_not_counted():
@@ -512,8 +529,8 @@ def test_fake_tensors_predict_the_bytes_of_real_ones(kind: str):
     for a, b in zip(real, fake, strict=True):
         assert b.estimated
         assert not a.estimated
-        # What a kernel takes for itself is not seen.
-        assert abs(a.peak_bytes - b.peak_bytes) <= 0.04 * a.peak_bytes
+        # The smallest and the stored peak, whichever plan ties with it. What a kernel takes for itself is not seen.
+        assert abs(a.budget - b.budget) <= 0.04 * a.budget
 
 
 def test_a_network_that_fits_nowhere_is_planned_without_allocating_it():
