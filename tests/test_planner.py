@@ -8,6 +8,7 @@ import json
 import random
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -516,7 +517,10 @@ def test_text_that_is_no_json_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake"])
-def test_fake_tensors_predict_the_bytes_of_real_ones(kind: str):
+def test_fake_tensors_predict_the_bytes_of_real_ones(kind: str, request: pytest.FixtureRequest):
+    # Attention's kernel takes memory for itself per thread, which is not seen.
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
     x = torch.randn(4, 64, 32)
     budgets = ["minimum", "stored"]
     real = plan(sequence(), x, budgets)
@@ -529,7 +533,7 @@ def test_fake_tensors_predict_the_bytes_of_real_ones(kind: str):
     for a, b in zip(real, fake, strict=True):
         assert b.estimated
         assert not a.estimated
-        # The smallest and the stored peak, whichever plan ties with it. What a kernel takes for itself is not seen.
+        # The smallest and the stored peak, whichever plan ties with it.
         assert abs(a.budget - b.budget) <= 0.04 * a.budget
 
 
