@@ -212,10 +212,11 @@ class Fixed:
         size = increment.numel()
         length = _PIECE * torch.get_num_threads()
         pieces = [(increment, *new, *(held or ()))]
-        if size > length:
+        if size > length or not new.value.is_contiguous():
             flat = [x.as_strided((size,), (1,)) for x in pieces[0]]
             pieces = [tuple(x[start : start + length] for x in flat) for start in range(0, size, length)]
-        total, other = (torch.empty_like(pieces[0][1], dtype=torch.float64) for _ in range(2))
+        # In one piece: the C library gives two back to the system, and each call would fault their pages in again.
+        total, other = torch.empty((2, *pieces[0][0].shape), dtype=torch.float64)
         for addend, value, residual, *before in pieces:
             if value.shape != total.shape:
                 total, other = total[: len(value)], other[: len(value)]
