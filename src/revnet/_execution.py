@@ -92,7 +92,7 @@ class Plan:
             ReversibleError: `x` is larger in some dimension, has another number of them, or a wider dtype.
         """
         wider = x.element_size() > getattr(torch, self.dtype).itemsize
-        if wider or x.dim() != len(self.shape) or any(map(int.__gt__, x.shape, self.shape)):
+        if wider or x.dim() != len(self.shape) or any(n > limit for n, limit in zip(x.shape, self.shape, strict=True)):
             raise ReversibleError(
                 f"the input is {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, larger than {self.shape} "
                 f"{self.dtype}, for which the plan of {format_bytes(self.budget)} was made. Make a plan with this "
