@@ -131,6 +131,46 @@ def test_one_graph_gives_the_gradients_of_the_stored_loop(branches: str, streams
     assert (backend.forward, backend.backward) == (1, 1)
 
 
+class Flat(nn.Linear):
+    """A branch that only a contiguous stream can enter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(6 * width, 6 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(len(x), -1)).view(x.shape).sin()
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_rebuilt_streams_have_the_strides_of_forward_and_not_of_the_gradient(streams: Any) -> None:
+    pairs = pairs_of(Flat)
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams=streams)
+    net.execution = ["invert", "invert", "invert", "store"]
+
+    class Turned(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).transpose(1, 2).contiguous().sin()
+
+    turned = Turned(net)
+    run = torch.compile(turned, fullgraph=True, backend="aot_eager")
+    assert_as_stored(run, turned, Turned(stored), tokens(), TOLERANCE[streams])
+
+
+def test_a_plan_may_be_compiled_and_still_refuses_larger_inputs() -> None:
+    net = revnet.ReversibleSequence(pairs_of(cases.Mlp))
+    net.execution = revnet.plan(net, tokens(), "stored")
+    run = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for count in (2, 1):  # The second has a symbol for a size.
+        run(tokens()[:count]).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    with pytest.raises(revnet.ReversibleError, match="larger than"):
+        torch.compile(net, backend="aot_eager")(torch.randn(3, 6, WIDTH, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("streams", STREAMS)
 def test_inductor_gives_the_gradients_of_the_stored_loop(streams: Any) -> None:
     pairs = pairs_of(cases.Mlp)

@@ -343,8 +343,9 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
     stream_grads = list(grads[:count])
     if torch.compiler.is_compiling() and not program.last:
         # The values, but known only with the gradients: a branch that reads what it read in forward would otherwise
-        # be one operation with that, and its activations would stay.
-        values = [torch.where(grad.isnan(), x, x) for x, grad in zip(values, stream_grads, strict=True)]
+        # be one operation with that, and its activations would stay. Copied, as the choice has the gradient's strides.
+        chosen = [torch.where(grad.isnan(), x, x) for x, grad in zip(values, stream_grads, strict=True)]
+        values = [torch.empty_like(x).copy_(same) for x, same in zip(values, chosen, strict=True)]
     collected: list[Tensor | None] = [None] * len(tensors)
     for step in program.steps[::-1]:
         i = step.part.target
