@@ -160,6 +160,21 @@ def test_rebuilt_streams_have_the_strides_of_forward_and_not_of_the_gradient(str
     assert_as_stored(run, turned, Turned(stored), tokens(), TOLERANCE[streams])
 
 
+@pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.parametrize("execution", [["invert", "invert", "store", "store"], ["store", "invert", "store", "invert"]])
+def test_runs_in_which_nothing_takes_a_gradient_are_compiled(execution: list[str], streams: Any) -> None:
+    pairs = pairs_of(cases.Mlp)
+    for branch in (*pairs[0], pairs[1][0]):
+        branch.requires_grad_(False)
+    net, x, found = revnet.ReversibleSequence(pairs, streams=streams), tokens().detach(), []
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        found.append(torch.autograd.grad(oracle.weighted(run(x)), trained))
+        net.execution = execution
+    for actual, wanted in zip(*found, strict=True):
+        oracle.assert_near(actual, wanted, tolerance=TOLERANCE[streams])
+
+
 def test_a_plan_may_be_compiled_and_still_refuses_larger_inputs() -> None:
     net = revnet.ReversibleSequence(pairs_of(cases.Mlp))
     net.execution = revnet.plan(net, tokens(), "stored")

@@ -59,18 +59,9 @@ def run_traced(
     if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
         arithmetic = FixedArithmetic(arithmetic.fixed, _prepared(arithmetic.monitor, list(streams)))
     again = [part for index, part in parts if executions[index] != "store"] if torch.is_grad_enabled() else []
-    if again and not all(isinstance(stream, Tensor) for stream in streams):
-        obstacle = obstacle or "a stream is a tree of tensors"
-    # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
-    if not again or torch.compiler._is_exporting_flag:
-        rebuild = False
-    elif torch.compiler.is_dynamo_compiling():
-        if not _replayable(again, list(streams), list(blocks), obstacle):
-            return outside(engine)
-        rebuild = True
-    else:
-        rebuild = not (inspecting() or torch.compiler.is_compiling() or _forward_mode() or obstacle)
-        rebuild = rebuild and not reason(again, streams, blocks)
+    rebuild = _rebuilds(again, streams, blocks, obstacle)
+    if rebuild is None:
+        return outside(engine)
     # Steps that begin with a run have it encode the streams: compiled transforms take the operator only inside.
     encode = not rebuild or executions[parts[0][0]] == "store"
     states = [arithmetic.open(stream) if encode else (stream, None) for stream in streams]
@@ -82,17 +73,37 @@ def run_traced(
             continue
         if run:
             states, run = _reversibly(run, states, arithmetic, False), []
-        out, extra = branch_output(part.fn(*(states[i][0] for i in part.source), **part.kwargs), states[part.target][0])
+        states[part.target], extra = _stored(index, part, states, arithmetic)
         if extra is not None:
             aux[part.name] = extra
-        try:
-            states[part.target] = arithmetic.combine(part.coupling, states[part.target], out, index)
-        except (TypeError, ValueError) as error:
-            raise ReversibleError(f"{part.name} {error}") from error
     if run:
         states = _reversibly(run, states, arithmetic, True)
     values = tuple(value for value, _ in states)
     return (*values, aux) if aux else values
+
+
+def _rebuilds(again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str) -> bool | None:
+    """Whether backward evaluates these steps again; None where only the engine can do so, outside the graph."""
+    # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
+    if not again or torch.compiler._is_exporting_flag:
+        return False
+    if not all(isinstance(stream, Tensor) for stream in streams):
+        obstacle = obstacle or "a stream is a tree of tensors"
+    if torch.compiler.is_dynamo_compiling():
+        return _replayable(again, list(streams), list(blocks), obstacle) or None
+    if inspecting() or torch.compiler.is_compiling() or _forward_mode() or obstacle:
+        return False
+    return not reason(again, streams, blocks)
+
+
+def _stored(index: int, part: Part, states: Sequence[Stream], arithmetic: Arithmetic) -> tuple[Stream, Any]:
+    """The target after an ordinary step, and the extra output of its branch."""
+    target = states[part.target]
+    out, extra = branch_output(part.fn(*(states[i][0] for i in part.source), **part.kwargs), target[0])
+    try:
+        return arithmetic.combine(part.coupling, target, out, index), extra
+    except (TypeError, ValueError) as error:
+        raise ReversibleError(f"{part.name} {error}") from error
 
 
 def outside(engine: Callable[[], Any]) -> Any:
@@ -223,7 +234,9 @@ def _reversibly(
         steps.append(_Evaluation(Part(*part[:5], kwargs), index, tuple(state), tuple(differentiated)))
     autocast = (_autocast("cpu"), _autocast(states[0][0].device.type))
     program = _Program(tuple(steps), streams, residuals, fixed, monitor, last, autocast)
-    outputs = _Walk.apply(program, *table.tensors)
+    # Under the compiler, a Function none of whose tensors takes a gradient fails.
+    walk = _Walk.apply if any(map(_takes_gradient, table.tensors)) else _up
+    outputs = walk(program, *table.tensors)
     values = outputs[: len(streams)]
     held = values if fixed is None else [Held(*parts) for parts in zip(values, outputs[len(streams) :], strict=True)]
     return list(zip(values, held, strict=True))
@@ -286,24 +299,7 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def forward(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
-        fixed = program.fixed
-        values = [tensors[slot] for slot in program.streams]
-        residuals = [tensors[slot] for slot in program.residuals]
-        if fixed is not None and not residuals:
-            for i, value in enumerate(values):
-                values[i], residual = fixed.encode(value, program.monitor)
-                residuals.append(residual)
-        for step in program.steps:
-            i = step.part.target
-            inputs = [values[j] for j in step.part.source] + [tensors[slot] for slot in step.differentiated]
-            added = _increment(step, values[i], tensors)(*inputs)
-            if fixed is None:
-                values[i] = values[i] + added.to(values[i].dtype)
-            else:
-                values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added, program.monitor, step.place)
-        # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
-        # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
-        return tuple([x.clone() for x in (*values, *residuals)])
+        return _up(program, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -320,6 +316,28 @@ class _Walk(torch.autograd.Function):
         # A transform has the backward pass recorded, in case that another one follows it, and with it all activations.
         with torch.no_grad():
             return _down(ctx.program, ctx.saved_tensors, grads)
+
+
+def _up(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The streams after the steps and, of fixed ones, what is left over of each."""
+    fixed = program.fixed
+    values = [tensors[slot] for slot in program.streams]
+    residuals = [tensors[slot] for slot in program.residuals]
+    if fixed is not None and not residuals:
+        for i, value in enumerate(values):
+            values[i], residual = fixed.encode(value, program.monitor)
+            residuals.append(residual)
+    for step in program.steps:
+        i = step.part.target
+        inputs = [values[j] for j in step.part.source] + [tensors[slot] for slot in step.differentiated]
+        added = _increment(step, values[i], tensors)(*inputs)
+        if fixed is None:
+            values[i] = values[i] + added.to(values[i].dtype)
+        else:
+            values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added, program.monitor, step.place)
+    # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
+    # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
+    return tuple([x.clone() for x in (*values, *residuals)])
 
 
 def _followed(tensors: Sequence[Tensor]) -> bool:
