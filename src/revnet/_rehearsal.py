@@ -26,12 +26,12 @@ from ._couplings import tree_leaves, tree_map
 from ._engine import Call
 from ._kept import compiled
 from ._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
+from ._monitor import RangeMonitor
 from ._program import Program
 from ._replay import RandomState, devices_of
 from ._sequence import ReversibleSequence, _Blocks
 from ._solver import Chain, Cost
 from ._steps import FixedArithmetic, Part
-from ._streams import RangeMonitor
 
 # Of one kind, in the chain that is timed.
 _REPEATED = 3

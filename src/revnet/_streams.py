@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._monitor import OutOfRange as OutOfRange
-from ._monitor import RangeMonitor as RangeMonitor
-from ._monitor import is_fake, key_of
+from ._monitor import RangeMonitor, is_fake, key_of
 
 # Magnitudes below 2^39 units: what a float32 of 24 and a bfloat16 of 8 significant bits leave over then fits 16 and 32
 # bits. Formats whose units are finer than 2^-24 keep 15 integer bits, and leave twice the bits over.
