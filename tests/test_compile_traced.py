@@ -553,11 +553,13 @@ def test_transforms_inside_a_graph(streams: Any) -> None:
 
 
 @pytest.mark.parametrize("streams", STREAMS)
-def test_distributed_tensors_inside_a_graph(streams: Any) -> None:
+@pytest.mark.parametrize("execution", ["invert", ["invert", "store", "invert", "store"]])
+def test_distributed_tensors_inside_a_graph(execution: Any, streams: Any) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         net = revnet.ReversibleSequence([(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)], streams=streams)
+        net.execution = execution
         distribute_module(net.double(), mesh)
         x = distribute_tensor(torch.randn(4, WIDTH, dtype=torch.float64), mesh, [Shard(0)])
         found = []
