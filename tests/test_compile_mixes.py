@@ -60,7 +60,7 @@ def keywords() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("streams", STREAMS)
 @given(data=st.data())
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_any_mix_in_one_graph_gives_the_gradients_of_the_stored_loop(streams: Any, data: st.DataObject) -> None:
     mix = data.draw(mixes(6))
     torch._dynamo.reset()
@@ -78,7 +78,7 @@ def test_any_mix_in_one_graph_gives_the_gradients_of_the_stored_loop(streams: An
 
 @pytest.mark.parametrize("streams", STREAMS)
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=8)
 def test_any_mix_under_transforms_gives_the_gradients_of_the_stored_loop(streams: Any, data: st.DataObject) -> None:
     mix = data.draw(mixes(6))
     pairs, route = shared()

@@ -71,7 +71,8 @@ def test_without_gradients_it_is_operation_by_operation_the_plain_loop(training:
     for module in (net, oracle):
         with mode(), OperationLog() as log:
             module.run(x1, x2)
-        logs.append(log.names)
+        # Asking for the dtype that a tensor has computes nothing, but inference mode lists it.
+        logs.append([name for name in log.names if name != "aten.to.dtype"])
     assert logs[0] == logs[1]
 
 

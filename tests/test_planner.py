@@ -250,10 +250,10 @@ def test_the_predicted_peak_under_autocast():
 @pytest.mark.parametrize(("backend", "streams"), [("aot_eager", "fixed"), ("inductor", "float")])
 def test_the_predicted_peak_of_compiled_branches(backend: str, streams: str):
     torch.compiler.reset()
-    net = sequence(3, streams=streams)
+    net = sequence(2, streams=streams)
     for block in net.blocks:
         block.f.compile(backend=backend)
-    check_budgets(net, torch.randn(4, 48, 32), ["minimum", "30%", "60%", "stored"])
+    check_budgets(net, torch.randn(4, 48, 32), ["minimum", "50%"])
 
 
 def test_gradients_that_exist_are_not_counted():
