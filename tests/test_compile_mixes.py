@@ -212,7 +212,7 @@ def test_the_peak_falls_with_every_step_that_is_rebuilt(backend: str) -> None:
     assert peaks[-1] < 0.5 * peaks[0]
 
 
-@pytest.mark.parametrize(("name", "streams"), zip(MIXES, ["float", "fixed"] * 2, strict=True))
+@pytest.mark.parametrize(("name", "streams"), list(zip(MIXES, ["float", "fixed"] * 2, strict=True)))
 def test_every_step_that_is_rebuilt_is_evaluated_once_more(name: str, streams: str) -> None:
     """Also where inductor sees that a branch is given what it was given in forward, and would keep the result."""
     products: list[int] = []
