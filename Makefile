@@ -14,7 +14,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(TORCH)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Without compiling what may never be imported: that takes longer than all else of an installation.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 
 .PHONY: train test lint types check format clean
 
@@ -45,9 +46,9 @@ clean:
 $(VENV)/.installed-pinned: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt torch==2.13.0
-	$(PIP) install --constraint constraints.txt hatchling editables
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(PIP_INSTALL) --constraint constraints.txt torch==2.13.0
+	$(PIP_INSTALL) --constraint constraints.txt hatchling editables
+	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # setuptools is left out with torch because torch releases bound it differently.
@@ -55,6 +56,6 @@ $(VENV)/.installed-system: constraints.txt pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	@$(BIN)/python -c 'import torch; print("using torch", torch.__version__)'
 	grep --invert-match --extended-regexp '^(torch|setuptools)==' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install --constraint $(VENV)/constraints.txt hatchling editables
-	$(PIP) install --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt hatchling editables
+	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
