@@ -191,20 +191,19 @@ def test_layer_dropout_keeps_the_executions_of_the_steps_that_are_left(monkeypat
 
 
 MIXES: dict[str, Sequence[str]] = {
-    "the last stored": ["invert"] * 6 + ["store"] * 2,
-    "the first stored": ["store"] * 2 + ["invert"] * 6,
-    "in turn": ["store", "invert"] * 4,
-    "others": ["store", "select", "store", "checkpoint", "store", "offload", "store", "invert"],
+    "the last stored": ["invert"] * 4 + ["store"] * 2,
+    "the first stored": ["store"] * 2 + ["invert"] * 4,
+    "in turn": ["store", "invert"] * 3,
+    "others": ["store", "select", "store", "checkpoint", "store", "offload"],
 }
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_the_peak_falls_with_every_step_that_is_rebuilt(backend: str) -> None:
-    depth = 4
-    counts = range(0, 2 * depth + 1, 1 if backend == "aot_eager" else 4)
+def test_the_peak_falls_with_the_steps_that_are_rebuilt(backend: str) -> None:
+    depth = 3
     peaks = [
         compiled_peak(depth, backend, cases.Mlp, execution=["invert"] * count + ["store"] * (2 * depth - count))
-        for count in counts
+        for count in range(0, 2 * depth + 1, 1 if backend == "aot_eager" else 3)
     ]
     # The last step is kept or rebuilt for the same peak.
     falls = [less - more for more, less in itertools.pairwise(peaks)]
@@ -223,7 +222,7 @@ def test_every_step_that_is_rebuilt_is_evaluated_once_more(name: str, streams: s
 
     def in_backward(execution: Any) -> int:
         torch._dynamo.reset()
-        net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(4)], streams=streams)
+        net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(3)], streams=streams)
         net.execution = execution
         run = torch.compile(net, fullgraph=True, backend=partial(compile_fx, inner_compile=inner))
         run(torch.randn(2, 6, WIDTH, requires_grad=True)).sum().backward()
@@ -235,4 +234,4 @@ def test_every_step_that_is_rebuilt_is_evaluated_once_more(name: str, streams: s
     if MIXES[name][-1] != "store":
         expected -= min(2, 2 * len(runs[-1]) - 1)
     assert in_backward(MIXES[name]) - in_backward("store") == expected
-    assert products[0] == products[2] == 16
+    assert products[0] == products[2] == 12
