@@ -45,3 +45,34 @@ def test_streams_put_in_by_a_hook(kind: str, places: tuple[int, ...], streams: A
     mixed = [EXECUTIONS[i % len(EXECUTIONS)] for i in range(8)]
     for execution in (*EXECUTIONS, mixed, mixed[::-1]):
         assert_same_gradients(step(execution, streams, places, kind), expected, 1e-11)
+
+
+def as_loop(blocks: Any, x: Tensor) -> Tensor:
+    x1 = x2 = x
+    for block in blocks:
+        x1, x2 = block(x1, x2)
+    return (x1 + x2) / 2
+
+
+@pytest.mark.parametrize("places", [(0,), (1, 2), (3,)], ids=str)
+def test_hooks_of_blocks_run_as_in_a_loop_over_the_blocks(places: tuple[int, ...]) -> None:
+    net = ReversibleSequence([(Mlp(8).double(), Mlp(8).double()) for _ in range(4)])
+    seen: list[Any] = []
+    for place in places:
+        block = net.blocks[place]
+        block.register_forward_pre_hook(before)
+        block.register_forward_hook(after)
+        block.register_full_backward_pre_hook(lambda _, grads, place=place: seen.append((place, *grads)))
+        block.register_full_backward_hook(lambda _, grads, __: (grads[0] * 1.5, *grads[1:]))
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    found = []
+    for run in (net, lambda x: as_loop(net.blocks, x)):
+        net.zero_grad()
+        seen.clear()
+        leaf = x.clone().requires_grad_()
+        weighted(run(leaf)).backward()
+        found.append(({"x": leaf.grad, **gradients_of(net)}, [place for place, *_ in seen], [g for _, *g in seen]))
+    (actual, order, given), (expected, wanted, taken) = found
+    assert order == wanted == sorted(places, reverse=True)
+    assert_same_gradients(actual, expected, 1e-11)
+    torch.testing.assert_close(given, taken)

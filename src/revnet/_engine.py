@@ -17,7 +17,7 @@ The rules, cited below by number:
     keywords, randomness, autocast.
  7. A replay that differs from its forward raises, and so does what was changed in place in between.
  8. Without gradients there is no engine, only the loop.
- 9. A forward enters blocks by their `__call__`; a replay calls branches.
+ 9. A forward enters blocks by their `__call__`, where that does more than their steps; a replay calls branches.
 10. The combine runs inside the hooks as well.
 """
 
@@ -110,7 +110,7 @@ class _Handles:
 
     __slots__ = ("call", "step", "record", "sources", "passing", "caught", "__weakref__")
 
-    def __init__(self, call: Call, step: int, record: _Record | None) -> None:
+    def __init__(self, call: Call, step: int, record: _Record) -> None:
         self.call = call
         self.step = step
         self.record = record
@@ -126,13 +126,12 @@ class _Handles:
             for leaf in tree_leaves(value):
                 base = leaf._base
                 self.sources += (leaf,) if base is None else (leaf, base)
-        assert self.record is not None
         if versions := self.record.keywords.versions:
             self.passing = {_memory(tensor) for tensor, _, _ in versions} - set(map(_memory, self.sources))
 
     def pack(self, tensor: Tensor) -> Any:
         # Called for each tensor that each step saves: every attribute counts.
-        saved = self.record.saved  # type: ignore[union-attr]
+        saved = self.record.saved
         root = tensor._base
         if root is None:
             root = tensor
@@ -164,6 +163,10 @@ class _Handles:
                 "operation."
             )
         return tensor  # type: ignore[no-any-return]
+
+
+def _no_handles() -> None:
+    """In place of a reference to the handles of a stored step, which has none."""
 
 
 class _Task:
@@ -217,7 +220,7 @@ class Call:
         # Under FakeTensorMode nothing is drawn, and generators cannot be read.
         self.fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         self.records: list[_Record | None] = []
-        self.handles: list[weakref.ref[_Handles]] = []
+        self.handles: list[Callable[[], _Handles | None]] = []
         # The generators after the last step, while nobody can have drawn since.
         self.random: RandomState | None = None
         # Position p is the state before step p.
@@ -237,8 +240,7 @@ class Call:
         # A hook on the block put other streams in: below this point state cannot be found by walking. As after a stored
         # step, the state before it and the state after it are two positions.
         if self.recording and self.records and self.records[-1] is not None:
-            self._mark()
-            self._append(None)
+            self._skip()
         self.streams = [self.arithmetic.open(value) for value in streams]
 
     def step(self, index: int, part: Part) -> None:
@@ -249,8 +251,7 @@ class Call:
         sources = [self.streams[i][0] for i in part.source]
         if not self.recording or execution == "store":
             if self.recording:
-                self._mark()
-                self._append(None)
+                self._skip()
             self.random = None
             self._combine(index, part, self._branch(part, part.fn(*sources, **part.kwargs)))
             return
@@ -336,11 +337,17 @@ class Call:
         undone = execution not in ("checkpoint", "offload") and part.target not in part.source
         return None if undone and self.arithmetic.undoes(part.coupling) else Saved(held)
 
-    def _append(self, record: _Record | None) -> _Handles:
+    def _append(self, record: _Record) -> _Handles:
         handles = _Handles(self, len(self.records), record)
         self.records.append(record)
         self.handles.append(weakref.ref(handles))
         return handles
+
+    def _skip(self) -> None:
+        """Go on with what no walk crosses."""
+        self._mark()
+        self.records.append(None)
+        self.handles.append(_no_handles)
 
     def _mark(self) -> None:
         """Keep the present state as a place to walk from, unless the last step was stored."""

@@ -295,18 +295,26 @@ class ReversibleSequence(_Blocks):
         return list(self.blocks)
 
     def _through(self, call: Call, parts: Parts) -> Sequence[Any]:
-        streams, doors = call.start(), self._doors
+        doors, streams = self._doors, ()
         for i in range(0, len(parts), 2):
-            (first, f), (_, g) = parts[i : i + 2]
+            block = parts[i : i + 2]
+            (first, f), (_, g) = block
             door = doors[first // 2]
-            alone = _runs_only_steps(door)
-            call.random = call.random if alone else None
-            _door.entered = call, parts[i : i + 2]
+            if _runs_only_steps(door):
+                if streams:
+                    call.enter(*streams)
+                    streams = ()
+                for index, part in block:
+                    call.step(index, part)
+                continue
+            # What else runs in the block may draw random numbers.
+            call.random = None
+            _door.entered = call, block
             try:
-                streams = door(*streams, f.kwargs, g.kwargs)
+                streams = door(*(streams or call.start()), f.kwargs, g.kwargs)
             finally:
                 vars(_door).pop("entered", None)
-            call.random = call.random if alone else None
+            call.random = None
         return streams
 
     def extra_repr(self) -> str:
@@ -349,8 +357,9 @@ class SequentialSequence(_Blocks):
 
 
 def _runs_only_steps(block: nn.Module) -> bool:
-    """Whether calling a block runs no code beside its steps: no hooks, say, which might draw random numbers."""
-    hooks = block._forward_pre_hooks or block._forward_hooks or has_any_global_hook()
+    """Whether calling a block would run its steps and nothing else: no hooks, say."""
+    hooks = block._forward_pre_hooks or block._forward_hooks or block._backward_pre_hooks or block._backward_hooks
+    hooks = hooks or has_any_global_hook()
     own = "forward" in vars(block) or block._compiled_call_impl is not None
     return type(block) is ReversibleBlock and not hooks and not own
 
