@@ -274,17 +274,15 @@ class Bijection(Coupling):
         return inverse(target)
 
 
+# A stream keeps its dtype: without the cast, adding a wider output would promote it. Most need none.
+
+
 def _add(target: Tensor, increment: Tensor) -> Tensor:
-    return target + _cast(increment, target.dtype)
+    return target + (increment if increment.dtype is target.dtype else increment.to(target.dtype))
 
 
 def _subtract(target: Tensor, increment: Tensor) -> Tensor:
-    return target - _cast(increment, target.dtype)
-
-
-def _cast(increment: Tensor, dtype: torch.dtype) -> Tensor:
-    # A stream keeps its dtype: without the cast, adding a wider output would promote it. Most need none.
-    return increment if increment.dtype is dtype else increment.to(dtype)
+    return target - (increment if increment.dtype is target.dtype else increment.to(target.dtype))
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
@@ -331,17 +329,13 @@ def tree_leaves(tree: Any) -> list[Tensor]:
 
 def fitting(target: Any, out: Any) -> Any:
     """`out`, after a check that each of its tensors can be added to its counterpart in `target`."""
-    if isinstance(target, Tensor):
-        return _fitting(target, out)
-    if pytree.tree_structure(target) != pytree.tree_structure(out):
-        raise ValueError(
-            f"returned {_describe(out)}, but its target stream is {_describe(target)}; "
-            "a branch returns a tree of the same structure"
-        )
-    return pytree.tree_map(_fitting, target, out)
-
-
-def _fitting(target: Tensor, out: Any) -> Tensor:
+    if not isinstance(target, Tensor):
+        if pytree.tree_structure(target) != pytree.tree_structure(out):
+            raise ValueError(
+                f"returned {_describe(out)}, but its target stream is {_describe(target)}; "
+                "a branch returns a tree of the same structure"
+            )
+        return pytree.tree_map(fitting, target, out)
     if not isinstance(out, Tensor):
         raise TypeError(f"returned {type(out).__name__}, but its target stream is {_describe(target)}")
     if out.shape != target.shape or out.device != target.device:

@@ -253,7 +253,7 @@ class Call:
             if self.recording:
                 self._skip()
             self.random = None
-            self._combine(index, part, self._branch(part, part.fn(*sources, **part.kwargs)))
+            self._combine(index, part, part.fn(*sources, **part.kwargs))
             return
         record = _Record(
             # Keywords may hold the graph, and its handles the record.
@@ -295,9 +295,9 @@ class Call:
                     f"{part.name} changed its input in place. The stream it reads is needed to rebuild the "
                     "activations: work on a copy, or use the out-of-place operation."
                 )
-            out = self._branch(part, out)
             if self.options.determinism_check == "exact":
-                record.checksums = _checksum(self.streams[part.target][1]), _checksum(out)
+                target, held = self.streams[part.target]
+                record.checksums = _checksum(held), _checksum(branch_output(out, target)[0])
             self._combine(index, part, out)
         if record.results is not None:
             record.results.settle()
@@ -354,14 +354,12 @@ class Call:
         if self.records and self.records[-1] is not None:
             self.known[len(self.records)] = Saved([held for _, held in self.streams])
 
-    def _branch(self, part: Part, out: Any) -> Any:
-        """The branch's output, its extra output put aside."""
-        out, aux = branch_output(out, self.streams[part.target][0])
-        if aux is not None:
-            self.aux[part.name] = aux
-        return out
-
     def _combine(self, index: int, part: Part, out: Any) -> None:
+        """Update the target with what the branch returned, its extra output put aside."""
+        if isinstance(out, tuple):
+            out, aux = branch_output(out, self.streams[part.target][0])
+            if aux is not None:
+                self.aux[part.name] = aux
         try:
             self.streams[part.target] = self.arithmetic.combine(part.coupling, self.streams[part.target], out, index)
         except (TypeError, ValueError) as error:
