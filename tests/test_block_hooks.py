@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from cases import Mlp
 from oracle import assert_same_gradients, gradients_of, weighted
-from revnet import Fixed, ReversibleSequence
+from revnet import Fixed, ReversibleError, ReversibleSequence
 from revnet._execution import EXECUTIONS
 
 
@@ -76,3 +77,29 @@ def test_hooks_of_blocks_run_as_in_a_loop_over_the_blocks(places: tuple[int, ...
     assert order == wanted == sorted(places, reverse=True)
     assert_same_gradients(actual, expected, 1e-11)
     torch.testing.assert_close(given, taken)
+
+
+def halve_before(block: Any, args: tuple[Any, ...]) -> None:
+    args[1].mul_(0.5)
+
+
+def halve_after(block: Any, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
+    out[1].mul_(0.5)
+
+
+@pytest.mark.parametrize(("kind", "place"), [("before", 2), ("after", 1), ("after", 3)])
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_a_stream_that_a_hook_writes_to(kind: str, place: int, streams: Any) -> None:
+    """Autograd allows it for the second stream, which nothing has read; what was there cannot be found again."""
+    net = ReversibleSequence([(Mlp(8).double(), Mlp(8).double()) for _ in range(4)], streams=streams)
+    block = net.blocks[place]
+    block.register_forward_pre_hook(halve_before) if kind == "before" else block.register_forward_hook(halve_after)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    with pytest.raises(ReversibleError, match=re.escape(f"block {place - (kind == 'before')}, branch g: a hook")):
+        net(x)
+    with torch.no_grad():
+        evaluated = net(x)
+    net.execution = ["store"] * 8
+    stored = net(x)
+    stored.sum().backward()
+    assert torch.equal(stored, evaluated)

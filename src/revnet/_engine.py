@@ -215,6 +215,8 @@ class Call:
         self.devices = devices_of(leaves)
         self.autocast = AutocastState([device.type for device in self.devices])
         self.streams: list[Stream] = [arithmetic.open(value) for value in streams]
+        # Of the streams as a block gave them.
+        self.versions: list[int] = []
         self.aux: dict[str, Any] = {}
         self.capturing = bool(self.devices) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         # Under FakeTensorMode nothing is drawn, and generators cannot be read.
@@ -234,6 +236,7 @@ class Call:
 
     def enter(self, *streams: Any) -> None:
         """Take up the streams as a block received them through its `__call__` (rule 9)."""
+        self._check_unwritten()
         if all(map(_same, self.start(), streams)):
             self.streams = [(value, held) for value, (_, held) in zip(streams, self.streams, strict=True)]
             return
@@ -313,11 +316,27 @@ class Call:
         return self.random or RandomState(self.devices)
 
     def start(self) -> list[Any]:
-        """The streams before the first step, as branches read them."""
+        """The streams before the next step, as branches read them."""
+        self.versions = self._versions()
         return [value for value, _ in self.streams]
+
+    def _versions(self) -> list[int]:
+        """Of the streams, where the last step is to be undone from them."""
+        if not self.records or self.records[-1] is None:
+            return []
+        return [leaf._version for value, _ in self.streams for leaf in tree_leaves(value)]
+
+    def _check_unwritten(self) -> None:
+        if self.versions and self.versions != self._versions():
+            raise ReversibleError(
+                f"{self.name(len(self.records) - 1)}: a hook changed the streams that this step left in place. They "
+                "are needed to rebuild the activations: return other tensors from the hook instead."
+            )
+        self.versions = []
 
     def finish(self, *streams: Any) -> Sequence[Any]:
         """The streams after the last step, as its block gave them. Now the call lives as long as its handles."""
+        self._check_unwritten()
         self._mark()
         self.top = len(self.records) - 1
         return streams or self.start()
