@@ -260,6 +260,48 @@ def test_functional_call_with_weights_that_are_results_of_other_operations():
     assert_same_gradients(*found, tolerance=1e-11)
 
 
+class Scaled(AttributeInPlace):
+    """Reads a tensor attribute and buffers, and changes none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("shift", torch.full((width,), 0.5))
+        self.register_buffer("index", torch.arange(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x)[..., self.index] * self.shift).tanh() * self.scale
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_functional_call_replays_with_the_buffers_it_was_given(training: bool):
+    net, oracle = both(Scaled)
+    found = []
+    for module in (net.train(training), oracle.train(training)):
+        given = {name: buffer.flip(0) * 3 % 8 for name, buffer in module.named_buffers()}
+        x = randn(6, 8, requires_grad=True)
+        weighted(torch.func.functional_call(module, given, (x,))).backward()
+        found.append({"x": x.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["shift", "index", "scale"])
+def test_a_buffer_put_in_anothers_place_after_forward_takes_no_part(name: str, training: bool):
+    net, oracle = both(Scaled)
+    found = []
+    for module in (net.train(training), oracle.train(training)):
+        x = randn(6, 8, requires_grad=True)
+        loss = weighted(module(x))
+        branches = [branch for branch in module.modules() if isinstance(branch, Scaled)]
+        others = [getattr(branch, name).flip(0) * 3 for branch in branches]
+        for branch, other in zip(branches, others, strict=True):
+            setattr(branch, name, other)
+        loss.backward()
+        assert all(getattr(branch, name) is other for branch, other in zip(branches, others, strict=True))
+        found.append({"x": x.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
 def test_a_parameter_or_branch_put_in_anothers_place_after_forward_takes_no_part():
     net, oracle = both(Mlp, depth=3)
     found = []

@@ -262,10 +262,10 @@ class ModuleState:
             ):
                 raise ReversibleError(_changed(where, "parameter", name))
             plain = plain and present is parameter and parameter.requires_grad is flag
-        for _, name, buffer, found, start in self.buffers:
+        for owner, name, buffer, found, start in self.buffers:
             if found is not None and buffer._version != found:
                 raise ReversibleError(_changed(where, "buffer", name))
-            plain = plain and start is None
+            plain = plain and start is None and owner.get(name) is buffer
         uncast = _sharded_by_fsdp(self.modules) if _FSDP_REPLAYS_UNCAST else []
         return None if plain and not uncast else self._restored(uncast)
 
@@ -278,10 +278,11 @@ class ModuleState:
             if present is not parameter and not _swapped_by_fsdp(parameter, present):
                 swapped.append((owner, name, present))
                 owner[name] = parameter
-        for owner, name, _, _, start in self.buffers:
-            if start is not None:
-                swapped.append((owner, name, owner.get(name)))
-                owner[name] = start.clone()
+        for owner, name, buffer, _, start in self.buffers:
+            present = owner.get(name)
+            if start is not None or present is not buffer:
+                swapped.append((owner, name, present))
+                owner[name] = buffer if start is None else start.clone()
         toggled = [
             parameter
             for _, _, parameter, _, flag in self.parameters
