@@ -145,6 +145,31 @@ def test_the_peak_with_dropout_grows_by_generator_states_alone():
     assert max(peaks) <= 1.01 * min(peaks)
 
 
+class KeepsLoss(Mlp):
+    """Leaves a loss of its own in an attribute, to be added by the training loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.loss = out.square().mean()
+        return out
+
+
+def test_the_peak_with_a_loss_in_an_attribute_grows_by_the_losses_alone():
+    x = randn(8, 32, 8)
+    peaks = []
+    for depth in DEPTHS:
+        net = ReversibleSequence(build([(KeepsLoss, KeepsLoss)] * depth, 8))
+        allocated_gradients(net)
+        branches = [branch for branch in net.modules() if isinstance(branch, KeepsLoss)]
+
+        def step(net: nn.Module = net, branches: list[KeepsLoss] = branches) -> Tensor:
+            return net(x).sum() + torch.stack([branch.loss for branch in branches]).sum()
+
+        peaks.append(measure_memory(step).peak_bytes)
+        assert all(branch.loss.grad_fn is not None for branch in branches)
+    assert max(peaks) <= min(peaks) + 3 * 2 * max(DEPTHS) * x.itemsize
+
+
 def test_the_peak_of_double_backward_is_not_what_is_promised_but_it_is_freed():
     net = ReversibleSequence(build([(Mlp, Mlp)] * 4, 8))
     allocated_gradients(net)

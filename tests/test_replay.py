@@ -118,6 +118,45 @@ class AttributeReassigned(AttributeInPlace):
         return out
 
 
+class AttributeMade(AttributeReassigned):
+    """Has a tensor from its first call on, and in its place until then a number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.scale: Any = 1.25
+
+
+class AttributeAdded(AttributeReassigned):
+    """The same, and until then nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        del self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = x.new_full((), 1.25)
+        return super().forward(x)
+
+
+class BufferMade(AttributeReassigned):
+    """The same in a buffer that is None at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        del self.scale
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return self.linear(x).tanh() + self._first(x)
+        return super().forward(x)
+
+    def _first(self, x: Tensor) -> float:
+        self.scale = 1 + x.detach().mean(0)
+        return 1.25
+
+
 STATEFUL = {
     "batchnorm": BatchNorm,
     "batchnorm-cumulative": cumulative,
@@ -126,6 +165,9 @@ STATEFUL = {
     "ema-reassigned": EmaReassigned,
     "attribute-in-place": AttributeInPlace,
     "attribute-reassigned": AttributeReassigned,
+    "attribute-made": AttributeMade,
+    "attribute-added": AttributeAdded,
+    "buffer-made": BufferMade,
     "spectral": spectral,
     "spectral-by-hook": spectral_by_hook,
 }
@@ -214,15 +256,20 @@ def test_batch_norm_in_eval_mode_stays_put():
 
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_lazy_modules_are_made_by_the_first_forward():
-    pairs = [(nn.LazyLinear(8, dtype=torch.float64), nn.LazyLinear(8, dtype=torch.float64)) for _ in range(2)]
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyBatchNorm1d(dtype=torch.float64), nn.LazyLinear(8, dtype=torch.float64))
+
+    pairs = [(lazy(), lazy()) for _ in range(2)]
     net = ReversibleSequence(pairs)
     x = randn(3, 8, requires_grad=True)
     loss = weighted(net(x))
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     oracle, expected = stored_copy(pairs), randn(3, 8, requires_grad=True)
     weighted(oracle(expected)).backward()
     loss.backward()
     assert_near(x.grad, expected.grad)
     assert_same_gradients(gradients_of(net), gradients_of(oracle))
+    assert_same_gradients(dict(net.named_buffers()), buffers)
 
 
 @pytest.mark.parametrize("branch", [with_dropout(Mlp), BatchNorm], ids=["dropout", "batchnorm"])

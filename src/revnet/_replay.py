@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import operator
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from ._errors import ReversibleError
@@ -188,32 +190,39 @@ class ModuleState:
     """Parameters, buffers and training flags of a branch as its call saw them.
 
     Made before the call, completed by `settle` after it. Tensors without gradient that are plain attributes count among
-    the buffers. Buffers that the call changed stay as copies of their value before it, all others as references with
-    their version.
+    the buffers. Buffers that the call changed stay as copies of their value before it, those that it made as what
+    stood in their place, all others as references with their version.
     """
 
-    __slots__ = ("modules", "training", "parameters", "buffers")
+    __slots__ = ("modules", "training", "found", "parameters", "buffers", "graphs")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.training = [module.training for module in modules]
         # Owner, name, parameter, its version, and whether it requires a gradient.
         self.parameters: list[tuple[dict[str, Any], str, Tensor, int, bool]] = []
-        # Owner, name, buffer, its version unless the call changed it, and what a replay starts from if it may write.
-        self.buffers: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor | None]] = []
+        # Owner, name, buffer (or what stood in its place), its version unless the call changed it, and what a replay
+        # starts from if it may write.
+        self.buffers: list[tuple[dict[str, Any], str, Any, int | None, Tensor | None]] = []
+        # The attributes of each module, until `settle`: they may hold the graph.
+        self.found: list[dict[str, Any]] = []
+        # Owner and name of attributes with gradient, such as a loss. From a replay they would hold what it computed.
+        self.graphs: list[tuple[dict[str, Any], str]] = []
         for module in modules:
             own = module.__dict__
+            self.found.append(own.copy())
             if buffers := own["_buffers"]:
                 self._add(buffers, buffers)
             if not _NO_TENSORS.issuperset(map(type, own.values())):
-                tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-                self._add(own, [name for name, x in tensors.items() if not x.requires_grad and not x.is_inference()])
+                self._add(own, [name for name, x in _tensors(own) if not x.requires_grad])
 
     def _add(self, owner: dict[str, Any], names: Iterable[str]) -> None:
         self.buffers += [
-            (owner, name, buffer, buffer._version, buffer.detach().clone())
+            (owner, name, buffer, None, None)
+            if (buffer := owner[name]) is None
+            # A lazy module gives it memory in its first call.
+            else (owner, name, buffer, buffer._version, buffer if is_lazy(buffer) else buffer.detach().clone())
             for name in names
-            if (buffer := owner[name]) is not None
         ]
 
     def settle(self) -> None:
@@ -225,6 +234,16 @@ class ModuleState:
             for name, parameter in owner.items()
             if parameter is not None
         ]
+        for module, found in zip(self.modules, self.found, strict=True):
+            own = module.__dict__
+            if len(own) == len(found) and all(map(operator.is_, own.values(), found.values())):
+                continue
+            for name, x in _tensors(own):
+                if x.requires_grad:
+                    self.graphs.append((own, name))
+                elif not isinstance(before := found.get(name, _ABSENT), Tensor):
+                    self.buffers.append((own, name, before, None, None))
+        self.found = []
         if not self.buffers:
             return
         # Batch norm writes its statistics without a new version. Where a counter tells, all buffers of the module are
@@ -232,7 +251,7 @@ class ModuleState:
         moved = {
             id(owner)
             for owner, name, buffer, version, _ in self.buffers
-            if owner.get(name) is not buffer or buffer._version != version
+            if owner.get(name) is not buffer or getattr(buffer, "_version", None) != version
         }
         training = {id(module._buffers) for module in self.modules if module.training}
         self.buffers = [
@@ -243,7 +262,7 @@ class ModuleState:
                 name,
                 buffer,
                 version,
-                buffer if id(owner) in training and buffer.is_floating_point() else None,
+                buffer if id(owner) in training and before is not None and buffer.is_floating_point() else None,
             )
             for owner, name, buffer, version, before in self.buffers
         ]
@@ -265,24 +284,24 @@ class ModuleState:
         for owner, name, buffer, found, start in self.buffers:
             if found is not None and buffer._version != found:
                 raise ReversibleError(_changed(where, "buffer", name))
-            plain = plain and start is None and owner.get(name) is buffer
+            plain = plain and start is None and owner.get(name, _ABSENT) is buffer
         uncast = _sharded_by_fsdp(self.modules) if _FSDP_REPLAYS_UNCAST else []
-        return None if plain and not uncast else self._restored(uncast)
+        return None if plain and not uncast and not self.graphs else self._restored(uncast)
 
     @contextlib.contextmanager
     def _restored(self, uncast: list[nn.Module]) -> Iterator[None]:
         training = [module.training for module in self.modules]
-        swapped: list[tuple[dict[str, Any], str, Any]] = []
+        swapped = [(owner, name, owner.get(name, _ABSENT)) for owner, name in self.graphs]
         for owner, name, parameter, _, _ in self.parameters:
             present = owner.get(name)
             if present is not parameter and not _swapped_by_fsdp(parameter, present):
                 swapped.append((owner, name, present))
                 owner[name] = parameter
         for owner, name, buffer, _, start in self.buffers:
-            present = owner.get(name)
+            present = owner.get(name, _ABSENT)
             if start is not None or present is not buffer:
                 swapped.append((owner, name, present))
-                owner[name] = buffer if start is None else start.clone()
+                _put(owner, name, buffer if start is None else start.clone())
         toggled = [
             parameter
             for _, _, parameter, _, flag in self.parameters
@@ -296,10 +315,26 @@ class ModuleState:
                 yield
         finally:
             for owner, name, present in reversed(swapped):
-                owner[name] = present
+                _put(owner, name, present)
             for parameter in toggled:
                 parameter.requires_grad_(not parameter.requires_grad)
             _set_training(self.modules, training)
+
+
+def _tensors(own: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The attributes of a module that are tensors, with their names."""
+    return [(name, x) for name, x in own.items() if isinstance(x, Tensor) and not x.is_inference()]
+
+
+# Stands for an attribute that a module does not have.
+_ABSENT = object()
+
+
+def _put(owner: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        owner.pop(name, None)
+    else:
+        owner[name] = value
 
 
 def _set_training(modules: list[nn.Module], flags: list[bool]) -> None:
