@@ -151,6 +151,7 @@ class KeepsLoss(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
         self.loss = out.square().mean()
+        self.losses = {"square": self.loss}
         return out
 
 

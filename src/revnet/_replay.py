@@ -194,7 +194,7 @@ class ModuleState:
     stood in their place, all others as references with their version.
     """
 
-    __slots__ = ("modules", "training", "found", "parameters", "buffers", "graphs")
+    __slots__ = ("modules", "training", "found", "parameters", "buffers", "written")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
@@ -206,8 +206,8 @@ class ModuleState:
         self.buffers: list[tuple[dict[str, Any], str, Any, int | None, Tensor | None]] = []
         # The attributes of each module, until `settle`: they may hold the graph.
         self.found: list[dict[str, Any]] = []
-        # Owner and name of attributes with gradient, such as a loss. From a replay they would hold what it computed.
-        self.graphs: list[tuple[dict[str, Any], str]] = []
+        # The attributes of each module in which the call set some, such as a loss: a replay's would hold its graph.
+        self.written: list[dict[str, Any]] = []
         for module in modules:
             own = module.__dict__
             self.found.append(own.copy())
@@ -238,11 +238,12 @@ class ModuleState:
             own = module.__dict__
             if len(own) == len(found) and all(map(operator.is_, own.values(), found.values())):
                 continue
-            for name, x in _tensors(own):
-                if x.requires_grad:
-                    self.graphs.append((own, name))
-                elif not isinstance(before := found.get(name, _ABSENT), Tensor):
-                    self.buffers.append((own, name, before, None, None))
+            self.written.append(own)
+            self.buffers += [
+                (own, name, before, None, None)
+                for name, x in _tensors(own)
+                if not x.requires_grad and not isinstance(before := found.get(name, _ABSENT), Tensor)
+            ]
         self.found = []
         if not self.buffers:
             return
@@ -286,12 +287,13 @@ class ModuleState:
                 raise ReversibleError(_changed(where, "buffer", name))
             plain = plain and start is None and owner.get(name, _ABSENT) is buffer
         uncast = _sharded_by_fsdp(self.modules) if _FSDP_REPLAYS_UNCAST else []
-        return None if plain and not uncast and not self.graphs else self._restored(uncast)
+        return None if plain and not uncast and not self.written else self._restored(uncast)
 
     @contextlib.contextmanager
     def _restored(self, uncast: list[nn.Module]) -> Iterator[None]:
         training = [module.training for module in self.modules]
-        swapped = [(owner, name, owner.get(name, _ABSENT)) for owner, name in self.graphs]
+        written = [(own, own.copy()) for own in self.written]
+        swapped: list[tuple[dict[str, Any], str, Any]] = []
         for owner, name, parameter, _, _ in self.parameters:
             present = owner.get(name)
             if present is not parameter and not _swapped_by_fsdp(parameter, present):
@@ -316,6 +318,10 @@ class ModuleState:
         finally:
             for owner, name, present in reversed(swapped):
                 _put(owner, name, present)
+            for own, before in written:
+                for name in own.keys() - before.keys():
+                    del own[name]
+                own.update(before)
             for parameter in toggled:
                 parameter.requires_grad_(not parameter.requires_grad)
             _set_training(self.modules, training)
