@@ -237,7 +237,7 @@ class Call:
     def enter(self, *streams: Any) -> None:
         """Take up the streams as a block received them through its `__call__` (rule 9)."""
         self._check_unwritten()
-        if all(map(_same, self.start(), streams)):
+        if all(_same(value, given) for (value, _), given in zip(self.streams, streams, strict=True)):
             self.streams = [(value, held) for value, (_, held) in zip(streams, self.streams, strict=True)]
             return
         # A hook on the block put other streams in: below this point state cannot be found by walking. As after a stored
