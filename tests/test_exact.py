@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cases import Attention, Linear, Mlp, build, randn, with_dropout
 from oracle import weighted
-from revnet import Fixed, ReversibleError, ReversibleSequence
+from revnet import Fixed, Reversible, ReversibleError, ReversibleSequence, Step
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a Function and where
 # it looks at what a graph break hands on.
@@ -647,6 +647,19 @@ def test_the_exact_check_accepts_what_is_repeated(execution: str, streams: str) 
         net, x = with_one_branch(branch, streams=streams, execution=execution)
         weighted(net(x)).backward()
         assert x.grad is not None
+
+
+def test_the_exact_check_accepts_an_input_that_was_undone_two_steps_above() -> None:
+    """In float streams, which then differ in their last digits."""
+    branches = [Mlp(8).float() for _ in range(3)]
+    steps = [
+        Step(branch, target, source) for branch, target, source in zip(branches, (0, 2, 1), (1, 0, 2), strict=True)
+    ]
+    execution = ["checkpoint", "invert", "invert"]
+    net = Reversible(steps, streams="float", execution=execution, determinism_check="exact")
+    streams = [(10.0**i * randn(64, 8, dtype=torch.float32)).requires_grad_() for i in range(3)]
+    weighted(*net(*streams)).backward()
+    assert all(x.grad is not None for x in streams)
 
 
 def test_a_buffer_that_counts_keeps_gradients_exact() -> None:
