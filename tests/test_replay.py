@@ -446,6 +446,36 @@ def test_keywords_may_be_containers_of_tensors_that_need_gradients():
     assert_alike(net, oracle, run)
 
 
+class AddsBias(Linear):
+    """Adds a buffer and a keyword, which autograd needs not save."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("offset", torch.zeros(width, dtype=torch.float64))
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return (super().forward(x) + bias + self.offset).tanh()
+
+
+def test_tensors_made_in_inference_mode():
+    pairs = build([(AddsBias, AddsBias)] * 2, 8)
+    with torch.inference_mode():
+        bias = randn(8)
+        for f, g in pairs:
+            f.offset, g.offset = randn(8, seed=1), randn(8, seed=2)
+    route = {"bias": ((True, True),) * 2}
+    net = ReversibleSequence(pairs, route)
+    found = []
+    for execution in ("store", "invert", "checkpoint"):
+        net.execution = execution
+        net.zero_grad()
+        x = randn(6, 8, requires_grad=True)
+        weighted(net(x, bias=bias)).backward()
+        found.append({"x": x.grad, **{name: grad.clone() for name, grad in gradients_of(net).items()}})
+    for others in found[1:]:
+        assert_same_gradients(others, found[0])
+
+
 def test_context_fn_gives_each_branch_its_forward_and_its_replay_context():
     events: Counter[str] = Counter()
 

@@ -219,7 +219,7 @@ class ModuleState:
     def _add(self, owner: dict[str, Any], names: Iterable[str]) -> None:
         self.buffers += [
             (owner, name, buffer, None, None)
-            if (buffer := owner[name]) is None
+            if (buffer := owner[name]) is None or (not is_lazy(buffer) and buffer.is_inference())
             # A lazy module gives it memory in its first call.
             else (owner, name, buffer, buffer._version, buffer if is_lazy(buffer) else buffer.detach().clone())
             for name in names
@@ -252,7 +252,7 @@ class ModuleState:
         moved = {
             id(owner)
             for owner, name, buffer, version, _ in self.buffers
-            if owner.get(name) is not buffer or getattr(buffer, "_version", None) != version
+            if (version is not None and buffer._version != version) or owner.get(name) is not buffer
         }
         training = {id(module._buffers) for module in self.modules if module.training}
         self.buffers = [
@@ -367,7 +367,9 @@ class KeywordState:
     def _copy(self, value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
             value = _detached(value)
-            self.versions.append((value, value._version, name))
+            # One of inference mode has no version: autograd saves none, and nothing outside of that mode writes to it.
+            if not value.is_inference():
+                self.versions.append((value, value._version, name))
             return value
         return _map_containers(lambda item: self._copy(item, name), value)
 
