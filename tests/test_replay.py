@@ -366,6 +366,18 @@ def test_a_parameter_or_branch_put_in_anothers_place_after_forward_takes_no_part
     assert_same_gradients(*found)
 
 
+def test_a_parameter_that_is_changed_in_place_after_another_took_its_place():
+    """A bias, which autograd does not save, but a replay reads."""
+    net, _ = both(Linear)
+    loss = weighted(net(randn(6, 8, requires_grad=True)))
+    branch = net.blocks[2].g
+    old, branch.bias = branch.bias, nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    with torch.no_grad():
+        old.add_(1)
+    with pytest.raises(ReversibleError, match="block 2, branch g: parameter 'bias' was changed in place"):
+        loss.backward()
+
+
 class Remembers(nn.Module):
     """Appends what it computed to its own place in a cache, and reads all of it."""
 

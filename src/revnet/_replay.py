@@ -278,7 +278,9 @@ class ModuleState:
         for owner, name, parameter, version, flag in self.parameters:
             present = owner.get(name)
             if parameter._version != version and (
-                present is parameter or not isinstance(parameter, nn.Parameter) or _is_dtensor(parameter)
+                not isinstance(parameter, nn.Parameter)
+                or _is_dtensor(parameter)
+                or not _swapped_by_fsdp(parameter, present)
             ):
                 raise ReversibleError(_changed(where, "parameter", name))
             plain = plain and present is parameter and parameter.requires_grad is flag
