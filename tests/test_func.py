@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import cases
 import oracle
 import revnet
 from revnet import _traced
+
+# torch's own, from tracing any Function and any tensor with a history.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 WIDTH = 6
 STREAMS = [pytest.param("float", 1e-12, id="float"), pytest.param(revnet.Fixed(37), 1e-10, id="fixed")]
@@ -46,6 +53,11 @@ def assert_near(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
         torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True
     ):
         oracle.assert_near(actual, wanted, tolerance=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -249,8 +261,6 @@ def test_inspection_leaves_a_branch_as_it_was() -> None:
     net, stored = networks(Remembering)
     x = tokens()
     assert_near(grad(loss_of(net), 1)(parameters_of(net), x), grad(loss_of(stored), 1)(parameters_of(stored), x))
-    from torch._subclasses.fake_tensor import FakeTensor
-
     assert all(not isinstance(block.f.last, FakeTensor) for block in net.blocks)
 
 
@@ -279,3 +289,29 @@ def test_memory_does_not_grow_with_depth() -> None:
 
     peaks = [peak(depth) for depth in (2, 4, 8)]
     assert max(peaks) < 1.02 * min(peaks)
+
+
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter = self.leave = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.enter(x).tanh())
+
+
+@pytest.mark.parametrize("how", ["transformed", "compiled"])
+def test_a_module_under_two_names_keeps_its_parameters(how: str, walks: list[int]) -> None:
+    net, stored = networks(Twice)
+    x, parameters, results = tokens().requires_grad_(), list(net.parameters()), []
+    for of in (net, stored):
+        call = torch.compile(of, fullgraph=True, backend="aot_eager") if how == "compiled" and of is net else of
+        if how == "compiled":
+            results.append(torch.autograd.grad(call(x).sin().sum(), [x, *of.parameters()]))
+        else:
+            results.append(grad(lambda x, call=call: call(x).sin().sum())(x.detach()))
+    assert_near(*results)
+    assert walks == [6] or how == "compiled"
+    assert all(one is other for one, other in zip(net.parameters(), parameters, strict=True))

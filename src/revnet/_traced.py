@@ -221,10 +221,11 @@ def _reversibly(
     steps = []
     for index, part in parts:
         state = []
-        for name, tensor in part.fn.named_parameters(remove_duplicate=False):
-            state.append((name, table.add(tensor)))
-        for name, tensor in part.fn.named_buffers(remove_duplicate=False):
-            state.append((name, table.add(tensor)))
+        # Every name of a tensor, but one of a module: functional_call would not find its way back from a second.
+        for prefix, module in part.fn.named_modules():
+            for named in (module.named_parameters, module.named_buffers):
+                for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
+                    state.append((name, table.add(tensor)))
         kwargs = table.lift(part.kwargs)
         used = [slot for _, slot in state] + _slots(kwargs)
         differentiated = []
