@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -315,3 +316,33 @@ def test_a_module_under_two_names_keeps_its_parameters(how: str, walks: list[int
     assert_near(*results)
     assert walks == [6] or how == "compiled"
     assert all(one is other for one, other in zip(net.parameters(), parameters, strict=True))
+
+
+class Pair(NamedTuple):
+    scale: Tensor
+    shift: Tensor
+
+
+class Conditioned(nn.Linear):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor, given: Any) -> Tensor:
+        scale, shift = given.values() if isinstance(given, dict) else given
+        return super().forward(x).tanh() * scale + shift
+
+
+@pytest.mark.parametrize("how", ["transformed", "compiled"])
+@pytest.mark.parametrize("container", [Pair, lambda scale, shift: OrderedDict(scale=scale, shift=shift)])
+def test_tensors_in_containers_of_other_types_have_their_gradients(container: Any, how: str) -> None:
+    net, stored = networks(Conditioned, args_route={"given": ((True, True),) * 3})
+    tensors = [torch.randn(WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    x, results = tokens(), []
+    for of in (net, stored):
+        if how == "compiled":
+            call = torch.compile(of, backend="aot_eager") if of is net else of
+            results.append(torch.autograd.grad(call(x, given=container(*tensors)).sin().sum(), tensors))
+        else:
+            loss = lambda *given, of=of: of(x, given=container(*given)).sin().sum()  # noqa: E731
+            results.append(grad(loss, (0, 1))(*[tensor.detach() for tensor in tensors]))
+    assert_near(*results)

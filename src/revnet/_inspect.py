@@ -64,6 +64,9 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
     modules = list(fn.modules())
     if _hooked(modules):
         return "has hooks"
+    held = _held(kwargs)
+    if held:
+        return f"takes tensors in {held} (not in a dict, list or tuple), in which gradients would not find them"
     leaves, structure = pytree.tree_flatten((tuple(sources), target, dict(kwargs)))
     key = (tuple(map(_key, leaves)), structure, tuple(map(_settings, modules)))
     known = _known.setdefault(fn, {})
@@ -74,6 +77,14 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
         # The compiler may be at work on the functions around this one, and then lets nobody change its stance.
         known[key] = torch.compiler.disable(_run)(fn, sources, target, kwargs)
     return known[key]
+
+
+def _held(kwargs: Mapping[str, Any]) -> str:
+    """The type of a keyword, or of a part of one, that holds tensors in a way that the traced path does not follow."""
+    for leaf in pytree.tree_leaves(kwargs, is_leaf=lambda value: type(value) not in (dict, list, tuple)):
+        if not isinstance(leaf, Tensor) and any(isinstance(part, Tensor) for part in pytree.tree_leaves(leaf)):
+            return type(leaf).__name__
+    return ""
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
