@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -346,3 +347,30 @@ def test_tensors_in_containers_of_other_types_have_their_gradients(container: An
             loss = lambda *given, of=of: of(x, given=container(*given)).sin().sum()  # noqa: E731
             results.append(grad(loss, (0, 1))(*[tensor.detach() for tensor in tensors]))
     assert_near(*results)
+
+
+@pytest.mark.parametrize("how", ["transformed", "compiled"])
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+def test_a_rate_in_a_configuration_may_be_raised(kind: Any, how: str) -> None:
+    class Configured(cases.Mlp):
+        config: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            rate = self.config["rate"] if kind is dict else self.config.rate
+            return nn.functional.dropout(super().forward(x), rate)
+
+    net, stored = networks(Configured)
+    config, x = kind(rate=0.0), tokens().requires_grad_()
+    for branch in (module for of in (net, stored) for module in of.modules() if isinstance(module, Configured)):
+        branch.config = config
+    for rate in (0.0, 0.5):
+        (config if kind is dict else vars(config))["rate"] = rate
+        results = []
+        for of in (net, stored):
+            torch.manual_seed(0)
+            if how == "transformed":
+                results.append(grad(loss_of(of))(parameters_of(of), x.detach()))
+            else:
+                call = torch.compile(of, backend="aot_eager") if of is net else of
+                results.append(torch.autograd.grad(call(x).sin().sum(), [x, *of.parameters()]))
+        assert_near(*results)

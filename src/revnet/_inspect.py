@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,7 @@ def _hooked(modules: Sequence[nn.Module]) -> bool:
 # Per branch, what was found; the keys are all that can make a difference.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 _MOST_KNOWN = 64
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), type, torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
 
 
 def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]) -> str:
@@ -79,6 +80,11 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
     return known[key]
 
 
+def forget() -> None:
+    """Inspect every branch anew."""
+    _known.clear()
+
+
 def _held(kwargs: Mapping[str, Any]) -> str:
     """The type of a keyword, or of a part of one, that holds tensors in a way that the traced path does not follow."""
     for leaf in pytree.tree_leaves(kwargs, is_leaf=lambda value: type(value) not in (dict, list, tuple)):
@@ -89,8 +95,20 @@ def _held(kwargs: Mapping[str, Any]) -> str:
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What a module does depends on this: a rate of dropout may be raised, or a child replaced, between two calls."""
-    values = ((name, value if isinstance(value, _PLAIN) else id(value)) for name, value in vars(module).items())
-    return type(module), tuple(values)
+    found = [(name, _setting(value)) for name, value in vars(module).items() if not name.endswith("_hooks")]
+    return type(module), tuple(found)
+
+
+def _setting(value: Any) -> Any:
+    """What is equal only for attributes that do the same."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _setting(item)) for key, item in value.items())
+    if isinstance(value, list | tuple | set):
+        return type(value), tuple(map(_setting, value))
+    # What tensors and modules hold is looked at elsewhere. Another object, a configuration say, changes unnoticed.
+    return type(value) if isinstance(value, Tensor | nn.Module) else object()
 
 
 def _key(leaf: Any) -> Any:

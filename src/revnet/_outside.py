@@ -11,7 +11,7 @@ from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
 from torch.utils import _pytree as pytree
 
-from ._inspect import reason
+from ._inspect import forget, reason
 
 _found: list[str] = []
 _told: list[bool] = []
@@ -23,6 +23,8 @@ def inspect(ctx: Any) -> None:
     Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle raises at once.
     """
     steps, streams, blocks, obstacle = (_value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle"))
+    # What functions and global variables hold may have changed since they were inspected for another graph.
+    forget()
     _found[:] = [_vmapped() or obstacle or reason(steps, streams, blocks)]
     tracer = getattr(ctx, "_ComptimeContext__tx", None)
     if _found[0] and getattr(tracer, "one_graph", False):
