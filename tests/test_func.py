@@ -374,3 +374,43 @@ def test_a_rate_in_a_configuration_may_be_raised(kind: Any, how: str) -> None:
                 call = torch.compile(of, backend="aot_eager") if of is net else of
                 results.append(torch.autograd.grad(call(x).sin().sum(), [x, *of.parameters()]))
         assert_near(*results)
+
+
+class Scaled(nn.Linear):
+    """Reads a tensor that is no parameter and no buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.scale = torch.ones(width, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x).tanh()[..., 1:], self.scale[:1].expand(*x.shape[:-1], 1)], -1) * self.scale
+
+
+def scale_branches(net: nn.Module, scale: Tensor) -> None:
+    for branch in (module for module in net.modules() if isinstance(module, Scaled)):
+        branch.scale = scale
+
+
+def test_a_tensor_attribute_has_its_gradient() -> None:
+    net, stored = networks(Scaled)
+    x, scale = tokens(), torch.randn(WIDTH, dtype=torch.float64)
+
+    def gradients(of: nn.Module) -> Any:
+        def loss(scale: Tensor, x: Tensor) -> Tensor:
+            scale_branches(of, scale)
+            return of(x).sin().sum()
+
+        return grad(loss, (0, 1))(scale, x)
+
+    assert_near(gradients(net), gradients(stored))
+
+
+def test_a_tensor_attribute_may_be_replaced_before_the_pull() -> None:
+    x, results = tokens(), []
+    for of in networks(Scaled):
+        scale_branches(of, torch.linspace(0, 1, WIDTH, dtype=torch.float64))
+        y, pull = vjp(of, x)
+        scale_branches(of, torch.ones(WIDTH, dtype=torch.float64))
+        results.append(pull(y.cos()))
+    assert_near(*results)

@@ -69,14 +69,15 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
     if held:
         return f"takes tensors in {held} (not in a dict, list or tuple), in which gradients would not find them"
     leaves, structure = pytree.tree_flatten((tuple(sources), target, dict(kwargs)))
-    key = (tuple(map(_key, leaves)), structure, tuple(map(_settings, modules)))
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    key = (tuple(map(_key, leaves)), structure, tuple(map(_settings, modules)), transformed)
     known = _known.setdefault(fn, {})
     if key not in known:
         # A branch that counts its calls has other settings in each of them.
         if len(known) == _MOST_KNOWN:
             known.clear()
         # The compiler may be at work on the functions around this one, and then lets nobody change its stance.
-        known[key] = torch.compiler.disable(_run)(fn, sources, target, kwargs)
+        known[key] = torch.compiler.disable(_run)(fn, sources, target, kwargs, transformed)
     return known[key]
 
 
@@ -117,7 +118,7 @@ def _key(leaf: Any) -> Any:
     return tuple(map(_size, leaf.shape)), tuple(map(_size, leaf.stride())), leaf.dtype, leaf.device
 
 
-def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]) -> str:
+def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any], transformed: bool) -> str:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_transforms())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -132,7 +133,7 @@ def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str
         for source in pytree.tree_leaves(given[0]):
             source.requires_grad_()
         leaves, structure = pytree.tree_flatten(given)
-        watch = stack.enter_context(_Watch(own=tensors))
+        watch = stack.enter_context(_Watch(own=tensors, transformed=transformed))
         decisions = Decisions("")
         stack.enter_context(decisions)
         try:
@@ -255,9 +256,10 @@ def inspecting() -> bool:
 class _Watch(TorchDispatchMode):
     """Looks out for operations that a second evaluation would not repeat."""
 
-    def __init__(self, own: Mapping[Tensor, Tensor]) -> None:
+    def __init__(self, own: Mapping[Tensor, Tensor], transformed: bool) -> None:
         super().__init__()
         self.own = own
+        self.transformed = transformed
         # Storages that outlive the call: of parameters, buffers, and, by their absence from `made`, of what is given.
         self.made: set[int] = set()
         self.results: list[Tensor] = []
@@ -269,9 +271,14 @@ class _Watch(TorchDispatchMode):
         if draws(func, args, kwargs):
             self._find(f"draws random numbers ({func.name()})")
         for argument, value in named:
-            real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
-            if real and value.requires_grad and value not in self.own:
-                self._find("reads a tensor that needs a gradient and is not among its parameters")
+            for leaf in pytree.tree_leaves(value):
+                if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or leaf in self.own:
+                    continue
+                if leaf.requires_grad:
+                    self._find("reads a tensor that needs a gradient and is not among its parameters")
+                if self.transformed:
+                    # A transform may differentiate it without a sign; and until it pulls, it may become another one.
+                    self._find("reads a tensor that is neither a parameter, nor a buffer, nor a keyword")
             written = argument.alias_info is not None and argument.alias_info.is_write
             for leaf in pytree.tree_leaves(value) if written else ():
                 if isinstance(leaf, Tensor) and _storage(leaf) not in self.made:
