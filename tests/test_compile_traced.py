@@ -14,6 +14,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 import cases
 import oracle
@@ -578,6 +579,38 @@ def test_export_takes_the_plain_loop() -> None:
     exported = torch.export.export(net, (x,))
     assert not any("autograd" in str(node.target) for node in exported.graph.nodes)
     oracle.assert_near(exported.module()(x), net(x))
+
+
+class Checkpointed(cases.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_checkpoint_inside_a_branch_leaves_the_graph() -> None:
+    pairs = pairs_of(Checkpointed)
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams="float")
+    assert_as_stored(torch.compile(net, backend="aot_eager"), net, stored, tokens())
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="hooks on saved tensors"):
+        torch.compile(net, fullgraph=True, backend="aot_eager")(tokens())
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "save_on_cpu"])
+def test_hooks_on_saved_tensors_around_a_compiled_sequence(how: str) -> None:
+    pairs = pairs_of(cases.Mlp)
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams="float")
+    compiled = torch.compile(net, backend="aot_eager")
+
+    def run(x: Tensor) -> Tensor:
+        if how == "checkpoint":
+            return checkpoint(compiled, x, use_reentrant=False)
+        with torch.autograd.graph.save_on_cpu():
+            return compiled(x)
+
+    assert_as_stored(run, net, stored, tokens())
+    torch._dynamo.reset()
+    with torch.autograd.graph.save_on_cpu(), pytest.raises(torch._dynamo.exc.Unsupported, match="hooks on saved"):
+        torch.compile(net, fullgraph=True, backend="aot_eager")(tokens())
 
 
 def test_importing_the_library_does_not_import_the_compiler() -> None:

@@ -123,6 +123,7 @@ def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str
         stack.enter_context(_without_transforms())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_hookless())
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         copies: dict[nn.Module, nn.Module] = {}
         tensors: dict[Tensor, Tensor] = {}
@@ -163,6 +164,21 @@ def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str
 
 
 _MISSING = object()
+
+
+@contextlib.contextmanager
+def _hookless() -> Iterator[None]:
+    """Hooks on saved tensors, as a checkpoint in the branch has, raise: no transform takes them."""
+    hooks = torch._C._autograd
+    before = hooks._saved_tensors_hooks_get_disabled_error_message()
+    hooks._saved_tensors_hooks_disable("hooks on saved tensors", False)
+    try:
+        yield
+    finally:
+        if before is None:
+            hooks._saved_tensors_hooks_enable()
+        else:
+            hooks._saved_tensors_hooks_disable(before, False)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def inspect(ctx: Any) -> None:
     steps, streams, blocks, obstacle = (_value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle"))
     # What functions and global variables hold may have changed since they were inspected for another graph.
     forget()
-    _found[:] = [_vmapped() or obstacle or reason(steps, streams, blocks)]
+    _found[:] = [_vmapped() or _hooks() or obstacle or reason(steps, streams, blocks)]
     tracer = getattr(ctx, "_ComptimeContext__tx", None)
     if _found[0] and getattr(tracer, "one_graph", False):
         unimplemented(
@@ -46,6 +46,12 @@ def _vmapped() -> str:
 
     kinds = [level.key() for level in retrieve_all_functorch_interpreters()]
     return "it runs under torch.func.vmap" if torch._C._functorch.TransformType.Vmap in kinds else ""
+
+
+def _hooks() -> str:
+    # Those of a checkpoint around the model, say. Entering a transform would fail, and leave all hooks disabled.
+    active = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return "hooks on saved tensors are active" if active else ""
 
 
 def prepare(ctx: Any) -> None:
