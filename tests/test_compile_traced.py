@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -611,6 +612,69 @@ def test_hooks_on_saved_tensors_around_a_compiled_sequence(how: str) -> None:
     torch._dynamo.reset()
     with torch.autograd.graph.save_on_cpu(), pytest.raises(torch._dynamo.exc.Unsupported, match="hooks on saved"):
         torch.compile(net, fullgraph=True, backend="aot_eager")(tokens())
+
+
+def test_a_graph_that_switches_to_training_repeats_the_masks() -> None:
+    pairs = pairs_of(cases.with_dropout(cases.Mlp))
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams="float")
+
+    def run(x: Tensor) -> Tensor:
+        net.train()
+        return net(x)
+
+    # Where the flag is set already, nothing changes.
+    undropped = revnet.ReversibleSequence(pairs_of(cases.Mlp)).train()
+    torch.compile(lambda x: undropped.train()(x), fullgraph=True, backend="aot_eager")(tokens())
+    assert_as_stored(torch.compile(run, backend="aot_eager"), net.eval(), stored, tokens())
+    torch._dynamo.reset()
+    net.eval()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="the graph changes its attribute 'training'"):
+        torch.compile(run, fullgraph=True, backend="aot_eager")(tokens())
+
+
+class Conditioned(nn.Linear):
+    """Reads what its owner sets before the call."""
+
+    condition: Any = None
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+
+    def forward(self, x: Tensor, given: Any = None) -> Tensor:
+        condition = self.condition if given is None else given.tensor
+        return super().forward(x).sin() * (1.0 if condition is None else condition)
+
+
+def test_what_the_graph_sets_on_a_branch_has_its_gradient() -> None:
+    pairs = pairs_of(Conditioned)
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams="float")
+
+    def through(of: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+        for branch in (module for module in of.modules() if isinstance(module, Conditioned)):
+            branch.condition = condition.exp()
+        return of(x)
+
+    x, condition = tokens(), torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(oracle.weighted(through(stored, x, condition)), [x, condition])
+    run = torch.compile(through, backend="aot_eager")
+    found = torch.autograd.grad(oracle.weighted(run(net, x, condition)), [x, condition])
+    for actual, wanted in zip(found, expected, strict=True):
+        oracle.assert_near(actual, wanted)
+
+
+def test_keywords_that_the_graph_makes_leave_it() -> None:
+    @dataclasses.dataclass
+    class Given:
+        tensor: Tensor
+
+    pairs, route = pairs_of(Conditioned), {"given": ((True, True),) * 2}
+    stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route, streams="float")
+    x, condition = tokens(), torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(lambda x, c: net(x, given=Given(c)), backend="aot_eager")
+    outputs = [compiled(x, condition), stored(x, given=Given(condition))]
+    found = [torch.autograd.grad(oracle.weighted(y), [x, condition]) for y in outputs]
+    for actual, wanted in zip(*found, strict=True):
+        oracle.assert_near(actual, wanted)
 
 
 def test_importing_the_library_does_not_import_the_compiler() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo import mark_static_address
 from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
@@ -22,11 +23,14 @@ def inspect(ctx: Any) -> None:
 
     Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle raises at once.
     """
-    steps, streams, blocks, obstacle = (_value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle"))
-    # What functions and global variables hold may have changed since they were inspected for another graph.
-    forget()
-    _found[:] = [_vmapped() or _hooks() or obstacle or reason(steps, streams, blocks)]
     tracer = getattr(ctx, "_ComptimeContext__tx", None)
+    try:
+        steps, streams, blocks, obstacle = (_value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle"))
+        # What functions and global variables hold may have changed since they were inspected for another graph.
+        forget()
+        _found[:] = [_vmapped() or _hooks() or obstacle or _changed(ctx, steps) or reason(steps, streams, blocks)]
+    except _UnknownError as error:
+        _found[:] = [f"a branch is given {error}, which the graph makes or changes"]
     if _found[0] and getattr(tracer, "one_graph", False):
         unimplemented(
             gb_type="revnet: branch that cannot be replayed in a graph",
@@ -39,6 +43,36 @@ def inspect(ctx: Any) -> None:
                 "Or keep the activations: `net.execution = 'store'`.",
             ],
         )
+
+
+def _changed(ctx: Any, steps: Sequence[Any]) -> str:
+    """The first attribute of a branch that the graph has changed: the module itself has it only after the call."""
+    effects = _effects(ctx)
+    for name, fn, *_ in steps:
+        for module in fn.modules() if isinstance(fn, nn.Module) else ():
+            own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers")}
+            for attribute, value in own.items():
+                if _modified(effects.id_to_variable.get(id(value)), effects):
+                    return f"{name}: the graph changes what its attribute {attribute!r} holds"
+            changes = effects.store_attr_mutations.get(effects.id_to_variable.get(id(module)), {})
+            for attribute, variable in changes.items():
+                known = variable.is_python_constant()
+                if not known or attribute not in own or variable.as_python_constant() != own[attribute]:
+                    return f"{name}: the graph changes its attribute {attribute!r}"
+    return ""
+
+
+def _effects(ctx: Any) -> Any:
+    """What the graph that is being traced has changed so far, and will write back after the call."""
+    return ctx._ComptimeContext__tx.output.side_effects
+
+
+def _modified(variable: Any, effects: Any) -> bool:
+    return getattr(variable, "mutation_type", None) is not None and effects.is_modified(variable)
+
+
+class _UnknownError(Exception):
+    """A value that exists only after the call."""
 
 
 def _vmapped() -> str:
@@ -89,10 +123,10 @@ def call(engine: Callable[[], Any]) -> Any:
 
 
 def _value(ctx: Any, name: str) -> Any:
-    return _realized(ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker())
+    return _realized(ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker(), _effects(ctx))
 
 
-def _realized(variable: Any) -> Any:
+def _realized(variable: Any, effects: Any) -> Any:
     """The value of a variable of the function that is being traced, its tensors without memory."""
     from torch._dynamo.variables import ConstDictVariable, TensorVariable
     from torch._dynamo.variables.lists import BaseListVariable
@@ -111,10 +145,12 @@ def _realized(variable: Any) -> Any:
         # A number that has changed between calls: a graph for each value, as for sizes.
         return guard_scalar(variable.sym_num)
     if isinstance(variable, BaseListVariable):
-        items = [_realized(item) for item in variable.items]
+        items = [_realized(item, effects) for item in variable.items]
         return tuple(items) if variable.python_type() is not list else items
     if isinstance(variable, ConstDictVariable):
-        return {key.vt.as_python_constant(): _realized(item) for key, item in variable.items.items()}
+        return {key.vt.as_python_constant(): _realized(item, effects) for key, item in variable.items.items()}
     if hasattr(variable, "value"):
+        if not isinstance(variable.value, nn.Module) and _modified(variable, effects):
+            raise _UnknownError(type(variable.value).__name__)
         return variable.value
     return variable.as_python_constant()
