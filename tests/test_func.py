@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -414,3 +415,26 @@ def test_a_tensor_attribute_may_be_replaced_before_the_pull() -> None:
         scale_branches(of, torch.ones(WIDTH, dtype=torch.float64))
         results.append(pull(y.cos()))
     assert_near(*results)
+
+
+def test_an_inspection_is_the_matter_of_its_thread(walks: list[int]) -> None:
+    inspected, ended = threading.Event(), threading.Event()
+
+    class Slow(cases.Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(x, FakeTensor) and not inspected.is_set():
+                inspected.set()
+                ended.wait(60)
+            return super().forward(x)
+
+    slow, (other, _) = networks(Slow)[0], networks()
+    thread = threading.Thread(target=lambda: grad(loss_of(slow))(parameters_of(slow), tokens()))
+    thread.start()
+    assert inspected.wait(60)
+    evaluated: list[int] = []
+    other.blocks[0].f.register_forward_hook(lambda *_: evaluated.append(1))
+    other(tokens().requires_grad_()).sum().backward()
+    ended.set()
+    thread.join()
+    assert len(evaluated) == 2, "another thread's sequence keeps nothing"
+    assert walks == [6], "and is none in the branch"

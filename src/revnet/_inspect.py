@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -246,27 +247,34 @@ def _custom(out: Tensor) -> bool:
     return False
 
 
+class _Running(threading.local):
+    """The inspections under way in this thread."""
+
+    inner: tuple[_Inner, ...] = ()
+
+
+_running = _Running()
+
+
 class _Inner:
     """Notices reversible sequences that run inside of it."""
-
-    _running: ClassVar[list[_Inner]] = []
 
     def __init__(self) -> None:
         self.found = False
 
     def __enter__(self) -> _Inner:
-        self._running.append(self)
+        _running.inner = (*_running.inner, self)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._running.pop()
+        _running.inner = _running.inner[:-1]
 
 
 def inspecting() -> bool:
     """Whether a branch is being inspected in which a sequence now runs."""
-    for inner in _Inner._running:
+    for inner in _running.inner:
         inner.found = True
-    return bool(_Inner._running)
+    return bool(_running.inner)
 
 
 class _Watch(TorchDispatchMode):
