@@ -677,6 +677,22 @@ def test_keywords_that_the_graph_makes_leave_it() -> None:
         oracle.assert_near(actual, wanted)
 
 
+def test_gradients_of_gradients_where_a_branch_breaks_the_graph() -> None:
+    class Broken(cases.Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    pairs = pairs_of(Broken)
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams="float")
+    x, found = tokens(), []
+    for of, run in ((net, torch.compile(net.run, backend="eager")), (stored, stored.run)):
+        (slope,) = torch.autograd.grad(oracle.weighted(*run(x, x)), x, create_graph=True)
+        found.append(torch.autograd.grad((slope + x).square().sum(), [x, *of.parameters()]))
+    for actual, wanted in zip(*found, strict=True):
+        oracle.assert_near(actual, wanted)
+
+
 def test_importing_the_library_does_not_import_the_compiler() -> None:
     code = "import revnet, sys; revnet.ReversibleSequence; print('torch._dynamo' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

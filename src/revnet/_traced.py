@@ -312,7 +312,8 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.compiler.is_compiling() or _followed((*ctx.saved_tensors, *grads)):
+        transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+        if not transformed or _followed((*ctx.saved_tensors, *grads)):
             return _down(ctx.program, ctx.saved_tensors, grads)
         # A transform has the backward pass recorded, in case that another one follows it, and with it all activations.
         with torch.no_grad():
