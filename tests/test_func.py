@@ -438,3 +438,14 @@ def test_an_inspection_is_the_matter_of_its_thread(walks: list[int]) -> None:
     thread.join()
     assert len(evaluated) == 2, "another thread's sequence keeps nothing"
     assert walks == [6], "and is none in the branch"
+
+
+def test_a_switch_to_training_before_the_pull_raises() -> None:
+    net, _ = networks(cases.with_dropout(cases.Mlp))
+    net.eval()
+    y, pull = vjp(net, tokens())
+    net.train()
+    with pytest.raises(revnet.ReversibleError, match="switched between training and evaluation"):
+        pull(y)
+    net.eval()
+    pull(y)

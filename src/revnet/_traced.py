@@ -306,12 +306,18 @@ class _Walk(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         program, *tensors = inputs
         ctx.program = program
+        ctx.modes = None if torch.compiler.is_compiling() else _modes(program)
         if program.fixed is not None:
             ctx.mark_non_differentiable(*output[len(program.streams) :])
         ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.modes is not None and ctx.modes != _modes(ctx.program):
+            raise ReversibleError(
+                "a module of a branch was switched between training and evaluation after the forward pass: its backward"
+                " would evaluate another function. Switch after the backward pass."
+            )
         transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
         if not transformed or _followed((*ctx.saved_tensors, *grads)):
             return _down(ctx.program, ctx.saved_tensors, grads)
@@ -340,6 +346,10 @@ def _up(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
     # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
     # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
     return tuple([x.clone() for x in (*values, *residuals)])
+
+
+def _modes(program: _Program) -> list[bool]:
+    return [module.training for step in program.steps for module in step.part.fn.modules()]
 
 
 def _followed(tensors: Sequence[Tensor]) -> bool:
