@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cases import Attention, Linear, Mlp, build, randn
 from oracle import OperationLog, assert_near, assert_same_gradients, gradients_of, stored_copy, weighted
-from revnet import ReversibleSequence
+from revnet import Additive, Fixed, Momentum, Reversible, ReversibleSequence, Step
 
 # torch.compile itself reads the .grad of whatever crosses a graph break, and makes Function objects, in any model.
 pytestmark = [
@@ -127,3 +127,17 @@ def test_export_with_a_dynamic_batch():
         exported = torch.export.export(model, (randn(2, 6, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},))
         x = randn(5, 6, 8, seed=2)
         assert_near(exported.module()(x), oracle(x))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_an_exported_program_of_fixed_streams_can_be_trained(strict: bool):
+    couplings = [Additive(), Momentum(0.9)] * 2
+    steps = [Step(nn.Linear(8, 8).double(), i % 2, (i + 1) % 2, c) for i, c in enumerate(couplings)]
+    net, x = Reversible(steps, streams=Fixed(37)), randn(2, 8, requires_grad=True)
+    exported = torch.export.export(net, (x.detach(), x.detach()), strict=strict).module()
+    expected, found = weighted(*net(x, x)), weighted(*exported(x, x))
+    assert torch.equal(found, expected)
+    parameters = [dict(net.named_parameters())[name] for name, _ in exported.named_parameters()]
+    gradients = torch.autograd.grad(found, [x, *exported.parameters()])
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, [x, *parameters]), strict=True):
+        assert_near(actual, wanted)

@@ -14,7 +14,7 @@ from ._buffer import Remembering, divide, multiply
 from ._couplings import Additive, Coupling, fitting, tree_map, tree_unzip
 from ._errors import ReversibleError
 from ._monitor import RangeMonitor
-from ._streams import Fixed, Held, fixed_add, fixed_encode
+from ._streams import Fixed, Held, fixed_add, fixed_encode, straight_through
 
 
 class Step(nn.Module):
@@ -149,7 +149,8 @@ class FixedArithmetic:
                 return self.fixed.add(held, increment, self.monitor, index)
 
             held = _added(held, held.stream.value, coupling.increment(out), add)
-        return tree_map(_Valued.apply, like, held.stream.value), held
+        valued = straight_through if torch.compiler._is_exporting_flag else _Valued.apply
+        return tree_map(valued, like, held.stream.value), held
 
     def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
         value = _stream(held).value

@@ -407,6 +407,9 @@ def fixed_add(held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor
     """
     if increment.shape != held.value.shape:
         increment = increment.expand(held.value.shape)
+    if torch.compiler._is_exporting_flag:
+        new = fixed.add(held, increment, monitor, step)
+        return Held(straight_through(held.value + increment.to(held.value.dtype), new.value), new.residual)
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     add = _FixedAdd if transformed else _FixedAddNow
     return Held(*add.apply(*held, increment, fixed, monitor, step))
@@ -414,7 +417,15 @@ def fixed_add(held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor
 
 def fixed_encode(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1) -> Held:
     """Return `fixed.encode(x)`, differentiable straight through."""
+    if torch.compiler._is_exporting_flag:
+        held = fixed.encode(x, monitor, step)
+        return Held(straight_through(x, held.value), held.residual)
     return Held(*_FixedEncode.apply(x, fixed, monitor, step))
+
+
+def straight_through(like: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the gradient of `like`, in operations: of a Function, exported programs keep the forward."""
+    return value.detach() + (like - like.detach()) if torch.is_grad_enabled() else value
 
 
 # The multipliers of SplitMix64 (Steele et al. 2014), and its increment as the step from one index to the next.
