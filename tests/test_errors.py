@@ -152,6 +152,7 @@ OTHERWISE: dict[str, Callable[[SecondTime, Tensor], Tensor]] = {
     "other-dtype": lambda m, x: m.linear(x).float().sin().double(),
     "other-strides": lambda m, x: m.linear(x).transpose(0, 1).contiguous().sin().transpose(0, 1),
     "no-gradient": lambda m, x: m.linear(x).detach().sin(),
+    "other-parameter": lambda m, x: nn.functional.linear(x, m.other.weight[:8], m.linear.bias).sin(),
 }
 
 

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
 from ._couplings import tree_leaves, tree_map
@@ -91,7 +92,7 @@ class _Record:
     results: Results | None
     random: RandomState | None
     decisions: Decisions
-    # Per tensor that the call saved: shape, dtype, device, strides; None where it passed through.
+    # Per tensor that the call saved: shape, strides, dtype, device; where it passed through the parameter, or None.
     saved: list[Any]
     saved_by_branch: int = 0
     context: contextlib.AbstractContextManager[Any] | None = None
@@ -140,7 +141,7 @@ class _Handles:
                 if root is source:
                     break
             else:
-                saved.append(None)
+                saved.append(root if isinstance(root, Parameter) else None)
                 return tensor, tensor._version
         elif self.passing and _memory(tensor) in self.passing:
             saved.append(None)
@@ -616,13 +617,20 @@ class _Catching:
         found = tensor
         if index < len(saved):
             forward = saved[index]
-            if forward is not None:
+            if forward.__class__ is tuple:
                 if self.compare and _describe(tensor) != forward:
                     raise ReversibleError(_mismatch(self.record.part.name, index, forward, _describe(tensor)))
                 if tensor.requires_grad:
                     found = tensor.detach()
                 if self.caught is not None:
                     self.caught[index] = found, tensor._version
+            elif self.compare and forward is not None and tensor is not forward and tensor._base is not forward:
+                # Rule 6 sets parameters back, so another one was chosen by state that it does not know.
+                raise ReversibleError(
+                    f"{self.record.part.name}: saved tensor {index} was a parameter in the forward pass, shape "
+                    f"{tuple(forward.shape)}, and is another tensor in the replay. Call backward before anything that "
+                    "changes what the branch computes, such as the choice of another adapter."
+                )
         elif not self.partial and self.compare:
             raise ReversibleError(_mismatch(self.record.part.name, index, None, _describe(tensor)))
         if self.early and count == len(saved):
