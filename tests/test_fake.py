@@ -1,4 +1,4 @@
-"""Forward and backward on tensors without memory, as those use who plan shapes and memory beforehand."""
+"""Forward and backward on tensors without memory, and noted down as a graph by tracers other than torch.compile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cases
 import revnet
@@ -31,3 +32,32 @@ def test_a_training_step_without_memory(parameters: str, streams: Any, execution
         assert isinstance(tensor.grad, FakeTensor)
         assert tensor.grad.shape == tensor.shape
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("execution", ["select", "checkpoint", "invert"])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_training_step_as_a_graph_of_make_fx(mode: str, execution: str) -> None:
+    net = revnet.ReversibleSequence([(cases.with_dropout(cases.Mlp)(8), cases.Mlp(8)) for _ in range(2)])
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    net.execution = execution
+    graph = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    net.execution = "store"
+    torch.manual_seed(0)
+    expected = step(x)
+    torch.manual_seed(0)
+    for found, wanted in zip(graph(x), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_network_under_torch_jit_trace() -> None:
+    net = revnet.ReversibleSequence([(cases.Mlp(8), cases.Mlp(8)) for _ in range(2)])
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    traced = torch.jit.trace(net, torch.randn(2, 3, 8))
+    (found,) = torch.autograd.grad(traced(x).square().sum(), x)
+    net.execution = "store"
+    torch.testing.assert_close(found, *torch.autograd.grad(net(x).square().sum(), x))

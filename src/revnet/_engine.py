@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
@@ -211,7 +212,8 @@ class Call:
         self.arithmetic = arithmetic
         self.options = options
         self.executions = executions
-        self.recording = torch.is_grad_enabled()
+        # Whoever notes operations down would run the branches' second evaluation later, with other random numbers.
+        self.recording = torch.is_grad_enabled() and not torch._C._is_tracing() and get_proxy_mode() is None
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.devices = devices_of(leaves)
         self.autocast = AutocastState([device.type for device in self.devices])
