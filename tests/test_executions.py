@@ -138,6 +138,23 @@ def test_gradients_of_one_parameter_alone(execution: str):
     assert_near(*found)
 
 
+class Explains(Mlp):
+    """A branch that runs what it was given and wraps its errors, as libraries do that generate code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return super().forward(x)
+        except Exception as error:
+            raise ValueError("the generated code failed") from error
+
+
+@pytest.mark.parametrize("execution", ["select", "checkpoint", "offload", "invert"])
+def test_a_branch_that_catches_exceptions_is_replayed(execution: str):
+    pairs = build([(Explains, Explains)] * 2, 8)
+    net, x = ReversibleSequence(pairs, execution=execution), randn(2, 6, 8)
+    assert_same_step(train_step(net, x), train_step(stored_copy(pairs), x))
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_an_in_place_write_to_a_parameter_between_forward_and_backward_raises(execution: str):
     net, _ = both(named("mlp-L8")[0], execution=execution)

@@ -188,8 +188,8 @@ _NO_KEYWORDS = KeywordState({})
 _PREFETCH = 2
 
 
-class _Stop(Exception):
-    """Ends a replay at the last tensor that backward needs."""
+class _Stop(BaseException):
+    """Ends a replay at the last tensor that backward needs. No `Exception`, which a branch may catch."""
 
 
 class Call:
