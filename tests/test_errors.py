@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cases import Linear, Mlp, Modulated, SavesInput, SavesResult, build, every, randn
 from oracle import assert_same_step, stored_copy, train_step, weighted
-from revnet import ReversibleError, ReversibleSequence, SequentialSequence
+from revnet import Fixed, ReversibleError, ReversibleSequence, SequentialSequence
 
 
 def naming(depth: int, branch: str) -> str:
@@ -383,6 +383,14 @@ def test_an_unknown_execution_set_later():
     with pytest.raises(ValueError, match=r"execution.*rebuild.*invert"):
         net.execution = "rebuild"
     assert net.execution == "invert"
+
+
+def test_streams_set_later():
+    net = ReversibleSequence(build([(Linear, Linear)] * 2, 8))
+    net.streams = "fixed"
+    assert net.streams == Fixed()
+    with pytest.raises(ValueError, match="'fixedd' is not 'auto', 'fixed'"):
+        net.streams = "fixedd"
 
 
 @pytest.mark.parametrize("sequence", [ReversibleSequence, SequentialSequence])

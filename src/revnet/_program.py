@@ -51,7 +51,7 @@ class Program(nn.Module):
             raise ValueError(f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'")
         self._count = steps
         self._options = Options(preserve_rng_state, determinism_check, context_fn)
-        self.streams = _streams(streams)
+        self.streams = streams
         self._monitor = RangeMonitor()
         self.execution = execution
 
@@ -158,6 +158,15 @@ class Program(nn.Module):
 
     def _step_name(self, step: int) -> str:
         return "the input" if step < 0 else f"step {step}"
+
+    @property
+    def streams(self) -> Streams:
+        """How streams are held. Switches at any time."""
+        return self._streams
+
+    @streams.setter
+    def streams(self, streams: Streams) -> None:
+        self._streams = _streams(streams)
 
     @property
     def execution(self) -> Execution:
