@@ -488,3 +488,33 @@ def test_multiplying_integers_loses_nothing(
         for a, b in zip(pytree.tree_leaves(held), pytree.tree_leaves(before), strict=True):
             assert torch.equal(a[1:], b[1:])
     assert held.residual.equal(start.residual)
+
+
+class Normed(nn.Module):
+    """Offers its branch as a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.3)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.linear(x)).tanh())
+
+
+def test_a_branch_may_be_the_method_of_a_module_with_state() -> None:
+    found = []
+    for execution in ("store", "invert"):
+        torch.manual_seed(0)
+        modules = [Normed().double() for _ in range(4)]
+        net = Reversible([Step(m.branch, i % 2, (i + 1) % 2) for i, m in enumerate(modules)], execution=execution)
+        x = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6).requires_grad_()
+        loss = weighted(*net(x, x.sin()))
+        for module in modules:
+            module.eval()
+        loss.backward()
+        state = [tensor for module in modules for tensor in (*module.buffers(), module.linear.weight.grad)]
+        found.append([x.grad, *state])
+    for actual, expected in zip(*found, strict=True):
+        assert_near(actual, expected)

@@ -115,12 +115,11 @@ class AutocastState:
             yield
 
 
-def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
-    """Every distinct module that a call may enter, as far as the callable shows it."""
-    root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    if not isinstance(root, nn.Module):
-        return []
-    found, seen = [root], {root}
+def modules_of(fn: nn.Module) -> list[nn.Module]:
+    """Every distinct module that a branch may enter: those that it contains, and where it is a step, a method's own."""
+    owner = getattr(vars(fn).get("fn"), "__self__", None)
+    found = [fn, owner] if isinstance(owner, nn.Module) and owner is not fn else [fn]
+    seen = set(found)
     for module in found:
         for child in module._modules.values():
             if child is not None and child not in seen:
