@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from cases import Attention, Linear, Mlp, build, randn
 from oracle import OperationLog, assert_near, assert_same_gradients, gradients_of, stored_copy, weighted
@@ -41,6 +42,24 @@ class Model(nn.Module):
 def models(makers: list) -> tuple[Model, Model]:
     pairs = build(makers, 8)
     return Model(ReversibleSequence(pairs, merge="sum")), Model(stored_copy(pairs, merge="sum"))
+
+
+def test_branches_compiled_for_any_length_are_not_compiled_again():
+    pairs = build([(Attention, Mlp)] * 3, 8)
+    net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
+    for block in net.blocks:
+        block.f.compile(backend="aot_eager", dynamic=True)
+        block.g.compile(backend="aot_eager", dynamic=True)
+    before = counters["stats"]["unique_graphs"]
+    for length in range(4, 16):
+        found = []
+        for module in (net, oracle):
+            module.zero_grad()
+            x = randn(2, length, 8, seed=length, requires_grad=True)
+            weighted(module(x)).backward()
+            found.append({"x": x.grad, **gradients_of(module)})
+        assert_same_gradients(*found)
+    assert counters["stats"]["unique_graphs"] == before + 2
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
