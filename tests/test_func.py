@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 import cases
 import oracle
 import revnet
-from revnet import _traced
+from revnet import _inspect, _traced
 
 # torch's own, from tracing any Function and any tensor with a history.
 pytestmark = [
@@ -350,8 +350,25 @@ def test_tensors_in_containers_of_other_types_have_their_gradients(container: An
     assert_near(*results)
 
 
+class Settings:
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+
+def test_a_branch_whose_configuration_stays_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, _ = networks(cases.Mlp)
+    for module in net.modules():
+        module.config = {"settings": Settings(0.5), "shapes": [(1, 2)]}
+    looks = []
+    run = _inspect._run
+    monkeypatch.setattr(_inspect, "_run", lambda fn, *given: looks.append(fn) or run(fn, *given))
+    for _ in range(3):
+        grad(loss_of(net))(parameters_of(net), tokens())
+    assert len(looks) == len(set(looks)) > 0
+
+
 @pytest.mark.parametrize("how", ["transformed", "compiled"])
-@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace, Settings])
 def test_a_rate_in_a_configuration_may_be_raised(kind: Any, how: str) -> None:
     class Configured(cases.Mlp):
         config: Any = None

@@ -101,16 +101,25 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return type(module), tuple(found)
 
 
-def _setting(value: Any) -> Any:
+def _setting(value: Any, depth: int = 5) -> Any:
     """What is equal only for attributes that do the same."""
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, dict):
-        return tuple((key, _setting(item)) for key, item in value.items())
-    if isinstance(value, list | tuple | set):
-        return type(value), tuple(map(_setting, value))
-    # What tensors and modules hold is looked at elsewhere. Another object, a configuration say, changes unnoticed.
-    return type(value) if isinstance(value, Tensor | nn.Module) else object()
+    # What tensors and modules hold is looked at elsewhere.
+    if isinstance(value, Tensor | nn.Module):
+        return type(value)
+    if depth and isinstance(value, dict):
+        return type(value), tuple((key, _setting(item, depth - 1)) for key, item in value.items())
+    if depth and isinstance(value, list | tuple | set):
+        return type(value), tuple(_setting(item, depth - 1) for item in value)
+    if depth and type(value).__basicsize__ == _Bare.__basicsize__ and hasattr(value, "__dict__"):
+        return type(value), _setting(vars(value), depth - 1)
+    # Other objects change unnoticed.
+    return object()
+
+
+class _Bare:
+    """Has, as a configuration mostly does, what its `__dict__` holds and nothing else."""
 
 
 def _key(leaf: Any) -> Any:
