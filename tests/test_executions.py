@@ -155,6 +155,29 @@ def test_a_branch_that_catches_exceptions_is_replayed(execution: str):
     assert_same_step(train_step(net, x), train_step(stored_copy(pairs), x))
 
 
+class Gated(nn.Module):
+    """Multiplies by a matrix product that is written to memory of the branch's own."""
+
+    def __init__(self, width: int, empty: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.empty = empty
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scaled, gate = x * 0.5, x.new_empty(0) if self.empty else torch.empty_like(x)
+            torch.mm(scaled, self.linear.weight, out=gate)
+        return (self.linear(x * gate.tanh()) * scaled).tanh()
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["as it is", "resized"])
+def test_select_keeps_what_an_operation_writes_to_memory_it_is_given(empty: bool):
+    pairs = [(Gated(4, empty).double(), Gated(4, empty).double()) for _ in range(2)]
+    net = ReversibleSequence(pairs, execution="select")
+    x = randn(3, 4, requires_grad=True)
+    assert_same_step(train_step(net, x), train_step(stored_copy(pairs), x))
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_an_in_place_write_to_a_parameter_between_forward_and_backward_raises(execution: str):
     net, _ = both(named("mlp-L8")[0], execution=execution)

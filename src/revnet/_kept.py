@@ -289,7 +289,9 @@ class Playing(TorchDispatchMode):
             scale = 0.0 if rate == 1.0 else 1.0 / (1.0 - rate)
             return torch.ops.aten.native_dropout_backward(args[0], mask, scale), mask.detach()
         if func._schema.is_mutable:
-            return args[0].copy_(self.outputs[i])
+            # The operation gives what it is told to write to its shape.
+            written: Tensor = (kwargs or {}).get("out", args[0])
+            return written.resize_(self.outputs[i].shape).copy_(self.outputs[i])
         # A result that the branch goes on to overwrite is copied, so that the next replay finds it as it was.
         again = Tensor.clone if i in results.written else Tensor.detach
         return pytree.tree_map_only(Tensor, again, self.outputs[i])
