@@ -384,6 +384,28 @@ def test_a_budget_below_the_minimum_says_the_minimum():
         plan(net, x, least.budget // 2)
 
 
+class Wasteful(nn.Module):
+    """Returns a view of half of what it computes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).chunk(2, -1)[0]
+
+
+@pytest.mark.parametrize("merge", ["mean", "concat"])
+def test_the_smallest_peak_is_a_budget(merge: str):
+    net = ReversibleSequence([(Wasteful(16), nn.Identity()) for _ in range(6)], merge=merge)
+    x = torch.randn(128, 16)
+    least = plan(net, x, "minimum")
+    assert least.budget == least.peak_bytes
+    assert plan(net, x, least.budget).peak_bytes == least.budget
+    with pytest.raises(ReversibleError, match=rf"the smallest peak .* is .*\({least.budget} bytes\)"):
+        plan(net, x, least.budget - 1)
+
+
 def test_without_a_budget_what_the_device_has_free_is_enough_for_a_small_sequence():
     found = plan(sequence(2), torch.randn(2, 16, 32))
     assert set(found.executions) == {"store"}
