@@ -268,6 +268,21 @@ def test_gradients_that_exist_are_not_counted():
     assert measure_memory(net, x).peak_bytes <= held.budget
 
 
+@pytest.mark.parametrize("some", [1, 2], ids=["all", "every other"])
+def test_the_predicted_peak_where_gradients_exist(some: int):
+    net, x = sequence(), torch.randn(2, 8, 32)
+
+    def fill():
+        for i, parameter in enumerate(net.parameters()):
+            parameter.grad = None if i % some else torch.zeros_like(parameter)
+
+    fill()
+    for found in plan(net, x, ["minimum", "50%", "stored"]):
+        net.execution = found
+        fill()
+        assert measure_memory(net, x).peak_bytes == found.peak_bytes <= found.budget
+
+
 def test_programs_of_steps_are_planned_too():
     steps = [Step(Mlp(32), target=i % 3, source=(i + 1) % 3) for i in range(9)]
     net = Reversible(steps)

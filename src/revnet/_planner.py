@@ -159,10 +159,7 @@ class _Planner:
             peak = simulate(self.chain, executions).peak
             if self.rehearsal.mode is None:
                 runs = 3 if "offload" in executions else 1
-                found = max(self.rehearsal.peak(executions) for _ in range(runs))
-                # Stand-ins have no gradients, so a run makes all of them.
-                every = replace(self.chain, gradients=self.rehearsal.gradients(set()))
-                peak += max(_gather(found)) - simulate(every, executions).peak
+                peak = max(_gather(max(self.rehearsal.peak(executions) for _ in range(runs))))
             self.seen[executions] = solution._replace(peak=peak)
         return self.seen[executions]
 

@@ -174,11 +174,13 @@ class Rehearsal:
         return tuple(gradients[::-1])
 
     def peak(self, executions: Sequence[str]) -> int:
-        """Bytes at the peak of a run, which makes the gradients of all parameters."""
+        """Bytes at the peak of a run, beside the gradients that are there already."""
         self.net.execution = list(executions)
         # A new monitor looks at every step of its first call, and later ones at fewer.
         self.net._monitor = RangeMonitor()
         torch.clear_autocast_cache()
+        for parameter in self.filled:
+            parameter.grad = torch.zeros_like(parameter)
         meter = self.meter()
         with meter.watch():
             outputs = [leaf for leaf in _tensors_in(self.net(*self.inputs, **self.kwargs)) if leaf.requires_grad]
