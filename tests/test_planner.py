@@ -452,6 +452,14 @@ def test_a_smaller_input_runs_and_a_larger_one_is_refused():
         net(torch.randn(5, 16, 32))
 
 
+def test_a_plan_is_made_for_a_larger_input_than_that_of_the_plan_in_force():
+    net = sequence(2)
+    net.execution = small = plan(net, torch.randn(2, 16, 32), "stored")
+    larger = plan(net, torch.randn(4, 16, 32), "stored")
+    assert larger.shape == (4, 16, 32)
+    assert net.execution is small
+
+
 def test_a_plan_for_another_depth_is_refused():
     found = plan(sequence(2), torch.randn(2, 16, 32), "stored")
     with pytest.raises(ValueError, match="made for 4 steps, but this sequence has 6"):

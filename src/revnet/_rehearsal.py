@@ -82,7 +82,8 @@ def _alias(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
 def _swap(stack: contextlib.ExitStack, net: Program, mode: FakeTensorMode | None) -> set[Tensor]:
     """Put the stand-ins in their places, until `stack` closes; those of parameters that have a gradient already."""
     _set(stack, net, "_monitor", net._monitor)
-    _set(stack, net, "execution", net.execution)
+    # A plan in force may be for a smaller input.
+    _set(stack, net, "execution", "store")
     if isinstance(net, _Blocks):
         # A plan is for the call in which no block is dropped.
         _set(stack, net, "layer_dropout", 0.0)
