@@ -62,10 +62,18 @@ def test_a_size_is_a_number_or_text(text: object, size: int):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8 GiBs", "-3MB", "eight", "1,5GB", -1, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "8 GiBs", "-3MB", "eight", "1,5GB", "9" * 400, -1, float("nan"), float("inf")]
+)
 def test_what_is_no_size_is_refused(text: object):
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["%", "some%", "nan%", "inf%"])
+def test_what_is_no_share_is_refused(text: str):
+    with pytest.raises(ValueError, match="is not a share"):
+        plan(sequence(1), torch.randn(1, 4, 32), text)
 
 
 def test_a_size_is_written_in_the_largest_unit():

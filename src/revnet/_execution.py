@@ -35,7 +35,7 @@ def parse_bytes(size: int | float | str) -> int:
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise ValueError(f"{size!r} is not a size: write bytes, or a number and a unit, as in '8GiB' or '800 MB'")
-        return int(float(match[1]) * unit)
+        size = float(match[1]) * unit
     if not math.isfinite(size) or size < 0:
         raise ValueError(f"{size!r} is not a size: a number of bytes is finite and not negative")
     return int(size)

@@ -8,6 +8,7 @@ the rest solved again. The plan is the fastest of those that were run and fit.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,9 +83,12 @@ def _read(budget: Budget) -> int | float | None:
         return float(budget == "stored")
     if isinstance(budget, str) and budget.endswith("%"):
         try:
-            return float(budget[:-1]) / 100
+            share = float(budget[:-1]) / 100
         except ValueError:
-            raise ValueError(f"{budget!r} is not a share: write it as '25%'") from None
+            share = math.nan
+        if not math.isfinite(share):
+            raise ValueError(f"{budget!r} is not a share: write it as '25%'")
+        return share
     return None if budget is None else parse_bytes(budget)
 
 
