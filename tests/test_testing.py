@@ -132,6 +132,17 @@ def test_a_wrong_gradient_is_named():
         check_gradients(net(coupling=Claims, streams="float"), *streams())
 
 
+def test_gradients_that_rounding_has_made_wrong_are_named_in_low_precision():
+    torch.manual_seed(0)
+    program = ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(30)], streams="float").bfloat16()
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ReversibleError, match="use streams='fixed'"):
+        check_gradients(program, x)
+    assert check_gradients(program, x, tolerance=float("inf")) > 0.1
+    program.streams = "fixed"
+    assert check_gradients(program, x) == 0.0
+
+
 @pytest.mark.parametrize("fn", [PythonRandom, Counting])
 def test_what_is_not_deterministic_is_named(fn: type[nn.Module]):
     with pytest.raises(ReversibleError, match="two stored runs with the same seed differ"):
