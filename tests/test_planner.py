@@ -376,6 +376,33 @@ def test_planning_leaves_everything_as_it_was():
     assert not fired
 
 
+class Watched(Mlp):
+    """Leaves in its attributes what it did."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.calls, self.mean, self.loss = 0, torch.zeros(width), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.calls += 1
+        self.mean.lerp_(y.detach().mean((0, 1)), 0.1)
+        self.loss = y.square().mean()
+        self.scale = self.loss.detach()
+        return y
+
+
+def test_planning_leaves_the_attributes_of_branches():
+    net = ReversibleSequence([(Watched(8), Watched(8)) for _ in range(2)])
+    before = [dict(vars(module)) for module in net.modules()]
+    means = [block.f.mean.clone() for block in net.blocks]
+    plan(net, torch.randn(2, 4, 8), ["minimum", "stored"])
+    for module, attributes in zip(net.modules(), before, strict=True):
+        assert list(vars(module)) == list(attributes)
+        assert all(value is attributes[name] for name, value in vars(module).items() if name != "_executions")
+    assert all(torch.equal(block.f.mean, mean) for block, mean in zip(net.blocks, means, strict=True))
+
+
 def test_a_plan_is_for_the_call_in_which_no_block_is_dropped():
     net = sequence(6, layer_dropout=0.5)
     x = torch.randn(4, 48, 32)

@@ -81,23 +81,30 @@ def _alias(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
 
 def _swap(stack: contextlib.ExitStack, net: Program, mode: FakeTensorMode | None) -> set[Tensor]:
     """Put the stand-ins in their places, until `stack` closes; those of parameters that have a gradient already."""
-    _set(stack, net, "_monitor", net._monitor)
-    # A plan in force may be for a smaller input.
-    _set(stack, net, "execution", "store")
-    if isinstance(net, _Blocks):
-        # A plan is for the call in which no block is dropped.
-        _set(stack, net, "layer_dropout", 0.0)
     stand_ins: dict[Tensor, Tensor] = {}
     filled = {tensor for tensor in net.parameters() if tensor.grad is not None}
     for module in net.modules():
-        for held in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
-            stack.callback(held.update, dict(held))
+        own = vars(module)
+        for held in cast(list[dict[str, Any]], [own, module._parameters, module._buffers]):
+            stack.callback(_put_back, held, dict(held))
             for name, tensor in held.items():
-                if tensor is not None:
+                # As in replays, attributes count among the buffers; a fake operation writes to no real one.
+                if isinstance(tensor, Tensor) and (held is not own or not (mode or tensor.requires_grad)):
                     if tensor not in stand_ins:
                         stand_ins[tensor] = _stand_in(stack, tensor, mode)
                     held[name] = stand_ins[tensor]
+    # A plan in force may be for a smaller input.
+    net.execution = "store"
+    if isinstance(net, _Blocks):
+        # A plan is for the call in which no block is dropped.
+        net.layer_dropout = 0.0
     return {stand_ins[tensor] for tensor in filled}
+
+
+def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
+    """Also what branches have set in the meantime, such as a loss, which would hold the graph of a run."""
+    held.clear()
+    held.update(before)
 
 
 def _stand_in(stack: contextlib.ExitStack, tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
