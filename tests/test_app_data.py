@@ -60,6 +60,12 @@ def test_a_folder_of_images(pictures: Path, tmp_path: Path, capsys: pytest.Captu
     assert (run / "sample.png").exists()
 
 
+def test_a_folder_that_is_called_as_a_data_set_is(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(pictures.rename(tmp_path / "digits")), *TINY, "--codes", "16", "--out", str(run)]) == 0
+    assert "own_caption_likelier" in json.loads((run / "result.json").read_text())
+
+
 @pytest.mark.parametrize("table", ["captions.csv", "metadata.jsonl"])
 def test_captions_in_a_table(pictures: Path, tmp_path: Path, table: str) -> None:
     images = folder.find_images(pictures)

@@ -83,7 +83,8 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
     samples(training)
     display.console.print(memory_table(rows))
     found: dict[str, Any] = {"memory": [asdict(row) for row in rows]}
-    if data.name == "digits" and isinstance(data, Images):
+    own_digits = training.config.data == ["digits"]
+    if own_digits and isinstance(data, Images):
         found |= judge_digits(training, data)
         display.say(
             f"\n[bold]{found['read_as_captioned']:.1%}[/] of {JUDGED} generated digits are read as their caption says, "
@@ -105,7 +106,7 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
             f"{training.shape.length} at a time."
         )
     run.write_json("result.json", found)
-    words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if data.name == "digits")
+    words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if own_digits)
     kind = "png" if isinstance(data, Images) else "txt"
     display.say(f"Look at {run.path / f'samples.{kind}'}, or draw more:\n  revnet sample {run.path}{words}")
 
