@@ -19,6 +19,7 @@ from revnet.app.cli import main
 from revnet.app.config import TrainConfig
 from revnet.app.errors import UserError
 from revnet.app.run import Run
+from revnet.app.train import Training
 
 TINY = ("--depth", "1", "--width", "32", "--batch", "4", "--device", "cpu")
 
@@ -156,6 +157,24 @@ def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_loss_that_is_not_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--steps", "60", "--lr", "1e30", "--out", str(tmp_path / "run")]) == 2
     assert "try a smaller --lr than 1e+30" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_numbers_replace_no_checkpoint(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(training: Training, *batch: torch.Tensor) -> torch.Tensor:
+        loss = take_step(training, *batch)
+        if training.step == 5:
+            training.model.norm.weight.data.fill_(torch.nan)
+        return loss
+
+    take_step = Training.take_step
+    monkeypatch.setattr(Training, "take_step", spoil)
+    assert main(["train", "--resume", str(run), "--steps", "9", "--save-every", "1"]) == 2
+    assert "weights are not numbers any more at step 5: try a smaller --lr than" in capsys.readouterr().err
+    state = Run(run).read_checkpoint(torch.device("cpu"))
+    assert state["step"] == 4
+    assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import revnet
@@ -145,8 +146,16 @@ class ParallelTraining(Training):
             row = row | {"tokens_per_second": row["tokens_per_second"] * self._world}
         super().log(row)
 
+    def is_finite(self) -> bool:
+        """Whether all weights of all ranks are numbers."""
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        found = torch.tensor(int(all(bool(parameter.isfinite().all()) for parameter in own)))
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._control)
+        return bool(found)
+
     def save(self) -> None:
         """Starts to write the checkpoint, and writes the weights that `revnet sample` reads."""
+        self.check()
         self.checkpoints.save(self.step, self._state())
         weights: Any = get_model_state_dict(
             self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)

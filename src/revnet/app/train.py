@@ -157,8 +157,19 @@ class Training:
                 self._board.add_scalar(name, value, self.step)
             self._board.flush()
 
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+    def check(self) -> None:
+        """Raises where saving would replace what is good by weights that are not numbers."""
+        if not self.is_finite():
+            advice = f"try a smaller --lr than {self.config.lr:g}. What was saved before is as it was."
+            raise UserError(f"weights are not numbers any more at step {self.step}: {advice}")
+
     def save(self) -> None:
         """Writes the checkpoint and the weights."""
+        self.check()
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         self.run.write_checkpoint({"step": self.step, "model": model, "optimizer": optimizer})
 
