@@ -80,6 +80,21 @@ def test_captions_in_a_table(pictures: Path, tmp_path: Path, table: str) -> None
     assert folder.find_captions(pictures, images) == [[caption] for _, caption in rows]
 
 
+def test_captions_are_taken_as_they_are_written(pictures: Path) -> None:
+    images = folder.find_images(pictures)
+    names = [path.relative_to(pictures).as_posix() for path in images]
+    table = pictures / "captions.csv"
+    table.write_text("file,caption\r\n" + "".join(f'{name},"red\ncard, {name}"\r\n' for name in names), newline="")
+    assert folder.find_captions(pictures, images) == [[f"red\ncard, {name}"] for name in names]
+    table.unlink()
+    lines = [json.dumps({"file": name, "caption": f"red\u2028\x85{name}"}, ensure_ascii=False) for name in names]
+    (pictures / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert folder.find_captions(pictures, images) == [[f"red\u2028\x85{name}"] for name in names]
+    lines = [f'{{"file": "{name}", "caption": "red \\ud800"}}\r' for name in names]
+    (pictures / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert folder.find_captions(pictures, images) == [["red ?"]] * len(names)
+
+
 def test_equal_images_are_in_one_split(pictures: Path) -> None:
     for path in list(pictures.rglob("*.png")):
         for copy in "xyz":
@@ -151,7 +166,10 @@ def test_too_many_patches_become_their_means() -> None:
         (lambda p: (p / "captions.csv").write_text("file,caption\nz.png,red"), "row 2: there is no image {p}/z.png"),
         (lambda p: (p / "captions.csv").write_text("name,words\nz.png,red"), "row 2: needs an image (file, "),
         (lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,red"), "it needs a row in captions.csv"),
+        (lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,a red, big card"), "row 2: has more columns"),
+        (lambda p: (p / "captions.csv").write_text(f"file,caption\na/1.png,{'x' * 200_000}"), "is not a table: field l"),
         (lambda p: (p / "captions.jsonl").write_text("{"), "captions.jsonl, line 1 is not JSON"),
+        (lambda p: (p / "captions.jsonl").write_text("[" * 100_000), "captions.jsonl, line 1 is not JSON"),
     ],
 )
 def test_folders_that_cannot_be_used(

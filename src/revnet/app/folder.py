@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -70,7 +71,7 @@ def _from_files(folder: Path, images: list[Path]) -> list[list[str]]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def _from_table(folder: Path, table: Path, images: list[Path]) -> list[list[str]]:
@@ -85,20 +86,29 @@ def _from_table(folder: Path, table: Path, images: list[Path]) -> list[list[str]
             )
         if folder / name not in captions:
             raise UserError(f"{table}, row {number}: there is no image {folder / name}")
-        captions[folder / name].append(caption)
+        # JSON can hold half of a surrogate pair, which is no character.
+        captions[folder / name].append(caption.encode(errors="replace").decode())
     return list(captions.values())
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    lines = read_text(table).splitlines()
+    text = read_text(table)
     if table.suffix == ".csv":
-        yield from enumerate(csv.DictReader(lines), start=2)
+        try:
+            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+                if None in row:
+                    raise UserError(f"{table}, row {number}: has more columns than the first row: put a caption with "
+                                    'commas between "quotes"')  # fmt: skip
+                yield number, row
+        except csv.Error as error:
+            raise UserError(f"{table} is not a table: {error}") from error
         return
-    for number, line in enumerate(lines, start=1):
+    # str.splitlines knows ends of lines that JSON allows within a text.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{table}, line {number} is not JSON: {error}") from error
             yield number, row if isinstance(row, dict) else {}
 
