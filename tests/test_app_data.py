@@ -143,6 +143,17 @@ def test_transparency_shape_and_orientation(tmp_path: Path) -> None:
     assert (folder.read_image(tmp_path / "b.png", 4, grey=True) == 255).all()
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
+    grey = np.tile(np.arange(0, 256, 17, dtype=np.uint16), (16, 1))
+    Image.fromarray(grey * 257).save(tmp_path / name)
+    assert (folder.read_image(tmp_path / name, 16, grey=True)[..., 0] == grey).all()
+    assert (folder.read_image(tmp_path / name, 16, grey=False) == grey[..., None]).all()
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(UserError, match="cannot be decoded: its pixels are floats"):
+        folder.read_image(tmp_path / "b.tif", 16, grey=True)
+
+
 def test_too_many_patches_become_their_means() -> None:
     images = np.random.default_rng(0).normal((60, 200), 3, (8, 8, 8, 2)).clip(0, 255).astype(np.uint8)
     images = images.reshape(8, 8, 16, 1)

@@ -39,6 +39,11 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
+            if picture.mode == "F":
+                raise ValueError("its pixels are floats, without a known white")
+            if picture.mode.startswith("I"):
+                # 16 bits, which Pillow would cut at 255, to white.
+                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
             if "A" in picture.getbands() or "transparency" in picture.info:
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
