@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -177,8 +178,11 @@ def test_too_many_patches_become_their_means() -> None:
         (lambda p: (p / "captions.csv").write_text("file,caption\nz.png,red"), "row 2: there is no image {p}/z.png"),
         (lambda p: (p / "captions.csv").write_text("name,words\nz.png,red"), "row 2: needs an image (file, "),
         (lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,red"), "it needs a row in captions.csv"),
-        (lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,a red, big card"), "row 2: has more columns"),
-        (lambda p: (p / "captions.csv").write_text(f"file,caption\na/1.png,{'x' * 200_000}"), "is not a table: field l"),
+        (lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,a red, big card"), "has more columns than"),
+        (
+            lambda p: (p / "captions.csv").write_text(f"file,caption\na/1.png,{'x' * 200_000}"),
+            "is not a table: field l",
+        ),
         (lambda p: (p / "captions.jsonl").write_text("{"), "captions.jsonl, line 1 is not JSON"),
         (lambda p: (p / "captions.jsonl").write_text("[" * 100_000), "captions.jsonl, line 1 is not JSON"),
     ],
@@ -204,6 +208,36 @@ def test_an_image_that_breaks_later_loses_no_step(
     run = tmp_path / "run"
     message = refused(capsys, str(pictures), *TINY, "--batch", "1", "--steps", "50", "--out", str(run))
     assert "cannot be decoded" in message
+    assert (run / "checkpoint.pt").exists()
+
+
+def test_a_held_out_image_that_breaks_loses_no_step(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = folder.find_images(pictures)
+    (number,) = folder.load(pictures, images, 8, 2, 16, False, None).splits["held_out"]
+    truncate(images[number])
+    # With its content its split changes too, unless that is held fast.
+    splits = {"train": np.delete(np.arange(12), number), "held_out": np.array([number])}
+    monkeypatch.setattr(folder, "split", lambda keys: splits)
+    run = tmp_path / "run"
+    assert f"the image {images[number]} cannot" in refused(capsys, str(pictures), *TINY, "--out", str(run))
+    assert (run / "checkpoint.pt").exists()
+
+
+def test_a_text_that_vanishes_loses_no_step(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = corpus.Corpus.batch
+
+    def vanish(self: corpus.Corpus, split: str, *which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if split == "held_out":
+            shutil.rmtree(texts, ignore_errors=True)
+        return read(self, split, *which)
+
+    monkeypatch.setattr(corpus.Corpus, "batch", vanish)
+    run = tmp_path / "run"
+    assert f"cannot read {texts}" in refused(capsys, str(texts), *TINY, "--context", "32", "--out", str(run))
     assert (run / "checkpoint.pt").exists()
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from distributed import start_ranks
+from revnet.app import parallel
 from revnet.app.data import step_batch
+from revnet.app.errors import DataError, UserError
 
 pytest.importorskip("sklearn")
 
@@ -169,6 +172,18 @@ def test_ranks_share_batches_without_overlap(world: int) -> None:
         for both, pieces in zip(whole, zip(*parts, strict=True), strict=True):
             assert sorted(both) == sorted(np.concatenate(pieces))
             assert {len(piece) for piece in pieces} == {8 // world}
+
+
+@pytest.mark.parametrize(("error", "said"), [(DataError, True), (UserError, False)])
+def test_any_rank_says_what_it_may_have_met_alone(monkeypatch: pytest.MonkeyPatch, error: type, said: bool) -> None:
+    def fail(*arguments: object) -> int:
+        raise error("the image a.png cannot be decoded")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(parallel, "_ranks", lambda given: nullcontext(1))
+    monkeypatch.setattr(parallel, "_train", fail)
+    with pytest.raises(DataError) if said else nullcontext():
+        assert parallel.train({}, None) == 2
 
 
 def test_ranks_agree_which_start_this_is() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from revnet.app.data import START, Array, split
-from revnet.app.errors import UserError
+from revnet.app.errors import DataError, UserError
 
 DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}
 VOCAB = 256
@@ -128,11 +128,14 @@ class Corpus:
             path, _, last = documents[number]
             offset = last - (ends[number] - start)
             part = min(count, last - offset)
-            with path.open("rb") as file:
-                file.seek(offset)
-                parts.append(file.read(part))
+            try:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    parts.append(file.read(part))
+            except OSError as error:
+                raise DataError(f"cannot read {path}: {error.strerror}") from error
             if len(parts[-1]) < part:
-                raise UserError(f"{path} has become shorter since the run began")
+                raise DataError(f"{path} has become shorter since the run began")
             start, count, number = start + part, count - part, number + 1
         return b"".join(parts)
 

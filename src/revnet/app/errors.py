@@ -5,5 +5,9 @@ class UserError(Exception):
     """The user's input cannot be used as it is; the message says what to change. Exit code 2."""
 
 
+class DataError(UserError):
+    """An example cannot be read when its turn comes; of several ranks, only one meets it."""
+
+
 class MachineError(Exception):
     """The machine has no room, in memory or on the disk; the message says what is lost. Exit code 1."""

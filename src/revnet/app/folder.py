@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from revnet.app.data import Array, Images, codecs, split
-from revnet.app.errors import UserError
+from revnet.app.errors import DataError, UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
@@ -49,9 +49,9 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
             picture = ImageOps.fit(picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX)
     except Image.DecompressionBombError as error:
-        raise UserError(f"the image {path} is too large: {error}") from error
+        raise DataError(f"the image {path} is too large: {error}") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"the image {path} cannot be decoded: {error}. Replace it, or remove it.") from error
+        raise DataError(f"the image {path} cannot be decoded: {error}. Replace it, or remove it.") from error
     return np.asarray(picture).reshape(side, side, 1 if grey else 3)
 
 

@@ -39,7 +39,7 @@ from revnet.app.checkpoint import Checkpoints, cpu_group
 from revnet.app.config import TrainConfig
 from revnet.app.data import Array, Data, step_batch
 from revnet.app.display import Display
-from revnet.app.errors import MachineError, UserError
+from revnet.app.errors import DataError, MachineError, UserError
 from revnet.app.model import bits_per_token
 from revnet.app.run import Run
 from revnet.app.train import INTERRUPTED, LOG_EVERY, Training, interruptible, loop, resume, start
@@ -163,6 +163,9 @@ class ParallelTraining(Training):
         if self._rank == 0:
             self.run.write_weights(weights)
 
+    def keep(self) -> None:
+        """Nothing: the other ranks do not know, and would have to save too."""
+
     def resume(self) -> None:
         """Goes back to the last checkpoint, whichever number of ranks wrote it."""
         state = self._state()
@@ -214,6 +217,8 @@ def train(given: dict[str, Any], resumed: str | None) -> int:
     try:
         with _ranks(given) as attempt, tempfile.TemporaryDirectory(prefix="revnet-") as scratch:
             return _train(given, resumed, attempt, Path(scratch))
+    except DataError:
+        raise
     except (UserError, MachineError):
         # Every rank met it; one says so.
         if first:

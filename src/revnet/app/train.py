@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from revnet.app.config import TrainConfig
 from revnet.app.data import Array, Data, step_batch
 from revnet.app.device import find_device
 from revnet.app.display import Display
-from revnet.app.errors import UserError
+from revnet.app.errors import DataError, UserError
 from revnet.app.measure import reconstruction_error
 from revnet.app.model import Attention, FeedForward, Shape, Transformer, bits_per_token
 from revnet.app.plots import loss_plot
@@ -173,6 +173,10 @@ class Training:
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         self.run.write_checkpoint({"step": self.step, "model": model, "optimizer": optimizer})
 
+    def keep(self) -> None:
+        """Saves where an example cannot be read, which says nothing about the steps before it."""
+        self.save()
+
     def resume(self) -> None:
         """Goes back to where the run was saved last."""
         state = self.run.read_checkpoint(self.device)
@@ -296,10 +300,10 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
     """Steps, logs, validations and checkpoints until the last step or until `stop` says so."""
     config = training.config
     since, tokens = time.perf_counter(), 0
-    with ThreadPoolExecutor(1, "batches") as reader:
+    with _keeping(training), ThreadPoolExecutor(1, "batches") as reader:
         coming = reader.submit(training.read_batch, training.step)
         while training.step < config.steps and not stop():
-            batch = training.tensors(_take(coming, training))
+            batch = training.tensors(coming.result())
             coming = reader.submit(training.read_batch, training.step + 1)
             loss = training.take_step(*batch)
             tokens += batch[1].numel()
@@ -320,10 +324,10 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
                 report.samples(training)
 
 
-def _take(coming: Future[tuple[Array, Array]], training: Training) -> tuple[Array, Array]:
+@contextmanager
+def _keeping(training: Training) -> Iterator[None]:
     try:
-        return coming.result()
-    except UserError:
-        # An image that cannot be read says nothing about the steps before it.
-        training.save()
+        yield
+    except DataError:
+        training.keep()
         raise
