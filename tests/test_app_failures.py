@@ -147,6 +147,21 @@ def test_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == f"revnet: --compile: {message}. Install one, or leave --compile out.\n"
 
 
+@pytest.mark.parametrize("command", [["train"], ["sample", "run"], ["compare"], ["plan"]], ids=lambda words: words[0])
+def test_the_library_without_its_program(command: list[str]) -> None:
+    code = f"""
+import sys
+for name in ("numpy", "rich", "matplotlib", "sklearn", "safetensors"):
+    sys.modules[name] = None
+from revnet.app.cli import main
+sys.exit(main({command}))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], text=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("revnet: the command needs ")
+    assert done.stderr.endswith(": pip install 'revnet[app]'\n")
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "nonsense:x"])
 def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
     assert main(["train", *TINY, "--device", device, "--out", str(tmp_path / "run")]) == 2

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), MACHINE_ERROR)
     except KeyboardInterrupt:
         return _fail("stopped; what was saved before is as it was", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        return _fail(f"the command needs {error.name}: pip install 'revnet[app]'", USER_ERROR)
     except OSError as error:
         if error.filename is None:
             raise
