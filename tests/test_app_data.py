@@ -349,6 +349,11 @@ def test_a_text_run(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "\n\nxyz" in outputs[0]
     assert main(["sample", str(run), "--length", "33"]) == 2
     assert "--length 33 is more than the run's context of 32 bytes" in capsys.readouterr().err
+    assert main(["sample", str(run), "abcdef", "--length", "6"]) == 2
+    assert "there is nothing to add to 'abcdef', which is as long as --length 6" in capsys.readouterr().err
+    assert main(["sample", str(run)]) == 0
+    assert main(["sample", str(run), "x" * 32]) == 2
+    assert "which is as long as the run's context of 32 bytes" in capsys.readouterr().err
     (texts / "00.txt").write_text("something else")
     assert main(["train", "--resume", str(run), "--steps", "3"]) == 2
     assert f"the data of {run} has changed since it was started" in capsys.readouterr().err

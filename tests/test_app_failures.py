@@ -197,12 +197,38 @@ def test_weights_that_are_not_numbers_replace_no_checkpoint(
     [
         ({"depth": 0}, "--depth is 0, which is too small"),
         ({"width": 40, "heads": 3}, "--width 40 is not a multiple of 4 x --heads 3"),
+        ({"lr": float("nan")}, "--lr is nan, which is too small"),
+        ({"dropout": float("nan")}, "--dropout is nan, which is too small"),
+        ({"seed": 2**43}, "--seed is 8796093022208, which is too large"),
         ({"dropout": 1.0}, "--dropout is 1.0, but a share is less than 1"),
     ],
 )
 def test_options_that_cannot_be(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainConfig(**options).resolve({"depth": 2, "steps": 1, "batch": 1, "dropout": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "{run}", "--temperature", "nan"], "--temperature and --top-k are at least 0"),
+        (["sample", "{run}", "--seed", str(2**70)], f"--seed is {2**70}, which is not an integer of 64 bits"),
+        (["sample", "{run}", "--each", "-1"], "--each and --length are at least 1"),
+        (["compare", "--repeats", "0"], "--repeats is 0, which is too small"),
+        (["compare", "--width", "-32"], "--width is -32, which is too small"),
+        (["plan", "--batch", "0"], "--batch is 0, which is too small"),
+        (["plan", "{run}", "--batch", "-1"], "--batch is -1, which is too small"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([argument.format(run=run) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_caption_that_is_not_utf_8(run: Path) -> None:
+    assert main(["sample", str(run), "caf\udce9", "--each", "1"]) == 0
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -87,12 +87,12 @@ def find_case(
 ) -> Case:
     """The sizes of a run, or those that are given."""
     place = find_device(device)
+    for name, value in (("depth", depth), ("width", width), ("tokens", tokens), ("batch", batch)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, which is too small")
     if run is not None:
         config = Run.open(run).read_json("config.json")
         return Case(Shape(**config["shape"]), batch or config["batch"], place, **more)
-    for name, value in (("depth", depth), ("tokens", tokens), ("batch", batch or 4)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}, which is too small")
     width = width or width_of(depth)
     heads = heads_of(width)
     if width % (4 * heads):

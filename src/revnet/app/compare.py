@@ -103,6 +103,8 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     """
     console = Console(highlight=False)
     path = Path(out or "compare.png")
+    if repeats < 1:
+        raise UserError(f"--repeats is {repeats}, which is too small")
     if path.suffix not in (".md", ".png"):
         raise UserError(f"--out {path}: give a file that ends in .md, for the table and the plot, or in .png")
     depths = sorted({max(1, case.shape.depth * quarters // 4) for quarters in (1, 2, 3, 4)})

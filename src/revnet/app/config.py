@@ -65,8 +65,11 @@ class TrainConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             least = 0 if item.name in ("dropout", "seed") else 1e-30
-            if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value:
                 raise UserError(f"--{item.name.replace('_', '-')} is {value}, which is too small")
+        # A step's seed is a million times this one, and has 64 bits.
+        if self.seed >= 2**43:
+            raise UserError(f"--seed is {self.seed}, which is too large")
         if self.dropout is not None and self.dropout >= 1:
             raise UserError(f"--dropout is {self.dropout}, but a share is less than 1")
 

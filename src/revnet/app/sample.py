@@ -38,8 +38,10 @@ class Sampling:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UserError("--temperature and --top-k are at least 0, and --top-p is above 0 and at most 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}, which is not an integer of 64 bits")
 
 
 @torch.no_grad()
@@ -106,21 +108,29 @@ def sample(
     run_path: str, captions: Sequence[str], out: str | None, each: int, length: int | None, device: str, how: Sampling
 ) -> str:
     """Draws images for every caption and saves them as a grid, or continues every prompt; says what to print."""
+    if each < 1 or (length is not None and length < 1):
+        raise UserError("--each and --length are at least 1")
+    # What is not UTF-8 on the command line comes as half of a surrogate pair.
+    captions = [caption.encode(errors="surrogateescape").decode(errors="replace") for caption in captions]
     run = Run.open(run_path)
     spec = run.read_json("data.json")
     model = load_model(run, find_device(device))
-    captions = captions or spec["show"]
     if spec["kind"] == "text":
         length = model.shape.length if length is None else length
         if length > model.shape.length:
             raise UserError(f"--length {length} is more than the run's context of {model.shape.length} bytes")
-        text = "\n\n".join(texts_of(model, captions, length, how))
+        for prompt in captions:
+            if len(prompt.encode()) >= length:
+                size = f"--length {length}" if length < model.shape.length else f"the run's context of {length} bytes"
+                raise UserError(f"there is nothing to add to {prompt!r}, which is as long as {size}")
+        text = "\n\n".join(texts_of(model, captions or spec["show"], length, how))
         if out is None:
             return text
         path = Path(out)
         with replacing(path) as file:
             file.write(text.encode())
     else:
+        captions = captions or spec["show"]
         words, patches = image_codecs(spec)
         path = Path(out) if out else run.path / "sample.png"
         images = images_of(model, words, patches, captions, each, how)
