@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from revnet.app.cli import main
+from revnet.app.display import Display
+from revnet.app.plots import loss_plot
 from revnet.app.train import Training, interruptible
 
 TINY = ("--depth", "2", "--width", "32", "--batch", "8", "--device", "cpu")
@@ -58,6 +60,8 @@ def test_help_comes_before_torch(tmp_path: Path) -> None:
     code = """
 import sys
 from revnet.app.cli import main
+from revnet.app.display import Display
+from revnet.app.plots import loss_plot
 try:
     main(["train", "--help"])
 finally:
@@ -129,6 +133,33 @@ def test_ctrl_c_ends_with_a_checkpoint(tmp_path: Path) -> None:
     assert f"Stopped at step {state['step']}. Continue with: revnet train --resume run" in out
     weights = load_file(tmp_path / "run" / "weights.safetensors")
     assert all(torch.equal(weights[name], state["model"][name]) for name in weights)
+
+
+def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, run = tmp_path / "a [red] one.txt", tmp_path / "run [/x]"
+    text.write_text("ab" * 1000)
+    small = (*TINY, "--context", "16", "--steps", "1")
+    assert main(["train", str(text), *small, "--out", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("a [red] one: ")
+    assert f"Run folder {run}." in out
+    assert f"revnet sample {run}\n" in out
+
+
+def test_a_dumb_terminal_gets_the_lines_of_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Display(2, "byte") as display:
+        assert display.console.is_terminal
+        display.step(1, 3.0, 10.0, last=False)
+        assert "step 1/2  3.000 bits per byte" in capsys.readouterr().out
+
+
+def test_the_loss_of_a_run_without_steps(tmp_path: Path) -> None:
+    loss_plot(tmp_path / "loss.png", [{"step": 0}], "byte")
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_a_second_run_does_not_overwrite_the_first(digits_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

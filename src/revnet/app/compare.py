@@ -109,7 +109,7 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
         raise UserError(f"--out {path}: give a file that ends in .md, for the table and the plot, or in .png")
     depths = sorted({max(1, case.shape.depth * quarters // 4) for quarters in (1, 2, 3, 4)})
     rows: list[Row] = []
-    for depth in track(depths, "measuring", console=console, transient=True, disable=not console.is_terminal):
+    for depth in track(depths, "measuring", console=console, transient=True, disable=not console.is_interactive):
         rows += measure(case.of_depth(depth), budget, repeats)
     full = [row for row in rows if row.depth == depths[-1]]
     console.print(_table(str(case), full))
@@ -118,7 +118,7 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     if path.suffix == ".md":
         with replacing(path) as file:
             file.write(_markdown(str(case), full, plot_path.name).encode())
-    console.print(f"Saved {path if path == plot_path else f'{path} and {plot_path}'}", soft_wrap=True)
+    console.print(f"Saved {path if path == plot_path else f'{path} and {plot_path}'}", soft_wrap=True, markup=False)
     return 0
 
 

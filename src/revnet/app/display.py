@@ -40,7 +40,7 @@ class Display:
             console=self.console,
             expand=True,
             refresh_per_second=4,
-            disable=not self.console.is_terminal,
+            disable=not self.console.is_interactive,
         )
         self._task = self._progress.add_task("train", total=steps, found="", start=False)
 
@@ -63,7 +63,7 @@ class Display:
         self._progress.update(
             self._task, completed=step, found=f"[bold]{bits:.3f}[/] bits/token [dim]{rate:,.0f} tokens/s"
         )
-        if not self.console.is_terminal and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
+        if not self.console.is_interactive and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
             self._printed = time.monotonic()
             self.say(f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s")
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich.markup import escape
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.checkpoint.state_dict import (
@@ -307,20 +308,22 @@ def _train(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Pa
         stop = training.agreed(told)
         parameters = sum(parameter.numel() for parameter in training.model.parameters())
         display.say(
-            f"[bold]{data.name}[/]: {data.counts['train']:,} examples, {data.counts['held_out']:,} held out. "
+            f"[bold]{escape(data.name)}[/]: {data.counts['train']:,} examples, {data.counts['held_out']:,} held out. "
             f"Depth {config.depth}, width {config.width}, {parameters:,} parameters by {config.parallel.upper()} on "
             f"{world} ranks of {training.device.type}. "
-            f"{f'From step {training.step}. ' if training.step else ''}Run folder [bold]{run.path}[/]."
+            f"{f'From step {training.step}. ' if training.step else ''}Run folder [bold]{escape(str(run.path))}[/]."
         )
         loop(training, display, stop)
         training.save()
         training.checkpoints.wait()
         training.draw_loss()
         if training.step < config.steps:
-            display.say(f"Stopped at step {training.step}. Continue with: revnet train --resume {run.path}")
+            display.say(
+                f"Stopped at step {training.step}. Continue with: revnet train --resume {escape(str(run.path))}"
+            )
             return INTERRUPTED
         report.samples(training)
-        display.say(f"Done. Look at {run.path}.")
+        display.say(f"Done. Look at {escape(str(run.path))}.")
     return 0
 
 

@@ -41,7 +41,8 @@ def loss_plot(path: Path, rows: Sequence[dict[str, Any]], unit: str) -> None:
     axes.set(xlabel="step", ylabel=f"bits per {unit}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if training or held_out:
+        axes.legend(frameon=False)
     save_figure(plot, path)
 
 

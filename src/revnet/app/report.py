@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 from revnet.app import digits
 from revnet.app.data import Array, Images
@@ -98,7 +99,7 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
                 f"\nA held-out image is likelier under its own caption than under another one in "
                 f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs."
             )
-        display.say(f"Held-out captions beside the nearest training image: {run.path / 'held_out.png'}")
+        display.say(f"Held-out captions beside the nearest training image: {escape(str(run.path / 'held_out.png'))}")
     else:
         found |= judge_text(training)
         display.say(
@@ -107,8 +108,9 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
         )
     run.write_json("result.json", found)
     words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if own_digits)
+    folder = escape(str(run.path))
     kind = "png" if isinstance(data, Images) else "txt"
-    display.say(f"Look at {run.path / f'samples.{kind}'}, or draw more:\n  revnet sample {run.path}{words}")
+    display.say(f"Look at {folder}/samples.{kind}, or draw more:\n  revnet sample {folder}{words}")
 
 
 def judge_digits(training: Training, data: Images) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 import revnet
@@ -279,9 +280,9 @@ def _train(given: dict[str, Any], resumed: str | None) -> int:
     with Display(config.steps, data.unit) as display, interruptible() as stop:
         parameters = sum(parameter.numel() for parameter in training.model.parameters())
         display.say(
-            f"[bold]{data.name}[/]: {data.counts['train']:,} examples, {data.counts['held_out']:,} held out. "
+            f"[bold]{escape(data.name)}[/]: {data.counts['train']:,} examples, {data.counts['held_out']:,} held out. "
             f"Depth {config.depth}, width {config.width}, {parameters:,} parameters on {training.device}. "
-            f"{f'From step {training.step}. ' if resumed else ''}Run folder [bold]{run.path}[/]."
+            f"{f'From step {training.step}. ' if resumed else ''}Run folder [bold]{escape(str(run.path))}[/]."
         )
         memory = report.memory(training)
         if not resumed:
@@ -290,7 +291,9 @@ def _train(given: dict[str, Any], resumed: str | None) -> int:
         training.save()
         training.draw_loss()
         if stop():
-            display.say(f"Stopped at step {training.step}. Continue with: revnet train --resume {run.path}")
+            display.say(
+                f"Stopped at step {training.step}. Continue with: revnet train --resume {escape(str(run.path))}"
+            )
             return INTERRUPTED
     report.close(training, display, memory)
     return 0
