@@ -74,6 +74,38 @@ def test_a_run_without_checkpoint(run: Path, capsys: pytest.CaptureFixture[str])
     assert f"cannot read {run / 'config.json'}" in capsys.readouterr().err
 
 
+def test_a_run_without_its_metrics_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.jsonl").write_bytes(b"\xff garbage\n")
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 2
+    assert f"cannot read {run / 'metrics.jsonl'}" in capsys.readouterr().err
+    (run / "metrics.jsonl").unlink()
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 0
+    (run / "data.json").write_text("[]")
+    assert main(["sample", str(run)]) == 2
+    assert f"cannot read {run / 'data.json'}: it is no JSON object" in capsys.readouterr().err
+
+
+def test_a_damaged_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *TINY, "--steps", "1", "--memory", "8MiB", "--out", str(run)]) == 0
+    (run / "plan.json").write_text("{}")
+    assert main(["train", "--resume", str(run), "--steps", "2"]) == 2
+    assert "plan.json is not a plan" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--steps", "2", "--memory", "9MiB"]) == 0
+
+
+@pytest.mark.parametrize("name", [".", "/", "nowhere/a.png", "folder", "device"])
+def test_places_that_hold_no_file(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(run)
+    (run / "folder").mkdir()
+    os.mkfifo(run / "device")
+    assert main(["sample", str(run), "three", "--each", "1", "--out", name]) == 2
+    assert capsys.readouterr().err.startswith(f"revnet: cannot write {name}: ")
+    assert (run / "device").is_fifo()
+
+
 def test_a_disk_that_fills(run: Path) -> None:
     checkpoint, weights = (run / "checkpoint.pt").read_bytes(), (run / "weights.safetensors").read_bytes()
     room = len(weights)

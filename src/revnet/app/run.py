@@ -24,6 +24,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise UserError(f"no permission to write {path}: {error.strerror}") from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     except OSError as error:
         raise MachineError(f"cannot write {path}: {error.strerror}. What was saved before is as it was.") from error
 
@@ -31,6 +33,9 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when all of it is on the disk; until then `path` stays as it was."""
+    # A device such as /dev/null would be replaced as well, where the user may.
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UserError(f"cannot write {path}: it is not a file")
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
@@ -79,8 +84,11 @@ class Run:
     def read_json(self, name: str) -> Any:
         """Reads a JSON file."""
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it is no JSON object")
+            return found
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {self.path / name}: {error}") from error
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
@@ -138,8 +146,11 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that was cut off is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise UserError(f"cannot read {path}: {error}. Remove it to go on without it.") from error
 
     def forget_after(self, step: int) -> None:
         """Removes the rows of metrics.jsonl that a resumed run will write again."""

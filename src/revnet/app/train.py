@@ -27,7 +27,7 @@ from revnet.app.errors import DataError, UserError
 from revnet.app.measure import reconstruction_error
 from revnet.app.model import Attention, FeedForward, Shape, Transformer, bits_per_token
 from revnet.app.plots import loss_plot
-from revnet.app.run import Run
+from revnet.app.run import Run, writing
 
 INTERRUPTED = 130
 LOG_EVERY = 10
@@ -187,7 +187,8 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.forget_after(self.step)
-        self._start -= self.run.metrics()[-1]["seconds"]
+        if rows := self.run.metrics():
+            self._start -= rows[-1]["seconds"]
 
     def plan(self, new: bool) -> None:
         """Chooses the executions that fit `--memory`; a resumed run keeps its plan, and so its rounding."""
@@ -249,7 +250,10 @@ def plan(training: Training, new: bool) -> None:
     """Chooses the executions that fit `--memory`; a resumed run keeps its plan, and so its rounding."""
     path = training.run.path / "plan.json"
     if not new and path.exists():
-        training.model.layers.execution = revnet.Plan.load(path)
+        try:
+            training.model.layers.execution = revnet.Plan.load(path)
+        except ValueError as error:
+            raise UserError(f"{error}. Give another --memory to plan anew.") from error
         return
     prefix, tokens = training.tensors(training.read_batch(training.step))
     x, keywords = training.model.embed(prefix, tokens[:, :-1])
@@ -259,7 +263,8 @@ def plan(training: Training, new: bool) -> None:
     except (revnet.ReversibleError, ValueError) as error:
         raise UserError(f"--memory {training.config.memory}: {error}") from error
     training.model.layers.execution = found
-    found.save(path)
+    with writing(path):
+        found.save(path)
 
 
 def train(given: dict[str, Any], resumed: str | None = None) -> int:
