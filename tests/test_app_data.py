@@ -319,6 +319,13 @@ def test_a_corpus_is_its_files_one_after_the_other(texts: Path) -> None:
     assert 2 * 16 <= len(whole["held_out"]) < len(whole["train"])
 
 
+def test_hidden_folders_are_no_text(texts: Path) -> None:
+    files = corpus.find_texts([texts])
+    (texts / ".git" / "objects").mkdir(parents=True)
+    (texts / ".git" / "objects" / "ab").write_bytes(b"\xff" * 1000)
+    assert corpus.find_texts([texts]) == files
+
+
 def test_of_one_text_the_end_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_bytes(bytes(range(256)) * 10)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import START, Array, split
+from revnet.app.data import START, Array, hidden, split
 from revnet.app.errors import DataError, UserError
 
 DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}
@@ -30,12 +30,12 @@ def standard_library() -> list[Path]:
 
 
 def find_texts(paths: list[Path]) -> list[Path]:
-    """The files that `paths` name, and the files without zero bytes of the folders that they name."""
+    """The files that `paths` name, and the files without zero bytes of the folders that they name, less hidden ones."""
     found = []
     for path in paths:
         if path.is_dir():
-            inside = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-            found += [file for file in sorted(inside) if not _is_binary(file)]
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
+            found += [file for file in inside if not _is_binary(file)]
         else:
             found.append(path)
     return found

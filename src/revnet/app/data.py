@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -236,6 +237,11 @@ def codecs(
         return image_codecs(spec)
     words = Words.learn(caption for several in captions for caption in several)
     return words, Patches.learn(images() if callable(images) else images, patch, vocab)
+
+
+def hidden(path: Path, folder: Path) -> bool:
+    """Whether a file in a folder, or what it lies in there, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def split(keys: Sequence[str], share: float = 0.05, most: int = 1000) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import Array, Images, codecs, split
+from revnet.app.data import Array, Images, codecs, hidden, split
 from revnet.app.errors import DataError, UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -68,7 +68,7 @@ def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
 
 def _from_files(folder: Path, images: list[Path]) -> list[list[str]]:
     wanted = {path.with_suffix(".txt"): path for path in images}
-    alone = sorted(path for path in folder.rglob("*.txt") if path not in wanted and not _hidden(path, folder))
+    alone = sorted(path for path in folder.rglob("*.txt") if path not in wanted and not hidden(path, folder))
     if alone:
         raise UserError(f"{_count(alone, 'caption file')} without an image, such as {alone[0]}: a folder of images "
                         "holds only captions as .txt")  # fmt: skip
@@ -118,10 +118,6 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row if isinstance(row, dict) else {}
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
 def _count(things: list[Path], name: str) -> str:
     return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
 
@@ -129,7 +125,7 @@ def _count(things: list[Path], name: str) -> str:
 def find_images(folder: Path) -> list[Path]:
     """All images of a folder and its subfolders, in order."""
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in files if not _hidden(path, folder))
+    return sorted(path for path in files if not hidden(path, folder))
 
 
 def load(
