@@ -128,9 +128,10 @@ def test_plan_for_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.Captu
         assert message in capsys.readouterr().err
 
 
-def test_plan_of_a_run_takes_its_network(tmp_path: Path) -> None:
-    tiny = ("--depth", "1", "--width", "32", "--batch", "4", "--steps", "1", "--device", "cpu")
+def test_plan_of_a_run_takes_its_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ("--dtype", "bfloat16", "--depth", "1", "--width", "32", "--batch", "4", "--steps", "1", "--device", "cpu")
     assert main(["train", *tiny, "--out", str(tmp_path / "run")]) == 0
     assert main(["plan", str(tmp_path / "run"), "--memory", "50%", "--out", str(tmp_path / "plan.png")]) == 0
     plan = revnet.Plan.load(tmp_path / "plan.json")
     assert (len(plan.executions), plan.shape) == (2, (4, 67, 32))
+    assert "depth 1, width 32, 67 tokens, batch 4, bfloat16, " in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import revnet
-from revnet.app.config import heads_of, width_of
+from revnet.app.config import DTYPES, STREAMS, heads_of, width_of
 from revnet.app.device import find_device
 from revnet.app.errors import UserError
 from revnet.app.model import Shape, Transformer
@@ -83,7 +83,14 @@ class Case:
 
 
 def find_case(
-    run: str | None, depth: int, width: int | None, tokens: int, batch: int | None, device: str, **more: Any
+    run: str | None,
+    depth: int,
+    width: int | None,
+    tokens: int,
+    batch: int | None,
+    device: str,
+    dtype: str | None,
+    streams: str | None,
 ) -> Case:
     """The sizes of a run, or those that are given."""
     place = find_device(device)
@@ -92,9 +99,12 @@ def find_case(
             raise UserError(f"--{name} is {value}, which is too small")
     if run is not None:
         config = Run.open(run).read_json("config.json")
-        return Case(Shape(**config["shape"]), batch or config["batch"], place, **more)
+        how = dtype or config["dtype"], streams or config["streams"]
+        return Case(Shape(**config["shape"]), batch or config["batch"], place, *how)
     width = width or width_of(depth)
     heads = heads_of(width)
     if width % (4 * heads):
         raise UserError(f"--width {width} is not a multiple of {4 * heads}")
-    return Case(Shape(depth, width, heads, 2, 1, VOCAB, tokens, 1), batch or 4, place, **more)
+    return Case(
+        Shape(depth, width, heads, 2, 1, VOCAB, tokens, 1), batch or 4, place, dtype or DTYPES[0], streams or STREAMS[0]
+    )

@@ -151,15 +151,17 @@ def _add_case(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of an example (256)")
     command.add_argument("--batch", type=int, metavar="N", help="examples per step (4, or the run's)")
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
-    command.add_argument("--dtype", default="float32", metavar="T", choices=DTYPES, help=" or ".join(DTYPES))
-    command.add_argument("--streams", default="auto", metavar="S", choices=STREAMS, help=", ".join(STREAMS))
+    command.add_argument(
+        "--dtype", metavar="T", choices=DTYPES, help=f"{' or '.join(DTYPES)} ({DTYPES[0]}, or the run's)"
+    )
+    command.add_argument("--streams", metavar="S", choices=STREAMS, help=f"{', '.join(STREAMS)} (auto, or the run's)")
 
 
 def _case(options: argparse.Namespace, device: str) -> Case:
     from revnet.app.case import find_case
 
     sizes = (options.depth, options.width, options.tokens, options.batch)
-    return find_case(options.run_path, *sizes, device, dtype=options.dtype, streams=options.streams)
+    return find_case(options.run_path, *sizes, device, options.dtype, options.streams)
 
 
 def _compare(options: argparse.Namespace) -> int:
