@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import ClassVar
 
 import numpy as np
@@ -183,6 +184,18 @@ def test_patches_are_lossless_where_they_can_be() -> None:
     assert (patches.rows, patches.columns) == (3, 2)
     assert patches.encode(blocks).tolist() == [list(range(6))]
     assert np.array_equal(patches.decode(patches.encode(blocks)), blocks)
+
+
+def test_the_memory_of_patches_is_that_of_one_image() -> None:
+    rng = np.random.default_rng(0)
+    patches = Patches(rng.integers(0, 255, (256, 2, 2, 1), dtype=np.uint8), 16, 16)
+    images = rng.integers(0, 255, (64, 32, 32, 1), dtype=np.uint8)
+    patches.encode(images[:1])
+    tracemalloc.start()
+    patches.encode(images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 256 * 256 * 4
 
 
 def test_an_epoch_visits_every_example_once_however_many_ranks() -> None:

@@ -106,10 +106,12 @@ class Patches:
 
     def encode(self, images: Array) -> Array:
         """images (n, height, width, channels), uint8 -> (n, rows * columns), int64."""
-        pieces = cut(images, self.codes.shape[1]).astype(np.float32)
-        # |piece - code|² without |piece|², which is the same for every code.
-        distance = (self._flat**2).sum(axis=1) - 2 * pieces @ self._flat.T
-        return distance.argmin(axis=-1).astype(np.int64)
+        squares = (self._flat**2).sum(axis=1)
+        # |piece - code|² without |piece|², which is the same for every code; of all images at once it may be gigabytes.
+        several = (
+            squares - 2 * pieces.astype(np.float32) @ self._flat.T for pieces in cut(images, self.codes.shape[1])
+        )
+        return np.stack([distance.argmin(axis=-1).astype(np.int64) for distance in several])
 
     def decode(self, tokens: Array) -> Array:
         """tokens (n, rows * columns) -> (n, height, width, channels), uint8."""
