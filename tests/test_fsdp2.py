@@ -57,6 +57,13 @@ def shard_branches(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, **options)
 
 
+def shard_blocks_in_float32(model: nn.Module, mp_policy: MixedPrecisionPolicy) -> nn.Module:
+    """The model is given float32: its blocks cast the streams."""
+    for block in model.blocks:
+        fully_shard(block, mp_policy=mp_policy)
+    return fully_shard(model)
+
+
 def shard_branches_in_float32(model: nn.Module, mp_policy: MixedPrecisionPolicy) -> nn.Module:
     """Streams keep float32: each branch casts what it reads."""
     for block in model.blocks:
@@ -160,10 +167,12 @@ POLICIES = (
 )
 
 
-def assert_exact_in_mixed_precision(shard: Any, policy: MixedPrecisionPolicy, rank: int, world_size: int) -> None:
+def assert_exact_in_mixed_precision(
+    shard: Any, policy: MixedPrecisionPolicy, rank: int, world_size: int, streams: str = "fixed"
+) -> None:
     results = {}
     for execution in ("store", "invert", "checkpoint"):
-        model = shard(sequence(dropout=0.2, streams="fixed", execution=execution).float(), mp_policy=policy)
+        model = shard(sequence(dropout=0.2, streams=streams, execution=execution).float(), mp_policy=policy)
         x, target = batch(world_size)
         torch.manual_seed(100 + rank)
         loss_of(model(mine(rank, x).float()).float(), mine(rank, target).float()).backward()
@@ -211,6 +220,7 @@ def mixed_precision(rank: int, world_size: int) -> None:
     """bf16 parameters, fp32 reduction: fixed streams give the bits of stored execution."""
     for shard in SHARDINGS.values():
         assert_exact_in_mixed_precision(shard, POLICIES[0], rank, world_size)
+    assert_exact_in_mixed_precision(shard_blocks_in_float32, POLICIES[0], rank, world_size, "auto")
     for policy in POLICIES:
         assert_exact_in_mixed_precision(shard_branches_in_float32, policy, rank, world_size)
 

@@ -16,6 +16,7 @@ from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, Plan, resolve
 from ._monitor import OutOfRange, RangeMonitor
+from ._replay import LOW_PRECISION, cast_to_low_precision
 from ._routing import check_keywords
 from ._steps import FixedArithmetic, FloatArithmetic, Part, Step, undo
 from ._streams import Fixed, Float, fitting_fraction_bits
@@ -121,8 +122,9 @@ class Program(nn.Module):
         if isinstance(self.streams, Fixed | Float):
             return self.streams
         # One stream in low precision is enough for wrong gradients.
-        low = any(leaf.dtype in (torch.bfloat16, torch.float16) for leaf in leaves)
+        low = any(leaf.dtype in LOW_PRECISION for leaf in leaves)
         low = low or torch.is_autocast_enabled(leaves[0].device.type)
+        low = low or (not active() and cast_to_low_precision(self._doors))
         return Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
 
     def check(self) -> None:

@@ -128,6 +128,10 @@ def modules_of(fn: nn.Module) -> list[nn.Module]:
     return found
 
 
+# In these, float streams lose too much to rounding.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
 def _is_dtensor(tensor: Tensor | None) -> bool:
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
@@ -173,9 +177,16 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
-def _sharded_by_fsdp(modules: list[nn.Module]) -> list[nn.Module]:
+def _sharded_by_fsdp(modules: Sequence[nn.Module]) -> list[nn.Module]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+
+
+def cast_to_low_precision(modules: Sequence[nn.Module]) -> bool:
+    """Whether FSDP2 hands any of these modules its inputs, or on its outputs, in bfloat16 or float16."""
+    policies = [module._get_fsdp_state()._mp_policy for module in _sharded_by_fsdp(modules)]  # type: ignore[operator]
+    dtypes = {policy.param_dtype for policy in policies if policy.cast_forward_inputs}
+    return not dtypes.union(policy.output_dtype for policy in policies).isdisjoint(LOW_PRECISION)
 
 
 # Replays exclude one another, since they set modules and global generators back: backward may run in several threads.
