@@ -179,6 +179,16 @@ def test_select_keeps_what_an_operation_writes_to_memory_it_is_given(empty: bool
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
+def test_hooks_that_are_always_called_see_the_end_of_each_evaluation(execution: str):
+    pairs, entered = build([(Mlp, Mlp)] * 2, 8), []
+    for branch in (branch for pair in pairs for branch in pair):
+        branch.register_forward_pre_hook(lambda module, args: entered.append(module))
+        branch.register_forward_hook(lambda module, args, out: entered.remove(module), always_call=True)
+    train_step(ReversibleSequence(pairs, execution=execution), randn(2, 6, 8))
+    assert not entered
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_an_in_place_write_to_a_parameter_between_forward_and_backward_raises(execution: str):
     net, _ = both(named("mlp-L8")[0], execution=execution)
     loss = weighted(net(named("mlp-L8")[0].input()))

@@ -188,8 +188,8 @@ _NO_KEYWORDS = KeywordState({})
 _PREFETCH = 2
 
 
-class _Stop(BaseException):
-    """Ends a replay at the last tensor that backward needs. No `Exception`, which a branch may catch."""
+class _Stop(Exception):
+    """Ends a replay at the last tensor that backward needs. An `Exception`: hooks with `always_call` see no others."""
 
 
 class Call:
@@ -545,7 +545,10 @@ class Call:
                 saved_tensors_hooks(pack.pack, _identity),
             ):
                 out = part.fn(*sources, **record.keywords.fresh())
-        except _Stop:
+        except Exception:
+            # The branch may have put another exception in its place.
+            if not pack.stopped:
+                raise
             return None
         pack.check(record.saved_by_branch)
         return branch_output(out, record.target_layout)[0]
@@ -593,7 +596,7 @@ _NOTHING = contextlib.nullcontext()
 class _Catching:
     """Pack hook of a replay: compares what is saved with what forward saved, and catches it."""
 
-    __slots__ = ("record", "count", "caught", "compare", "partial", "early")
+    __slots__ = ("record", "count", "caught", "compare", "partial", "early", "stopped")
 
     def __init__(
         self,
@@ -610,6 +613,7 @@ class _Catching:
         self.compare = compare
         self.partial = partial
         self.early = early
+        self.stopped = False
 
     def pack(self, tensor: Tensor) -> Tensor:
         # Called for each tensor that each step saves: every attribute counts.
@@ -636,6 +640,7 @@ class _Catching:
         elif not self.partial and self.compare:
             raise ReversibleError(_mismatch(self.record.part.name, index, None, _describe(tensor)))
         if self.early and count == len(saved):
+            self.stopped = True
             raise _Stop
         return found
 
