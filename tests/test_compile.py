@@ -160,3 +160,12 @@ def test_an_exported_program_of_fixed_streams_can_be_trained(strict: bool):
     gradients = torch.autograd.grad(found, [x, *exported.parameters()])
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, [x, *parameters]), strict=True):
         assert_near(actual, wanted)
+
+
+@pytest.mark.parametrize("execution", ["store", "invert"])
+def test_hooks_on_a_block_run_where_nothing_is_evaluated_again(execution: str):
+    net = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], execution=execution)
+    net.blocks[0].register_forward_hook(lambda block, args, out: tuple(2 * y for y in out))
+    x = torch.randn(2, 4)
+    with torch.set_grad_enabled(execution == "store"):
+        torch.testing.assert_close(torch.compile(net, backend="eager")(x), net(x))

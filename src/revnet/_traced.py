@@ -85,8 +85,12 @@ def run_traced(
 def _rebuilds(again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str) -> bool | None:
     """Whether backward evaluates these steps again; None where only the engine can do so, outside the graph."""
     # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
-    if not again or torch.compiler._is_exporting_flag:
+    if torch.compiler._is_exporting_flag:
         return False
+    if not again:
+        # Nothing has to be evaluated again, but hooks around the branches have to run.
+        hooked = any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+        return None if hooked and torch.compiler.is_dynamo_compiling() else False
     if not all(isinstance(stream, Tensor) for stream in streams):
         obstacle = obstacle or "a stream is a tree of tensors"
     if torch.compiler.is_dynamo_compiling():
