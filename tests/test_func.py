@@ -466,3 +466,23 @@ def test_a_switch_to_training_before_the_pull_raises() -> None:
         pull(y)
     net.eval()
     pull(y)
+
+
+def exported(net: nn.Module, x: Tensor) -> Tensor:
+    return torch.export.export(net, (x,)).module()(x)
+
+
+@pytest.mark.parametrize("execution", ["store", "invert"])
+@pytest.mark.parametrize(
+    "run",
+    [lambda net, x: vmap(net)(x), lambda net, x: grad(lambda x: net(x).sum())(x), exported],
+    ids=["vmap", "grad", "export"],
+)
+def test_hooks_on_blocks_are_refused_where_they_would_not_run(run: Callable[..., Any], execution: str) -> None:
+    net, _ = networks(cases.Mlp)
+    net.execution = execution
+    handle = net.blocks[1].register_forward_hook(lambda block, args, out: (out[0].tanh(), out[1]))
+    with pytest.raises(revnet.ReversibleError, match="a block has hooks"):
+        run(net, tokens())
+    handle.remove()
+    run(net, tokens())

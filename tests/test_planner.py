@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import random
 import time
 from dataclasses import replace
@@ -573,6 +574,12 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(small_plan: Plan, tmp_
         {"kept_bytes": ["many"] * 6},
         {"budget": "8GiB"},
         {"dtype": "load"},
+        {"dtype": "int32"},
+        {"seconds": math.nan},
+        {"stored_seconds": math.inf},
+        {"peak_bytes": -1},
+        {"shape": [2.5, 8]},
+        {"estimated": "yes"},
         {"format": "revnet plan 99"},
         {"more": 1},
     ],
@@ -586,9 +593,10 @@ def test_a_file_that_is_no_plan_is_refused(small_plan: Plan, tmp_path: Path, cha
         Plan.load(path)
 
 
-def test_text_that_is_no_json_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("text", ["store everything", "[" * 100_000], ids=["words", "nested"])
+def test_text_that_is_no_plan_is_refused(tmp_path: Path, text: str):
     path = tmp_path / "plan.json"
-    path.write_text("store everything")
+    path.write_text(text)
     with pytest.raises(ValueError, match="is not a plan"):
         Plan.load(path)
 

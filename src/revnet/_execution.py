@@ -129,21 +129,32 @@ class Plan:
             loaded = cls(**fields)
             loaded._check()
             return loaded
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)} is not a plan: {error}") from error
 
     def _check(self) -> None:
         """Raise unless all fields are of their types and lengths; data alone can do no harm, but can be wrong."""
         texts = *self.executions, *self.names, self.dtype, self.device
-        numbers = *self.kept_bytes, *self.shape, self.peak_bytes, self.budget, self.seconds, self.stored_seconds
+        counts = *self.kept_bytes, *self.shape, self.peak_bytes, self.budget
+        times = self.seconds, self.stored_seconds
         lists = self.executions, self.names, self.kept_bytes, self.shape
-        for values, types in ((lists, (tuple,)), (texts, (str,)), (numbers, (int, float))):
+        fields = (
+            (lists, (tuple,)),
+            (texts, (str,)),
+            (counts, (int,)),
+            (times, (int, float)),
+            ((self.estimated,), (bool,)),
+        )
+        for values, types in fields:
             if not all(type(value) in types for value in values):
                 raise ValueError("a field is of another type")
+        if not all(0 <= number < math.inf for number in (*counts, *times)):
+            raise ValueError("a number is negative, infinite or none")
         if not len(resolve(self.executions, len(self.names))) == len(self.kept_bytes) > 0:
             raise ValueError("executions, names and kept_bytes differ in length, or are empty")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype {self.dtype!r} is not one of torch's")
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype {self.dtype!r} is none of torch's floating-point types")
 
     def __repr__(self) -> str:
         return (

@@ -85,12 +85,18 @@ def run_traced(
 def _rebuilds(again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str) -> bool | None:
     """Whether backward evaluates these steps again; None where only the engine can do so, outside the graph."""
     # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
-    if torch.compiler._is_exporting_flag:
+    exporting = torch.compiler._is_exporting_flag
+    hooked = any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+    if hooked and (exporting or not torch.compiler.is_dynamo_compiling()):
+        raise ReversibleError(
+            "a block has hooks, which do not run under torch.func, torch.export and functions that trace. Put them on "
+            "its branches, or on the sequence."
+        )
+    if exporting:
         return False
     if not again:
         # Nothing has to be evaluated again, but hooks around the branches have to run.
-        hooked = any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
-        return None if hooked and torch.compiler.is_dynamo_compiling() else False
+        return None if hooked else False
     if not all(isinstance(stream, Tensor) for stream in streams):
         obstacle = obstacle or "a stream is a tree of tensors"
     if torch.compiler.is_dynamo_compiling():
