@@ -60,8 +60,6 @@ def test_help_comes_before_torch(tmp_path: Path) -> None:
     code = """
 import sys
 from revnet.app.cli import main
-from revnet.app.display import Display
-from revnet.app.plots import loss_plot
 try:
     main(["train", "--help"])
 finally:
