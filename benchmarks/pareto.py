@@ -32,7 +32,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +245,9 @@ def warm(shape: str, options: argparse.Namespace, streams: str, stored: int) -> 
     """Returns the peak of one graph, and leaves what was compiled in the caches."""
     torch.set_num_threads(1)
     comparison = Comparison(shape, options)
-    arm = Arm("", in_one_graph(comparison.pairs, streams, stored))
-    comparison.examine(arm, None)
-    return arm.peak
+    run = in_one_graph(comparison.pairs, streams, stored)
+    step(run, comparison.x)
+    return peak(run, comparison.x)
 
 
 def most_stored(limit: int, peaks: dict[int, int]) -> int | None:
@@ -295,10 +295,15 @@ def examine(arm: Arm, pairs: Pairs, x: Tensor, expected: list[Tensor] | None) ->
     if expected is not None:
         off = sum((a - b).square().sum().item() for a, b in zip(found, expected, strict=True))
         arm.error = (off / sum(b.square().sum().item() for b in expected)) ** 0.5
-    seed = torch.full_like(x, 1e-2)
-    arm.peak = revnet.measure_memory(lambda: arm.run(x).backward(seed)).peak_bytes
+    arm.peak = peak(arm.run, x)
     zero(pairs)
     return found
+
+
+def peak(run: Run, x: Tensor) -> int:
+    """Bytes at the peak of a step beside gradients that exist."""
+    seed = torch.full_like(x, 1e-2)
+    return revnet.measure_memory(lambda: run(x).backward(seed)).peak_bytes
 
 
 def race(arms: list[Arm], x: Tensor, rounds: int, seconds: float) -> None:
@@ -427,8 +432,12 @@ class Comparison:
         self.x = torch.randn(batch, tokens, width, device=options.device, dtype=dtype, requires_grad=True)
         self.x.grad = torch.zeros_like(self.x)
         zero(self.pairs)
-        self.expected = self.examine(Arm("stored", loop(self.pairs)), None)
         self.began = time.perf_counter()
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """The gradients of the plain stored loop, in float64: too much memory for processes that only compile."""
+        return self.examine(Arm("stored", loop(self.pairs)), None)
 
     def examine(self, arm: Arm, expected: list[Tensor] | None) -> list[Tensor]:
         return examine(arm, self.pairs, self.x, expected)

@@ -280,19 +280,23 @@ def test_bfloat16_runs_in_fixed_streams(tmp_path: Path) -> None:
     assert all("reconstruction_error" not in row for row in rows)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_compiled_branches_train_alike(tmp_path: Path) -> None:
+# torch's own, from tracing a tensor with a history.
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_branches_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_module = torch.nn.Module.compile
+    # Inductor would take a minute for the same graphs.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
     # Compiled dropout drops other features.
     options = (*TINY, "--depth", "1", "--dropout", "0", "--steps", "3", "--validate-every", "1", "--save-every", "2")
     found = {}
     for name, flags in {"eager": (), "compiled": ("--compile",)}.items():
-        process = command("train", *options, *flags, "--out", name, cwd=tmp_path)
-        _, err = process.communicate(timeout=500)
-        assert (process.returncode, err) == (0, "")
+        frames.clear()
+        assert main(["train", *options, *flags, "--out", str(tmp_path / name)]) == 0
+        assert (frames["ok"] > 0) == (name == "compiled")
         found[name] = [row["held_out_bits"] for row in rows_of(tmp_path / name) if "held_out_bits" in row]
     assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
-    assert found["compiled"] != found["eager"]  # other kernels round otherwise
     assert (tmp_path / "compiled" / "samples.png").exists()
     assert main(["sample", str(tmp_path / "compiled"), "three", "--each", "1"]) == 0
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 from threading import Lock
 from typing import Any
 
@@ -226,7 +227,8 @@ def _all_tensors() -> list[Tensor]:
         subclasses: list[type] = type.__subclasses__(pending.pop())
         types.update(subclasses)
         pending.extend(subclasses)
-    return [obj for obj in gc.get_objects() if type(obj) in types]
+    objects = gc.get_objects()
+    return list(compress(objects, map(types.__contains__, map(type, objects))))
 
 
 def _gradients() -> list[Tensor]:
