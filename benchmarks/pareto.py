@@ -13,8 +13,8 @@ each part the report is written anew, with all that is known by then.
 Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans of compiled branches:
 compiled by default, or with the budget of the rival, whichever of the two plans is predicted to be faster. `graph` has
 the same rivals meet the whole network as one graph, with as many of its last steps stored as leave the peak, measured,
-at or below the rival's. One graph takes long to compile: `--warm` compiles several at a time, in processes of their own
-that leave their results in the compiler's caches on disk.
+at or below the rival's; of what is stored, the compiler may keep what it may of the rival's. One graph takes long to
+compile: `--warm` compiles several at a time, in processes of their own that leave what they compiled in caches on disk.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ import statistics
 import sys
 import time
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -235,18 +236,30 @@ def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> 
 # One graph
 
 
-def in_one_graph(pairs: Pairs, streams: str, stored: int) -> Run:
-    """Returns the network compiled as a whole, its last `stored` steps stored and the others rebuilt."""
+# Streams, setting of the compiler, number of steps that are stored.
+Graph = tuple[str, float, int]
+
+
+def in_one_graph(pairs: Pairs, graph: Graph) -> Run:
+    """Returns the network compiled as a whole, its last steps stored and the others rebuilt."""
+    streams, setting, stored = graph
     execution = ["invert"] * (2 * len(pairs) - stored) + ["store"] * stored
-    return torch.compile(revnet.ReversibleSequence(pairs, streams=streams, execution=execution), fullgraph=True)
+    net = revnet.ReversibleSequence(pairs, streams=streams, execution=execution)
+    return partial(torch.compile(apart(through, setting), fullgraph=True), net)
 
 
-def warm(shape: str, options: argparse.Namespace, streams: str, stored: int) -> int:
+def through(net: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = net(x)
+    return y
+
+
+def warm(shape: str, options: argparse.Namespace, graph: Graph) -> int:
     """Returns the peak of one graph, and leaves what was compiled in the caches."""
     torch.set_num_threads(1)
     comparison = Comparison(shape, options)
-    run = in_one_graph(comparison.pairs, streams, stored)
-    step(run, comparison.x)
+    run = in_one_graph(comparison.pairs, graph)
+    with compiling(graph[1]):
+        step(run, comparison.x)
     return peak(run, comparison.x)
 
 
@@ -487,48 +500,62 @@ class Comparison:
         import torch._dynamo.config
 
         torch._dynamo.config.recompile_limit = 64
-        arms: dict[tuple[str, int], Arm] = {}
-        peaks: dict[str, dict[int, int]] = {streams: {} for streams in self.options.streams}
+        everything = 2 * len(self.pairs)
+        arms: dict[Graph, Arm] = {}
+        peaks: dict[tuple[str, float], dict[int, int]] = defaultdict(dict)
 
-        def measure(streams: str, stored: int) -> Arm:
-            if (streams, stored) not in arms:
-                name = f"one graph, {stored} of {2 * len(self.pairs)} stored"
-                arm = Arm(name, in_one_graph(self.pairs, streams, stored))
-                self.examine(arm, self.expected)
+        def measure(graph: Graph) -> Arm:
+            if graph not in arms:
+                streams, setting, stored = graph
+                name = f"one graph at {setting}, {stored} of {everything} stored"
+                arm = Arm(name, in_one_graph(self.pairs, graph))
+                with compiling(setting):
+                    self.examine(arm, self.expected)
                 self.say(f"{streams} streams, {arm.name}: {mib(arm)} MiB")
-                arms[streams, stored], peaks[streams][stored] = arm, arm.peak
-            return arms[streams, stored]
+                arms[graph], peaks[streams, setting][stored] = arm, arm.peak
+            return arms[graph]
 
-        def prepare(wanted: Iterable[tuple[str, int]]) -> None:
+        def prepare(wanted: Iterable[Graph]) -> None:
             """Find the peaks of these graphs."""
-            new = [(streams, stored) for streams, stored in dict.fromkeys(wanted) if stored not in peaks[streams]]
+            new = [graph for graph in dict.fromkeys(wanted) if graph[2] not in peaks[graph[:2]]]
             if not self.options.warm:
-                for streams, stored in new:
-                    measure(streams, stored)
+                for graph in new:
+                    measure(graph)
             elif new:
                 with ProcessPoolExecutor(self.options.warm, multiprocessing.get_context("spawn")) as pool:
-                    jobs = [pool.submit(warm, self.shape, self.options, *one) for one in new]
-                    for (streams, stored), job in zip(new, jobs, strict=True):
-                        peaks[streams][stored] = job.result()
+                    jobs = [pool.submit(warm, self.shape, self.options, graph) for graph in new]
+                    for (streams, setting, stored), job in zip(new, jobs, strict=True):
+                        peaks[streams, setting][stored] = job.result()
                 self.say(f"{len(new)} graphs compiled beforehand")
 
-        prepare((streams, stored) for streams in peaks for stored in (0, 2 * len(self.pairs)))
-        rivals = [self.budgeted(setting) for setting in SETTINGS]
+        settings = self.options.settings
+        ways = list(itertools.product(self.options.streams, settings))
+        prepare([(*way, everything) for way in ways] + [(streams, 1.0, 0) for streams in self.options.streams])
+        for streams, setting in ways:
+            # Where nothing is stored, there is nothing for the setting to choose from.
+            peaks[streams, setting][0] = peaks[streams, 1.0][0]
+        rivals = [self.budgeted(setting) for setting in settings]
         self.say("rivals measured")
         # The first interpolation is between none and all, the second has a nearer neighbour.
         for _ in range(2):
-            guesses = [(name, most_stored(rival.peak, peaks[name])) for rival in rivals for name in peaks]
-            prepare((streams, stored) for streams, stored in guesses if stored is not None)
+            guesses = [
+                (streams, setting, most_stored(rival.peak, peaks[streams, setting]))
+                for streams in self.options.streams
+                for rival, setting in zip(rivals, settings, strict=True)
+            ]
+            prepare((streams, setting, stored) for streams, setting, stored in guesses if stored is not None)
         part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
-        for rival, streams in itertools.product(rivals, peaks):
-            for stored in sorted(peaks[streams], reverse=True):
-                if peaks[streams][stored] <= rival.peak and measure(streams, stored).peak <= rival.peak:
-                    part.plans[rival.name][streams] = arms[streams, stored]
+        for (rival, setting), streams in itertools.product(zip(rivals, settings, strict=True), self.options.streams):
+            known = peaks[streams, setting]
+            for stored in sorted(known, reverse=True):
+                graph = streams, setting if stored else 1.0, stored
+                if known[stored] <= rival.peak and measure(graph).peak <= rival.peak:
+                    part.plans[rival.name][streams] = arms[graph]
                     break
-        for streams in peaks:
-            measure(streams, 0)
-            known = sorted(stored for name, stored in arms if name == streams)
-            part.curve[streams] = [arms[streams, stored] for stored in known]
+        for streams in self.options.streams:
+            measure((streams, 1.0, 0))
+            found = [arm for graph, arm in arms.items() if graph[0] == streams]
+            part.curve[streams] = sorted(found, key=lambda arm: arm.peak)
         yield self.finish(part)
 
     def compiled(self) -> Iterator[Part]:
@@ -538,7 +565,7 @@ class Comparison:
         torch._dynamo.config.recompile_limit = 64
         default = {streams: self.net(compiled_pairs(self.pairs, 1.0), streams) for streams in self.options.streams}
         stored = Arm("", loop(self.pairs))
-        for setting in SETTINGS:
+        for setting in self.options.settings:
             before = graphs()
             rival = self.budgeted(setting)
             self.say(f"{rival.name}: {graphs() - before} graphs, {mib(rival)} MiB")
@@ -582,6 +609,9 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", default=["float"], help="float, fixed, or both")
     parser.add_argument("--only", choices=("eager", "compiled", "graph"), help="one kind of rivals")
     parser.add_argument("--blocks", type=int, help="blocks of every shape, in place of those it names")
+    parser.add_argument(
+        "--settings", nargs="+", type=float, default=SETTINGS, help="activation memory budgets of compiled rivals"
+    )
     parser.add_argument("--warm", type=int, default=0, help="graphs compiled at a time, before they are measured")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=20.0, help="no further round after these, for each part")
