@@ -10,8 +10,8 @@ plain stored loop, then measured for its peak (above weights, gradients and inpu
 turn, once a round; medians of their times, and of the ratios of times within a round, go into tables and plots. After
 each part the report is written anew, with all that is known by then.
 
-Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans of compiled branches:
-compiled by default, or with the budget of the rival, whichever of the two plans is predicted to be faster. `graph` has
+Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans of compiled branches,
+each compiled with one of these settings, whichever plan is predicted to be the fastest. `graph` has
 the same rivals meet the whole network as one graph, with as many of its last steps stored as leave the peak, measured,
 at or below the rival's; of what is stored, the compiler may keep what it may of the rival's. One graph takes long to
 compile: `--warm` compiles several at a time, in processes of their own that leave what they compiled in caches on disk.
@@ -236,6 +236,8 @@ def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> 
 # One graph
 
 
+# A plan, the setting with which the branches were compiled, and their sequence.
+Choice = tuple[revnet.Plan, float, revnet.ReversibleSequence]
 # Streams, setting of the compiler, number of steps that are stored.
 Graph = tuple[str, float, int]
 
@@ -563,42 +565,34 @@ class Comparison:
 
         # Branches meet several modes of autograd, and all must stay compiled.
         torch._dynamo.config.recompile_limit = 64
-        default = {streams: self.net(compiled_pairs(self.pairs, 1.0), streams) for streams in self.options.streams}
-        stored = Arm("", loop(self.pairs))
-        for setting in self.options.settings:
-            before = graphs()
-            rival = self.budgeted(setting)
-            self.say(f"{rival.name}: {graphs() - before} graphs, {mib(rival)} MiB")
-            if setting == 1.0:
-                stored = rival
-            # Its times are those of the rounds of each part.
-            part = Part(rival if setting == 1.0 else Arm(stored.name, stored.run), [rival], {rival.name: {}})
-            for streams, net in default.items():
-                candidates = [(1.0, net)]
-                if setting != 1.0:
-                    candidates.append((setting, self.net(compiled_pairs(self.pairs, setting), streams)))
-                before = graphs()
-                found = []
-                for own, candidate in candidates:
-                    with compiling(own):
-                        (plan,) = plans_for(candidate, self.x, [rival.peak])
+        settings = self.options.settings
+        rivals = [self.budgeted(setting) for setting in settings]
+        self.say("rivals measured")
+        part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
+        for streams in self.options.streams:
+            found: dict[int, list[Choice]] = defaultdict(list)
+            budgets = [rival.peak for rival in rivals]
+            for setting in settings:
+                net = self.net(compiled_pairs(self.pairs, setting), streams)
+                with compiling(setting):
+                    # The points of the curve are sizes of the first setting's.
+                    for plan in plans_for(net, self.x, [*budgets, *(() if found else CURVE)]):
                         if plan is not None:
-                            found.append((plan.seconds, own, candidate, plan))
-                if found:
-                    _, own, candidate, plan = min(found, key=lambda one: one[0])
-                    part.plans[rival.name][streams] = self.arm(f"plan, branches with {own}", candidate, plan)
-                self.say(f"{streams} streams planned, {graphs() - before} graphs")
-            yield self.finish(part)
-        # An arm is raced in one part: the times of another part are those of other rounds.
-        part = Part(Arm(stored.name, stored.run), [])
-        for streams, net in default.items():
-            found = plans_for(net, self.x, list(CURVE))
-            part.curve[streams] = [
-                self.arm(f"plan {budget}", net, plan)
-                for budget, plan in zip(CURVE, found, strict=True)
-                if plan is not None
-            ]
+                            found[plan.budget].append((plan, setting, net))
+                budgets = list({*budgets, *found})
+                self.say(f"{streams} streams, branches compiled with {setting} planned")
+            arms = {budget: self.fastest(found[budget]) for budget in sorted(found)}
+            for rival in rivals:
+                if rival.peak in arms:
+                    part.plans[rival.name][streams] = arms[rival.peak]
+            part.curve[streams] = list(arms.values())
         yield self.finish(part)
+
+    def fastest(self, found: list[Choice]) -> Arm:
+        """The plan predicted to be the fastest, among those for branches compiled with different settings."""
+        plan, setting, net = min(found, key=lambda one: one[0].seconds)
+        with compiling(setting):
+            return self.arm(f"plan {plan.budget / MIB:.0f} MiB, branches with {setting}", net, plan)
 
 
 def main() -> None:

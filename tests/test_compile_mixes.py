@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, vjp, vmap
 import cases
 import oracle
 import revnet
-from test_compile_traced import TOLERANCE, WIDTH, assert_as_stored, compiled_peak, pairs_of, pytestmark, tokens
+from test_compile_traced import TOLERANCE, WIDTH, Tied, assert_as_stored, compiled_peak, pairs_of, pytestmark, tokens
 
 __all__ = ["pytestmark"]
 
@@ -198,12 +198,13 @@ MIXES: dict[str, Sequence[str]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_the_peak_falls_with_the_steps_that_are_rebuilt(backend: str) -> None:
-    depth = 3
+@pytest.mark.parametrize(("backend", "branch", "depth"), [("aot_eager", cases.Mlp, 3), ("inductor", Tied, 4)])
+def test_the_peak_falls_with_the_steps_that_are_rebuilt(
+    backend: str, branch: Callable[[int], nn.Module], depth: int
+) -> None:
     peaks = [
-        compiled_peak(depth, backend, cases.Mlp, execution=["invert"] * count + ["store"] * (2 * depth - count))
-        for count in range(0, 2 * depth + 1, 2 if backend == "aot_eager" else 3)
+        compiled_peak(depth, backend, branch, execution=["invert"] * count + ["store"] * (2 * depth - count))
+        for count in range(0, 2 * depth + 1, 2 if backend == "aot_eager" else 4)
     ]
     # The last step is kept or rebuilt for the same peak.
     falls = [less - more for more, less in itertools.pairwise(peaks)]

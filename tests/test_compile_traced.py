@@ -190,7 +190,8 @@ def test_a_plan_may_be_compiled_and_still_refuses_larger_inputs() -> None:
 
 @pytest.mark.parametrize("streams", STREAMS)
 def test_inductor_gives_the_gradients_of_the_stored_loop(streams: Any) -> None:
-    pairs = pairs_of(cases.Mlp)
+    # Every kernel takes a second to compile.
+    pairs = pairs_of(cases.Mlp, 1)
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams=streams)
     assert_as_stored(torch.compile(net, fullgraph=True), net, stored, tokens(), TOLERANCE[streams])
 

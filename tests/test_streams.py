@@ -518,8 +518,9 @@ def test_function_transforms() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("fixed", [Fixed(16), Fixed()], ids=["16", "24"])
+@pytest.mark.parametrize(
+    ("fixed", "dtype"), [(Fixed(16), torch.bfloat16), (Fixed(), torch.float32)], ids=["16-bfloat16", "24-float32"]
+)
 def test_compiled(fixed: Fixed, dtype: torch.dtype, device: str) -> None:
     torch._dynamo.reset()
     monitor = RangeMonitor()
