@@ -481,8 +481,11 @@ def exported(net: nn.Module, x: Tensor) -> Tensor:
 def test_hooks_on_blocks_are_refused_where_they_would_not_run(run: Callable[..., Any], execution: str) -> None:
     net, _ = networks(cases.Mlp)
     net.execution = execution
-    handle = net.blocks[1].register_forward_hook(lambda block, args, out: (out[0].tanh(), out[1]))
-    with pytest.raises(revnet.ReversibleError, match="a block has hooks"):
-        run(net, tokens())
-    handle.remove()
+    for handle in (
+        net.blocks[1].register_forward_hook(lambda block, args, out: (out[0].tanh(), out[1])),
+        net.blocks[1].register_full_backward_hook(lambda block, grads, _: grads),
+    ):
+        with pytest.raises(revnet.ReversibleError, match="a block has hooks"):
+            run(net, tokens())
+        handle.remove()
     run(net, tokens())

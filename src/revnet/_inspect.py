@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -29,7 +29,7 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
         streams: the streams before them, of which only shape, strides, dtype and device count.
         blocks: modules around the branches, which the traced path does not call.
     """
-    if _hooked(blocks):
+    if hooked(blocks):
         return "a block has hooks"
     for name, fn, coupling, target, source, kwargs in steps:
         if not coupling.translates or target in source or any(True for _ in coupling.parameters()):
@@ -40,7 +40,8 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
     return ""
 
 
-def _hooked(modules: Sequence[nn.Module]) -> bool:
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether a call of one of these modules would run hooks."""
     return any(getattr(module, hooks, None) for module in modules for hooks in _HOOKS)
 
 
@@ -64,7 +65,7 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
     if not isinstance(fn, nn.Module):
         return "is no module, so the tensors that it reads are unknown"
     modules = list(fn.modules())
-    if _hooked(modules):
+    if hooked(modules):
         return "has hooks"
     held = _held(kwargs)
     if held:

@@ -14,6 +14,7 @@ from ._couplings import Additive
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn
 from ._execution import EXECUTIONS
+from ._inspect import hooked
 from ._program import Execution, Parts, Program, Streams, check_stream
 from ._routing import Routes, check_keywords, check_routes, route_args
 from ._steps import Part
@@ -358,10 +359,8 @@ class SequentialSequence(_Blocks):
 
 def _runs_only_steps(block: nn.Module) -> bool:
     """Whether calling a block would run its steps and nothing else: no hooks, say."""
-    hooks = block._forward_pre_hooks or block._forward_hooks or block._backward_pre_hooks or block._backward_hooks
-    hooks = hooks or has_any_global_hook()
     own = "forward" in vars(block) or block._compiled_call_impl is not None
-    return type(block) is ReversibleBlock and not hooks and not own
+    return type(block) is ReversibleBlock and not own and not hooked((block,)) and not has_any_global_hook()
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:

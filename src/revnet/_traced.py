@@ -23,7 +23,7 @@ from torch.func import functional_call, vjp
 from ._buffer import Remembering
 from ._couplings import fitting
 from ._errors import ReversibleError
-from ._inspect import inspecting, reason
+from ._inspect import hooked, inspecting, reason
 from ._monitor import RangeMonitor
 from ._steps import FixedArithmetic, FloatArithmetic, Part, Stream, branch_output
 from ._streams import Fixed, Held, fixed_add
@@ -86,8 +86,8 @@ def _rebuilds(again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn
     """Whether backward evaluates these steps again; None where only the engine can do so, outside the graph."""
     # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
     exporting = torch.compiler._is_exporting_flag
-    hooked = any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
-    if hooked and (exporting or not torch.compiler.is_dynamo_compiling()):
+    hooks = hooked(blocks)
+    if hooks and (exporting or not torch.compiler.is_dynamo_compiling()):
         raise ReversibleError(
             "a block has hooks, which do not run under torch.func, torch.export and functions that trace. Put them on "
             "its branches, or on the sequence."
@@ -96,7 +96,7 @@ def _rebuilds(again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn
         return False
     if not again:
         # Nothing has to be evaluated again, but hooks around the branches have to run.
-        return None if hooked else False
+        return None if hooks else False
     if not all(isinstance(stream, Tensor) for stream in streams):
         obstacle = obstacle or "a stream is a tree of tensors"
     if torch.compiler.is_dynamo_compiling():
