@@ -135,3 +135,6 @@ def test_plan_of_a_run_takes_its_network(tmp_path: Path, capsys: pytest.CaptureF
     plan = revnet.Plan.load(tmp_path / "plan.json")
     assert (len(plan.executions), plan.shape) == (2, (4, 67, 32))
     assert "depth 1, width 32, 67 tokens, batch 4, bfloat16, " in capsys.readouterr().out
+    deeper = ("--depth", "3", "--memory", "50%", "--out", str(tmp_path / "deeper.png"))
+    assert main(["plan", str(tmp_path / "run"), *deeper]) == 0
+    assert len(revnet.Plan.load(tmp_path / "deeper.json").executions) == 6

@@ -250,13 +250,14 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
         (["compare", "--width", "-32"], "--width is -32, which is too small"),
         (["plan", "--batch", "0"], "--batch is 0, which is too small"),
         (["plan", "{run}", "--batch", "-1"], "--batch is -1, which is too small"),
+        (["plan", "{run}", "--width", "64"], "--width 64: {run} has its own; leave it out, or leave out the run"),
     ],
 )
 def test_numbers_that_cannot_be(
     run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main([argument.format(run=run) for argument in arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(run=run) in capsys.readouterr().err
 
 
 def test_a_caption_that_is_not_utf_8(run: Path) -> None:

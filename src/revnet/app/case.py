@@ -12,7 +12,7 @@ from torch import Tensor
 import revnet
 from revnet.app.config import DTYPES, STREAMS, heads_of, width_of
 from revnet.app.device import find_device
-from revnet.app.errors import UserError
+from revnet.app.errors import UserError, check_least
 from revnet.app.model import Shape, Transformer
 from revnet.app.run import Run
 
@@ -84,23 +84,28 @@ class Case:
 
 def find_case(
     run: str | None,
-    depth: int,
+    depth: int | None,
     width: int | None,
-    tokens: int,
+    tokens: int | None,
     batch: int | None,
     device: str,
     dtype: str | None,
     streams: str | None,
 ) -> Case:
-    """The sizes of a run, or those that are given."""
+    """The sizes that are given, and for the others those of a run or the usual ones."""
     place = find_device(device)
     for name, value in (("depth", depth), ("width", width), ("tokens", tokens), ("batch", batch)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}, which is too small")
+        if value is not None:
+            check_least(name, value, 1)
     if run is not None:
+        for name, value in (("width", width), ("tokens", tokens)):
+            if value is not None:
+                raise UserError(f"--{name} {value}: {run} has its own; leave it out, or leave out the run")
         config = Run.open(run).read_json("config.json")
         how = dtype or config["dtype"], streams or config["streams"]
-        return Case(Shape(**config["shape"]), batch or config["batch"], place, *how)
+        case = Case(Shape(**config["shape"]), batch or config["batch"], place, *how)
+        return case if depth is None else case.of_depth(depth)
+    depth, tokens = depth or 12, tokens or 256
     width = width or width_of(depth)
     heads = heads_of(width)
     if width % (4 * heads):

@@ -146,9 +146,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 def _add_case(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_path", nargs="?", metavar="RUN", help="a run whose network to take")
-    command.add_argument("--depth", type=int, default=12, metavar="N", help="blocks (12)")
+    command.add_argument("--depth", type=int, metavar="N", help="blocks (12, or the run's)")
     command.add_argument("--width", type=int, metavar="N", help="features per token (24 x depth, rounded up to 32)")
-    command.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens of an example (256)")
+    command.add_argument("--tokens", type=int, metavar="N", help="tokens of an example (256)")
     command.add_argument("--batch", type=int, metavar="N", help="examples per step (4, or the run's)")
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
     command.add_argument(

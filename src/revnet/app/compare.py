@@ -17,7 +17,7 @@ from torch import Tensor
 
 from revnet.app.case import Case
 from revnet.app.display import size
-from revnet.app.errors import UserError
+from revnet.app.errors import UserError, check_least
 from revnet.app.measure import executed, step_memory
 from revnet.app.model import Transformer, bits_per_token
 from revnet.app.plots import figure, save_figure
@@ -103,8 +103,7 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     """
     console = Console(highlight=False)
     path = Path(out or "compare.png")
-    if repeats < 1:
-        raise UserError(f"--repeats is {repeats}, which is too small")
+    check_least("repeats", repeats, 1)
     if path.suffix not in (".md", ".png"):
         raise UserError(f"--out {path}: give a file that ends in .md, for the table and the plot, or in .png")
     depths = sorted({max(1, case.shape.depth * quarters // 4) for quarters in (1, 2, 3, 4)})

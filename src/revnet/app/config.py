@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from revnet.app.errors import UserError
+from revnet.app.errors import UserError, check_least
 
 
 def option(
@@ -64,9 +64,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            least = 0 if item.name in ("dropout", "seed") else 1e-30
-            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value:
-                raise UserError(f"--{item.name.replace('_', '-')} is {value}, which is too small")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_least(item.name, value, 0 if item.name in ("dropout", "seed") else 1e-30)
         # A step's seed is a million times this one, and has 64 bits.
         if self.seed >= 2**43:
             raise UserError(f"--seed is {self.seed}, which is too large")

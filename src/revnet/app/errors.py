@@ -11,3 +11,9 @@ class DataError(UserError):
 
 class MachineError(Exception):
     """The machine has no room, in memory or on the disk; the message says what is lost. Exit code 1."""
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raise unless the number given as `--name` is `least` or more; not-a-number is neither."""
+    if not value >= least:
+        raise UserError(f"--{name.replace('_', '-')} is {value}, which is too small")
