@@ -161,6 +161,7 @@ def test_a_hurried_search_loses_little(seed: int, monkeypatch: pytest.MonkeyPatc
         assert thorough.time <= hurried.time <= 1.002 * thorough.time
 
 
+@pytest.mark.slow
 def test_a_thousand_blocks_are_solved_in_seconds():
     chain = random_chain(1, 2000, fixed=False)
     budget = (minimum(chain) + simulate(chain, ["store"] * 2000).peak) // 2
@@ -511,6 +512,12 @@ def test_a_plan_that_inverts_is_refused_by_the_sequential_twin():
 def test_what_is_no_sequence_is_refused():
     with pytest.raises(TypeError, match="Linear"):
         plan(nn.Linear(2, 2), torch.randn(2, 2))
+
+
+def test_inference_mode_is_refused():
+    net, x = sequence(2), torch.randn(2, 16, 32)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode forbids"):
+        plan(net, x, "minimum")
 
 
 # The table and the file

@@ -62,6 +62,7 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
 
     Raises:
         ReversibleError: no plan is within the budget; the message says the smallest one possible.
+        RuntimeError: under `torch.inference_mode`, which allows no training step.
         ValueError: a budget that is no size.
 
     Example:
@@ -70,6 +71,8 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
     """
     if not isinstance(net, Program):
         raise TypeError(f"net is {type(net).__name__}, but a plan is for a revnet sequence")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("revnet.plan runs training steps, which torch.inference_mode forbids: call it outside")
     many = isinstance(budget, Sequence) and not isinstance(budget, str)
     budgets = [_read(one) for one in (budget if many else [budget])]
     with torch.enable_grad(), rehearsing(net, x, kwargs) as rehearsal:
