@@ -27,6 +27,8 @@ settings.load_profile("revnet")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long tests first, or a worker would be left with one. Those of a group stay together.
+    items.sort(key=lambda item: "slow" not in item.keywords or "xdist_group" in item.keywords)
     if torch.cuda.is_available():
         return
     for item in items:

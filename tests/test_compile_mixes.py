@@ -198,6 +198,7 @@ MIXES: dict[str, Sequence[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "branch", "depth"), [("aot_eager", cases.Mlp, 3), ("inductor", Tied, 4)])
 def test_the_peak_falls_with_the_steps_that_are_rebuilt(
     backend: str, branch: Callable[[int], nn.Module], depth: int

@@ -188,6 +188,7 @@ def test_a_plan_may_be_compiled_and_still_refuses_larger_inputs() -> None:
         torch.compile(net, backend="aot_eager")(torch.randn(3, 6, WIDTH, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", STREAMS)
 def test_inductor_gives_the_gradients_of_the_stored_loop(streams: Any) -> None:
     # Every kernel takes a second to compile.
@@ -325,7 +326,7 @@ class Marked(nn.Module):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_fixed_streams_are_rebuilt_in_every_bit_inside_the_graph(backend: str, autocast: bool) -> None:
     fixed, shape = revnet.Fixed(24), (2, 6, WIDTH)
     pairs = [(Marked(shape), Marked(shape)) for _ in range(2)]
@@ -362,12 +363,14 @@ def compiled_peak(
     return (revnet.measure_memory(lambda: run(x)).peak_bytes - gradients) / (x.numel() * x.element_size())
 
 
+@pytest.mark.slow
 def test_the_peak_of_one_graph_does_not_grow_with_depth() -> None:
     peaks = [compiled_peak(depth, "aot_eager", cases.Mlp) for depth in (2, 6)]
     assert max(peaks) < 1.02 * min(peaks)
     assert max(peaks) < 14
 
 
+@pytest.mark.slow
 def test_the_peak_of_inductor_does_not_grow_with_depth() -> None:
     # Inductor reorders: of larger branches its peak reaches its constant only at eight blocks, which take minutes.
     peaks = [compiled_peak(depth, "inductor", Tied) for depth in (4, 8)]

@@ -403,6 +403,7 @@ def test_tied_weights_are_registered_once_and_gradients_add_up(kind: str):
     assert_as_stored(net, *leaves((3, 8), (3, 8)), oracle=loop)
 
 
+@pytest.mark.slow
 def test_thousands_of_tied_steps_in_constant_memory():
     def report(applications: int) -> revnet.MemoryReport:
         net = tied(applications, streams="fixed")

@@ -18,7 +18,7 @@ from revnet import ReversibleSequence
 from revnet._distributed import shared_generator
 
 # Many checks share one start of the ranks.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("ddp")]
 
 STEPS = 3
 

@@ -42,6 +42,7 @@ def test_a_failing_rank_ends_the_others(error: BaseException, said: str) -> None
     assert time.monotonic() - start < 100
 
 
+@pytest.mark.slow
 def test_search_brackets_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
     """Two ranks, 5 MiB each: the largest size that fits, and one close above it that does not."""
     options = argparse.Namespace(
