@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -27,8 +28,6 @@ settings.load_profile("revnet")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Long tests first, or a worker would be left with one. Those of a group stay together.
-    items.sort(key=lambda item: "slow" not in item.keywords or "xdist_group" in item.keywords)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -46,6 +45,9 @@ def pytest_collection_finish() -> None:
 def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seeds the generator and fills `torch.empty` with NaN (torch does so only with deterministic algorithms)."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        # What other tests had compiled would count towards the limit of compilations of one function.
+        torch._dynamo.reset()
     # On CUDA the deterministic switch would also change which attention kernels may run.
     deterministic = "gpu" not in request.keywords
     torch.use_deterministic_algorithms(deterministic)

@@ -99,10 +99,6 @@ def break_off(run: Path) -> None:
     max(partial.glob("*.distcp"), key=lambda file: file.stat().st_size).write_bytes(b"half")
 
 
-# The preparation takes half a minute.
-of_the_folder = pytest.mark.xdist_group("app_distributed")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process, of two ranks by DDP, by FSDP2, by a plan, two with dropout, one of them resumed as well."""
@@ -115,7 +111,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@of_the_folder
 @pytest.mark.parametrize("name", CURVES)
 def test_curve_of_one_process(name: str, folder: Path) -> None:
     one, two = rows(folder / "one"), rows(folder / name)
@@ -125,7 +120,6 @@ def test_curve_of_one_process(name: str, folder: Path) -> None:
     assert held_out(folder / name) == pytest.approx(held_out(folder / "one"), rel=1e-5)
 
 
-@of_the_folder
 @pytest.mark.parametrize("name", CURVES)
 def test_weights_for_sampling(name: str, folder: Path) -> None:
     one, two = (load_file(folder / run / "weights.safetensors") for run in ("one", name))
@@ -134,7 +128,6 @@ def test_weights_for_sampling(name: str, folder: Path) -> None:
         torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-3)
 
 
-@of_the_folder
 def test_resumes_bit_for_bit(folder: Path) -> None:
     """Masks and batches follow from seed, step and rank: no generator is saved, and none is missed."""
     assert rows(folder / "whole") != rows(folder / "fsdp"), "dropout drops nothing"
@@ -149,7 +142,6 @@ def assert_same_weights(run: Path, other: Path) -> None:
     assert all(torch.equal(one[key], two[key]) for key in one | two)
 
 
-@of_the_folder
 def test_resumes_on_another_number_of_ranks(folder: Path) -> None:
     """Shards of two ranks, continued on one; and the state of one DDP rank, continued as shards."""
     more = 2 * STEPS
@@ -275,7 +267,6 @@ def resumed_from(output: str) -> int:
     return step
 
 
-@of_the_folder
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -18,7 +18,7 @@ from revnet import ReversibleSequence
 from revnet._distributed import shared_generator
 
 # Many checks share one start of the ranks.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("ddp")]
+pytestmark = pytest.mark.timeout(300)
 
 STEPS = 3
 

@@ -37,7 +37,7 @@ from revnet._execution import EXECUTIONS
 from test_ddp import Whole
 
 # Many checks share one start of the ranks.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("fsdp2")]
+pytestmark = pytest.mark.timeout(300)
 
 
 def shard_root(model: nn.Module, **options: Any) -> nn.Module:

@@ -35,7 +35,7 @@ from revnet import Fixed, ReversibleError, ReversibleSequence, measure_memory
 from revnet._execution import EXECUTIONS
 
 # Many checks share one start of the ranks.
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("parallel_model")]
+pytestmark = pytest.mark.timeout(300)
 
 FINE = Fixed(fraction_bits=37)
 

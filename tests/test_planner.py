@@ -215,8 +215,10 @@ VARIANTS = {
 F32 = torch.float32
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("needs_grad", [False, True], ids=["input", "input-with-gradient"])
+@pytest.mark.parametrize(
+    ("variant", "needs_grad"),
+    [*zip(VARIANTS, itertools.repeat(False)), *zip(("dropout", "concat", "sequential"), itertools.repeat(True))],
+)
 def test_the_predicted_peak_of_other_sequences(variant: str, needs_grad: bool):
     net = VARIANTS[variant]()
     dtype = next(net.parameters()).dtype
