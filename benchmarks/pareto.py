@@ -205,13 +205,11 @@ def compiled_pairs(pairs: Pairs, setting: float) -> Pairs:
     return [(compiled(f), compiled(g)) for f, g in pairs]
 
 
-def graphs() -> int:
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
 # Plans
+
+
+# A plan, the setting with which the branches were compiled, and their sequence.
+Choice = tuple[revnet.Plan, float, revnet.ReversibleSequence]
 
 
 def planned(net: revnet.ReversibleSequence, found: revnet.Plan) -> Run:
@@ -236,8 +234,6 @@ def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> 
 # One graph
 
 
-# A plan, the setting with which the branches were compiled, and their sequence.
-Choice = tuple[revnet.Plan, float, revnet.ReversibleSequence]
 # Streams, setting of the compiler, number of steps that are stored.
 Graph = tuple[str, float, int]
 

@@ -171,15 +171,13 @@ class _Planner:
         return self.seen[executions]
 
     def fastest(self, size: int) -> Plan:
-        fitting = [solution for solution in self.seen.values() if solution.peak <= size]
-        if not fitting and self.least <= size:
-            # The search for the smallest peak ran more plans.
-            fitting = [solution for solution in self.seen.values() if solution.peak <= size]
-        if not fitting:
+        if all(solution.peak > size for solution in self.seen.values()) and self.least > size:
             raise ReversibleError(
                 f"no plan is within {format_bytes(size)} ({size} bytes): the smallest peak of this sequence, for this "
                 f"input, is {format_bytes(self.least)} ({self.least} bytes). Give at least that, or a smaller input."
             )
+        # The search for the smallest peak may have run more plans.
+        fitting = [solution for solution in self.seen.values() if solution.peak <= size]
         solution = min(fitting, key=lambda solution: (solution.time, solution.peak))
         rehearsal = self.rehearsal
         return Plan(
