@@ -286,7 +286,6 @@ def test_compiled_branches_train_alike(tmp_path: Path, monkeypatch: pytest.Monke
     compile_module = torch.nn.Module.compile
     # Inductor would take a minute for the same graphs.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
-    torch._dynamo.reset()
     frames = torch._dynamo.utils.counters["frames"]
     # Compiled dropout drops other features.
     options = (*TINY, "--depth", "1", "--dropout", "0", "--steps", "3", "--validate-every", "1", "--save-every", "2")

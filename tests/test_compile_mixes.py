@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -27,13 +27,6 @@ __all__ = ["pytestmark"]
 ADDMM = torch.ops.aten.addmm.default
 EXECUTIONS = ["store", "select", "checkpoint", "offload", "invert"]
 STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(37), id="fixed")]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def mixes(steps: int) -> st.SearchStrategy[list[str]]:
@@ -236,7 +229,7 @@ def test_every_step_that_is_rebuilt_is_evaluated_once_more(name: str, streams: s
     """Also where inductor sees that a branch is given what it was given in forward, and would keep the result."""
     (forward, backward), (all_forward, stored) = (products(streams, *mix) for mix in (MIXES[name], ["store"] * 6))
     # What would only undo the first step of a run is not evaluated, nor the last step of all again.
-    runs = [list(run) for stored, run in itertools.groupby(MIXES[name], "store".__eq__) if not stored]
+    runs = [list(run) for kept, run in itertools.groupby(MIXES[name], "store".__eq__) if not kept]
     expected = sum(2 * len(run) - 1 for run in runs)
     if MIXES[name][-1] != "store":
         expected -= min(2, 2 * len(runs[-1]) - 1)

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,13 +34,6 @@ WIDTH = 16
 STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(37), id="fixed")]
 # Rounding to 37 fraction bits is off by up to 4e-12 per step.
 TOLERANCE = {"float": 1e-12, revnet.Fixed(37): 1e-10}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Backend:

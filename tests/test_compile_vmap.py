@@ -21,7 +21,6 @@ pytestmark = [
 
 @pytest.fixture(params=["float", revnet.Fixed(37)], ids=["float", "fixed"])
 def net(request: pytest.FixtureRequest) -> revnet.ReversibleSequence:
-    torch._dynamo.reset()
     pairs = [(cases.Mlp(8).double(), cases.Mlp(8).double()) for _ in range(2)]
     return revnet.ReversibleSequence(pairs, streams=request.param)
 

@@ -168,7 +168,6 @@ def test_transforms_of_torch_func(name: str, kind: str):
 @pytest.mark.parametrize("name", ["additive", "momentum", "affine", "permutation"])
 def test_a_compiled_program(name: str):
     net = program(name, 4, streams="fixed")
-    torch._dynamo.reset()
     actual = trained(torch.compile(net, backend="aot_eager"), net, streams_of())
     for key, right in trained(net, net, streams_of()).items():
         assert_near(actual[key], right, key)

@@ -333,7 +333,6 @@ def test_what_a_selective_policy_keeps_is_not_recomputed(execution: str):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
 def test_a_compiled_branch_stays_compiled_whatever_its_execution():
-    torch.compiler.reset()
     pairs = build([(Attention, Mlp)] * 2, 8)
     oracle = stored_copy(pairs)
     for pair in pairs:

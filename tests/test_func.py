@@ -58,11 +58,6 @@ def assert_near(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
         oracle.assert_near(actual, wanted, tolerance=tolerance)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry per pass that the traced operation took."""
@@ -481,10 +476,11 @@ def exported(net: nn.Module, x: Tensor) -> Tensor:
 def test_hooks_on_blocks_are_refused_where_they_would_not_run(run: Callable[..., Any], execution: str) -> None:
     net, _ = networks(cases.Mlp)
     net.execution = execution
-    for handle in (
-        net.blocks[1].register_forward_hook(lambda block, args, out: (out[0].tanh(), out[1])),
-        net.blocks[1].register_full_backward_hook(lambda block, grads, _: grads),
+    for register, hook in (
+        (net.blocks[1].register_forward_hook, lambda block, args, out: (out[0].tanh(), out[1])),
+        (net.blocks[1].register_full_backward_hook, lambda block, grads, _: grads),
     ):
+        handle = register(hook)
         with pytest.raises(revnet.ReversibleError, match="a block has hooks"):
             run(net, tokens())
         handle.remove()

@@ -261,7 +261,6 @@ def test_the_predicted_peak_under_autocast():
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "streams"), [("aot_eager", "fixed"), ("inductor", "float")])
 def test_the_predicted_peak_of_compiled_branches(backend: str, streams: str):
-    torch.compiler.reset()
     net = sequence(2, streams=streams)
     for block in net.blocks:
         block.f.compile(backend=backend)

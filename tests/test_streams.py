@@ -522,7 +522,6 @@ def test_function_transforms() -> None:
     ("fixed", "dtype"), [(Fixed(16), torch.bfloat16), (Fixed(), torch.float32)], ids=["16-bfloat16", "24-float32"]
 )
 def test_compiled(fixed: Fixed, dtype: torch.dtype, device: str) -> None:
-    torch._dynamo.reset()
     monitor = RangeMonitor()
     monitor.prepare(torch.device(device, 0) if device == "cuda" else torch.device(device))
 
@@ -550,7 +549,6 @@ def test_compiled(fixed: Fixed, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.slow
 def test_compiled_function_with_gradients() -> None:
-    torch._dynamo.reset()
     fixed, monitor = Fixed(), RangeMonitor()
     monitor.prepare(torch.device("cpu"))
 
