@@ -3,7 +3,7 @@
     python benchmarks/pareto.py                                # the shapes of the report; on a GPU
     python benchmarks/pareto.py --shapes 128x128x4x8 --dtype float32 --device cpu --rounds 5
     python benchmarks/pareto.py --only compiled --streams float fixed --out benchmarks/results
-    python benchmarks/pareto.py --only graph --streams float fixed --shapes 1024x1024x8x48 --blocks 12 --warm 12
+    python benchmarks/pareto.py --only graph --streams float fixed --shapes 1024x1024x8x48 --warm 7
 
 A shape is width x tokens x batch x blocks. Every way to run the network is first checked for its gradients against the
 plain stored loop, then measured for its peak (above weights, gradients and input). The ways of one part then run in
@@ -11,10 +11,10 @@ turn, once a round; medians of their times, and of the ratios of times within a 
 each part the report is written anew, with all that is known by then.
 
 Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans of compiled branches,
-each compiled with one of these settings, whichever plan is predicted to be the fastest. `graph` has
-the same rivals meet the whole network as one graph, with as many of its last steps stored as leave the peak, measured,
-at or below the rival's; of what is stored, the compiler may keep what it may of the rival's. One graph takes long to
-compile: `--warm` compiles several at a time, in processes of their own that leave what they compiled in caches on disk.
+each compiled with one of these settings, whichever plan is predicted to be the fastest. `graph` has the same rivals
+meet the network in parts that are each one graph, rebuilt or, the last of them, stored with one of these settings;
+whichever mixture was the fastest of those whose peak, measured, is at or below the rival's. Parts take long to compile:
+`--warm` compiles several at a time, in processes of their own that leave what they compiled in caches on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sys
 import time
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -117,12 +117,15 @@ def block(f: nn.Module, g: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, T
 
 def loop(pairs: Pairs, apply: Callable[..., tuple[Tensor, Tensor]] = block) -> Run:
     """Returns the two-stream loop that runs each block by `apply`."""
+    return one_after_another([partial(apply, f, g) for f, g in pairs])
 
+
+def one_after_another(parts: list[Callable[..., tuple[Tensor, Tensor]]]) -> Run:
     def run(x: Tensor) -> Tensor:
-        # Two tensors, because a compiler would make another graph for a block whose inputs are one.
+        # Two tensors, because a compiler would make another graph for a part whose inputs are one.
         x1, x2 = x, x.view_as(x)
-        for f, g in pairs:
-            x1, x2 = apply(f, g, x1, x2)
+        for part in parts:
+            x1, x2 = part(x1, x2)
         return (x1 + x2) / 2
 
     return run
@@ -182,15 +185,15 @@ def compiling(setting: float) -> Iterator[None]:
         yield
 
 
-def apart(fn: Any, setting: float) -> Any:
+def apart(fn: Any, *labels: object) -> Any:
     """A function like `fn` with a code object of its own."""
-    code = fn.__code__.replace(co_name=f"{fn.__name__}_{round(100 * setting)}")
+    code = fn.__code__.replace(co_name="_".join(map(str, (fn.__name__, *labels))))
     return types.FunctionType(code, fn.__globals__, closure=fn.__closure__)
 
 
 @cache
 def kind_apart(kind: type, setting: float) -> type:
-    return type(f"{kind.__name__}_{round(100 * setting)}", (kind,), {"forward": apart(kind.forward, setting)})
+    return type(f"{kind.__name__}_{setting}", (kind,), {"forward": apart(kind.forward, setting)})
 
 
 def compiled_pairs(pairs: Pairs, setting: float) -> Pairs:
@@ -231,53 +234,29 @@ def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> 
     return [next(found) if budget in possible else None for budget in budgets]
 
 
-# One graph
+# Parts that are each one graph
 
 
-# Streams, setting of the compiler, number of steps that are stored.
-Graph = tuple[str, float, int]
+def parts_of(pairs: Pairs, length: int, streams: str, execution: str, setting: float) -> list[Callable[..., Any]]:
+    """Returns the network in parts of `length` blocks, each one graph: what is compiled for one serves all."""
+    compiled = torch.compile(apart(through, execution, setting), fullgraph=True)
+    chunks = [pairs[start : start + length] for start in range(0, len(pairs), length)]
+    return [
+        partial(compiled, revnet.ReversibleSequence(chunk, streams=streams, execution=execution)) for chunk in chunks
+    ]
 
 
-def in_one_graph(pairs: Pairs, graph: Graph) -> Run:
-    """Returns the network compiled as a whole, its last steps stored and the others rebuilt."""
-    streams, setting, stored = graph
-    execution = ["invert"] * (2 * len(pairs) - stored) + ["store"] * stored
-    net = revnet.ReversibleSequence(pairs, streams=streams, execution=execution)
-    return partial(torch.compile(apart(through, setting), fullgraph=True), net)
+def through(net: revnet.ReversibleSequence, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    y1, y2 = net.run(x1, x2)
+    return y1, y2
 
 
-def through(net: nn.Module, x: Tensor) -> Tensor:
-    y: Tensor = net(x)
-    return y
-
-
-def warm(shape: str, options: argparse.Namespace, graph: Graph) -> int:
-    """Returns the peak of one graph, and leaves what was compiled in the caches."""
+def warm(shape: str, options: argparse.Namespace, streams: str, execution: str, setting: float) -> None:
+    """Compiles one part, and leaves what was compiled in the caches."""
     torch.set_num_threads(1)
     comparison = Comparison(shape, options)
-    run = in_one_graph(comparison.pairs, graph)
-    with compiling(graph[1]):
-        step(run, comparison.x)
-    return peak(run, comparison.x)
-
-
-def most_stored(limit: int, peaks: dict[int, int]) -> int | None:
-    """Returns how many steps may be stored, by interpolation of known peaks; None if with none the limit is exceeded.
-
-    Args:
-        limit: bytes.
-        peaks: in bytes by the number of stored steps, for none, all, and any others.
-    """
-    fitting = [count for count, peak in peaks.items() if peak <= limit]
-    if not fitting:
-        return None
-    low = max(fitting)
-    above = [count for count in peaks if count > low]
-    if not above:
-        return low
-    high = min(above)
-    share = (limit - peaks[low]) / max(1, peaks[high] - peaks[low])
-    return min(high - 1, low + int(share * (high - low)))
+    with compiling(setting):
+        step(one_after_another(parts_of(comparison.pairs, options.part, streams, execution, setting)), comparison.x)
 
 
 # Measurements
@@ -498,63 +477,49 @@ class Comparison:
         import torch._dynamo.config
 
         torch._dynamo.config.recompile_limit = 64
-        everything = 2 * len(self.pairs)
-        arms: dict[Graph, Arm] = {}
-        peaks: dict[tuple[str, float], dict[int, int]] = defaultdict(dict)
-
-        def measure(graph: Graph) -> Arm:
-            if graph not in arms:
-                streams, setting, stored = graph
-                name = f"one graph at {setting}, {stored} of {everything} stored"
-                arm = Arm(name, in_one_graph(self.pairs, graph))
-                with compiling(setting):
-                    self.examine(arm, self.expected)
-                self.say(f"{streams} streams, {arm.name}: {mib(arm)} MiB")
-                arms[graph], peaks[streams, setting][stored] = arm, arm.peak
-            return arms[graph]
-
-        def prepare(wanted: Iterable[Graph]) -> None:
-            """Find the peaks of these graphs."""
-            new = [graph for graph in dict.fromkeys(wanted) if graph[2] not in peaks[graph[:2]]]
-            if not self.options.warm:
-                for graph in new:
-                    measure(graph)
-            elif new:
-                with ProcessPoolExecutor(self.options.warm, multiprocessing.get_context("spawn")) as pool:
-                    jobs = [pool.submit(warm, self.shape, self.options, graph) for graph in new]
-                    for (streams, setting, stored), job in zip(new, jobs, strict=True):
-                        peaks[streams, setting][stored] = job.result()
-                self.say(f"{len(new)} graphs compiled beforehand")
-
-        settings = self.options.settings
-        ways = list(itertools.product(self.options.streams, settings))
-        prepare([(*way, everything) for way in ways] + [(streams, 1.0, 0) for streams in self.options.streams])
-        for streams, setting in ways:
-            # Where nothing is stored, there is nothing for the setting to choose from.
-            peaks[streams, setting][0] = peaks[streams, 1.0][0]
+        settings, count = self.options.settings, len(self.pairs) // self.options.part
+        if self.options.warm:
+            one = argparse.Namespace(**{**vars(self.options), "blocks": self.options.part})
+            kinds = [("invert", 1.0), *(("store", setting) for setting in settings)]
+            with ProcessPoolExecutor(self.options.warm, multiprocessing.get_context("spawn")) as pool:
+                jobs = [pool.submit(warm, self.shape, one, *way) for way in self.ways(kinds)]
+                for job in jobs:
+                    job.result()
+            self.say(f"{len(jobs)} graphs compiled beforehand")
         rivals = [self.budgeted(setting) for setting in settings]
         self.say("rivals measured")
-        # The first interpolation is between none and all, the second has a nearer neighbour.
-        for _ in range(2):
-            guesses = [
-                (streams, setting, most_stored(rival.peak, peaks[streams, setting]))
-                for streams in self.options.streams
-                for rival, setting in zip(rivals, settings, strict=True)
-            ]
-            prepare((streams, setting, stored) for streams, setting, stored in guesses if stored is not None)
         part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
-        for (rival, setting), streams in itertools.product(zip(rivals, settings, strict=True), self.options.streams):
-            known = peaks[streams, setting]
-            for stored in sorted(known, reverse=True):
-                graph = streams, setting if stored else 1.0, stored
-                if known[stored] <= rival.peak and measure(graph).peak <= rival.peak:
-                    part.plans[rival.name][streams] = arms[graph]
-                    break
         for streams in self.options.streams:
-            measure((streams, 1.0, 0))
-            found = [arm for graph, arm in arms.items() if graph[0] == streams]
-            part.curve[streams] = sorted(found, key=lambda arm: arm.peak)
+            inverted = parts_of(self.pairs, self.options.part, streams, "invert", 1.0)
+            arms = [self.mixed(f"none of {count} stored", inverted)]
+            for setting in settings:
+                stored = parts_of(self.pairs, self.options.part, streams, "store", setting)
+                with compiling(setting):
+                    arms += [
+                        self.mixed(f"{last} of {count} stored at {setting}", [*inverted[:-last], *stored[-last:]])
+                        for last in range(1, count + 1)
+                    ]
+                self.say(f"{streams} streams, {arms[-1].name}: {mib(arms[-1])} MiB")
+            raced = {arm.name: arm for arm in (arms[0], arms[count])}
+            for rival in rivals:
+                small = [arm for arm in arms if arm.peak <= rival.peak]
+                if small:
+                    best = min(small, key=lambda arm: arm.time)
+                    part.plans[rival.name][streams] = raced[best.name] = best
+            for arm in raced.values():
+                arm.times.clear()
+            part.curve[streams] = sorted(raced.values(), key=lambda arm: arm.peak)
         yield self.finish(part)
+
+    def ways(self, kinds: list[tuple[str, float]]) -> list[tuple[str, str, float]]:
+        return [(streams, *kind) for streams in self.options.streams for kind in kinds]
+
+    def mixed(self, name: str, parts: list[Callable[..., Any]]) -> Arm:
+        """One after another; timed already, to choose by."""
+        arm = Arm(name, one_after_another(parts))
+        self.examine(arm, self.expected)
+        arm.times = [timed(arm.run, self.x) for _ in range(5)]
+        return arm
 
     def compiled(self) -> Iterator[Part]:
         import torch._dynamo.config
@@ -599,6 +564,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", default=["float"], help="float, fixed, or both")
     parser.add_argument("--only", choices=("eager", "compiled", "graph"), help="one kind of rivals")
     parser.add_argument("--blocks", type=int, help="blocks of every shape, in place of those it names")
+    parser.add_argument("--part", type=int, default=6, help="blocks of each graph")
     parser.add_argument(
         "--settings", nargs="+", type=float, default=SETTINGS, help="activation memory budgets of compiled rivals"
     )
