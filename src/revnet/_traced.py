@@ -72,12 +72,12 @@ def run_traced(
             run.append((index, part))
             continue
         if run:
-            states, run = _reversibly(run, states, arithmetic, False), []
+            states, run = _reversibly(run, states, arithmetic), []
         states[part.target], extra = _stored(index, part, states, arithmetic)
         if extra is not None:
             aux[part.name] = extra
     if run:
-        states = _reversibly(run, states, arithmetic, True)
+        states = _reversibly(run, states, arithmetic)
     values = tuple(value for value, _ in states)
     return (*values, aux) if aux else values
 
@@ -209,15 +209,11 @@ class _Program(NamedTuple):
     residuals: tuple[int, ...]
     fixed: Fixed | None
     monitor: RangeMonitor | None
-    # Whether no step follows.
-    last: bool
     # Of the CPU and of the streams' device: its type, whether autocast is enabled there, its dtype.
     autocast: tuple[tuple[str, bool, torch.dtype], tuple[str, bool, torch.dtype]]
 
 
-def _reversibly(
-    parts: Sequence[tuple[int, Part]], states: list[Stream], arithmetic: Arithmetic, last: bool
-) -> list[Stream]:
+def _reversibly(parts: Sequence[tuple[int, Part]], states: list[Stream], arithmetic: Arithmetic) -> list[Stream]:
     """The streams after the steps, as one operation whose backward rebuilds them."""
     table = _Tensors()
     streams = tuple([table.add(value) for value, _ in states])
@@ -244,7 +240,7 @@ def _reversibly(
                 differentiated.append(slot)
         steps.append(_Evaluation(Part(*part[:5], kwargs), index, tuple(state), tuple(differentiated)))
     autocast = (_autocast("cpu"), _autocast(states[0][0].device.type))
-    program = _Program(tuple(steps), streams, residuals, fixed, monitor, last, autocast)
+    program = _Program(tuple(steps), streams, residuals, fixed, monitor, autocast)
     # Under the compiler, a Function none of whose tensors takes a gradient fails.
     walk = _Walk.apply if any(map(_takes_gradient, table.tensors)) else _up
     outputs = walk(program, *table.tensors)
@@ -381,7 +377,7 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
     kept = count if fixed is None else 2 * count
     residuals, tensors = list(saved[count:kept]), saved[kept:]
     stream_grads = list(grads[:count])
-    if torch.compiler.is_compiling() and not program.last:
+    if torch.compiler.is_compiling():
         # The values, but known only with the gradients: a branch that reads what it read in forward would otherwise
         # be one operation with that, and its activations would stay. Copied, as the choice has the gradient's strides.
         chosen = [torch.where(grad.isnan(), x, x) for x, grad in zip(values, stream_grads, strict=True)]
