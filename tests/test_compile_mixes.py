@@ -14,6 +14,7 @@ from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.compile_fx import compile_fx
 from torch.func import functional_call, grad, vjp, vmap
 
@@ -220,6 +221,34 @@ def test_a_rebuilt_sequence_keeps_its_streams_and_nothing_else(depth: int) -> No
     run(x).sum().backward()
     net.zero_grad()
     assert revnet.measure_memory(run, x).saved_bytes == 2 * x.numel() * x.element_size()
+
+
+def test_equal_parts_of_a_network_share_what_is_compiled() -> None:
+    pairs = pairs_of(cases.Mlp, 6)
+    whole = revnet.ReversibleSequence(pairs, streams="float", execution="store")
+    parts = [revnet.ReversibleSequence(pairs[start : start + 2], streams="float") for start in (0, 2, 4)]
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=graphs)
+    def run(part: revnet.ReversibleSequence, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        y1, y2 = part.run(x1, x2)
+        return y1, y2
+
+    def network(x: Tensor) -> Tensor:
+        # Two tensors: one that is given twice makes a graph of its own.
+        x1, x2 = x, x.clone()
+        for part in parts:
+            x1, x2 = run(part, x1, x2)
+        return (x1 + x2) / 2
+
+    x = tokens()
+    expected = torch.autograd.grad(oracle.weighted(whole(x)), [x, *whole.parameters()])
+    for execution, count in (("invert", 1), ("store", 2)):
+        parts[-1].execution = execution
+        found = torch.autograd.grad(oracle.weighted(network(x)), [x, *whole.parameters()])
+        for actual, wanted in zip(found, expected, strict=True):
+            oracle.assert_near(actual, wanted, tolerance=TOLERANCE["float"])
+        assert graphs.frame_count == count
 
 
 @cache
