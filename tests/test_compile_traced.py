@@ -182,12 +182,11 @@ def test_a_plan_may_be_compiled_and_still_refuses_larger_inputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streams", STREAMS)
-def test_inductor_gives_the_gradients_of_the_stored_loop(streams: Any) -> None:
+def test_inductor_gives_the_gradients_of_the_stored_loop() -> None:
     # Every kernel takes a second to compile.
     pairs = pairs_of(cases.Mlp, 1)
-    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams=streams)
-    assert_as_stored(torch.compile(net, fullgraph=True), net, stored, tokens(), TOLERANCE[streams])
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs)
+    assert_as_stored(torch.compile(net, fullgraph=True), net, stored, tokens())
 
 
 @pytest.mark.parametrize("streams", STREAMS)
@@ -212,13 +211,13 @@ class Repeated(nn.Linear):
         return (times * super().forward(x)).sin()
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1], ids=["inside", "outside"])
-def test_numbers_among_the_keywords_may_change_between_calls(rate: float) -> None:
+@pytest.mark.parametrize("dropout", [0, 1], ids=["inside", "outside"])
+def test_numbers_among_the_keywords_may_change_between_calls(dropout: int) -> None:
     """The compiler takes a number that it meets again with another value for a symbol."""
-    pairs = [*pairs_of(Repeated, 1), *pairs_of(cases.with_dropout(cases.Mlp, rate), 1)]
-    route = {"times": ((True, True), (False, False))}
+    pairs = [*pairs_of(Repeated, 1), *pairs_of(cases.with_dropout(cases.Mlp), dropout)]
+    route = {"times": ((True, True), (False, False))[: len(pairs)]}
     stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route)
-    run = torch.compile(net, fullgraph=not rate, backend="aot_eager")
+    run = torch.compile(net, fullgraph=not dropout, backend="aot_eager")
     for times in (2, 3, 4.5, 5.5):
         assert_as_stored(run, net, stored, tokens(), times=times)
 
@@ -318,8 +317,10 @@ class Marked(nn.Module):
         return self.net(x) + self.mark * x
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "autocast"),
+    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", True, marks=pytest.mark.slow)],
+)
 def test_fixed_streams_are_rebuilt_in_every_bit_inside_the_graph(backend: str, autocast: bool) -> None:
     fixed, shape = revnet.Fixed(24), (2, 6, WIDTH)
     pairs = [(Marked(shape), Marked(shape)) for _ in range(2)]
@@ -366,8 +367,9 @@ def test_the_peak_of_one_graph_does_not_grow_with_depth() -> None:
 @pytest.mark.slow
 def test_the_peak_of_inductor_does_not_grow_with_depth() -> None:
     # Inductor reorders: of larger branches its peak reaches its constant only at eight blocks, which take minutes.
-    peaks = [compiled_peak(depth, "inductor", Tied) for depth in (4, 8)]
+    peaks = [compiled_peak(depth, "inductor", Tied) for depth in (3, 6)]
     assert max(peaks) < 1.02 * min(peaks)
+    assert max(peaks) < 0.5 * compiled_peak(6, "inductor", Tied, execution="store")
 
 
 class Counting(nn.Module):
