@@ -54,7 +54,7 @@ def keywords() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("streams", STREAMS)
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_any_mix_in_one_graph_gives_the_gradients_of_the_stored_loop(streams: Any, data: st.DataObject) -> None:
     mix = data.draw(mixes(6))
     torch._dynamo.reset()
@@ -194,7 +194,7 @@ MIXES: dict[str, Sequence[str]] = {
 
 @pytest.mark.slow
 def test_the_peak_falls_with_the_steps_that_are_rebuilt() -> None:
-    mixes = [["invert"] * count + ["store"] * (6 - count) for count in range(0, 7, 2)]
+    mixes = [["invert"] * count + ["store"] * (6 - count) for count in (0, 3, 6)]
     peaks = [compiled_peak(3, "aot_eager", cases.Mlp, execution=mix) for mix in mixes]
     # The last step is kept or rebuilt for the same peak.
     falls = [less - more for more, less in itertools.pairwise(peaks)]

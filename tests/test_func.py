@@ -362,8 +362,10 @@ def test_a_branch_whose_configuration_stays_is_looked_at_once(monkeypatch: pytes
     assert len(looks) == len(set(looks)) > 0
 
 
-@pytest.mark.parametrize("how", ["transformed", "compiled"])
-@pytest.mark.parametrize("kind", [dict, SimpleNamespace, Settings])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*((kind, "transformed") for kind in (dict, SimpleNamespace, Settings)), (SimpleNamespace, "compiled")],
+)
 def test_a_rate_in_a_configuration_may_be_raised(kind: Any, how: str) -> None:
     class Configured(cases.Mlp):
         config: Any = None

@@ -162,9 +162,9 @@ def test_a_hurried_search_loses_little(seed: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_thousand_blocks_are_solved_in_seconds():
-    chain = random_chain(1, 2000, fixed=False)
-    budget = (minimum(chain) + simulate(chain, ["store"] * 2000).peak) // 2
+def test_a_thousand_layers_are_solved_in_seconds():
+    chain = random_chain(1, 1000, fixed=False)
+    budget = (minimum(chain) + simulate(chain, ["store"] * 1000).peak) // 2
     start = time.perf_counter()
     found = solve(chain, budget)
     assert time.perf_counter() - start < 60
@@ -259,11 +259,11 @@ def test_the_predicted_peak_under_autocast():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "streams"), [("aot_eager", "fixed"), ("inductor", "float")])
-def test_the_predicted_peak_of_compiled_branches(backend: str, streams: str):
-    net = sequence(2, streams=streams)
+@pytest.mark.parametrize("streams", ["fixed", "float"])
+def test_the_predicted_peak_of_compiled_branches(streams: str):
+    net = sequence(3, streams=streams)
     for block in net.blocks:
-        block.f.compile(backend=backend)
+        block.f.compile(backend="aot_eager")
     check_budgets(net, torch.randn(4, 48, 32), ["minimum", "50%"])
 
 
