@@ -176,19 +176,21 @@ def test_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err == f"revnet: --compile: {message}. Install one, or leave --compile out.\n"
 
 
-@pytest.mark.parametrize("command", [["train"], ["sample", "run"], ["compare"], ["plan"]], ids=lambda words: words[0])
-def test_the_library_without_its_program(command: list[str]) -> None:
-    code = f"""
+def test_the_library_without_its_program() -> None:
+    code = """
 import sys
 for name in ("numpy", "rich", "matplotlib", "sklearn", "safetensors"):
     sys.modules[name] = None
 from revnet.app.cli import main
-sys.exit(main({command}))
+print([main(command) for command in (["train"], ["sample", "run"], ["compare"], ["plan"])])
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], text=True, capture_output=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("revnet: the command needs ")
-    assert done.stderr.endswith(": pip install 'revnet[app]'\n")
+    assert done.stdout == "[2, 2, 2, 2]\n"
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert line.startswith("revnet: the command needs ")
+        assert line.endswith(": pip install 'revnet[app]'")
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "nonsense:x"])
