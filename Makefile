@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= pinned
 VENV ?= .venv
 EXTRAS ?= app,icons,tensorboard,dev
-JOBS ?= 2
+JOBS ?= 3
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install 
 train: $(STAMP)
 	$(BIN)/revnet train $(ARGS)
 
-# One thread per worker: two workers with two threads each would share two cores.
+# For two cores: a worker more, because tests that start processes wait for them; one thread each.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
