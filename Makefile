@@ -22,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install 
 train: $(STAMP)
 	$(BIN)/revnet train $(ARGS)
 
-# For two cores: a worker more, because tests that start processes wait for them; one thread each.
+# One thread per worker, and a worker more than two cores: some tests wait for processes of theirs.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 

@@ -438,8 +438,8 @@ class Comparison:
     def net(self, pairs: Pairs, streams: str) -> revnet.ReversibleSequence:
         return revnet.ReversibleSequence(pairs, streams=streams)
 
-    def arm(self, name: str, net: revnet.ReversibleSequence, found: revnet.Plan) -> Arm:
-        arm = Arm(name, planned(net, found))
+    def arm(self, name: str, run: Run) -> Arm:
+        arm = Arm(name, run)
         self.examine(arm, self.expected)
         return arm
 
@@ -459,30 +459,30 @@ class Comparison:
             self.say(f"{streams} streams planned")
             for rival, plan in zip(rivals, found, strict=False):
                 if plan is not None:
-                    part.plans[rival.name][streams] = self.arm(f"plan at {rival.name}", net, plan)
+                    part.plans[rival.name][streams] = self.arm(f"plan at {rival.name}", planned(net, plan))
             part.curve[streams] = [
-                self.arm(f"plan {budget}", net, plan)
+                self.arm(f"plan {budget}", planned(net, plan))
                 for budget, plan in zip(CURVE, found[len(rivals) :], strict=True)
                 if plan is not None
             ]
         yield self.finish(part)
 
     def budgeted(self, setting: float) -> Arm:
-        rival = Arm(f"activation_memory_budget {setting}", loop(self.pairs, torch.compile(apart(block, setting))))
         with compiling(setting):
-            self.examine(rival, self.expected)
-        return rival
+            compiled = torch.compile(apart(block, setting))
+            return self.arm(f"activation_memory_budget {setting}", loop(self.pairs, compiled))
 
     def graph(self) -> Iterator[Part]:
         import torch._dynamo.config
 
         torch._dynamo.config.recompile_limit = 64
-        settings, count = self.options.settings, len(self.pairs) // self.options.part
+        settings = self.options.settings
         if self.options.warm:
             one = argparse.Namespace(**{**vars(self.options), "blocks": self.options.part})
             kinds = [("invert", 1.0), *(("store", setting) for setting in settings)]
+            ways = itertools.product(self.options.streams, kinds)
             with ProcessPoolExecutor(self.options.warm, multiprocessing.get_context("spawn")) as pool:
-                jobs = [pool.submit(warm, self.shape, one, *way) for way in self.ways(kinds)]
+                jobs = [pool.submit(warm, self.shape, one, streams, *kind) for streams, kind in ways]
                 for job in jobs:
                     job.result()
             self.say(f"{len(jobs)} graphs compiled beforehand")
@@ -491,35 +491,24 @@ class Comparison:
         part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
         for streams in self.options.streams:
             inverted = parts_of(self.pairs, self.options.part, streams, "invert", 1.0)
-            arms = [self.mixed(f"none of {count} stored", inverted)]
+            count = len(inverted)
+            arms = [self.arm(f"none of {count} stored", one_after_another(inverted))]
             for setting in settings:
                 stored = parts_of(self.pairs, self.options.part, streams, "store", setting)
-                with compiling(setting):
-                    arms += [
-                        self.mixed(f"{last} of {count} stored at {setting}", [*inverted[:-last], *stored[-last:]])
-                        for last in range(1, count + 1)
-                    ]
+                for last in range(1, count + 1):
+                    mixture = one_after_another([*inverted[:-last], *stored[-last:]])
+                    with compiling(setting):
+                        arms.append(self.arm(f"{last} of {count} stored at {setting}", mixture))
                 self.say(f"{streams} streams, {arms[-1].name}: {mib(arms[-1])} MiB")
+            quick = {arm.name: statistics.median(timed(arm.run, self.x) for _ in range(5)) for arm in arms}
             raced = {arm.name: arm for arm in (arms[0], arms[count])}
             for rival in rivals:
                 small = [arm for arm in arms if arm.peak <= rival.peak]
                 if small:
-                    best = min(small, key=lambda arm: arm.time)
+                    best = min(small, key=lambda arm: quick[arm.name])
                     part.plans[rival.name][streams] = raced[best.name] = best
-            for arm in raced.values():
-                arm.times.clear()
             part.curve[streams] = sorted(raced.values(), key=lambda arm: arm.peak)
         yield self.finish(part)
-
-    def ways(self, kinds: list[tuple[str, float]]) -> list[tuple[str, str, float]]:
-        return [(streams, *kind) for streams in self.options.streams for kind in kinds]
-
-    def mixed(self, name: str, parts: list[Callable[..., Any]]) -> Arm:
-        """One after another; timed already, to choose by."""
-        arm = Arm(name, one_after_another(parts))
-        self.examine(arm, self.expected)
-        arm.times = [timed(arm.run, self.x) for _ in range(5)]
-        return arm
 
     def compiled(self) -> Iterator[Part]:
         import torch._dynamo.config
@@ -553,7 +542,7 @@ class Comparison:
         """The plan predicted to be the fastest, among those for branches compiled with different settings."""
         plan, setting, net = min(found, key=lambda one: one[0].seconds)
         with compiling(setting):
-            return self.arm(f"plan {plan.budget / MIB:.0f} MiB, branches with {setting}", net, plan)
+            return self.arm(f"plan {plan.budget / MIB:.0f} MiB, branches with {setting}", planned(net, plan))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,13 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "digits"
     torch.manual_seed(0)
     options = ("--steps", "6", "--validate-every", "3", "--save-every", "3", "--out", str(path))
-    with path.with_name("output").open("w") as output, redirect_stdout(output):
+    with (
+        path.with_name("output").open("w") as output,
+        redirect_stdout(output),
+        redirect_stderr(io.StringIO()) as errors,
+    ):
         assert main(["train", *TINY, *options]) == 0
+    assert not errors.getvalue()
     return path
 
 
