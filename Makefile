@@ -14,7 +14,9 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(TORCH)
-# Without compiling what may never be imported: that takes longer than all else of an installation.
+# Not compiled in advance, which takes longer than all else of an installation: what is imported is compiled once, and
+# kept also where the environment forbids it, as each process of the tests would compile torch again.
+export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 
 .PHONY: train test lint types check format clean
