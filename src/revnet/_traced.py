@@ -229,10 +229,12 @@ def _reversibly(parts: Sequence[tuple[int, Part]], states: list[Stream], arithme
         state = []
         # Every name of a tensor, but one of a module: functional_call would not find its way back from a second.
         for prefix, module in part.fn.named_modules():
-            for named in (module.named_parameters, module.named_buffers):
-                for name, tensor in named(prefix, recurse=False, remove_duplicate=False):
-                    state.append((name, table.add(tensor)))
-        kwargs = table.lift(part.kwargs)
+            # What named_parameters and named_buffers list; those take far longer to trace.
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        state.append((f"{prefix}.{name}" if prefix else name, table.add(tensor)))
+        kwargs = table.lift(part.kwargs) if part.kwargs else {}
         used = [slot for _, slot in state] + _slots(kwargs)
         differentiated = []
         for slot in used:
@@ -290,13 +292,24 @@ def _increment(step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]) -> 
         filled = list(tensors)
         for slot, tensor in zip(step.differentiated, inputs[count:], strict=True):
             filled[slot] = tensor
-        state = {name: filled[slot] for name, slot in step.state}
-        # Every name of a shared tensor is among the state: looking for them again would take long to trace.
-        out = functional_call(step.part.fn, state, inputs[:count], _filled(step.part.kwargs, filled), tie_weights=False)
-        added: Tensor = fitting(target, step.part.coupling.increment(out))
-        return added
+        return _evaluated(step, target, inputs[:count], filled)
 
     return increment
+
+
+def _evaluated(
+    step: _Evaluation, target: Tensor, sources: Sequence[Tensor], tensors: Sequence[Tensor], swap: bool = True
+) -> Tensor:
+    """What a step adds to its target; its modules have these tensors already, unless told to `swap` them in."""
+    fn, kwargs = step.part.fn, _filled(step.part.kwargs, tensors) if step.part.kwargs else {}
+    if swap:
+        state = {name: tensors[slot] for name, slot in step.state}
+        # Every name of a shared tensor is among the state: looking for them again would take long to trace.
+        out = functional_call(fn, state, tuple(sources), kwargs, tie_weights=False)
+    else:
+        out = fn(*sources, **kwargs)
+    added: Tensor = fitting(target, step.part.coupling.increment(out))
+    return added
 
 
 class _Walk(torch.autograd.Function):
@@ -343,8 +356,9 @@ def _up(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
             residuals.append(residual)
     for step in program.steps:
         i = step.part.target
-        inputs = [values[j] for j in step.part.source] + [tensors[slot] for slot in step.differentiated]
-        added = _increment(step, values[i], tensors)(*inputs)
+        sources = [values[j] for j in step.part.source]
+        # A graph is traced while the modules have their tensors: to swap them in is a quarter of the tracer's work.
+        added = _evaluated(step, values[i], sources, tensors, swap=not torch.compiler.is_dynamo_compiling())
         if fixed is None:
             values[i] = values[i] + added.to(values[i].dtype)
         else:
