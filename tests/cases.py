@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from oracle import StoredSequence, stored_copy
 from revnet import ReversibleSequence
 
+# What torch itself does not do here is said in the docs, and expected in the tests.
+OLD_TORCH = torch.__version__ < "2.12"
+
 
 class Mlp(nn.Module):
     """Norm, linear, GELU, dropout, linear."""

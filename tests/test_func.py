@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -330,17 +330,25 @@ class Conditioned(nn.Linear):
 
 
 @pytest.mark.parametrize("how", ["transformed", "compiled"])
-@pytest.mark.parametrize("container", [Pair, lambda scale, shift: OrderedDict(scale=scale, shift=shift)])
+@pytest.mark.parametrize("container", [Pair, OrderedDict, defaultdict])
 def test_tensors_in_containers_of_other_types_have_their_gradients(container: Any, how: str) -> None:
     net, stored = networks(Conditioned, args_route={"given": ((True, True),) * 3})
     tensors = [torch.randn(WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     x, results = tokens(), []
+
+    def pack(scale: Tensor, shift: Tensor) -> Any:
+        if container is Pair:
+            return Pair(scale, shift)
+        made = container()
+        made.update(scale=scale, shift=shift)
+        return made
+
     for of in (net, stored):
         if how == "compiled":
             call = torch.compile(of, backend="aot_eager") if of is net else of
-            results.append(torch.autograd.grad(call(x, given=container(*tensors)).sin().sum(), tensors))
+            results.append(torch.autograd.grad(call(x, given=pack(*tensors)).sin().sum(), tensors))
         else:
-            loss = lambda *given, of=of: of(x, given=container(*given)).sin().sum()  # noqa: E731
+            loss = lambda *given, of=of: of(x, given=pack(*given)).sin().sum()  # noqa: E731
             results.append(grad(loss, (0, 1))(*[tensor.detach() for tensor in tensors]))
     assert_near(*results)
 

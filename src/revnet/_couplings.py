@@ -170,7 +170,7 @@ class Momentum(Coupling):
         return self.gamma
 
     def increment(self, out: Any) -> Any:
-        return tree_map(lambda leaf: _times(leaf, float(1 - self.gamma)), out)
+        return tree_map(lambda leaf: _times(leaf, _number(1 - self.gamma)), out)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"
@@ -300,8 +300,13 @@ def _divide(target: Tensor, scale: Any) -> Tensor:
 
 def _scaled(target: Any, scale: Any, apply: Callable[[Tensor, Any], Tensor]) -> Any:
     if isinstance(scale, Fraction):
-        return tree_map(lambda leaf: apply(leaf, float(scale)), target)
+        return tree_map(lambda leaf: apply(leaf, _number(scale)), target)
     return tree_map(apply, target, scale)
+
+
+def _number(fraction: Fraction) -> float:
+    # What float(fraction) is, which torch 2.11 cannot trace.
+    return fraction.numerator / fraction.denominator
 
 
 def tree_map(fn: Any, tree: Any, *rest: Any) -> Any:

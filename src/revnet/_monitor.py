@@ -89,19 +89,20 @@ class RangeMonitor:
         bad, magnitude = _local(bad), _local(magnitude)
         if bad.numel() == 0 or is_fake(bad):
             return
-        self.note(torch.where(bad, magnitude.view(torch.int32).to(torch.int64) + key_of(step), 0))
+        marked = torch.where(bad, magnitude, -1.0)
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            self.note(_keys(marked, step))
+            return
+        while torch._C._functorch.is_functorch_wrapped_tensor(marked):
+            marked = torch._C._functorch.get_unwrapped(marked)
+        # A transform allows no write to a tensor that it did not make, nor torch 2.11's vmap to see the bits of one.
+        with torch._C._DisableFuncTorch():
+            self.note(_keys(marked, step))
 
     def note(self, found: Tensor) -> None:
         """Remember the largest of some findings, int64 of any shape, on their device."""
         key = self.prepare(found.device).key
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-            key.copy_(torch.maximum(key, found.amax()))
-            return
-        while torch._C._functorch.is_functorch_wrapped_tensor(found):
-            found = torch._C._functorch.get_unwrapped(found)
-        # A transform allows no write to a tensor that it did not make.
-        with torch._C._DisableFuncTorch():
-            key.copy_(torch.maximum(key, found.amax()))
+        key.copy_(torch.maximum(key, found.amax()))
 
     def sample(self, increment: Tensor, unit: float, step: int) -> None:
         """Measure, in the 1st, 2nd, 4th, 8th ... call of a step, how many of some increments are rounded to zero."""
@@ -172,6 +173,11 @@ class RangeMonitor:
         news = {step: share for step, share in shares.items() if share > 0.5 and step not in self._reported}
         self._reported |= news.keys()
         return news
+
+
+def _keys(marked: Tensor, step: int) -> Tensor:
+    """The findings among magnitudes (float32) that were found at this step: those that are not negative."""
+    return torch.where(marked < 0, 0, marked.view(torch.int32).to(torch.int64) + key_of(step))
 
 
 # Increments looked at in one sample.

@@ -148,7 +148,10 @@ def _realized(variable: Any, effects: Any) -> Any:
         items = [_realized(item, effects) for item in variable.items]
         return tuple(items) if variable.python_type() is not list else items
     if isinstance(variable, ConstDictVariable):
-        return {key.vt.as_python_constant(): _realized(item, effects) for key, item in variable.items.items()}
+        # In torch 2.11 an OrderedDict or a defaultdict is one, too.
+        found = kind() if issubclass(kind := variable.python_type(), dict) else {}
+        found.update((key.vt.as_python_constant(), _realized(item, effects)) for key, item in variable.items.items())
+        return found
     if hasattr(variable, "value"):
         if not isinstance(variable.value, nn.Module) and _modified(variable, effects):
             raise _UnknownError(type(variable.value).__name__)
