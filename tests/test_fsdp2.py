@@ -105,14 +105,13 @@ def shard_steps(program: nn.Module) -> nn.Module:
 
 
 def fsdp(sharding: str, rank: int, world_size: int) -> None:
-    for dropout in (0.0, 0.2):
+    for dropout, execution, reshard in ((0.2, "invert", True), (0.0, "invert", False), (0.2, "checkpoint", True)):
         _, expected = reference(branches(dropout=dropout), world_size)
-        for execution, reshard in (("invert", True), ("invert", False), ("checkpoint", True)):
-            model = SHARDINGS[sharding](sequence(dropout=dropout, execution=execution), reshard_after_forward=reshard)
-            for _ in range(2):
-                model.zero_grad()
-                rank_loss(model, rank, world_size).backward()
-                assert_gradients(model, expected)
+        model = SHARDINGS[sharding](sequence(dropout=dropout, execution=execution), reshard_after_forward=reshard)
+        for _ in range(2):
+            model.zero_grad()
+            rank_loss(model, rank, world_size).backward()
+            assert_gradients(model, expected)
 
 
 def keywords(rank: int, world_size: int) -> None:
