@@ -122,7 +122,7 @@ def build(work: Work) -> nn.Module:
     else:
         model = ReversibleSequence(pairs, streams="float" if work.method == FLOAT else "fixed")
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    shard(model, work.shards, mp_policy=policy)
+    shard(model, work.shards, work.device, mp_policy=policy)
     model.to_empty(device=work.device)
     torch.manual_seed(dist.get_rank())
     with torch.no_grad():
@@ -136,7 +136,8 @@ def build(work: Work) -> nn.Module:
     return model
 
 
-def shard(model: nn.Module, by: str, **options: Any) -> nn.Module:
+def shard(model: nn.Module, by: str, device: str, **options: Any) -> nn.Module:
+    options["mesh"] = init_device_mesh(device, (dist.get_world_size(),))
     for block in model.blocks:
         for module in (block.f, block.g) if by == "branch" else (block,):
             fully_shard(module, **options)
@@ -225,7 +226,7 @@ def small(device: str, dtype: torch.dtype, execution: str, streams: str) -> Reve
 def wrapped(kind: str, model: ReversibleSequence, **options: Any) -> nn.Module:
     if kind == "DDP":
         return DistributedDataParallel(model)
-    return shard(model, kind.split()[-1], **options)
+    return shard(model, kind.split()[-1], next(model.parameters()).device.type, **options)
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

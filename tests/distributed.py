@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
 import warnings
@@ -17,6 +18,8 @@ import torch.multiprocessing as mp
 
 def _rank_main(rank: int, fn: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...]) -> None:
     warnings.simplefilter("error")
+    # FSDP2 would take an accelerator where there is one.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,7 @@ def test_other_data_that_cannot_be_used(pictures: Path, tmp_path: Path, capsys: 
     )
 
 
+@pytest.mark.skipif(find_spec("qtawesome") is None, reason="needs qtawesome")
 def test_icons_hold_combinations_out() -> None:
     data = icons.load()
     train, held_out = data.splits["train"], data.splits["held_out"]

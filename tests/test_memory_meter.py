@@ -369,7 +369,6 @@ def test_saved_bytes_agree_with_the_live_storages(net_and_input):
         assert report.saved_bytes == live.held() - y.untyped_storage().nbytes()
 
 
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11 and 2.12, once
 def test_peak_agrees_with_the_exported_trace(net_and_input, tmp_path):
     net, x = net_and_input
     report = measure_memory(net, x)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -84,11 +85,13 @@ class ParallelTraining(Training):
             self._find_plan()
         self._net: Any = self.model
         if config.parallel == "fsdp":
+            # Said, because FSDP2 would otherwise move the weights to an accelerator that --device leaves alone.
+            mesh = init_device_mesh(self.device.type, (world,))
             # By branch, so that the parts of a report that call branches directly find their weights.
             for block in self.model.layers.blocks:
                 for branch in block.children():
-                    fully_shard(branch)
-            fully_shard(self.model)
+                    fully_shard(branch, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
             self.optimizer = self.make_optimizer()
         else:
             self._net = DistributedDataParallel(self.model)
