@@ -158,6 +158,20 @@ def test_resumes_on_another_number_of_ranks(folder: Path) -> None:
         assert list(rows(folder / name).values()) == pytest.approx(list(one.values()), rel=1e-5)
 
 
+@pytest.mark.parametrize("resumed", [True, False])
+def test_the_device_is_that_of_the_run(folder: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    given, run = ({}, str(folder / "ddp")) if resumed else ({"device": "cpu"}, None)
+    with parallel._ranks(given, run):
+        assert dist.get_backend() == "gloo"
+    assert not taken
+
+
 class _Indices:
     counts: ClassVar = {"train": 37}
 
@@ -181,7 +195,7 @@ def test_any_rank_says_what_it_may_have_met_alone(monkeypatch: pytest.MonkeyPatc
         raise error("the image a.png cannot be decoded")
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(parallel, "_ranks", lambda given: nullcontext(1))
+    monkeypatch.setattr(parallel, "_ranks", lambda given, resumed: nullcontext(1))
     monkeypatch.setattr(parallel, "_train", fail)
     with pytest.raises(DataError) if said else nullcontext():
         assert parallel.train({}, None) == 2

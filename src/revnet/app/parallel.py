@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
@@ -85,8 +85,9 @@ class ParallelTraining(Training):
             self._find_plan()
         self._net: Any = self.model
         if config.parallel == "fsdp":
-            # Said, because FSDP2 would otherwise move the weights to an accelerator that --device leaves alone.
-            mesh = init_device_mesh(self.device.type, (world,))
+            # Of this device, because FSDP2 would move the weights to an accelerator that --device leaves alone; of this
+            # group, because one that the mesh made would wait for a lost rank for half an hour.
+            mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.type)  # type: ignore[arg-type]
             # By branch, so that the parts of a report that call branches directly find their weights.
             for block in self.model.layers.blocks:
                 for branch in block.children():
@@ -219,7 +220,7 @@ def train(given: dict[str, Any], resumed: str | None) -> int:
     """Trains as `revnet.app.train.train` does, on all ranks; returns this rank's exit code."""
     first = int(os.environ["RANK"]) == 0
     try:
-        with _ranks(given) as attempt, tempfile.TemporaryDirectory(prefix="revnet-") as scratch:
+        with _ranks(given, resumed) as attempt, tempfile.TemporaryDirectory(prefix="revnet-") as scratch:
             return _train(given, resumed, attempt, Path(scratch))
     except DataError:
         raise
@@ -252,16 +253,16 @@ def _is_lost(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def _ranks(given: dict[str, Any]) -> Iterator[int]:
+def _ranks(given: dict[str, Any], resumed: str | None) -> Iterator[int]:
     """A process group; gives the number of times that torchrun has started the ranks."""
     config = TrainConfig(**given)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
     timeout = timedelta(seconds=config.rank_timeout)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     attempt = _attempt(store, rank, world, timeout)
+    saved = Run.open(resumed).read_json("config.json") if resumed else {}
+    cuda = ({"device": config.device} | saved | given)["device"] != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # torchrun keeps its store through restarts, and with it the addresses of ranks that are gone.
     store = PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(
