@@ -19,6 +19,8 @@ STAMP := $(VENV)/.installed-$(TORCH)
 export PYTHONDONTWRITEBYTECODE =
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+
 .PHONY: train test lint types check format clean
 
 train: $(STAMP)
@@ -53,9 +55,11 @@ $(VENV)/.installed-pinned: constraints.txt pyproject.toml
 	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
+# An interpreter in an environment lends its packages by the .pth file; the option is for those of the system.
 # setuptools is left out with torch because torch releases bound it differently.
 $(VENV)/.installed-system: constraints.txt pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(PYTHON) -c '$(PACKAGES)' > "$$($(BIN)/python -c '$(PACKAGES)')/outer.pth"
 	@$(BIN)/python -c 'import torch; print("using torch", torch.__version__)'
 	grep --invert-match --extended-regexp '^(torch|setuptools)==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt hatchling editables
