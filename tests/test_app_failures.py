@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -106,16 +107,23 @@ def test_places_that_hold_no_file(
     assert (run / "device").is_fifo()
 
 
+@contextmanager
+def limited(kind: int, amount: int) -> Iterator[None]:
+    """What this process may have of a resource, inside the block."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (amount, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
 def test_a_disk_that_fills(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, weights = (run / "checkpoint.pt").read_bytes(), (run / "weights.safetensors").read_bytes()
     room = len(weights)
     assert room < len(checkpoint)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
+    with limited(resource.RLIMIT_FSIZE, room):
         assert main(["train", "--resume", str(run), "--steps", "4", "--save-every", "3"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert capsys.readouterr().err == (
         f"revnet: cannot write {run / 'checkpoint.pt'}: File too large. What was saved before is as it was.\n"
     )
@@ -160,13 +168,9 @@ def test_a_run_folder_that_is_a_file(run: Path, capsys: pytest.CaptureFixture[st
 
 def test_out_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     huge = ("--width", str(2**20), "--heads", "1024")
-    unlimited = resource.getrlimit(resource.RLIMIT_AS)
     # Where the system promises more memory than it has, it would kill the process.
-    resource.setrlimit(resource.RLIMIT_AS, (2**42, unlimited[1]))
-    try:
+    with limited(resource.RLIMIT_AS, 2**42):
         assert main(["train", *TINY, *huge, "--out", str(tmp_path / "run")]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, unlimited)
     assert capsys.readouterr().err.startswith("revnet: out of memory: try a smaller --batch")
 
 

@@ -181,6 +181,14 @@ def test_a_plan_may_be_compiled_and_still_refuses_larger_inputs() -> None:
         torch.compile(net, backend="aot_eager")(torch.randn(3, 6, WIDTH, dtype=torch.float64))
 
 
+@pytest.mark.slow
+def test_inductor_gives_the_gradients_of_the_stored_loop() -> None:
+    # Every kernel takes a second to compile.
+    pairs = pairs_of(cases.Mlp, 1)
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs)
+    assert_as_stored(torch.compile(net, fullgraph=True), net, stored, tokens())
+
+
 @pytest.mark.parametrize("streams", STREAMS)
 def test_one_graph_routes_keyword_tensors_and_shares_modules(streams: Any) -> None:
     (f, g), route = (
@@ -215,7 +223,7 @@ def test_numbers_among_the_keywords_may_change_between_calls(dropout: int) -> No
 
 
 def test_one_graph_through_attention_with_a_mask() -> None:
-    pairs, route = pairs_of(cases.Attention, 1), {"mask": ((True, True),), "rotary": ((True, False),)}
+    pairs, route = pairs_of(cases.Attention), {"mask": ((True, True),) * 2, "rotary": ((True, False),) * 2}
     stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route)
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[:, 4:] = False
@@ -315,8 +323,7 @@ class Marked(nn.Module):
 )
 def test_fixed_streams_are_rebuilt_in_every_bit_inside_the_graph(backend: str, autocast: bool) -> None:
     fixed, shape = revnet.Fixed(24), (2, 6, WIDTH)
-    # Every kernel of inductor takes a second to compile.
-    pairs = [(Marked(shape), Marked(shape)) for _ in range(1 if backend == "inductor" else 2)]
+    pairs = [(Marked(shape), Marked(shape)) for _ in range(2)]
     net = revnet.ReversibleSequence(pairs, streams=fixed, merge="sum")
     x = torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -338,18 +345,13 @@ def test_float_streams_are_not_rebuilt_in_every_bit() -> None:
 def compiled_peak(
     depth: int, backend: str, branch: Callable[[int], nn.Module], device: str = "cpu", **options: Any
 ) -> float:
-    """The peak of a compiled step, in streams, above weights and gradients; raises where these are wrong."""
+    """The peak of a compiled step, in streams, above weights and gradients."""
     torch._dynamo.reset()
     options.setdefault("streams", "float")
-    pairs = [(branch(WIDTH).to(device), branch(WIDTH).to(device)) for _ in range(depth)]
-    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, **options)
+    net = revnet.ReversibleSequence([(branch(WIDTH), branch(WIDTH)) for _ in range(depth)], **options).to(device)
     x = torch.randn(32, 64, WIDTH, device=device, requires_grad=True)
     run = torch.compile(net, fullgraph=True, backend=backend)
-    for call in (run, stored):
-        call(x).sum().backward()
-    for (name, parameter), expected in zip(net.named_parameters(), stored.parameters(), strict=True):
-        assert oracle.relative_error(parameter.grad, expected.grad) < 1e-4, name
-    del stored
+    run(x).sum().backward()
     net.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in net.parameters())
     return (revnet.measure_memory(lambda: run(x)).peak_bytes - gradients) / (x.numel() * x.element_size())
@@ -367,8 +369,7 @@ def test_the_peak_of_inductor_does_not_grow_with_depth() -> None:
     # Inductor reorders: of larger branches its peak reaches its constant only at eight blocks, which take minutes.
     peaks = [compiled_peak(depth, "inductor", Tied) for depth in (3, 6)]
     assert max(peaks) < 1.02 * min(peaks)
-    # Each of twelve steps would keep what its branch reads, at least.
-    assert max(peaks) < 12
+    assert max(peaks) < 0.5 * compiled_peak(6, "inductor", Tied, execution="store")
 
 
 class Counting(nn.Module):
@@ -441,7 +442,7 @@ def test_what_cannot_be_replayed_raises_under_fullgraph_and_names_the_branch(wha
 
 
 def test_dropout_under_fullgraph_is_right_when_stored_and_in_eval() -> None:
-    pairs = pairs_of(cases.with_dropout(cases.Mlp), 1)
+    pairs = pairs_of(cases.with_dropout(cases.Mlp))
     net = revnet.ReversibleSequence(pairs, streams="float", execution="store")
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
     x = tokens()
@@ -531,7 +532,7 @@ def test_outside_the_graph_the_engine_is_not_compiled() -> None:
 
 
 def test_another_batch_size_and_mode_are_right_too() -> None:
-    pairs = pairs_of(cases.Attention, 1)
+    pairs = pairs_of(cases.Attention)
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs)
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):
@@ -554,8 +555,6 @@ def test_transforms_inside_a_graph(streams: Any) -> None:
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("execution", ["invert", ["invert", "store", "invert", "store"]])
 def test_distributed_tensors_inside_a_graph(execution: Any, streams: Any) -> None:
-    if cases.OLD_TORCH and streams != "float" and execution != "invert":
-        pytest.skip("torch 2.11 gives a stored step of fixed streams a gradient that is not distributed")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -614,7 +613,7 @@ def test_hooks_on_saved_tensors_around_a_compiled_sequence(how: str) -> None:
 
 
 def test_a_graph_that_switches_to_training_repeats_the_masks() -> None:
-    pairs = pairs_of(cases.with_dropout(cases.Mlp), 1)
+    pairs = pairs_of(cases.with_dropout(cases.Mlp))
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams="float")
 
     def run(x: Tensor) -> Tensor:
@@ -622,7 +621,7 @@ def test_a_graph_that_switches_to_training_repeats_the_masks() -> None:
         return net(x)
 
     # Where the flag is set already, nothing changes.
-    undropped = revnet.ReversibleSequence(pairs_of(cases.Mlp, 1)).train()
+    undropped = revnet.ReversibleSequence(pairs_of(cases.Mlp)).train()
     torch.compile(lambda x: undropped.train()(x), fullgraph=True, backend="aot_eager")(tokens())
     assert_as_stored(torch.compile(run, backend="aot_eager"), net.eval(), stored, tokens())
     torch._dynamo.reset()
@@ -682,7 +681,7 @@ def test_gradients_of_gradients_where_a_branch_breaks_the_graph() -> None:
             torch._dynamo.graph_break()
             return super().forward(x)
 
-    pairs = pairs_of(Broken, 1)
+    pairs = pairs_of(Broken)
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams="float")
     x, found = tokens(), []
     for of, run in ((net, torch.compile(net.run, backend="eager")), (stored, stored.run)):

@@ -35,7 +35,7 @@ from revnet._execution import format_bytes, parse_bytes
 from revnet._solver import Chain, Cost, minimum, simulate, solve
 
 EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
-BUDGETS = ["minimum", "3%", "10%", "25%", "50%", "75%", "stored"]
+BUDGETS = ["minimum", "3%", "10%", "20%", "35%", "50%", "70%", "90%", "stored"]
 
 
 def sequence(depth: int = 4, width: int = 32, *, dtype: torch.dtype = torch.float32, **options: object):
@@ -141,7 +141,7 @@ def test_the_plan_is_the_best_of_all_plans(seed: int, steps: int, fixed: bool):
 def test_more_memory_is_never_slower():
     chain = random_chain(0, 24, fixed=False)
     smallest, stored = minimum(chain), simulate(chain, ["store"] * 24).peak
-    times = [solve(chain, budget).time for budget in range(smallest, stored + 1, 7)]
+    times = [solve(chain, budget).time for budget in range(smallest, stored + 1, 3)]
     assert times == sorted(times, reverse=True)
     assert times[0] > times[-1]
 
@@ -198,7 +198,7 @@ def check_budgets(net: nn.Module, x: object, budgets: list[str] = BUDGETS, **key
 @pytest.mark.parametrize("shape", [(4, 64, 32), (2, 160, 16)], ids=str)
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 def test_the_predicted_peak_is_the_measured_one_and_within_the_budget(shape: tuple[int, ...], streams: str):
-    net = sequence(5, shape[-1], streams=streams)
+    net = sequence(6, shape[-1], streams=streams)
     plans = check_budgets(net, torch.randn(shape))
     assert len({found.executions for found in plans}) >= 4
 
@@ -635,8 +635,8 @@ def test_fake_tensors_predict_the_bytes_of_real_ones(kind: str, request: pytest.
 
 def test_a_network_that_fits_nowhere_is_planned_without_allocating_it():
     with torch.device("meta"):
-        net = ReversibleSequence([(Attention(8192, fused=True, heads=64), Mlp(8192)) for _ in range(8)])
-        x = torch.empty(16, 8192, 8192)
+        net = ReversibleSequence([(Attention(8192, fused=True, heads=64), Mlp(8192)) for _ in range(16)])
+        x = torch.empty(8, 8192, 8192)
 
     def make() -> None:
         found.extend(plan(net, x, ["minimum", "50%", "stored"]))
