@@ -234,7 +234,7 @@ def _reversibly(parts: Sequence[tuple[int, Part]], states: list[Stream], arithme
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         state.append((f"{prefix}.{name}" if prefix else name, table.add(tensor)))
-        kwargs = table.lift(part.kwargs) if part.kwargs else {}
+        kwargs = table.lift(part.kwargs)
         used = [slot for _, slot in state] + _slots(kwargs)
         differentiated = []
         for slot in used:
@@ -301,7 +301,7 @@ def _evaluated(
     step: _Evaluation, target: Tensor, sources: Sequence[Tensor], tensors: Sequence[Tensor], swap: bool = True
 ) -> Tensor:
     """What a step adds to its target; its modules have these tensors already, unless told to `swap` them in."""
-    fn, kwargs = step.part.fn, _filled(step.part.kwargs, tensors) if step.part.kwargs else {}
+    fn, kwargs = step.part.fn, _filled(step.part.kwargs, tensors)
     if swap:
         state = {name: tensors[slot] for name, slot in step.state}
         # Every name of a shared tensor is among the state: looking for them again would take long to trace.
