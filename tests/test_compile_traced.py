@@ -555,6 +555,8 @@ def test_transforms_inside_a_graph(streams: Any) -> None:
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("execution", ["invert", ["invert", "store", "invert", "store"]])
 def test_distributed_tensors_inside_a_graph(execution: Any, streams: Any) -> None:
+    if cases.OLD_TORCH and streams != "float" and execution != "invert":
+        pytest.skip("torch 2.11 gives a stored step of fixed streams a gradient that is not distributed")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
