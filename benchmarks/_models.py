@@ -1,4 +1,6 @@
-"""The network that the benchmarks run: pre-norm causal attention and a four times wider MLP, on two streams."""
+"""The network that the benchmarks run: pre-norm causal attention and a four times wider MLP, on two
+streams.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Pre-norm causal attention by torch's own kernel, heads of width 64 (or one), without biases."""
+    """Pre-norm causal attention by torch's own kernel, heads of width 64 (or one), without
+    biases.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -37,7 +41,12 @@ class Mlp(nn.Module):
 
 
 def branches(
-    blocks: int, width: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+    blocks: int,
+    width: int,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> list[tuple[nn.Module, nn.Module]]:
     """Returns `blocks` pairs of branches with the same weights for the same seed."""
     torch.manual_seed(seed)

@@ -1,4 +1,6 @@
-"""Ways to train one network, checked against each other and then timed in turn; shared by the timing benchmarks."""
+"""Ways to train one network, checked against each other and then timed in turn; shared by the
+timing benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,21 @@ from torch.utils.checkpoint import checkpoint
 import revnet
 
 MIB = 2**20
-STORED, BLOCK, BRANCH, FLOAT, FIXED = "stored", "checkpoint per block", "checkpoint per branch", "float", "fixed"
+STORED, BLOCK, BRANCH, FLOAT, FIXED = (
+    "stored",
+    "checkpoint per block",
+    "checkpoint per branch",
+    "float",
+    "fixed",
+)
 ALL = (STORED, BLOCK, BRANCH, FLOAT, FIXED)
 
 
 @dataclass(frozen=True)
 class Target:
-    """`arm` at most `limit` times `base`; `base` may name an arm of another row, as in `row/arm`."""
+    """`arm` at most `limit` times `base`; `base` may name an arm of another row, as in
+    `row/arm`.
+    """
 
     arm: str
     limit: float
@@ -52,7 +62,8 @@ class Row:
     targets: tuple[Target, ...] = ()
     # None where a step is too long to repeat: the one that is compared is the one that is timed.
     rounds: int | None = 15
-    # Of the gradients, relative; float streams at a thousand layers of bfloat16 drift by more than the usual.
+    # Of the gradients, relative; float streams at a thousand layers of bfloat16 drift by more than
+    # the usual.
     allowed: float = 0.1
 
     @property
@@ -60,10 +71,14 @@ class Row:
         return torch.float32 if self.autocast or self.device == "cpu" else torch.bfloat16
 
     def describe(self) -> str:
-        precision = "fp32 weights, bf16 autocast" if self.autocast else str(self.weights).removeprefix("torch.")
+        precision = (
+            "fp32 weights, bf16 autocast"
+            if self.autocast
+            else str(self.weights).removeprefix("torch.")
+        )
         return (
-            f"{self.device}, {self.mode}, d={self.width}, {self.tokens} tokens, batch {self.batch}, "
-            f"{self.blocks} blocks, {precision}"
+            f"{self.device}, {self.mode}, d={self.width}, {self.tokens} tokens, batch "
+            f"{self.batch}, {self.blocks} blocks, {precision}"
         )
 
 
@@ -114,7 +129,9 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
     """Checks the arms' gradients against the first arm that runs, then times them in turn."""
     torch._dynamo.reset()
     pairs = branches(row.blocks, row.width, device=row.device, dtype=row.weights)
-    x = torch.randn(row.batch, row.tokens, row.width, device=row.device, dtype=row.weights, requires_grad=True)
+    x = torch.randn(
+        row.batch, row.tokens, row.width, device=row.device, dtype=row.weights, requires_grad=True
+    )
     pull = torch.randn_like(x)
     arms = [_arm(name, row, pairs, x, pull) for name in row.arms]
     parameters = [p for pair in pairs for branch in pair for p in branch.parameters()]
@@ -133,7 +150,10 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
         arm.error = _difference(found, expected)
         allowed = row.allowed if row.weights is torch.bfloat16 or row.autocast else 1e-3
         if not arm.error <= allowed:
-            raise SystemExit(f"{row.name}, {arm.name}: gradients off by {arm.error:.2e}, so its time says nothing")
+            raise SystemExit(
+                f"{row.name}, {arm.name}: gradients off by {arm.error:.2e}, so its time says "
+                f"nothing"
+            )
         del found
     del expected
     running = [arm for arm in arms if not arm.failure]
@@ -154,7 +174,9 @@ def _arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
     run = torch.compile(net, fullgraph=True) if row.mode == "fullgraph" else net
 
     def step() -> None:
-        with torch.autocast(row.device, torch.bfloat16) if row.autocast else contextlib.nullcontext():
+        with (
+            torch.autocast(row.device, torch.bfloat16) if row.autocast else contextlib.nullcontext()
+        ):
             y = run(x)
         y.backward(pull)
 
@@ -162,7 +184,9 @@ def _arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
 
 
 def _examine(arm: Arm, row: Row, parameters: list[Tensor], x: Tensor, pull: Tensor) -> list[Tensor]:
-    """The gradients of one step of the arm; measures its peak, and captures it where the row says so."""
+    """The gradients of one step of the arm; measures its peak, and captures it where the row says
+    so.
+    """
     leaves = [*parameters, x]
     for p in leaves:
         p.grad = None
@@ -216,7 +240,10 @@ def _captured(step: Callable[[], None], leaves: list[Tensor]) -> Callable[[], No
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    off = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
+    off = sum(
+        float((a.double() - b.double()).square().sum())
+        for a, b in zip(found, expected, strict=True)
+    )
     size = sum(float(b.double().square().sum()) for b in expected)
     return (off / size) ** 0.5
 
@@ -232,10 +259,13 @@ def _timed(step: Callable[[], None], device: str) -> float:
 
 
 def report(rows: list[tuple[Row, list[Arm]]]) -> list[str]:
-    """One line per arm: time, ratios, peak, error, and each target that concerns it with the outcome."""
+    """One line per arm: time, ratios, peak, error, and each target that concerns it with the
+    outcome.
+    """
     known = {f"{row.name}/{arm.name}": arm for row, arms in rows for arm in arms}
     lines = [
-        "| row | arm | ms | × stored | × checkpoint per block | peak, MiB | gradient error | target | |",
+        "| row | arm | ms | × stored | × checkpoint per block | peak, MiB | gradient error | "
+        "target | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, arms in rows:
@@ -244,11 +274,16 @@ def report(rows: list[tuple[Row, list[Arm]]]) -> list[str]:
                 lines.append(f"| {row.name} | {arm.name} | {arm.failure} | | | | | | |")
                 continue
             ratios = [_ratio(arm, known.get(f"{row.name}/{base}")) for base in (STORED, BLOCK)]
-            verdicts = [_verdict(target, arm, row, known) for target in row.targets if target.arm == arm.name]
+            verdicts = [
+                _verdict(target, arm, row, known)
+                for target in row.targets
+                if target.arm == arm.name
+            ]
             lines.append(
-                f"| {row.name} | {arm.name} | {1e3 * arm.time:.4g} | {_text(ratios[0])} | {_text(ratios[1])} | "
-                f"{'' if arm.peak is None else f'{arm.peak / MIB:.4g}'} | {arm.error:.1e} | "
-                f"{'; '.join(target for target, _ in verdicts)} | {'; '.join(found for _, found in verdicts)} |"
+                f"| {row.name} | {arm.name} | {1e3 * arm.time:.4g} | {_text(ratios[0])} | "
+                f"{_text(ratios[1])} | {'' if arm.peak is None else f'{arm.peak / MIB:.4g}'} | "
+                f"{arm.error:.1e} | {'; '.join(target for target, _ in verdicts)} | "
+                f"{'; '.join(found for _, found in verdicts)} |"
             )
     return lines
 
@@ -260,14 +295,18 @@ def _ratio(arm: Arm, base: Arm | None, quantity: str = "time") -> float | None:
         return None if arm.peak is None or not base.peak else arm.peak / base.peak
     if len(arm.times) != len(base.times):
         return arm.time / base.time
-    # Rounds are interleaved: a ratio within a round does not see the machine change speed between rounds.
+    # Rounds are interleaved: a ratio within a round does not see the machine change speed between
+    # rounds.
     return statistics.median(a / b for a, b in zip(arm.times, base.times, strict=True))
 
 
 def _verdict(target: Target, arm: Arm, row: Row, known: dict[str, Arm]) -> tuple[str, str]:
     if target.base == "bytes":
         assert arm.peak is not None
-        return f"peak ≤ {target.limit / MIB:.0f} MiB", "met" if arm.peak <= target.limit else "missed"
+        return (
+            f"peak ≤ {target.limit / MIB:.0f} MiB",
+            "met" if arm.peak <= target.limit else "missed",
+        )
     base = known.get(target.base if "/" in target.base else f"{row.name}/{target.base}")
     found = _ratio(arm, base, target.quantity)
     what = "" if target.quantity == "time" else f"{target.quantity} "
@@ -285,9 +324,15 @@ def main(question: str, rows: Sequence[Row]) -> None:
     """Runs the rows that the command line asks for, and prints their table."""
     names = [row.name for row in rows]
     parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", choices=names, help=f"of {', '.join(names)}")
-    parser.add_argument("--rounds", type=int, help="timed rounds per row, instead of the row's own number")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", choices=names, help=f"of {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="timed rounds per row, instead of the row's own number"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--out", type=Path, help="a file for the report")
     given = parser.parse_args()
@@ -300,7 +345,11 @@ def main(question: str, rows: Sequence[Row]) -> None:
             continue
         start = time.perf_counter()
         results.append((row, race(row, given.rounds)))
-        print(f"{row.name}: {row.describe()} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
+        print(
+            f"{row.name}: {row.describe()} ({time.perf_counter() - start:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
         if row.device == "cuda":
             torch.cuda.empty_cache()
     table = report(results)
@@ -311,18 +360,23 @@ def main(question: str, rows: Sequence[Row]) -> None:
 
 
 def _document(question: str, results: list[tuple[Row, list[Arm]]], table: list[str]) -> list[str]:
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    hardware = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
     return [
         f"# {question}",
         "",
         f"    python {' '.join(sys.argv)}",
         "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} CPU threads.",
+        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {torch.get_num_threads()} CPU threads.",
         "",
-        "One forward and backward pass. Arms share their weights and run in turn, once a round; times are medians, "
-        "ratios medians of the ratios within rounds. The peak is that of activations: above weights, gradients and "
-        "input. The gradient error is the relative distance of all gradients from those of the row's first arm.",
+        "One forward and backward pass. Arms share their weights and run in turn, once a round; "
+        "times are medians, ratios medians of the ratios within rounds. The peak is that of "
+        "activations: above weights, gradients and input. The gradient error is the relative "
+        "distance of all gradients from those of the row's first arm.",
         "",
         *[f"- {row.name}: {row.describe()}, {len(arms[-1].times)} rounds" for row, arms in results],
         "",

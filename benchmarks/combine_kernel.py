@@ -1,11 +1,12 @@
 """What does one combine of fixed-point streams cost against a floating-point addition?
 
-    python benchmarks/combine_kernel.py                     # the combines of docs/numerics.md; CUDA where there is one
-    python benchmarks/combine_kernel.py --sweep             # block sizes and warps of the Triton kernel
-    python benchmarks/combine_kernel.py --shape 4 256 256 --device cpu
+    python benchmarks/combine_kernel.py                     # the combines of docs/numerics.md; CUDA
+    where there is one python benchmarks/combine_kernel.py --sweep             # block sizes and
+    warps of the Triton kernel python benchmarks/combine_kernel.py --shape 4 256 256 --device cpu
 
-Every row is first compared, in every bit, with the plain torch operations. All rows of a table run in turn; the table
-shows medians. "per training step" is what 48 combines and their 48 inverses (24 blocks) cost beyond float streams.
+Every row is first compared, in every bit, with the plain torch operations. All rows of a table run
+in turn; the table shows medians. "per training step" is what 48 combines and their 48 inverses (24
+blocks) cost beyond float streams.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from revnet._streams import Fixed, Held
 
 FORMATS = (Fixed(), Fixed(37))
 # value, increment: fp32 streams under bf16 autocast; pure bf16; pure fp32.
-STREAMS = ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32))
+STREAMS = (
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32),
+)
 STEPS = 48
 LAUNCHES = 10
 
@@ -32,14 +37,24 @@ Combine = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", type=int, nargs="+", default=[2, 4096, 2048], help="of a stream")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=50, help="how often each row runs")
-    parser.add_argument("--sweep", action="store_true", help="time block sizes and warps of the Triton kernel instead")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="time block sizes and warps of the Triton kernel instead",
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(f"{name}, torch {torch.__version__}, stream {'×'.join(map(str, options.shape))}")
     if options.sweep:
         sweep(options.shape, device, options.repeats)
@@ -49,12 +64,19 @@ def main() -> None:
 
 
 def table(
-    shape: list[int], device: torch.device, repeats: int, value_dtype: torch.dtype, increment_dtype: torch.dtype
+    shape: list[int],
+    device: torch.device,
+    repeats: int,
+    value_dtype: torch.dtype,
+    increment_dtype: torch.dtype,
 ) -> None:
     x = torch.randn(shape, device=device).to(value_dtype)
     increment = torch.randn(shape, device=device).to(increment_dtype)
     size, wide = x.element_size(), increment.element_size()
-    rows: dict[str, Combine] = {"float add": lambda: x + increment, "float subtract": lambda: x - increment}
+    rows: dict[str, Combine] = {
+        "float add": lambda: x + increment,
+        "float subtract": lambda: x - increment,
+    }
     widths = dict.fromkeys(rows, 2 * size + wide)
     for fixed in FORMATS:
         name = f"{fixed.fraction_bits} fraction bits"
@@ -64,7 +86,9 @@ def table(
         ours = {
             f"{name}: add": lambda f=fixed, h=held, m=monitor: f.add(h, increment, m, 0),
             f"{name}: subtract": lambda f=fixed, h=held: f.subtract(h, increment),
-            f"{name}: add, plain torch": lambda f=fixed, h=held: f._reference(h, increment, 1, None, 0),
+            f"{name}: add, plain torch": lambda f=fixed, h=held: f._reference(
+                h, increment, 1, None, 0
+            ),
         }
         rows |= ours
         widths |= dict.fromkeys(ours, 2 * sum(part.element_size() for part in held) + wide)
@@ -79,7 +103,12 @@ def table(
         print(f"| {row} | {seconds * 1e3:.4f} | {ratio:.2f} | {widths[row]} | {rate:.0f} |")
     for fixed in FORMATS:
         name = f"{fixed.fraction_bits} fraction bits"
-        both = times[f"{name}: add"] + times[f"{name}: subtract"] - times["float add"] - times["float subtract"]
+        both = (
+            times[f"{name}: add"]
+            + times[f"{name}: subtract"]
+            - times["float add"]
+            - times["float subtract"]
+        )
         print(f"per training step of {STEPS // 2} blocks, {name}: {STEPS * both * 1e3:+.2f} ms")
 
 
@@ -100,7 +129,10 @@ def sweep(shape: list[int], device: torch.device, repeats: int) -> None:
             }
             times = in_turn(rows, device, repeats)
             kinds = f"{fixed.fraction_bits} | {str(value_dtype)[6:]} | {str(increment_dtype)[6:]}"
-            print(f"| {kinds} | {block} | {warps} | {times['add'] * 1e3:.4f} | {times['subtract'] * 1e3:.4f} |")
+            print(
+                f"| {kinds} | {block} | {warps} | {times['add'] * 1e3:.4f} | "
+                f"{times['subtract'] * 1e3:.4f} |"
+            )
 
 
 def check(fixed: Fixed, held: Held, increment: Tensor) -> None:

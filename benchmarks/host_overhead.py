@@ -9,7 +9,10 @@ from __future__ import annotations
 from _race import BLOCK, FIXED, FLOAT, STORED, Row, Target, main
 
 ROWS = (
-    Row("small-eager", 256, 256, 8, 48, targets=(Target(FLOAT, 2.0, STORED), Target(FIXED, 2.0, STORED))),
+    Row(
+        "small-eager", 256, 256, 8, 48,
+        targets=(Target(FLOAT, 2.0, STORED), Target(FIXED, 2.0, STORED)),
+    ),
     Row(
         "small-captured", 256, 256, 8, 48, "captured",
         targets=(

@@ -1,10 +1,12 @@
-"""Does it pay to rebuild a step's input on a second CUDA stream while the step above it is differentiated?
+"""Does it pay to rebuild a step's input on a second CUDA stream while the step above it is
+differentiated?
 
 python benchmarks/overlap.py --out benchmarks/results/overlap_h100.md
 
-The backward pass of a two-stream network by hand, without the engine: in turn, or with alternate steps on two streams,
-so that the rebuilding of a step runs beside the gradient of the one above it (PaReprop, arXiv:2306.09342).
-Gradients are first compared in every bit. What the engine could gain is bounded by what this loop gains.
+The backward pass of a two-stream network by hand, without the engine: in turn, or with alternate
+steps on two streams, so that the rebuilding of a step runs beside the gradient of the one above it
+(PaReprop, arXiv:2306.09342). Gradients are first compared in every bit. What the engine could gain
+is bounded by what this loop gains.
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ MIB = 2**20
 
 
 def down(
-    steps: list[tuple[nn.Module, int]], state: list[Tensor], grads: list[Tensor], streams: list[torch.cuda.Stream]
+    steps: list[tuple[nn.Module, int]],
+    state: list[Tensor],
+    grads: list[Tensor],
+    streams: list[torch.cuda.Stream],
 ) -> list[Tensor]:
     """The gradients of all weights, from the streams after the last step and their gradients."""
     state, grads, found = list(state), list(grads), []
     here = torch.cuda.current_stream()
     for stream in streams:
         stream.wait_stream(here)
-    # Until the end: a tensor freed on one stream must not be given out again while the other one uses it.
+    # Until the end: a tensor freed on one stream must not be given out again while the other one
+    # uses it.
     alive: list[Tensor] = []
     rebuilt = torch.cuda.Event()
     differentiated = torch.cuda.Event()
@@ -120,7 +126,9 @@ def measure(size: tuple[int, int, int, int], rounds: int) -> list[str]:
         equal = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
         del found
         if not equal:
-            raise SystemExit(f"{name}, {mode}: two streams give other gradients, so their time says nothing")
+            raise SystemExit(
+                f"{name}, {mode}: two streams give other gradients, so their time says nothing"
+            )
         times: list[list[float]] = [[], []]
         for _ in range(rounds):
             for run, seconds in zip(arms, times, strict=True):
@@ -138,7 +146,9 @@ def measure(size: tuple[int, int, int, int], rounds: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="a file for the report")
     given = parser.parse_args()
@@ -149,11 +159,13 @@ def main() -> None:
         "",
         f"    python {' '.join(sys.argv)}",
         "",
-        f"{datetime.date.today()}; {torch.cuda.get_device_name()}; torch {torch.__version__}, bfloat16, "
-        f"{given.rounds} rounds in turn, medians. The backward pass of a two-stream network by hand, float streams. "
-        "Gradients are equal in every bit. Peak: above weights, of the eager pass; the loop holds the rebuilt streams.",
+        f"{datetime.date.today()}; {torch.cuda.get_device_name()}; torch {torch.__version__}, "
+        f"bfloat16, {given.rounds} rounds in turn, medians. The backward pass of a two-stream "
+        f"network by hand, float streams. Gradients are equal in every bit. Peak: above weights, "
+        f"of the eager pass; the loop holds the rebuilt streams.",
         "",
-        "| work | mode | one stream, ms | two, ms | ratio | peak of one, MiB | of two | gains 5 % |",
+        "| work | mode | one stream, ms | two, ms | ratio | peak of one, MiB | of two | gains 5 % "
+        "|",
         "|---|---|---|---|---|---|---|---|",
     ]
     if given.out is not None:

@@ -5,16 +5,18 @@
     python benchmarks/pareto.py --only compiled --streams float fixed --out benchmarks/results
     python benchmarks/pareto.py --only graph --streams float fixed --shapes 1024x1024x8x48 --warm 7
 
-A shape is width x tokens x batch x blocks. Every way to run the network is first checked for its gradients against the
-plain stored loop, then measured for its peak (above weights, gradients and input). The ways of one part then run in
-turn, once a round; medians of their times, and of the ratios of times within a round, go into tables and plots. After
-each part the report is written anew, with all that is known by then.
+A shape is width x tokens x batch x blocks. Every way to run the network is first checked for its
+gradients against the plain stored loop, then measured for its peak (above weights, gradients and
+input). The ways of one part then run in turn, once a round; medians of their times, and of the
+ratios of times within a round, go into tables and plots. After each part the report is written
+anew, with all that is known by then.
 
-Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans of compiled branches,
-each compiled with one of these settings, whichever plan is predicted to be the fastest. `graph` has the same rivals
-meet the network in parts that are each one graph, rebuilt or, the last of them, stored with one of these settings;
-whichever mixture was the fastest of those whose peak, measured, is at or below the rival's. Parts take long to compile:
-`--warm` compiles several at a time, in processes of their own that leave what they compiled in caches on disk.
+Rivals that are compiled, block by block, each with another `activation_memory_budget`, meet plans
+of compiled branches, each compiled with one of these settings, whichever plan is predicted to be
+the fastest. `graph` has the same rivals meet the network in parts that are each one graph, rebuilt
+or, the last of them, stored with one of these settings; whichever mixture was the fastest of those
+whose peak, measured, is at or below the rival's. Parts take long to compile: `--warm` compiles
+several at a time, in processes of their own that leave what they compiled in caches on disk.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ from typing import Any
 import torch
 from _models import branches
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import revnet
 
@@ -94,12 +100,16 @@ def _half_quartiles(values: list[float]) -> float:
 
 @dataclass
 class Part:
-    """Ways that ran in turn: rivals, with the plans for the peak of each, and plans along the curve, by streams."""
+    """Ways that ran in turn: rivals, with the plans for the peak of each, and plans along the
+    curve, by streams.
+    """
 
     stored: Arm
     rivals: list[Arm]
     plans: dict[str, dict[str, Arm]] = field(default_factory=dict)  # by rival, then streams
-    curve: dict[str, list[Arm]] = field(default_factory=dict)  # by streams, from the smallest budget to the largest
+    curve: dict[str, list[Arm]] = field(
+        default_factory=dict
+    )  # by streams, from the smallest budget to the largest
 
     def arms(self) -> list[Arm]:
         plans = [arm for by_streams in self.plans.values() for arm in by_streams.values()]
@@ -141,7 +151,9 @@ def per_branch(f: nn.Module, g: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tens
 
 
 def selective(*kept: str) -> Callable[..., Any]:
-    """Returns torch's selective checkpoint of each block, which keeps the results of operations of these names."""
+    """Returns torch's selective checkpoint of each block, which keeps the results of operations of
+    these names.
+    """
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = any(name in str(op) for name in kept)
@@ -169,7 +181,11 @@ def eager_rivals(pairs: Pairs, device: str) -> list[Arm]:
         Arm("checkpoint per branch", loop(pairs, per_branch)),
         Arm("selective: attention", loop(pairs, selective(*ATTENTION))),
         Arm("selective: products and attention", loop(pairs, selective(*PRODUCTS))),
-        Arm("checkpoint per block, offloaded", offloaded(loop(pairs, per_block()), device), host=device == "cuda"),
+        Arm(
+            "checkpoint per block, offloaded",
+            offloaded(loop(pairs, per_block()), device),
+            host=device == "cuda",
+        ),
     ]
 
 
@@ -178,7 +194,9 @@ def eager_rivals(pairs: Pairs, device: str) -> list[Arm]:
 
 @contextlib.contextmanager
 def compiling(setting: float) -> Iterator[None]:
-    """What is compiled inside recomputes as much as the memory budget `setting` of the compiler asks."""
+    """What is compiled inside recomputes as much as the memory budget `setting` of the compiler
+    asks.
+    """
     import torch._functorch.config
 
     with torch._functorch.config.patch(activation_memory_budget=setting):
@@ -223,7 +241,9 @@ def planned(net: revnet.ReversibleSequence, found: revnet.Plan) -> Run:
     return run
 
 
-def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> list[revnet.Plan | None]:
+def plans_for(
+    net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]
+) -> list[revnet.Plan | None]:
     """A plan for each budget; None where the budget is below the minimum."""
     try:
         return list(revnet.plan(net, x, budgets))
@@ -237,12 +257,17 @@ def plans_for(net: revnet.ReversibleSequence, x: Tensor, budgets: list[Any]) -> 
 # Parts that are each one graph
 
 
-def parts_of(pairs: Pairs, length: int, streams: str, execution: str, setting: float) -> list[Callable[..., Any]]:
-    """Returns the network in parts of `length` blocks, each one graph: what is compiled for one serves all."""
+def parts_of(
+    pairs: Pairs, length: int, streams: str, execution: str, setting: float
+) -> list[Callable[..., Any]]:
+    """Returns the network in parts of `length` blocks, each one graph: what is compiled for one
+    serves all.
+    """
     compiled = torch.compile(apart(through, execution, setting), fullgraph=True)
     chunks = [pairs[start : start + length] for start in range(0, len(pairs), length)]
     return [
-        partial(compiled, revnet.ReversibleSequence(chunk, streams=streams, execution=execution)) for chunk in chunks
+        partial(compiled, revnet.ReversibleSequence(chunk, streams=streams, execution=execution))
+        for chunk in chunks
     ]
 
 
@@ -251,12 +276,19 @@ def through(net: revnet.ReversibleSequence, x1: Tensor, x2: Tensor) -> tuple[Ten
     return y1, y2
 
 
-def warm(shape: str, options: argparse.Namespace, streams: str, execution: str, setting: float) -> None:
+def warm(
+    shape: str, options: argparse.Namespace, streams: str, execution: str, setting: float
+) -> None:
     """Compiles one part, and leaves what was compiled in the caches."""
     torch.set_num_threads(1)
     comparison = Comparison(shape, options)
     with compiling(setting):
-        step(one_after_another(parts_of(comparison.pairs, options.part, streams, execution, setting)), comparison.x)
+        step(
+            one_after_another(
+                parts_of(comparison.pairs, options.part, streams, execution, setting)
+            ),
+            comparison.x,
+        )
 
 
 # Measurements
@@ -281,7 +313,12 @@ def examine(arm: Arm, pairs: Pairs, x: Tensor, expected: list[Tensor] | None) ->
     step(arm.run, x)
     zero(pairs)
     step(arm.run, x)
-    found = [parameter.grad.double() for pair in pairs for branch in pair for parameter in branch.parameters()]
+    found = [
+        parameter.grad.double()
+        for pair in pairs
+        for branch in pair
+        for parameter in branch.parameters()
+    ]
     if expected is not None:
         off = sum((a - b).square().sum().item() for a, b in zip(found, expected, strict=True))
         arm.error = (off / sum(b.square().sum().item() for b in expected)) ** 0.5
@@ -330,10 +367,13 @@ def mib(arm: Arm) -> str:
 
 
 def table(parts: list[Part]) -> list[str]:
-    streams = list(dict.fromkeys(name for part in parts for plans in part.plans.values() for name in plans))
+    streams = list(
+        dict.fromkeys(name for part in parts for plans in part.plans.values() for name in plans)
+    )
     columns = [f"{name}: peak MiB | {name}: plan / rival" for name in streams]
     lines = [
-        f"| rival | peak MiB | time ms | noise | against stored | gradient error | {' | '.join(columns)} |",
+        f"| rival | peak MiB | time ms | noise | against stored | gradient error | "
+        f"{' | '.join(columns)} |",
         "|---" * (6 + 2 * len(streams)) + "|",
     ]
     worst = 0.0
@@ -356,33 +396,45 @@ def table(parts: list[Part]) -> list[str]:
     for part in parts:
         for name, arms in part.curve.items():
             lines += ["", *curve_table(name, arms, part.stored)]
-    plans = [arm for part in parts for arm in part.arms() if arm not in part.rivals and arm is not part.stored]
+    plans = [
+        arm
+        for part in parts
+        for arm in part.arms()
+        if arm not in part.rivals and arm is not part.stored
+    ]
     rivals = [rival for part in parts for rival in part.rivals if not rival.host]
     if plans and rivals:
         smallest, rival = (min(arms, key=lambda arm: arm.peak) for arms in (plans, rivals))
         lines += [
             "",
-            f"Smallest plan: {mib(smallest)} MiB ({smallest.name}). Smallest rival without host memory: {mib(rival)} "
-            f"MiB ({rival.name}). Ratio {smallest.peak / rival.peak:.2f}.",
+            f"Smallest plan: {mib(smallest)} MiB ({smallest.name}). Smallest rival without host "
+            f"memory: {mib(rival)} MiB ({rival.name}). Ratio {smallest.peak / rival.peak:.2f}.",
         ]
     return lines
 
 
 def curve_table(streams: str, arms: list[Arm], stored: Arm) -> list[str]:
-    lines = [f"| {streams} streams | peak MiB | time ms | noise | against stored | gradient error |", "|---" * 6 + "|"]
+    lines = [
+        f"| {streams} streams | peak MiB | time ms | noise | against stored | gradient error |",
+        "|---" * 6 + "|",
+    ]
     lines += [
-        f"| {arm.name} | {mib(arm)} | {arm.time:.2f} | {arm.noise:.1%} | {arm.against(stored):.3f} | {arm.error:.1e} |"
+        f"| {arm.name} | {mib(arm)} | {arm.time:.2f} | {arm.noise:.1%} | {arm.against(stored):.3f} "
+        f"| {arm.error:.1e} |"
         for arm in arms
     ]
     if len(arms) < 2:
         return lines
-    rises = [(*more.slower(less), less.name, more.name) for less, more in itertools.combinations(arms, 2)]
+    rises = [
+        (*more.slower(less), less.name, more.name) for less, more in itertools.combinations(arms, 2)
+    ]
     ratio, noise, less, more = max(rises, key=lambda rise: rise[0] - rise[1])
     verdict = "yes" if ratio - noise <= 1.01 else "no"
     return [
         *lines,
         "",
-        f"Monotone within noise and 1 %: {verdict}; at worst {more} / {less} = {ratio:.3f} ± {noise:.3f}.",
+        f"Monotone within noise and 1 %: {verdict}; at worst {more} / {less} = {ratio:.3f} ± "
+        f"{noise:.3f}.",
     ]
 
 
@@ -416,17 +468,23 @@ class Comparison:
         blocks = options.blocks or blocks
         self.shape = shape
         dtype = getattr(torch, options.dtype)
-        self.title = f"width {width}, {tokens} tokens, batch {batch}, {blocks} blocks, {options.dtype}"
+        self.title = (
+            f"width {width}, {tokens} tokens, batch {batch}, {blocks} blocks, {options.dtype}"
+        )
         self.options = options
         self.pairs = branches(blocks, width, device=options.device, dtype=dtype)
-        self.x = torch.randn(batch, tokens, width, device=options.device, dtype=dtype, requires_grad=True)
+        self.x = torch.randn(
+            batch, tokens, width, device=options.device, dtype=dtype, requires_grad=True
+        )
         self.x.grad = torch.zeros_like(self.x)
         zero(self.pairs)
         self.began = time.perf_counter()
 
     @cached_property
     def expected(self) -> list[Tensor]:
-        """The gradients of the plain stored loop, in float64: too much memory for processes that only compile."""
+        """The gradients of the plain stored loop, in float64: too much memory for processes that
+        only compile.
+        """
         return self.examine(Arm("stored", loop(self.pairs)), None)
 
     def examine(self, arm: Arm, expected: list[Tensor] | None) -> list[Tensor]:
@@ -459,7 +517,9 @@ class Comparison:
             self.say(f"{streams} streams planned")
             for rival, plan in zip(rivals, found, strict=False):
                 if plan is not None:
-                    part.plans[rival.name][streams] = self.arm(f"plan at {rival.name}", planned(net, plan))
+                    part.plans[rival.name][streams] = self.arm(
+                        f"plan at {rival.name}", planned(net, plan)
+                    )
             part.curve[streams] = [
                 self.arm(f"plan {budget}", planned(net, plan))
                 for budget, plan in zip(CURVE, found[len(rivals) :], strict=True)
@@ -481,8 +541,12 @@ class Comparison:
             one = argparse.Namespace(**{**vars(self.options), "blocks": self.options.part})
             kinds = [("invert", 1.0), *(("store", setting) for setting in settings)]
             ways = itertools.product(self.options.streams, kinds)
-            with ProcessPoolExecutor(self.options.warm, multiprocessing.get_context("spawn")) as pool:
-                jobs = [pool.submit(warm, self.shape, one, streams, *kind) for streams, kind in ways]
+            with ProcessPoolExecutor(
+                self.options.warm, multiprocessing.get_context("spawn")
+            ) as pool:
+                jobs = [
+                    pool.submit(warm, self.shape, one, streams, *kind) for streams, kind in ways
+                ]
                 for job in jobs:
                     job.result()
             self.say(f"{len(jobs)} graphs compiled beforehand")
@@ -500,7 +564,10 @@ class Comparison:
                     with compiling(setting):
                         arms.append(self.arm(f"{last} of {count} stored at {setting}", mixture))
                 self.say(f"{streams} streams, {arms[-1].name}: {mib(arms[-1])} MiB")
-            quick = {arm.name: statistics.median(timed(arm.run, self.x) for _ in range(5)) for arm in arms}
+            quick = {
+                arm.name: statistics.median(timed(arm.run, self.x) for _ in range(5))
+                for arm in arms
+            }
             raced = {arm.name: arm for arm in (arms[0], arms[count])}
             for rival in rivals:
                 small = [arm for arm in arms if arm.peak <= rival.peak]
@@ -539,27 +606,45 @@ class Comparison:
         yield self.finish(part)
 
     def fastest(self, found: list[Choice]) -> Arm:
-        """The plan predicted to be the fastest, among those for branches compiled with different settings."""
+        """The plan predicted to be the fastest, among those for branches compiled with different
+        settings.
+        """
         plan, setting, net = min(found, key=lambda one: one[0].seconds)
         with compiling(setting):
-            return self.arm(f"plan {plan.budget / MIB:.0f} MiB, branches with {setting}", planned(net, plan))
+            return self.arm(
+                f"plan {plan.budget / MIB:.0f} MiB, branches with {setting}", planned(net, plan)
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="width x tokens x batch x blocks")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=SHAPES, help="width x tokens x batch x blocks"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--streams", nargs="+", default=["float"], help="float, fixed, or both")
     parser.add_argument("--only", choices=("eager", "compiled", "graph"), help="one kind of rivals")
-    parser.add_argument("--blocks", type=int, help="blocks of every shape, in place of those it names")
+    parser.add_argument(
+        "--blocks", type=int, help="blocks of every shape, in place of those it names"
+    )
     parser.add_argument("--part", type=int, default=6, help="blocks of each graph")
     parser.add_argument(
-        "--settings", nargs="+", type=float, default=SETTINGS, help="activation memory budgets of compiled rivals"
+        "--settings",
+        nargs="+",
+        type=float,
+        default=SETTINGS,
+        help="activation memory budgets of compiled rivals",
     )
-    parser.add_argument("--warm", type=int, default=0, help="graphs compiled at a time, before they are measured")
+    parser.add_argument(
+        "--warm", type=int, default=0, help="graphs compiled at a time, before they are measured"
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=20.0, help="no further round after these, for each part")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="no further round after these, for each part"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
@@ -571,10 +656,14 @@ def main() -> None:
     report = [
         "# At the peak memory of every rival, is a plan for that budget at least as fast?",
         "",
-        f"{name}, torch {torch.__version__}, {datetime.date.today()}: `python {' '.join(sys.argv)}`",
+        f"{name}, torch {torch.__version__}, {datetime.date.today()}: `python "
+        f"{' '.join(sys.argv)}`",
         "",
-        "Medians over rounds in which all ways run in turn; peaks are above weights, gradients and input. Noise is "
-        'half the distance between the quartiles. "plan / rival" is the median of the ratios within a round: below 1 '
+        "Medians over rounds in which all ways run in turn; peaks are above weights, gradients and "
+        "input. Noise is "
+        'half the distance between the quartiles. "plan / rival" is the median of the ratios '
+        "within "
+        "a round: below 1 "
         "the plan is faster.",
     ]
     for shape in options.shapes:
@@ -587,7 +676,14 @@ def main() -> None:
             for part in getattr(comparison, kind)():
                 parts.append(part)
                 picture = f"pareto_{stamp}_{shape}_{kind}.png"
-                lines = ["", f"### {kind}", "", *table(parts), "", f"![time against memory]({picture})"]
+                lines = [
+                    "",
+                    f"### {kind}",
+                    "",
+                    *table(parts),
+                    "",
+                    f"![time against memory]({picture})",
+                ]
                 with contextlib.suppress(ImportError):
                     plot(parts, comparison.title, options.out / picture)
                 path.write_text("\n".join([*report, *lines]) + "\n", encoding="utf-8")

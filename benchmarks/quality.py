@@ -1,7 +1,8 @@
 """Does what `revnet train` leaves behind reach its bars, and what does a cached token cost?
 
-python benchmarks/quality.py digits text generation --threads 2 --out benchmarks/results/quality_cpu-2core.md
-python benchmarks/quality.py icons --depth 8 --batch 128 --steps 2500 --dtype bfloat16 --pictures docs
+python benchmarks/quality.py digits text generation --threads 2 --out
+benchmarks/results/quality_cpu-2core.md python benchmarks/quality.py icons --depth 8 --batch 128
+--steps 2500 --dtype bfloat16 --pictures docs
 
 Options that are not listed by --help go to `revnet train`.
 """
@@ -55,13 +56,31 @@ class Bar:
     def verdict(self, found: float, seconds: float) -> str:
         reached = found < self.bound if self.below else found >= self.bound
         late = seconds > 60 * self.minutes
-        return ("reached" if reached else "missed") + (f", but not in {self.minutes:g} min" if late else "")
+        return ("reached" if reached else "missed") + (
+            f", but not in {self.minutes:g} min" if late else ""
+        )
 
 
 BARS = {
-    "digits": Bar("digits", "read_as_captioned", "digits that a classifier reads as captioned", 0.92, False, 4),
-    "text": Bar("stdlib", "held_out_bits", "bits per byte of the standard library's held-out files", 2.4, True, 15),
-    "icons": Bar("icons", "own_caption_likelier", "held-out icons likelier under their own caption", 0.8, False, 10),
+    "digits": Bar(
+        "digits", "read_as_captioned", "digits that a classifier reads as captioned", 0.92, False, 4
+    ),
+    "text": Bar(
+        "stdlib",
+        "held_out_bits",
+        "bits per byte of the standard library's held-out files",
+        2.4,
+        True,
+        15,
+    ),
+    "icons": Bar(
+        "icons",
+        "own_caption_likelier",
+        "held-out icons likelier under their own caption",
+        0.8,
+        False,
+        10,
+    ),
 }
 
 
@@ -90,7 +109,18 @@ def trained(name: str, given: argparse.Namespace, options: Sequence[str]) -> lis
         for row in rows
         if "held_out_bits" in row
     ]
-    sizes = ("depth", "width", "heads", "batch", "steps", "lr", "dropout", "context", "dtype", "execution")
+    sizes = (
+        "depth",
+        "width",
+        "heads",
+        "batch",
+        "steps",
+        "lr",
+        "dropout",
+        "context",
+        "dtype",
+        "execution",
+    )
     figures = {key: round(value, 4) for key, value in result.items() if key != "memory"}
     return [
         f"## {name}",
@@ -99,8 +129,8 @@ def trained(name: str, given: argparse.Namespace, options: Sequence[str]) -> lis
         "",
         "| | found | bar | wall | CPU time | |",
         "|---|---:|---:|---:|---:|---|",
-        f"| {bar.what} | {found:.4g} | {'<' if bar.below else '≥'} {bar.bound:g} | {seconds / 60:.1f} min "
-        f"| {busy / 60:.1f} min | {bar.verdict(found, seconds)} |",
+        f"| {bar.what} | {found:.4g} | {'<' if bar.below else '≥'} {bar.bound:g} | "
+        f"{seconds / 60:.1f} min | {busy / 60:.1f} min | {bar.verdict(found, seconds)} |",
         "",
         f"{', '.join(f'{key} {config[key]}' for key in sizes)}.",
         "",
@@ -120,8 +150,8 @@ def generation(given: argparse.Namespace) -> list[str]:
     lines = [
         "## generation",
         "",
-        "CPU time of one more token after so many, batch 1, width 192, float32, one thread, with the keys and values "
-        "of the tokens before it and without; medians of 20.",
+        "CPU time of one more token after so many, batch 1, width 192, float32, one thread, with "
+        "the keys and values of the tokens before it and without; medians of 20.",
         "",
         "| depth | | " + " | ".join(f"{position} tokens" for position in POSITIONS) + " |",
         "|---:|---|" + "---:|" * len(POSITIONS),
@@ -135,18 +165,25 @@ def generation(given: argparse.Namespace) -> list[str]:
         times = {True: [], False: []}
         for position in POSITIONS:
             for cached, found in times.items():
-                found.append(statistics.median(next_token(model, prefix, tokens[:, :position], cached, 20)))
+                found.append(
+                    statistics.median(next_token(model, prefix, tokens[:, :position], cached, 20))
+                )
         for cached, found in times.items():
             cells = " | ".join(f"{seconds * 1000:.1f} ms" for seconds in found)
             lines.append(f"| {depth} | {'cached' if cached else 'uncached'} | {cells} |")
-        drawn = [generate(model, prefix, tokens[:, :1], 257, Sampling(seed=given.seed, cache=c)) for c in (True, False)]
+        drawn = [
+            generate(model, prefix, tokens[:, :1], 257, Sampling(seed=given.seed, cache=c))
+            for c in (True, False)
+        ]
         same.append(torch.equal(*drawn))
     lines += ["", f"256 tokens drawn with the cache equal those drawn without it: {same}.", ""]
     return lines
 
 
 @torch.no_grad()
-def next_token(model: Transformer, prefix: torch.Tensor, tokens: torch.Tensor, cached: bool, count: int) -> list[float]:
+def next_token(
+    model: Transformer, prefix: torch.Tensor, tokens: torch.Tensor, cached: bool, count: int
+) -> list[float]:
     """Seconds of the call that predicts what comes after `tokens`."""
     before: dict = {}
     if cached:
@@ -161,14 +198,20 @@ def next_token(model: Transformer, prefix: torch.Tensor, tokens: torch.Tensor, c
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Does what `revnet train` leaves behind reach its bars?")
+    parser = argparse.ArgumentParser(
+        description="Does what `revnet train` leaves behind reach its bars?"
+    )
     names = [*BARS, "generation"]
-    parser.add_argument("questions", nargs="+", choices=names, metavar="QUESTION", help=f"of {', '.join(names)}")
+    parser.add_argument(
+        "questions", nargs="+", choices=names, metavar="QUESTION", help=f"of {', '.join(names)}"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the runs")
     parser.add_argument("--device", default="auto", help="of the runs")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--runs", type=Path, help="keep the runs in this folder")
-    parser.add_argument("--pictures", type=Path, help="a folder for a copy of the pictures and texts")
+    parser.add_argument(
+        "--pictures", type=Path, help="a folder for a copy of the pictures and texts"
+    )
     parser.add_argument("--out", type=Path, help="a file for the report")
     given, options = parser.parse_known_args()
     given.runs = given.runs or Path(tempfile.mkdtemp(prefix="quality-"))
@@ -179,9 +222,10 @@ def main() -> None:
         "",
         f"    python {' '.join(sys.argv)}",
         "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python {platform.python_version()}, "
-        f"CPU threads: {given.threads}, seed {given.seed}. Wall and CPU time are those of the whole command: start, "
-        "data, training, validations, samples and pictures.",
+        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
+        f"{platform.python_version()}, CPU threads: {given.threads}, seed {given.seed}. Wall and "
+        f"CPU time are those of the whole command: start, data, training, validations, samples and "
+        f"pictures.",
         "",
     ]
     for name in given.questions:

@@ -1,11 +1,13 @@
-"""How wrong are gradients when activations are rebuilt, against stored execution of the same network?
+"""How wrong are gradients when activations are rebuilt, against stored execution of the same
+network?
 
     python benchmarks/reconstruction_error.py --out benchmarks/results/reconstruction_error_cpu.md
     python benchmarks/reconstruction_error.py --device cuda --width 256 --tokens 128
 
-By depth, by how much the output weights have grown, and by precision; other libraries run in the same process where
-they are installed (pip install 'revnet[peers]', and pip install --no-deps dalle-pytorch). The error is the relative
-distance of all gradients, of parameters and input, from those of the same library's network executed by plain autograd.
+By depth, by how much the output weights have grown, and by precision; other libraries run in the
+same process where they are installed (pip install 'revnet[peers]', and pip install --no-deps
+dalle-pytorch). The error is the relative distance of all gradients, of parameters and input, from
+those of the same library's network executed by plain autograd.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ MODES = {
     "float32": "float32",
 }
 Pairs = list[tuple[nn.Module, nn.Module]]
-# From branches: the network as plain autograd executes it, and as it is executed without stored activations.
+# From branches: the network as plain autograd executes it, and as it is executed without stored
+# activations.
 Arm = Callable[[Pairs], tuple[nn.Module, nn.Module]]
 
 
@@ -73,7 +76,10 @@ class Halves(nn.Module):
 
 def with_streams(streams: Any) -> Arm:
     def arm(pairs: Pairs) -> tuple[nn.Module, nn.Module]:
-        return tuple(revnet.ReversibleSequence(pairs, streams=streams, execution=how) for how in ("store", "invert"))
+        return tuple(
+            revnet.ReversibleSequence(pairs, streams=streams, execution=how)
+            for how in ("store", "invert")
+        )
 
     return arm
 
@@ -95,20 +101,28 @@ def dalle_pytorch(pairs: Pairs) -> tuple[nn.Module, nn.Module]:
 def memcnn(pairs: Pairs) -> tuple[nn.Module, nn.Module]:
     library = importlib.import_module("memcnn")
     couplings = [library.AdditiveCoupling(f, g, split_dim=-1) for f, g in pairs]
-    return Plain(pairs), Halves(nn.Sequential(*(library.InvertibleModuleWrapper(pair) for pair in couplings)))
+    return Plain(pairs), Halves(
+        nn.Sequential(*(library.InvertibleModuleWrapper(pair) for pair in couplings))
+    )
 
 
 def revlib(pairs: Pairs) -> tuple[nn.Module, nn.Module]:
     library = importlib.import_module("revlib")
-    halves = library.ReversibleSequential(*(branch for pair in pairs for branch in pair), split_dim=-1)
+    halves = library.ReversibleSequential(
+        *(branch for pair in pairs for branch in pair), split_dim=-1
+    )
     return Plain(pairs), Halves(halves)
 
 
 def momentumnet(pairs: Pairs) -> tuple[nn.Module, nn.Module]:
-    """Another network: one stream with momentum 0.9, its remainders kept, compared with its own stored execution."""
+    """Another network: one stream with momentum 0.9, its remainders kept, compared with its own
+    stored execution.
+    """
     library = importlib.import_module("momentumnet")
     functions = [branch for pair in pairs for branch in pair]
-    return tuple(library.MomentumNet(functions, gamma=0.9, use_backprop=how) for how in (True, False))
+    return tuple(
+        library.MomentumNet(functions, gamma=0.9, use_backprop=how) for how in (True, False)
+    )
 
 
 ARMS: dict[str, Arm] = {
@@ -120,7 +134,12 @@ ARMS: dict[str, Arm] = {
     "revlib": revlib,
     "momentumnet": momentumnet,
 }
-DISTRIBUTIONS = {"DALLE-pytorch": "dalle-pytorch", "memcnn": "memcnn", "revlib": "revlib", "momentumnet": "momentumnet"}
+DISTRIBUTIONS = {
+    "DALLE-pytorch": "dalle-pytorch",
+    "memcnn": "memcnn",
+    "revlib": "revlib",
+    "momentumnet": "momentumnet",
+}
 
 
 @contextlib.contextmanager
@@ -131,7 +150,9 @@ def precision(mode: str, device: str) -> Iterator[None]:
 
 
 def gradients(net: nn.Module, pairs: Pairs, x: Tensor, mode: str) -> tuple[Tensor, list[Tensor]]:
-    parameters = [parameter for pair in pairs for branch in pair for parameter in branch.parameters()]
+    parameters = [
+        parameter for pair in pairs for branch in pair for parameter in branch.parameters()
+    ]
     x = x.detach().clone().requires_grad_()
     for parameter in parameters:
         parameter.grad = None
@@ -146,7 +167,9 @@ def gradients(net: nn.Module, pairs: Pairs, x: Tensor, mode: str) -> tuple[Tenso
 
 
 def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The norm of the difference in units of the norm of what was expected; exactly 0 where all bits agree."""
+    """The norm of the difference in units of the norm of what was expected; exactly 0 where all
+    bits agree.
+    """
     difference = sum((a - b).square().sum() for a, b in zip(actual, expected, strict=True))
     scale = sum(b.square().sum() for b in expected)
     return math.sqrt(float(difference) / float(scale))
@@ -159,18 +182,24 @@ def error(arm: Arm, depth: int, growth: float, mode: str, given: argparse.Namesp
         for branch in (branch for pair in pairs for branch in pair):
             branch.leave.weight.mul_(growth)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(given.batch, given.tokens, given.width, generator=generator).to(given.device, dtype)
+    x = torch.randn(given.batch, given.tokens, given.width, generator=generator).to(
+        given.device, dtype
+    )
     # Each gets its own branches: a library may wrap or change what it is given.
     stored_pairs, rebuilt_pairs = pairs, copy.deepcopy(pairs)
     y, expected = gradients(arm(stored_pairs)[0], stored_pairs, x, mode)
     if mode == "float64":
         # momentumnet holds its momentum with fewer bits than float64 has.
-        assert torch.allclose(arm(copy.deepcopy(pairs))[1](x.clone()), y, rtol=1e-4, atol=1e-4), "another network"
+        assert torch.allclose(arm(copy.deepcopy(pairs))[1](x.clone()), y, rtol=1e-4, atol=1e-4), (
+            "another network"
+        )
     return distance(gradients(arm(rebuilt_pairs)[1], rebuilt_pairs, x, mode)[1], expected)
 
 
 def usable(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]:
-    """The arms that are right in float64 on three blocks, with their error there, and why others are left out."""
+    """The arms that are right in float64 on three blocks, with their error there, and why others
+    are left out.
+    """
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for name, arm in ARMS.items():
@@ -180,11 +209,15 @@ def usable(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]
             reasons[name] = f"{type(failure).__name__}: {failure}"
             continue
         if errors[name] > 1e-4:
-            reasons[name] = f"gradients of three blocks in float64 are off by {errors.pop(name):.1e}"
+            reasons[name] = (
+                f"gradients of three blocks in float64 are off by {errors.pop(name):.1e}"
+            )
     return errors, reasons
 
 
-def measure(given: argparse.Namespace, arms: list[str]) -> dict[tuple[str, float, int], dict[str, Any]]:
+def measure(
+    given: argparse.Namespace, arms: list[str]
+) -> dict[tuple[str, float, int], dict[str, Any]]:
     results: dict[tuple[str, float, int], dict[str, Any]] = {}
     for mode in given.modes:
         for growth in given.growths:
@@ -196,7 +229,13 @@ def measure(given: argparse.Namespace, arms: list[str]) -> dict[tuple[str, float
                     except Exception as failure:
                         row[name] = failure
                 results[mode, growth, depth] = row
-                print(mode, f"x{growth:g}", depth, *(f"{name}: {shown(row[name])};" for name in arms), flush=True)
+                print(
+                    mode,
+                    f"x{growth:g}",
+                    depth,
+                    *(f"{name}: {shown(row[name])};" for name in arms),
+                    flush=True,
+                )
     return results
 
 
@@ -208,7 +247,9 @@ def shown(value: Any) -> str:
     return f"{value:.1%}" if value >= 1e-3 else f"{value:.0e}"
 
 
-def tables(given: argparse.Namespace, arms: list[str], results: dict[Any, dict[str, Any]]) -> list[str]:
+def tables(
+    given: argparse.Namespace, arms: list[str], results: dict[Any, dict[str, Any]]
+) -> list[str]:
     lines = []
     for mode in given.modes:
         lines += [f"## {MODES[mode]}", "", f"| blocks | output weights | {' | '.join(arms)} |"]
@@ -218,69 +259,107 @@ def tables(given: argparse.Namespace, arms: list[str], results: dict[Any, dict[s
                 cells = " | ".join(shown(results[mode, growth, depth][name]) for name in arms)
                 lines.append(f"| {depth} | ×{growth:g} | {cells} |")
         failures = {
-            f"{name}: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+            f"{name}: {type(failure).__name__}: "
+            f"{str(failure).splitlines()[0] if str(failure) else ''}"
             for (of, _, _), row in results.items()
             for name, failure in row.items()
             if of == mode and isinstance(failure, Exception)
         }
-        lines += ["", *(f"- {failure}" for failure in sorted(failures)), *([""] if failures else [])]
+        lines += [
+            "",
+            *(f"- {failure}" for failure in sorted(failures)),
+            *([""] if failures else []),
+        ]
     return lines
 
 
 def document(
-    given: argparse.Namespace, errors: dict[str, float], reasons: dict[str, str], results: dict[Any, dict[str, Any]]
+    given: argparse.Namespace,
+    errors: dict[str, float],
+    reasons: dict[str, str],
+    results: dict[Any, dict[str, Any]],
 ) -> list[str]:
     cuda = given.device == "cuda"
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    versions = [f"{name} {importlib.metadata.version(name)}" for arm, name in DISTRIBUTIONS.items() if arm in errors]
+    versions = [
+        f"{name} {importlib.metadata.version(name)}"
+        for arm, name in DISTRIBUTIONS.items()
+        if arm in errors
+    ]
     lines = [
         "# How wrong are gradients when activations are rebuilt?",
         "",
         f"    python {' '.join(sys.argv)}",
         "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{', '.join(versions) or 'no other library installed'}.",
+        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
+        f"{platform.python_version()}; {', '.join(versions) or 'no other library installed'}.",
         "",
-        f"Pre-norm attention and MLP branches without dropout, width {given.width}, {given.tokens} tokens, batch "
-        f"{given.batch}, deterministic algorithms. The error is the relative distance of all gradients, of parameters "
-        "and input, from those of the same network in the same precision executed by plain autograd; **0** means equal "
-        'in every bit. "×4": the output weights of each branch are four times their initial values. Backward runs '
-        "outside the autocast region, as torch's documentation asks: under autocast the other libraries rebuild "
-        "activations in float32, which adds to their error. momentumnet is another network (one stream, momentum 0.9, "
-        "each branch a step) and is compared with its own stored execution.",
+        f"Pre-norm attention and MLP branches without dropout, width {given.width}, {given.tokens} "
+        f"tokens, batch {given.batch}, deterministic algorithms. The error is the relative "
+        f"distance of all gradients, of parameters and input, from those of the same network in "
+        f"the same precision executed by plain autograd; **0** means equal "
+        'in every bit. "×4": the output weights of each branch are four times their initial '
+        "values. Backward runs "
+        "outside the autocast region, as torch's documentation asks: under autocast the other "
+        "libraries rebuild activations in float32, which adds to their error. momentumnet is "
+        "another network (one stream, momentum 0.9, each branch a step) and is compared with its "
+        "own stored execution.",
         "",
-        "In float64, three blocks: " + ", ".join(f"{name} {shown(value)}" for name, value in errors.items()) + ".",
+        "In float64, three blocks: "
+        + ", ".join(f"{name} {shown(value)}" for name, value in errors.items())
+        + ".",
         "",
     ]
     lines += [f"- {name} is left out. {reason}" for name, reason in reasons.items()]
     lines += [""] if reasons else []
     if given.out is not None:
-        lines += [f"![Gradient error by depth and by weight growth]({given.out.with_suffix('.png').name})", ""]
+        lines += [
+            f"![Gradient error by depth and by weight "
+            f"growth]({given.out.with_suffix('.png').name})",
+            "",
+        ]
     return lines + tables(given, list(errors), results)
 
 
-def plot(given: argparse.Namespace, arms: list[str], results: dict[Any, dict[str, Any]], path: Path) -> None:
+def plot(
+    given: argparse.Namespace, arms: list[str], results: dict[Any, dict[str, Any]], path: Path
+) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     zero, growth, depth = 1e-9, given.growths[len(given.growths) // 2], given.depths[-1]
-    figure, grid = plt.subplots(2, len(given.modes), figsize=(4.2 * len(given.modes), 7), sharey=True, squeeze=False)
+    figure, grid = plt.subplots(
+        2, len(given.modes), figsize=(4.2 * len(given.modes), 7), sharey=True, squeeze=False
+    )
     # Larger below smaller: many of the lines are one.
     sizes = dict(zip(ARMS, (10, 6, 13, 10, 7.5, 5, 7), strict=True))
     looks = dict(zip(ARMS, ("o-", "s--", "^-", "v-", "D:", "x--", "+-"), strict=True))
     colours = dict(zip(ARMS, ("C2", "C8", "C0", "C3", "C1", "C4", "C7"), strict=True))
     for column, mode in enumerate(given.modes):
         rows = (
-            (given.depths, [(mode, growth, depth) for depth in given.depths], f"blocks, output weights ×{growth:g}"),
-            (given.growths, [(mode, growth, depth) for growth in given.growths], f"growth of weights, {depth} blocks"),
+            (
+                given.depths,
+                [(mode, growth, depth) for depth in given.depths],
+                f"blocks, output weights ×{growth:g}",
+            ),
+            (
+                given.growths,
+                [(mode, growth, depth) for growth in given.growths],
+                f"growth of weights, {depth} blocks",
+            ),
         )
         for axes, (places, keys, label) in zip(grid[:, column], rows, strict=True):
             for name in arms:
                 values = [results[key][name] for key in keys]
                 heights = [math.nan if isinstance(v, Exception) else max(v, zero) for v in values]
-                look = {"color": colours[name], "markersize": sizes[name], "fillstyle": "none", "clip_on": False}
+                look = {
+                    "color": colours[name],
+                    "markersize": sizes[name],
+                    "fillstyle": "none",
+                    "clip_on": False,
+                }
                 axes.plot(places, heights, looks[name], label=name, **look)
             axes.set(xscale="log", yscale="log", xlabel=label, ylim=(zero, 10))
             axes.set_xticks(places, [f"{place:g}" for place in places])
@@ -298,13 +377,17 @@ def plot(given: argparse.Namespace, arms: list[str], results: dict[Any, dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24, 48, 96], help="blocks")
-    parser.add_argument("--growths", type=float, nargs="+", default=[1, 4, 16], help="factors of the output weights")
+    parser.add_argument(
+        "--growths", type=float, nargs="+", default=[1, 4, 16], help="factors of the output weights"
+    )
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--out", type=Path, help="a Markdown file; the plot is written beside it")
     given = parser.parse_args()

@@ -1,17 +1,20 @@
-"""How does training with a reversible sequence scale over GPUs, against FSDP2 with block checkpointing?
+"""How does training with a reversible sequence scale over GPUs, against FSDP2 with block
+checkpointing?
 
-    python benchmarks/scaling.py check context speed command depth length --gpus 1,2 --out benchmarks/results
+    python benchmarks/scaling.py check context speed command depth length --gpus 1,2 --out
+    benchmarks/results
 
 check      gradients by DDP and FSDP2 against one GPU, and against stored execution
 context    the same by context parallelism
-speed      tokens per second, step time and activation peak for each number of GPUs, sharded by block and by branch
-command    losses of `torchrun … -m revnet train` by DDP and FSDP2 against those of one process
-depth      the most blocks that fit
+speed      tokens per second, step time and activation peak for each number of GPUs, sharded by
+block and by branch command    losses of `torchrun … -m revnet train` by DDP and FSDP2 against those
+of one process depth      the most blocks that fit
 length     the most tokens that fit
 
-In `speed`, `depth` and `length` weights are float32, computed with in bfloat16, gradients reduced in float32, and the
-states of AdamW exist. Each world size, and each search, has processes of its own. What fails on one of them ends them
-all at once and is reported, and what is left begins in fresh ones. The report is written anew after every row.
+In `speed`, `depth` and `length` weights are float32, computed with in bfloat16, gradients reduced
+in float32, and the states of AdamW exist. Each world size, and each search, has processes of its
+own. What fails on one of them ends them all at once and is reported, and what is left begins in
+fresh ones. The report is written anew after every row.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ OUT_OF_MEMORY = 77
 
 @dataclass(frozen=True)
 class Work:
-    """One network and its input: `blocks` of attention (or a causal shift) and an MLP, `batch` per GPU."""
+    """One network and its input: `blocks` of attention (or a causal shift) and an MLP, `batch` per
+    GPU.
+    """
 
     method: str
     width: int
@@ -145,7 +150,9 @@ def shard(model: nn.Module, by: str, device: str, **options: Any) -> nn.Module:
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with the states that it otherwise makes in its first step. The gradients are zero as yet."""
+    """AdamW with the states that it otherwise makes in its first step. The gradients are zero as
+    yet.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     optimizer.step()
     return optimizer
@@ -153,11 +160,15 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 def inputs(work: Work) -> Tensor:
     torch.manual_seed(1000 + dist.get_rank())
-    return torch.randn(work.batch, work.tokens, work.width, device=work.device, dtype=torch.bfloat16)
+    return torch.randn(
+        work.batch, work.tokens, work.width, device=work.device, dtype=torch.bfloat16
+    )
 
 
 def backward(model: nn.Module, x: Tensor) -> None:
-    """A loss that lets go of the output as soon as that is differentiated; in float32 it would outweigh the streams."""
+    """A loss that lets go of the output as soon as that is differentiated; in float32 it would
+    outweigh the streams.
+    """
     model(x).square().mean().backward()
 
 
@@ -167,7 +178,9 @@ def synchronize(device: str) -> None:
 
 
 def clear(device: str) -> None:
-    """Gives memory back: hooks and modules that FSDP2 ties together wait for the garbage collector."""
+    """Gives memory back: hooks and modules that FSDP2 ties together wait for the garbage
+    collector.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -189,18 +202,24 @@ def activation_peak(device: str, step: Callable[[], None]) -> int:
 
 
 def check(checks: dict[str, Callable[[], str]]) -> Iterator[str]:
-    """How each check came out. What fails on one rank leaves the others waiting: it ends the processes."""
+    """How each check came out. What fails on one rank leaves the others waiting: it ends the
+    processes.
+    """
     for fn in checks.values():
         yield fn()
 
 
 def gradient_checks(device: str) -> dict[str, Callable[[], str]]:
     checks: dict[str, Callable[[], str]] = {
-        f"{kind}, {execution}, float64, against one GPU": partial(against_one, device, kind, execution)
+        f"{kind}, {execution}, float64, against one GPU": partial(
+            against_one, device, kind, execution
+        )
         for kind in ("DDP", "FSDP2 by block", "FSDP2 by branch")
         for execution in EXECUTIONS
     }
-    checks["fixed streams, FSDP2 in bfloat16, against stored execution"] = partial(exact, device, "FSDP2 by block")
+    checks["fixed streams, FSDP2 in bfloat16, against stored execution"] = partial(
+        exact, device, "FSDP2 by block"
+    )
     return checks
 
 
@@ -210,7 +229,10 @@ def context_checks(device: str) -> dict[str, Callable[[], str]]:
         f"{'one GPU' if execution == 'store' else 'stored execution'}": partial(
             contexts, device, execution, streams, f"{kernel}_ATTENTION", dtype
         )
-        for kernel, name, dtype in (("EFFICIENT", "float32", torch.float32), ("FLASH", "bfloat16", torch.bfloat16))
+        for kernel, name, dtype in (
+            ("EFFICIENT", "float32", torch.float32),
+            ("FLASH", "bfloat16", torch.bfloat16),
+        )
         for streams in ("float", "fixed")
         for execution in ("store", "checkpoint", "invert")
     }
@@ -243,7 +265,9 @@ def difference(some: list[Tensor], others: list[Tensor]) -> str:
 
 def against_one(device: str, kind: str, execution: str) -> str:
     rank, world = dist.get_rank(), dist.get_world_size()
-    x = torch.randn(2 * world, 32, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(device)
+    x = torch.randn(
+        2 * world, 32, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    ).to(device)
     one = small(device, torch.float64, "store", "float")
     one(x).square().mean().backward()
     model = wrapped(kind, small(device, torch.float64, execution, "float"))
@@ -264,16 +288,24 @@ def exact(device: str, kind: str) -> str:
 
 
 def contexts(device: str, execution: str, streams: str, kernel: str, dtype: torch.dtype) -> str:
-    """Each rank has some tokens; torch's ring attention passes keys and values around, in replays too."""
+    """Each rank has some tokens; torch's ring attention passes keys and values around, in replays
+    too.
+    """
     world = dist.get_world_size()
     mesh = init_device_mesh(device, (world,))
     # 64 tokens per rank or a multiple of it: see docs/scaling.md.
-    x = torch.randn(2, 64 * world, 128, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    x = torch.randn(2, 64 * world, 128, generator=torch.Generator().manual_seed(3)).to(
+        device, dtype
+    )
     found = []
     for this, ring in (("store", execution != "store"), (execution, True)):
         model = small(device, dtype, this, streams)
         part = x.clone()
-        around = context_parallel(mesh, buffers=[part], buffer_seq_dims=[1]) if ring else contextlib.nullcontext()
+        around = (
+            context_parallel(mesh, buffers=[part], buffer_seq_dims=[1])
+            if ring
+            else contextlib.nullcontext()
+        )
         with sdpa_kernel(getattr(SDPBackend, kernel)), around:
             model(part).float().square().sum().backward()
         found.append([parameter.grad.float() for parameter in model.parameters()])
@@ -284,12 +316,16 @@ def contexts(device: str, execution: str, streams: str, kernel: str, dtype: torc
 
 
 def speed(works: list[Work], rounds: int, seconds: float) -> Iterator[dict[str, float]]:
-    """Median step time (forward, backward, AdamW) and activation peak of each work, one after the other."""
+    """Median step time (forward, backward, AdamW) and activation peak of each work, one after the
+    other.
+    """
     for work in works:
         model, x = build(work), inputs(work)
         optimizer = adam(model)
 
-        def step(model: nn.Module = model, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer) -> None:
+        def step(
+            model: nn.Module = model, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer
+        ) -> None:
             backward(model, x)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
@@ -319,11 +355,13 @@ def speed(works: list[Work], rounds: int, seconds: float) -> Iterator[dict[str, 
 def trials(
     work: Work, name: str, sizes: tuple[int, int], shares: list[float], seconds: float, failed: int
 ) -> Iterator[Any]:
-    """Training steps of two sizes that fit, and then of shares of the size that, by a straight line, just fits.
+    """Training steps of two sizes that fit, and then of shares of the size that, by a straight
+    line, just fits.
 
     Of the size that `failed`, if there is one.
 
-    Yields the expected size; then each size that is tried, and after it the seconds and bytes of its step.
+    Yields the expected size; then each size that is tried, and after it the seconds and bytes of
+    its step.
     """
     end = time.perf_counter() + seconds
     if work.device == "cuda" and work.memory is not None:
@@ -376,7 +414,9 @@ def trial(work: Work) -> dict[str, float]:
     return {"seconds": seconds, "peak": peak}
 
 
-def _rank(rank: int, gpus: int, store: str, path: str, fn: Callable[..., Any], device: str, args: Any) -> None:
+def _rank(
+    rank: int, gpus: int, store: str, path: str, fn: Callable[..., Any], device: str, args: Any
+) -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     else:
@@ -390,7 +430,8 @@ def _rank(rank: int, gpus: int, store: str, path: str, fn: Callable[..., Any], d
             if rank == 0:
                 Path(path).write_text(json.dumps(rows))
     except BaseException as error:
-        # The other ranks wait in a collective: the parent ends them. Nothing here may wait for them.
+        # The other ranks wait in a collective: the parent ends them. Nothing here may wait for
+        # them.
         if exhausted(error):
             os._exit(OUT_OF_MEMORY)
         traceback.print_exc()
@@ -401,24 +442,36 @@ def _rank(rank: int, gpus: int, store: str, path: str, fn: Callable[..., Any], d
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether memory was too small: libraries that allocate for themselves have errors of their own for it."""
+    """Whether memory was too small: libraries that allocate for themselves have errors of their own
+    for it.
+    """
     said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "ALLOC_FAILED" in said
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in said
+        or "ALLOC_FAILED" in said
+    )
 
 
 def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200].replace("|", "/")
 
 
-def on_ranks(gpus: int, seconds: float, fn: Callable[..., Any], device: str, *args: Any) -> tuple[list[Any], str]:
-    """The rows that `fn` yields on rank 0 of fresh processes, and why they are not all there, or nothing."""
+def on_ranks(
+    gpus: int, seconds: float, fn: Callable[..., Any], device: str, *args: Any
+) -> tuple[list[Any], str]:
+    """The rows that `fn` yields on rank 0 of fresh processes, and why they are not all there, or
+    nothing.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         arguments = (gpus, str(Path(folder) / "store"), str(path), fn, device, args)
         failure, end = "", time.monotonic() + seconds
         # The server of the forks has imported torch, and has not touched a GPU.
         multiprocessing.set_forkserver_preload(["torch", "torch.distributed.fsdp", "revnet"])
-        context: Any = mp.start_processes(_rank, arguments, gpus, join=False, start_method="forkserver")
+        context: Any = mp.start_processes(
+            _rank, arguments, gpus, join=False, start_method="forkserver"
+        )
         processes = context.processes
         try:
             while any(process.is_alive() for process in processes) and not failure:
@@ -428,7 +481,9 @@ def on_ranks(gpus: int, seconds: float, fn: Callable[..., Any], device: str, *ar
                     failure = "out of memory"
                 elif codes:
                     # The others fail after the first, because it is gone.
-                    files = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+                    files = sorted(
+                        Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns
+                    )
                     said = [file.read_text() for file in files]
                     failure = f"failed: {said[0] if said else f'exit code {codes[0]}'}"
                 elif time.monotonic() > end:
@@ -453,7 +508,8 @@ class Report:
             "",
             f"    python {' '.join(sys.argv)}".replace(f" --out {options.out}", ""),
             "",
-            f"{day}; {max(options.gpus)} × {where}; torch {torch.__version__}, Python {platform.python_version()}",
+            f"{day}; {max(options.gpus)} × {where}; torch {torch.__version__}, Python "
+            f"{platform.python_version()}",
         ]
         kind = where.lower().replace(" ", "-")
         self.path = options.out / f"scaling_{kind}_{day}.md" if options.out else None
@@ -469,7 +525,15 @@ class Report:
 
     def table(self, title: str, text: str, *columns: str) -> None:
         """Begins a section with a table."""
-        self.add("", f"## {title}", "", text, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
+        self.add(
+            "",
+            f"## {title}",
+            "",
+            text,
+            "",
+            f"| {' | '.join(columns)} |",
+            "|---" * len(columns) + "|",
+        )
 
     def row(self, *cells: str) -> None:
         self.add(f"| {' | '.join(cells)} |")
@@ -487,7 +551,12 @@ def report_gradients(
     title: str, options: argparse.Namespace, report: Report, checks: dict[str, Callable[[], str]]
 ) -> None:
     gpus = max(options.gpus)
-    report.table(title, f"On {gpus} ranks; the largest relative difference of a gradient.", "what", "difference")
+    report.table(
+        title,
+        f"On {gpus} ranks; the largest relative difference of a gradient.",
+        "what",
+        "difference",
+    )
     failures = 0
     while checks and failures < 4:
         rows, failure = on_ranks(gpus, 90, check, options.device, checks)
@@ -502,7 +571,9 @@ def report_gradients(
         report.row("the rest", f"not run after {failures} failures")
 
 
-def work_of(options: argparse.Namespace, method: str, width: int, blocks: int, tokens: int, batch: int) -> Work:
+def work_of(
+    options: argparse.Namespace, method: str, width: int, blocks: int, tokens: int, batch: int
+) -> Work:
     return Work(
         method,
         options.width or width,
@@ -523,15 +594,17 @@ def report_speed(options: argparse.Namespace, report: Report) -> None:
     some = works[0]
     report.table(
         "Speed",
-        f"Width {some.width}, {some.blocks} blocks, {some.tokens} tokens, batch {some.batch} per GPU; forward, "
-        "backward and AdamW. The peak is that of one GPU above weights, gradients and optimizer, buffers of FSDP2 "
-        "included; ratios are to the same GPUs and shards.",
-        "GPUs", "shards", "method", "step", "steps", "tokens/s", "× one GPU", "activation peak", "time",
-        "peak ÷ checkpointing",
+        f"Width {some.width}, {some.blocks} blocks, {some.tokens} tokens, batch {some.batch} per "
+        f"GPU; forward, backward and AdamW. The peak is that of one GPU above weights, gradients "
+        f"and optimizer, buffers of FSDP2 included; ratios are to the same GPUs and shards.",
+        "GPUs", "shards", "method", "step", "steps", "tokens/s", "× one GPU", "activation peak",
+        "time", "peak ÷ checkpointing",
     )  # fmt: skip
     alone: dict[Work, float] = {}
     for gpus in options.gpus:
-        found, failure = on_ranks(gpus, 150, speed, options.device, works, options.rounds, options.seconds / 8)
+        found, failure = on_ranks(
+            gpus, 150, speed, options.device, works, options.rounds, options.seconds / 8
+        )
         rows = dict(zip(works, found, strict=False))
         for work, row in rows.items():
             base = rows.get(replace(work, method=CHECKPOINT))
@@ -561,12 +634,25 @@ def report_command(options: argparse.Namespace, report: Report) -> None:
     gpus, steps = max(options.gpus), 20
     report.table(
         "The command",
-        f"`revnet train` on text, {steps} steps of {4 * gpus} examples, float32, without dropout, in one process and "
-        f"by `torchrun --nproc-per-node {gpus}`; the last row goes on from the checkpoint of FSDP2 by DDP.",
+        f"`revnet train` on text, {steps} steps of {4 * gpus} examples, float32, without dropout, "
+        f"in one process and by `torchrun --nproc-per-node {gpus}`; the last row goes on from the "
+        f"checkpoint of FSDP2 by DDP.",
         "run", "first loss", "last loss", "largest relative difference", "took",
     )  # fmt: skip
-    arguments = {"context": 64, "depth": 4, "width": 128, "heads": 4, "batch": 4 * gpus, "dropout": 0.0}
-    arguments |= {"lr": 1e-3, "validate-every": steps, "save-every": steps, "device": options.device}
+    arguments = {
+        "context": 64,
+        "depth": 4,
+        "width": 128,
+        "heads": 4,
+        "batch": 4 * gpus,
+        "dropout": 0.0,
+    }
+    arguments |= {
+        "lr": 1e-3,
+        "validate-every": steps,
+        "save-every": steps,
+        "device": options.device,
+    }
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "texts"
         text.mkdir()
@@ -575,17 +661,32 @@ def report_command(options: argparse.Namespace, report: Report) -> None:
         runs: list[tuple[str, int, list[str]]] = [
             ("one process", 1, ["--steps", str(steps), "--out", f"{folder}/one"]),
             ("DDP", gpus, ["--steps", str(steps), "--parallel", "ddp", "--out", f"{folder}/ddp"]),
-            ("FSDP2", gpus, ["--steps", str(steps), "--parallel", "fsdp", "--out", f"{folder}/fsdp"]),
-            ("resumed", gpus, ["--steps", str(2 * steps), "--parallel", "ddp", "--resume", f"{folder}/fsdp"]),
+            (
+                "FSDP2",
+                gpus,
+                ["--steps", str(steps), "--parallel", "fsdp", "--out", f"{folder}/fsdp"],
+            ),
+            (
+                "resumed",
+                gpus,
+                ["--steps", str(2 * steps), "--parallel", "ddp", "--resume", f"{folder}/fsdp"],
+            ),
         ]
         first: dict[int, float] = {}
         for name, world, given in runs:
             start = time.perf_counter()
             launch = [sys.executable, "-m"]
             if world > 1:
-                launch += ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
+                launch += [
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc-per-node={world}",
+                    "-m",
+                ]
             fresh = (
-                [] if "--resume" in given else [str(text), *(f"--{key}={value}" for key, value in arguments.items())]
+                []
+                if "--resume" in given
+                else [str(text), *(f"--{key}={value}" for key, value in arguments.items())]
             )
             try:
                 done = subprocess.run(
@@ -595,13 +696,23 @@ def report_command(options: argparse.Namespace, report: Report) -> None:
                 if done.returncode:
                     print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr, flush=True)
                     said = [
-                        line for line in (done.stderr + done.stdout).splitlines() if "rror" in line or "revnet:" in line
+                        line
+                        for line in (done.stderr + done.stdout).splitlines()
+                        if "rror" in line or "revnet:" in line
                     ]
                     raise RuntimeError(said[-1] if said else f"exit code {done.returncode}")
                 lines = (Path(given[-1]) / "metrics.jsonl").read_text().splitlines()
-                losses = {row["step"]: row["bits"] for row in map(json.loads, lines) if "bits" in row}
+                losses = {
+                    row["step"]: row["bits"] for row in map(json.loads, lines) if "bits" in row
+                }
             except Exception as error:
-                report.row(name, f"failed: {first_line(error)}", "", "", f"{time.perf_counter() - start:.0f} s")
+                report.row(
+                    name,
+                    f"failed: {first_line(error)}",
+                    "",
+                    "",
+                    f"{time.perf_counter() - start:.0f} s",
+                )
                 continue
             first = first or losses
             shared = first.keys() & losses.keys()
@@ -616,28 +727,47 @@ def report_command(options: argparse.Namespace, report: Report) -> None:
 
 
 def report_depth(options: argparse.Namespace, report: Report) -> None:
-    search(options, report, "blocks", (8, 24), partial(work_of, options, width=2048, blocks=0, tokens=4096, batch=2))
+    search(
+        options,
+        report,
+        "blocks",
+        (8, 24),
+        partial(work_of, options, width=2048, blocks=0, tokens=4096, batch=2),
+    )
 
 
 def report_length(options: argparse.Namespace, report: Report) -> None:
     def work(method: str) -> Work:
         return replace(work_of(options, method, 2048, 24, 0, 1), mixer="shift")
 
-    search(options, report, "tokens", (65536, 131072) if options.device == "cuda" else (256, 1024), work)
+    search(
+        options,
+        report,
+        "tokens",
+        (65536, 131072) if options.device == "cuda" else (256, 1024),
+        work,
+    )
 
 
 def search(
-    options: argparse.Namespace, report: Report, name: str, sizes: tuple[int, int], work: Callable[[str], Work]
+    options: argparse.Namespace,
+    report: Report,
+    name: str,
+    sizes: tuple[int, int],
+    work: Callable[[str], Work],
 ) -> None:
-    """Finds the largest size that fits: memory and time are straight lines, and trials next to their end decide."""
+    """Finds the largest size that fits: memory and time are straight lines, and trials next to
+    their end decide.
+    """
     gpus = max(options.gpus)
     some = work(FLOAT)
     fixed = f"{some.tokens} tokens" if name == "blocks" else f"{some.blocks} blocks"
     report.table(
         "The deepest network" if name == "blocks" else "The longest sequence",
-        f"On {gpus} GPUs: width {some.width}, {fixed}, batch {some.batch} per GPU, {some.mixer} and MLP, sharded by "
-        f"{some.shards}; one step of forward, backward and AdamW. All of it has to fit: weights, gradients and the "
-        f"states of AdamW in float32, {16 / gpus:.3g} bytes of a GPU per parameter, as well as activations. "
+        f"On {gpus} GPUs: width {some.width}, {fixed}, batch {some.batch} per GPU, {some.mixer} "
+        f"and MLP, sharded by {some.shards}; one step of forward, backward and AdamW. All of it "
+        f"has to fit: weights, gradients and the states of AdamW in float32, {16 / gpus:.3g} bytes "
+        f"of a GPU per parameter, as well as activations. "
         + (f"At most {options.memory} GiB of each GPU. " if options.memory else "")
         + f"At most {options.seconds:.0f} s per method.",
         "method", name, "step", "peak per GPU", "",
@@ -647,11 +777,19 @@ def search(
         # Upwards until it no longer fits; where the first does not, once more from further below.
         for shares in ([0.98, 1.02, 1.06, 1.12], [0.95, 0.975], [0.85, 0.9]):
             given = (work(method), name, sizes, shares, options.seconds, fails)
-            found, failure = on_ranks(gpus, 2 * options.seconds + 60, trials, options.device, *given)
+            found, failure = on_ranks(
+                gpus, 2 * options.seconds + 60, trials, options.device, *given
+            )
             expected = expected or (found[0] if found else 0)
             for size, taken in zip(found[1::2], found[2::2], strict=False):
                 fits = max(fits, size)
-                report.row(method, f"{size:,}", f"{taken['seconds']:.1f} s", f"{taken['peak'] / GIB:.1f} GiB", "fits")
+                report.row(
+                    method,
+                    f"{size:,}",
+                    f"{taken['seconds']:.1f} s",
+                    f"{taken['peak'] / GIB:.1f} GiB",
+                    "fits",
+                )
             if failure:
                 tried = found[-1] if len(found) % 2 == 0 and found else 0
                 report.row(method, f"{tried:,}" if tried else "", "", "", failure)
@@ -661,7 +799,9 @@ def search(
                 break
         end = f", not {fails:,}" if fails else ""
         rest = "" if fails else "; larger ones were not tried"
-        report.row(f"**{method}**", f"**{fits:,} fit{end}**", "", "", f"{expected:,.0f} expected{rest}")
+        report.row(
+            f"**{method}**", f"**{fits:,} fit{end}**", "", "", f"{expected:,.0f} expected{rest}"
+        )
 
 
 PARTS = {
@@ -675,17 +815,26 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=tuple(PARTS), metavar="PART")
     parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=[1])
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="of speed and the searches")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), help="of speed and the searches"
+    )
     parser.add_argument("--width", type=int, help="instead of the part's own, as the next three")
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--batch", type=int, help="per GPU")
     parser.add_argument("--rounds", type=int, default=10, help="steps that are timed, at most")
     parser.add_argument("--seconds", type=float, default=60.0, help="per method of a search")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of each GPU for a search (all of it; 1 on a CPU)")
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="of each GPU for a search (all of it; 1 on a CPU)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the report")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """What do large networks need per GPU at long sequences, reversible and checkpointed? On paper.
 
-python benchmarks/scaling_on_paper.py            the table of docs/scaling.md, whose formulas these are
-python benchmarks/scaling_on_paper.py --check    the formulas against one GPU, or the CPU
+python benchmarks/scaling_on_paper.py            the table of docs/scaling.md, whose formulas these
+are python benchmarks/scaling_on_paper.py --check    the formulas against one GPU, or the CPU
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ BF16, FP32 = 2, 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A transformer: `width` features, `layers` of attention and an MLP of `hidden` features, gated or not."""
+    """A transformer: `width` features, `layers` of attention and an MLP of `hidden` features, gated
+    or not.
+    """
 
     name: str
     width: int
@@ -28,7 +30,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one sequence and the weights lie on GPUs: `split` of them share its tokens, `shards` share the weights."""
+    """How one sequence and the weights lie on GPUs: `split` of them share its tokens, `shards`
+    share the weights.
+    """
 
     split: int
     shards: int
@@ -40,12 +44,16 @@ LAYOUTS = {"8B": Layout(8, 64), "70B": Layout(8, 512)}
 
 
 def weights(shape: Shape, layout: Layout) -> float:
-    """Bytes of float32 weights, gradients and the two states of AdamW, and of what FSDP2 holds besides."""
+    """Bytes of float32 weights, gradients and the two states of AdamW, and of what FSDP2 holds
+    besides.
+    """
     return 4 * FP32 * shape.parameters / layout.shards + buffers(shape)
 
 
 def buffers(shape: Shape) -> float:
-    """Bytes that FSDP2, by block, holds at the peak: two gathered blocks, and the last one's gradients in float32."""
+    """Bytes that FSDP2, by block, holds at the peak: two gathered blocks, and the last one's
+    gradients in float32.
+    """
     return (2 * BF16 + FP32) * shape.parameters / shape.layers
 
 
@@ -57,10 +65,13 @@ def stream(shape: Shape, tokens: int, layout: Layout) -> float:
 def branch(shape: Shape, tokens: int, layout: Layout) -> float:
     """Bytes that the larger branch, the MLP, holds at the widest moment of its backward pass.
 
-    Two tensors of the width: its input and the norm's output. A gated one holds six of the hidden size: two
-    projections, the activation, and the gradients of the product and of its factors; a plain one three.
+    Two tensors of the width: its input and the norm's output. A gated one holds six of the hidden
+    size: two projections, the activation, and the gradients of the product and of its factors; a
+    plain one three.
     """
-    return BF16 * (2 * shape.width + (6 if shape.gated else 3) * shape.hidden) * tokens / layout.split
+    return (
+        BF16 * (2 * shape.width + (6 if shape.gated else 3) * shape.hidden) * tokens / layout.split
+    )
 
 
 def attention(shape: Shape, tokens: int, layout: Layout) -> float:
@@ -69,7 +80,8 @@ def attention(shape: Shape, tokens: int, layout: Layout) -> float:
 
 
 def reversible(shape: Shape, tokens: int, layout: Layout, fixed: bool = True) -> float:
-    """Two streams, their gradients, the stream that is read, and one branch. The number of layers is not in it.
+    """Two streams, their gradients, the stream that is read, and one branch. The number of layers
+    is not in it.
 
     Fixed streams hold four bytes more of each number, what its rounding to bfloat16 left over.
     """
@@ -84,7 +96,9 @@ def checkpointed(shape: Shape, tokens: int, layout: Layout) -> float:
 
 
 def offloaded(shape: Shape, tokens: int, layout: Layout) -> float:
-    """As checkpointed, but only the layer at work and the one under way from the host are on the GPU."""
+    """As checkpointed, but only the layer at work and the one under way from the host are on the
+    GPU.
+    """
     kept = 3 * stream(shape, tokens, layout)
     return kept + attention(shape, tokens, layout) + branch(shape, tokens, layout)
 
@@ -97,13 +111,17 @@ def host(shape: Shape, tokens: int, layout: Layout) -> float:
 def table() -> str:
     """The table of docs/scaling.md: GiB per GPU."""
     lines = [
-        "| shape, tokens | weights, buffers | reversible | checkpointed | checkpointed and offloaded | + host memory |",
+        "| shape, tokens | weights, buffers | reversible | checkpointed | checkpointed and "
+        "offloaded | + host memory |",
         "|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
         layout = LAYOUTS[shape.name]
         for name, tokens in TOKENS.items():
-            cells = [fn(shape, tokens, layout) / GIB for fn in (reversible, checkpointed, offloaded, host)]
+            cells = [
+                fn(shape, tokens, layout) / GIB
+                for fn in (reversible, checkpointed, offloaded, host)
+            ]
             lines.append(
                 f"| {shape.name}, {name} | {weights(shape, layout) / GIB:.1f} | "
                 + " | ".join(f"{cell:.1f}" for cell in cells)
@@ -132,7 +150,11 @@ def check() -> str:
         ):
             pairs = [(Attention(width), Mlp(width)) for _ in range(layers)]
             streams = name.split()[-1]
-            model = Checkpointed(pairs) if name == "checkpointed" else ReversibleSequence(pairs, streams=streams)
+            model = (
+                Checkpointed(pairs)
+                if name == "checkpointed"
+                else ReversibleSequence(pairs, streams=streams)
+            )
             model.to(device, torch.bfloat16)
             x = torch.randn(1, tokens, width, dtype=torch.bfloat16, device=device)
 
@@ -143,12 +165,16 @@ def check() -> str:
             # The gradients exist now, so the meter does not count them.
             unit = stream(shape, tokens, here)
             measured = measure_memory(step).peak_bytes
-            lines.append(f"| {layers} | {name} | {formula / unit:.1f} streams | {measured / unit:.1f} |")
+            lines.append(
+                f"| {layers} | {name} | {formula / unit:.1f} streams | {measured / unit:.1f} |"
+            )
     return "\n".join([*lines, "", *check_sharded()])
 
 
 def check_sharded() -> list[str]:
-    """What FSDP2's buffers add to it, in streams: one rank, of the proportions of width 2048 and 2 × 4096 tokens."""
+    """What FSDP2's buffers add to it, in streams: one rank, of the proportions of width 2048 and 2
+    × 4096 tokens.
+    """
     import torch.distributed as dist
     from scaling import CHECKPOINT, FLOAT, Work, activation_peak, backward, build, inputs
 
@@ -167,6 +193,8 @@ def check_sharded() -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     print(check() if parser.parse_args().check else table())

@@ -1,7 +1,8 @@
-"""How long does one training step take, against stored and checkpointed execution of the same two-stream network?
+"""How long does one training step take, against stored and checkpointed execution of the same
+two-stream network?
 
-python benchmarks/time_vs_depth.py --rows eager-2048 eager-1024 --out benchmarks/results/time_vs_depth_h100.md
-python benchmarks/time_vs_depth.py --device cpu
+python benchmarks/time_vs_depth.py --rows eager-2048 eager-1024 --out
+benchmarks/results/time_vs_depth_h100.md python benchmarks/time_vs_depth.py --device cpu
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ ROWS = (
     ),
     Row(
         "eager-1024", 1024, 1024, 8, 24,
-        targets=(Target(FLOAT, 1.36, STORED), Target(FLOAT, 0.6, BLOCK), Target(FIXED, 1.36, STORED)),
+        targets=(
+            Target(FLOAT, 1.36, STORED), Target(FLOAT, 0.6, BLOCK), Target(FIXED, 1.36, STORED)
+        ),
     ),
-    Row("eager-1024-48", 1024, 1024, 8, 48, targets=(Target(FLOAT, 1.36, STORED), Target(FLOAT, 0.6, BLOCK))),
+    Row(
+        "eager-1024-48", 1024, 1024, 8, 48,
+        targets=(Target(FLOAT, 1.36, STORED), Target(FLOAT, 0.6, BLOCK)),
+    ),
     Row(
         "fullgraph-1024", 1024, 1024, 8, 12, "fullgraph", arms=(STORED, BLOCK, FLOAT, FIXED),
         targets=(Target(FLOAT, 1.34, STORED), Target(FLOAT, 0.9, BLOCK)),
@@ -37,8 +43,14 @@ ROWS = (
         "autocast-1024", 1024, 1024, 8, 24, autocast=True,
         targets=(Target(FLOAT, 1.40, STORED), Target(FIXED, 1.40, STORED)),
     ),
-    Row("autocast-1024-48", 1024, 1024, 8, 48, autocast=True, targets=(Target(FLOAT, 1.40, STORED),)),
-    Row("autocast-2048", 2048, 4096, 2, 24, autocast=True, targets=(Target(FIXED, 1.02, FLOAT),), rounds=9),
+    Row(
+        "autocast-1024-48", 1024, 1024, 8, 48, autocast=True,
+        targets=(Target(FLOAT, 1.40, STORED),),
+    ),
+    Row(
+        "autocast-2048", 2048, 4096, 2, 24, autocast=True,
+        targets=(Target(FIXED, 1.02, FLOAT),), rounds=9,
+    ),
     # 1,000 layers: two branches to a block. Stored execution does not fit on the card.
     Row(
         "thousand", 512, 65536, 1, 500, arms=(BLOCK, FLOAT, FIXED), rounds=None, allowed=0.5,

@@ -1,4 +1,6 @@
-"""What the examples share: their options, the digits, and the comparison of stored with inverted execution."""
+"""What the examples share: their options, the digits, and the comparison of stored with inverted
+execution.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,24 @@ from torch import Tensor, nn
 import revnet
 
 
-def options(description: str | None, argv: Sequence[str] | None, **extra: object) -> argparse.Namespace:
+def options(
+    description: str | None, argv: Sequence[str] | None, **extra: object
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--full", action="store_true", help="the size of the paper; otherwise a toy that takes seconds")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="the size of the paper; otherwise a toy that takes seconds",
+    )
     for name, default in extra.items():
         kind = str if default is None else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default)
     torch.manual_seed(0)
     args = parser.parse_args(argv)
     if args.device != "cpu":
-        # Otherwise kernels that add in changing order differ from run to run, and not by what is compared here.
+        # Otherwise kernels that add in changing order differ from run to run, and not by what is
+        # compared here.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -32,7 +41,9 @@ def options(description: str | None, argv: Sequence[str] | None, **extra: object
 
 
 def digits(device: str, size: int = 8, channels: int = 1) -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits, resized: images (n, channels, size, size) from 0 to 1, classes (n,)."""
+    """1,797 handwritten digits, resized: images (n, channels, size, size) from 0 to 1, classes
+    (n,).
+    """
     from sklearn.datasets import load_digits
 
     images, classes = load_digits(return_X_y=True)
@@ -43,7 +54,9 @@ def digits(device: str, size: int = 8, channels: int = 1) -> tuple[Tensor, Tenso
 
 
 class Cost(NamedTuple):
-    """One training step: memory kept for backward and peak memory (MiB above the start), time (ms), gradients."""
+    """One training step: memory kept for backward and peak memory (MiB above the start), time (ms),
+    gradients.
+    """
 
     saved: float
     peak: float
@@ -78,8 +91,8 @@ def compare(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
     """Print memory, time and gradients of one training step, stored and inverted.
 
     Returns:
-        The shares of memory that inverted execution keeps and needs, the largest relative difference of a gradient, and
-        what both executions keep for backward, in bytes.
+        The shares of memory that inverted execution keeps and needs, the largest relative
+        difference of a gradient, and what both executions keep for backward, in bytes.
     """
     stored, inverted = (cost(model, loss, execution) for execution in ("store", "invert"))
     print(f"{'execution':<12}{'saved':>12}{'peak':>12}{'time':>12}")
@@ -99,7 +112,9 @@ def compare(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
     }
 
 
-def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float) -> tuple[float, float]:
+def fit(
+    model: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float
+) -> tuple[float, float]:
     """Train with Adam; the first loss and the mean of the last five."""
     optimizer = torch.optim.Adam(model.parameters(), rate)
     losses = []

@@ -1,15 +1,18 @@
-"""One layer applied hundreds of times: a deep-equilibrium-style network trained by exact backpropagation.
+"""One layer applied hundreds of times: a deep-equilibrium-style network trained by exact
+backpropagation.
 
 Two states relax towards the fixed point z = f(z, x) in turn:
 
     y = (1 - b) y + b f(z, x)
     z = (1 - b) z + b f(y, x)
 
-Each line is a momentum step with gamma = 1 - b. Undoing it in floats would divide rounding errors by 1 - b hundreds of
-times; the fixed streams remember one bit per element and step for b = 1/2, and undo it in every bit.
+Each line is a momentum step with gamma = 1 - b. Undoing it in floats would divide rounding errors
+by 1 - b hundreds of times; the fixed streams remember one bit per element and step for b = 1/2, and
+undo it in every bit.
 
-With --full, 300 applications to 1,024 × 1,024 states, twelve times forward and backward: on a GPU these wait for the
-host, a few milliseconds per application. --applications 1000 takes three times as long.
+With --full, 300 applications to 1,024 × 1,024 states, twelve times forward and backward: on a GPU
+these wait for the host, a few milliseconds per application. --applications 1000 takes three times
+as long.
 
 Reference: McCallum et al. 2025, arXiv:2509.12917; Bai et al. 2019, arXiv:1909.01377.
 """
@@ -41,7 +44,9 @@ class Equilibrium(nn.Module):
         self.enter = nn.Linear(features, width)
         layer = Layer(width)
         turn = [Step(layer, 0, 1, Momentum(gamma)), Step(layer, 1, 0, Momentum(gamma))]
-        self.relax = Reversible(turn * (applications // 2), args_route={"x": [True] * applications}, streams="fixed")
+        self.relax = Reversible(
+            turn * (applications // 2), args_route={"x": [True] * applications}, streams="fixed"
+        )
         self.leave = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     def loss() -> Tensor:
         return F.cross_entropy(model(images[:batch]), classes[:batch])
 
-    first, last = fit(model, loss, args.steps or (4 if args.full else 10), 1e-3 if args.full else 1e-2)
+    first, last = fit(
+        model, loss, args.steps or (4 if args.full else 10), 1e-3 if args.full else 1e-2
+    )
     return {"first": first, "last": last, **compare(model, loss)}
 
 

@@ -1,6 +1,8 @@
-"""A normalising flow on two-dimensional data: affine couplings trained by exact likelihood, sampled by the inverse.
+"""A normalising flow on two-dimensional data: affine couplings trained by exact likelihood, sampled
+by the inverse.
 
-The two coordinates are the two streams. A coupling returns its log-determinant as the step's extra output.
+The two coordinates are the two streams. A coupling returns its log-determinant as the step's extra
+output.
 
 Reference: Dinh et al. 2017, arXiv:1605.08803; Kingma and Dhariwal 2018, arXiv:1807.03039.
 """
@@ -25,7 +27,11 @@ class Flow(nn.Module):
         steps = []
         for i in range(depth):
             branch = nn.Sequential(
-                nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+                nn.Linear(1, width),
+                nn.SiLU(),
+                nn.Linear(width, width),
+                nn.SiLU(),
+                nn.Linear(width, 2),
             )
             # The flow starts as the identity.
             nn.init.zeros_(branch[-1].weight)
@@ -63,14 +69,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = options(__doc__, argv, steps=0, plot=None)
     from sklearn.datasets import make_moons
 
-    points = torch.tensor(make_moons(4096 if args.full else 512, noise=0.06, random_state=0)[0], dtype=torch.float32)
+    points = torch.tensor(
+        make_moons(4096 if args.full else 512, noise=0.06, random_state=0)[0], dtype=torch.float32
+    )
     points = ((points - points.mean(0)) / points.std(0)).to(args.device)
     model = Flow(128, 12).to(args.device) if args.full else Flow(32, 8).to(args.device)
 
     def loss() -> Tensor:
         return -model.log_likelihood(points).mean()
 
-    first, last = fit(model, loss, args.steps or (500 if args.full else 60), 3e-3 if args.full else 5e-3)
+    first, last = fit(
+        model, loss, args.steps or (500 if args.full else 60), 3e-3 if args.full else 5e-3
+    )
     samples = model.sample(2000, args.device)
     if args.plot:
         plot(points, samples, args.plot)

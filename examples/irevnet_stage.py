@@ -1,7 +1,9 @@
-"""Stages of an i-RevNet: squeezes between reversible blocks, so that the image comes back from the features.
+"""Stages of an i-RevNet: squeezes between reversible blocks, so that the image comes back from the
+features.
 
-A squeeze moves pixels into channels (pixel-unshuffle). It only moves elements, so it acts on the integers of fixed
-streams as on floats: nothing is kept for it, and the gradients are those of stored execution in every bit.
+A squeeze moves pixels into channels (pixel-unshuffle). It only moves elements, so it acts on the
+integers of fixed streams as on floats: nothing is kept for it, and the gradients are those of
+stored execution in every bit.
 
 Reference: Jacobsen et al. 2018, arXiv:1802.07088.
 """

@@ -1,7 +1,8 @@
-"""The MomentumNet of revlib's README (a 3 × 3 convolution per layer, momentum 0.99, 16 layers), with right gradients.
+"""The MomentumNet of revlib's README (a 3 × 3 convolution per layer, momentum 0.99, 16 layers),
+with right gradients.
 
-revlib's default mode puts the gradients through the rule itself, not through its derivative, and is 11 to 22 % off.
-Here they are compared with a plain loop in float64.
+revlib's default mode puts the gradients through the rule itself, not through its derivative, and is
+11 to 22 % off. Here they are compared with a plain loop in float64.
 
 Reference: Sander et al. 2021, arXiv:2102.07870; github.com/HomebrewNLP/revlib, "Coupling".
 """

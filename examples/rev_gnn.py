@@ -1,7 +1,8 @@
 """A grouped reversible graph network of 1,001 layers on a small graph.
 
-The features are split into groups, one stream each. In a layer, the first group reads the sum of the others, and every
-further group the one before it. The graph is a stochastic block model; the task is to tell the communities apart.
+The features are split into groups, one stream each. In a layer, the first group reads the sum of
+the others, and every further group the one before it. The graph is a stochastic block model; the
+task is to tell the communities apart.
 
 Reference: Li et al. 2021, arXiv:2106.07476.
 """
@@ -19,7 +20,9 @@ from revnet import Reversible, Step
 
 
 class Convolution(nn.Module):
-    """Norm, ReLU, linear, and the mean over the neighbours; reads the sum of the groups it is given."""
+    """Norm, ReLU, linear, and the mean over the neighbours; reads the sum of the groups it is
+    given.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,8 +49,9 @@ class RevGnn(nn.Module):
         self.leave = nn.Sequential(nn.LayerNorm(groups * width), nn.Linear(groups * width, classes))
 
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
-        # The dense matrix of a small graph; on a GPU, sums over edges are not deterministic by default. A keyword, and
-        # no buffer of the branches: those a branch may write to, so that each step would copy it.
+        # The dense matrix of a small graph; on a GPU, sums over edges are not deterministic by
+        # default. A keyword, and no buffer of the branches: those a branch may write to, so that
+        # each step would copy it.
         groups = self.layers(*self.enter(x).chunk(self.groups, -1), neighbours=neighbours)
         return self.leave(torch.cat(groups, -1))
 
@@ -65,15 +69,21 @@ def block_model(nodes: int, classes: int, device: str) -> tuple[Tensor, Tensor, 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = options(__doc__, argv, steps=0, layers=0)
-    nodes, width, layers = (2048, 64, args.layers or 1001) if args.full else (128, 16, args.layers or 16)
+    nodes, width, layers = (
+        (2048, 64, args.layers or 1001) if args.full else (128, 16, args.layers or 16)
+    )
     neighbours, features, truth = block_model(nodes, 4, args.device)
     model = RevGnn(16, width, 2, layers, 4).to(args.device)
-    print(f"{layers} layers, {sum(p.numel() for p in model.parameters()):,} parameters, {nodes} nodes")
+    print(
+        f"{layers} layers, {sum(p.numel() for p in model.parameters()):,} parameters, {nodes} nodes"
+    )
 
     def loss() -> Tensor:
         return F.cross_entropy(model(features, neighbours), truth)
 
-    first, last = fit(model, loss, args.steps or (8 if args.full else 25), 1e-4 if args.full else 3e-3)
+    first, last = fit(
+        model, loss, args.steps or (8 if args.full else 25), 1e-4 if args.full else 3e-3
+    )
     return {"first": first, "last": last, **compare(model, loss)}
 
 

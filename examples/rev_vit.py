@@ -25,21 +25,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.leave(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
 def mlp(width: int) -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+    )
 
 
 class RevViT(nn.Module):
-    def __init__(self, channels: int, size: int, patch: int, width: int, depth: int, heads: int) -> None:
+    def __init__(
+        self, channels: int, size: int, patch: int, width: int, depth: int, heads: int
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
-        self.blocks = ReversibleSequence([(Attention(width, heads), mlp(width)) for _ in range(depth)], merge="concat")
+        self.blocks = ReversibleSequence(
+            [(Attention(width, heads), mlp(width)) for _ in range(depth)], merge="concat"
+        )
         self.head = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, 10))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,11 +66,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = RevViT(channels, size, patch, width, depth, heads).to(args.device)
 
     def loss() -> Tensor:
-        # The matrix products are those of bfloat16, and the streams therefore fixed: see `streams="auto"`.
+        # The matrix products are those of bfloat16, and the streams therefore fixed: see
+        # `streams="auto"`.
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
             return F.cross_entropy(model(images).float(), classes)
 
-    first, last = fit(model, loss, args.steps or (50 if args.full else 30), 3e-4 if args.full else 1e-3)
+    first, last = fit(
+        model, loss, args.steps or (50 if args.full else 30), 3e-4 if args.full else 1e-3
+    )
     return {"first": first, "last": last, **compare(model, loss)}
 
 

@@ -1,8 +1,10 @@
-"""A RevNet-110 or -164 on images: residual stages that are reversible, with ordinary downsampling between them.
+"""A RevNet-110 or -164 on images: residual stages that are reversible, with ordinary downsampling
+between them.
 
-The paper's networks for 32 × 32 images (Gomez et al. 2017, arXiv:1707.04585), in batches of 100 as there. memcnn (van
-de Leemput et al. 2019, doi:10.21105/joss.01576, table 3) publishes 810.7 MB of activations for the ordinary ResNet-110,
-of half the width and twice the blocks, and 85.7 MB for its RevNet-110.
+The paper's networks for 32 × 32 images (Gomez et al. 2017, arXiv:1707.04585), in batches of 100 as
+there. memcnn (van de Leemput et al. 2019, doi:10.21105/joss.01576, table 3) publishes 810.7 MB of
+activations for the ordinary ResNet-110, of half the width and twice the blocks, and 85.7 MB for its
+RevNet-110.
 """
 
 from __future__ import annotations
@@ -25,22 +27,37 @@ def branch(width: int, bottleneck: bool) -> nn.Module:
     if not bottleneck:
         return nn.Sequential(*activated(width, width, 3), *activated(width, width, 3))
     inner = width // 4
-    return nn.Sequential(*activated(width, inner, 1), *activated(inner, inner, 3), *activated(inner, width, 1))
+    return nn.Sequential(
+        *activated(width, inner, 1), *activated(inner, inner, 3), *activated(inner, width, 1)
+    )
 
 
 class RevNet(nn.Sequential):
     """Stem, three reversible stages of `units` blocks each, and a classifier."""
 
     def __init__(
-        self, units: int, bottleneck: bool, widths: Sequence[int], channels: int = 3, classes: int = 10
+        self,
+        units: int,
+        bottleneck: bool,
+        widths: Sequence[int],
+        channels: int = 3,
+        classes: int = 10,
     ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)]
         for stage, width in enumerate(widths):
             if stage:
                 layers += activated(widths[stage - 1], width, 3, stride=2)
-            blocks = [(branch(width // 2, bottleneck), branch(width // 2, bottleneck)) for _ in range(units)]
+            blocks = [
+                (branch(width // 2, bottleneck), branch(width // 2, bottleneck))
+                for _ in range(units)
+            ]
             layers.append(ReversibleSequence(blocks, split="chunk", merge="concat", dim=1))
-        head = [nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        head = [
+            nn.BatchNorm2d(widths[-1]),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ]
         super().__init__(*layers, *head, nn.Linear(widths[-1], classes))
 
 
@@ -70,8 +87,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     found = compare(model, fixed_batch)
     if args.full:
-        kept = ", ".join(f"{found[name] / 1e6:.1f} MB" for name in ("stored_bytes", "inverted_bytes"))
-        print(f"kept for backward, stored and inverted: {kept} (memcnn, at depth 110: 810.7 and 85.7)")
+        kept = ", ".join(
+            f"{found[name] / 1e6:.1f} MB" for name in ("stored_bytes", "inverted_bytes")
+        )
+        print(
+            f"kept for backward, stored and inverted: {kept} (memcnn, at depth 110: 810.7 and 85.7)"
+        )
     return {"first": first, "last": last, **found}
 
 

@@ -1,7 +1,8 @@
-"""A partially reversible 3-D U-Net: reversible blocks at each resolution, ordinary layers between resolutions.
+"""A partially reversible 3-D U-Net: reversible blocks at each resolution, ordinary layers between
+resolutions.
 
-Activations of volumes are what limits such networks. Only the changes of resolution and the skip connections keep
-theirs. The data are noisy volumes with bright ellipsoids, to be segmented.
+Activations of volumes are what limits such networks. Only the changes of resolution and the skip
+connections keep theirs. The data are noisy volumes with bright ellipsoids, to be segmented.
 
 Reference: Brügger et al. 2019, arXiv:1906.06148; Çiçek et al. 2016, arXiv:1606.06650.
 """

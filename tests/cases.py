@@ -34,16 +34,22 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Causal attention over (batch, tokens, width), with everything a decoder routes to it."""
 
-    def __init__(self, width: int, dropout: float = 0.0, *, fused: bool = False, heads: int = 2) -> None:
+    def __init__(
+        self, width: int, dropout: float = 0.0, *, fused: bool = False, heads: int = 2
+    ) -> None:
         super().__init__()
         self.heads, self.dropout, self.fused = heads, dropout, fused
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.leave = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None
+    ) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
         if rotary is not None:
             q, k = q * rotary.cos(), k * rotary.cos()
         # Made anew in each call: a leaf that did not exist before it, like a dropout mask.
@@ -54,7 +60,8 @@ class Attention(nn.Module):
         if self.fused:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=rate)
         else:
-            # A factor would be saved as a number of eight bytes, which no hook sees and the exact tests would count.
+            # A factor would be saved as a number of eight bytes, which no hook sees and the exact
+            # tests would count.
             scores = (q @ k.mT).masked_fill(~allowed, -1e9)
             mixed = F.dropout(scores.softmax(-1), rate) @ v
         return self.leave(mixed.transpose(1, 2).reshape(batch, tokens, width))
@@ -81,7 +88,9 @@ class Modulated(nn.Module):
         self.linear = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         if scale is not None:
             x = x * scale
         out = self.dropout(self.linear(x).sin())
@@ -104,7 +113,9 @@ class InPlaceInside(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width))
+        self.net = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).mul_(0.5)
@@ -131,7 +142,9 @@ class SavesResult(nn.Module):
 
 
 class SavesNothing(nn.Module):
-    """Linear without a parameter: no tensor is saved, so nothing ever asks for this step's state."""
+    """Linear without a parameter: no tensor is saved, so nothing ever asks for this step's
+    state.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -252,8 +265,16 @@ Maker = Callable[[int], nn.Module]
 Pairs = list[tuple[nn.Module, nn.Module]]
 
 
-def build(makers: list[tuple[Maker, Maker]], width: int, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pairs:
-    """Returns one `(f, g)` pair per pair of makers, with every parameter away from its special initial value."""
+def build(
+    makers: list[tuple[Maker, Maker]],
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Pairs:
+    """Returns one `(f, g)` pair per pair of makers, with every parameter away from its special
+    initial value.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pairs = [(f(width).to(dtype), g(width).to(dtype)) for f, g in makers]
@@ -264,7 +285,9 @@ def build(makers: list[tuple[Maker, Maker]], width: int, *, dtype: torch.dtype =
     return pairs
 
 
-def randn(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64, requires_grad: bool = False) -> Tensor:
+def randn(
+    *shape: int, seed: int = 1, dtype: torch.dtype = torch.float64, requires_grad: bool = False
+) -> Tensor:
     """Returns normal numbers that do not depend on, nor move, the global generator."""
     values = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return values.to(dtype).requires_grad_(requires_grad)
@@ -295,8 +318,12 @@ class Case:
     def pairs(self, *, seed: int = 0) -> Pairs:
         """Returns fresh branches, the same for the same seed."""
         if self.shared:
-            return build(list(self.makers), self.width, seed=seed) * (self.depth // len(self.makers))
-        return build([self.makers[i % len(self.makers)] for i in range(self.depth)], self.width, seed=seed)
+            return build(list(self.makers), self.width, seed=seed) * (
+                self.depth // len(self.makers)
+            )
+        return build(
+            [self.makers[i % len(self.makers)] for i in range(self.depth)], self.width, seed=seed
+        )
 
     def input(self, *, seed: int = 1, requires_grad: bool = True) -> Tensor:
         """Returns the input, float64."""
@@ -315,7 +342,10 @@ def _decoder_keywords() -> dict[str, Any]:
 
 
 def _modulation() -> dict[str, Any]:
-    return {"scale": randn(2, 1, 8, seed=8, requires_grad=True), "shift": randn(6, 8, seed=9, requires_grad=True)}
+    return {
+        "scale": randn(2, 1, 8, seed=8, requires_grad=True),
+        "shift": randn(6, 8, seed=9, requires_grad=True),
+    }
 
 
 _CHUNKED = {"split": "chunk", "merge": "concat"}
@@ -329,7 +359,9 @@ CASES: list[Case] = [
     Case("mlp-L3-channels-last", 3, ((Mlp, Mlp),), shape=(2, 3, 4, 8)),
     Case("mlp-L4-chunk-concat", 4, ((Mlp, Mlp),), options=_CHUNKED),
     Case("mlp-L4-chunk-sum", 4, ((Mlp, Mlp),), options={"split": "chunk", "merge": "sum"}),
-    Case("linear-L4-chunk-mean", 4, ((Linear, Linear),), options={"split": "chunk", "merge": "mean"}),
+    Case(
+        "linear-L4-chunk-mean", 4, ((Linear, Linear),), options={"split": "chunk", "merge": "mean"}
+    ),
     Case("linear-L3-copy-concat", 3, ((Linear, Linear),), options={"merge": "concat"}),
     Case("attention-L4", 4, ((Attention, Mlp),)),
     Case("attention-L8-dropout", 8, ((with_dropout(Attention), with_dropout(Mlp)),)),
@@ -338,14 +370,20 @@ CASES: list[Case] = [
         "attention-L4-mask-rotary",
         4,
         ((Attention, Mlp),),
-        route={"mask": every(4, True, False), "rotary": ((True, False), (False, False), (True, False), (True, False))},
+        route={
+            "mask": every(4, True, False),
+            "rotary": ((True, False), (False, False), (True, False), (True, False)),
+        },
         keywords=_decoder_keywords,
     ),
     Case(
         "modulated-L4-keywords",
         4,
         ((Modulated, Modulated),),
-        route={"scale": every(4, True, True), "shift": ((True, False), (False, True), (True, True), (False, False))},
+        route={
+            "scale": every(4, True, True),
+            "shift": ((True, False), (False, True), (True, True), (False, False)),
+        },
         keywords=_modulation,
     ),
     Case(
@@ -355,8 +393,20 @@ CASES: list[Case] = [
         route={"scale": every(4, False, True), "shift": every(4, True, True)},
         keywords=_modulation,
     ),
-    Case("convolution-L3-nchw-chunk", 3, ((Convolution, Convolution),), shape=(2, 6, 4, 4), options=_CHANNELS),
-    Case("convolution-L3-nchw-copy", 3, ((Convolution, Convolution),), shape=(2, 4, 4, 4), options={"dim": 1}),
+    Case(
+        "convolution-L3-nchw-chunk",
+        3,
+        ((Convolution, Convolution),),
+        shape=(2, 6, 4, 4),
+        options=_CHANNELS,
+    ),
+    Case(
+        "convolution-L3-nchw-copy",
+        3,
+        ((Convolution, Convolution),),
+        shape=(2, 4, 4, 4),
+        options={"dim": 1},
+    ),
     Case("convolution-L3-batchnorm", 3, ((normed, normed),), shape=(3, 6, 4, 4), options=_CHANNELS),
     Case("gate-L4", 4, ((Gate, Gate),)),
     Case("in-place-inside-L4", 4, ((InPlaceInside, InPlaceInside),)),
@@ -372,7 +422,11 @@ CASES: list[Case] = [
     Case("unused-L3", 3, ((Unused, Unused),)),
     Case("shared-L4", 4, ((Mlp, Gate),), shared=True),
     Case("shared-L4-dropout", 4, ((with_dropout(Mlp), with_dropout(Mlp)),), shared=True),
-    Case("mixed-L6", 6, ((fused, Mlp), (SavesNothing, Gate), (with_dropout(Attention), InPlaceInside))),
+    Case(
+        "mixed-L6",
+        6,
+        ((fused, Mlp), (SavesNothing, Gate), (with_dropout(Attention), InPlaceInside)),
+    ),
 ]
 
 BY_NAME: dict[str, Case] = {case.name: case for case in CASES}

@@ -1,4 +1,6 @@
-"""Every test starts from the same seed; uninitialised memory is NaN; CUDA tests skip where there is none."""
+"""Every test starts from the same seed; uninitialised memory is NaN; CUDA tests skip where there is
+none.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# The tests already fill the cores: compilers that start processes of their own would wait for these.
+# The tests already fill the cores: compilers that start processes of their own would wait for
+# these.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch  # after the line above, which CUDA reads once
@@ -43,10 +46,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Seeds the generator and fills `torch.empty` with NaN (torch does so only with deterministic algorithms)."""
+    """Seeds the generator and fills `torch.empty` with NaN (torch does so only with deterministic
+    algorithms).
+    """
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
-        # What other tests had compiled would count towards the limit of compilations of one function.
+        # What other tests had compiled would count towards the limit of compilations of one
+        # function.
         torch._dynamo.reset()
     # On CUDA the deterministic switch would also change which attention kernels may run.
     deterministic = "gpu" not in request.keywords

@@ -16,7 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _rank_main(rank: int, fn: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    rank: int, fn: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...]
+) -> None:
     warnings.simplefilter("error")
     # FSDP2 would take an accelerator where there is one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -32,13 +34,18 @@ def _rank_main(rank: int, fn: Callable[..., None], world_size: int, store: str, 
 
 
 def start_ranks(fn: Callable[..., None], world_size: int, *args: Any) -> Any:
-    """Starts `fn(rank, *args)` in fresh processes, forked off a server: importing torch outlasts most tests."""
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.testing", "revnet.testing"])
+    """Starts `fn(rank, *args)` in fresh processes, forked off a server: importing torch outlasts
+    most tests.
+    """
+    multiprocessing.set_forkserver_preload(
+        ["torch.distributed.fsdp", "torch.testing", "revnet.testing"]
+    )
     return mp.start_processes(fn, args, world_size, join=False, start_method="forkserver")
 
 
 def run_ranks(fn: Callable[..., None], world_size: int, *args: Any, timeout: float = 120.0) -> None:
-    """Runs `fn(rank, world_size, *args)` in `world_size` fresh gloo processes, and returns when all have.
+    """Runs `fn(rank, world_size, *args)` in `world_size` fresh gloo processes, and returns when all
+    have.
 
     Args:
         fn: a function at module level (it is pickled by name).
@@ -57,7 +64,9 @@ def run_ranks(fn: Callable[..., None], world_size: int, *args: Any, timeout: flo
         try:
             while not context.join(timeout=1.0):
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{fn.__name__} did not end on {world_size} ranks within {timeout:.0f} s")
+                    raise TimeoutError(
+                        f"{fn.__name__} did not end on {world_size} ranks within {timeout:.0f} s"
+                    )
         finally:
             for process in context.processes:
                 if process.is_alive():

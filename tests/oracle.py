@@ -1,4 +1,6 @@
-"""What the tests compare with: the plain stored two-stream loop, and counters that share no code with revnet."""
+"""What the tests compare with: the plain stored two-stream loop, and counters that share no code
+with revnet.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class _Pair(nn.Module):
 
 
 class StoredSequence(nn.Module):
-    """The two-stream loop as anyone would write it: autograd keeps everything. Parameter names are the sequence's."""
+    """The two-stream loop as anyone would write it: autograd keeps everything. Parameter names are
+    the sequence's.
+    """
 
     def __init__(
         self,
@@ -39,9 +43,13 @@ class StoredSequence(nn.Module):
 
     def keywords(self, depth: int, branch: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what the route sends to f (branch 0) or g (branch 1)."""
-        return {name: value for name, value in given.items() if self.args_route[name][depth][branch]}
+        return {
+            name: value for name, value in given.items() if self.args_route[name][depth][branch]
+        }
 
-    def run(self, x1: Tensor, x2: Tensor, *, kept: Sequence[int] | None = None, **given: Any) -> tuple[Tensor, Tensor]:
+    def run(
+        self, x1: Tensor, x2: Tensor, *, kept: Sequence[int] | None = None, **given: Any
+    ) -> tuple[Tensor, Tensor]:
         for depth, block in enumerate(self.blocks):
             if kept is not None and depth not in kept:
                 continue
@@ -66,22 +74,34 @@ class StoredSequence(nn.Module):
 def stored_copy(
     pairs: Iterable[tuple[nn.Module, nn.Module]], args_route: Route | None = None, **options: Any
 ) -> StoredSequence:
-    """Returns the stored loop over deep copies of the same branches, sharing between depths kept."""
+    """Returns the stored loop over deep copies of the same branches, sharing between depths
+    kept.
+    """
     return StoredSequence(copy.deepcopy(list(pairs)), args_route, **options)
 
 
 def weighted(*outputs: Tensor) -> Tensor:
-    """Returns a scalar in which every element of every output counts differently and not linearly."""
+    """Returns a scalar in which every element of every output counts differently and not
+    linearly.
+    """
     total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     for place, out in enumerate(outputs):
-        weight = torch.arange(1, out.numel() + 1, dtype=torch.float64, device=out.device).view(out.shape)
-        total = total + ((weight + place).cos() * (out.double() + 0.1 * out.double().square())).sum()
+        weight = torch.arange(1, out.numel() + 1, dtype=torch.float64, device=out.device).view(
+            out.shape
+        )
+        total = (
+            total + ((weight + place).cos() * (out.double() + 0.1 * out.double().square())).sum()
+        )
     return total
 
 
 def leaf(value: Any) -> Any:
     """Returns a fresh leaf with the same values for a tensor, and anything else as it is."""
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+    return (
+        value.detach().clone().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor)
+        else value
+    )
 
 
 class Outcome(NamedTuple):
@@ -118,19 +138,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def assert_near(actual: Tensor | None, expected: Tensor | None, name: str = "value", tolerance: float = 1e-12) -> None:
+def assert_near(
+    actual: Tensor | None, expected: Tensor | None, name: str = "value", tolerance: float = 1e-12
+) -> None:
     """Raises unless both are None, or agree in shape, dtype and (relatively) in value."""
-    assert (actual is None) == (expected is None), f"{name}: {actual} where the stored loop has {expected}"
+    assert (actual is None) == (expected is None), (
+        f"{name}: {actual} where the stored loop has {expected}"
+    )
     if actual is None or expected is None:
         return
-    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
 
 
 def assert_same_gradients(
-    actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: float = 1e-12
+    actual: Mapping[str, Tensor | None],
+    expected: Mapping[str, Tensor | None],
+    tolerance: float = 1e-12,
 ) -> None:
     """Raises unless both name the same tensors and all agree."""
     assert actual.keys() == expected.keys()
@@ -143,19 +171,27 @@ def assert_same_step(actual: Outcome, expected: Outcome, tolerance: float = 1e-1
     assert_near(actual.output, expected.output, "output", tolerance)
     assert_same_gradients(actual.gradients, expected.gradients, tolerance)
     assert_same_gradients(actual.buffers, expected.buffers, tolerance)
-    assert torch.equal(actual.rng_after_forward, expected.rng_after_forward), "the generator after forward"
-    assert torch.equal(actual.rng_after_backward, expected.rng_after_backward), "the generator after backward"
+    assert torch.equal(actual.rng_after_forward, expected.rng_after_forward), (
+        "the generator after forward"
+    )
+    assert torch.equal(actual.rng_after_backward, expected.rng_after_backward), (
+        "the generator after backward"
+    )
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Returns copies of the accumulated gradients by parameter name."""
-    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+    }
 
 
 def assert_alike(
     net: nn.Module, oracle: nn.Module, run: Callable[[nn.Module], Results], tolerance: float = 1e-12
 ) -> None:
-    """Raises unless `run`, from one seed, returns the same tensors for both modules and leaves the same gradients."""
+    """Raises unless `run`, from one seed, returns the same tensors for both modules and leaves the
+    same gradients.
+    """
     found = []
     for module in (net, oracle):
         torch.manual_seed(0)

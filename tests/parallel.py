@@ -36,7 +36,8 @@ def run_checks(
     """Runs every function of the module's CHECKS, or of another such dict, on the ranks, in order.
 
     Returns:
-        Per name "passed", or why not. After the first failure the ranks end, and the rest was not run.
+        Per name "passed", or why not. After the first failure the ranks end, and the rest was not
+        run.
     """
     checks = getattr(importlib.import_module(module), checks_name)
     outcomes = dict.fromkeys(checks, "not run: an earlier check failed")
@@ -46,7 +47,9 @@ def run_checks(
         run_ranks(_rank, world_size, module, checks_name, str(path), timeout=timeout)
     except Exception as error:
         # The first rank to end is often not the one that failed: show what each said.
-        failure = "\n".join([str(error), *(file.read_text() for file in sorted(folder.glob("error-*")))])
+        failure = "\n".join(
+            [str(error), *(file.read_text() for file in sorted(folder.glob("error-*")))]
+        )
     passed = json.loads(path.read_text()) if path.exists() else []
     outcomes |= dict.fromkeys(passed, "passed")
     if failure:
@@ -57,7 +60,8 @@ def run_checks(
 
 
 def _rank(rank: int, world_size: int, module: str, checks_name: str, path: str) -> None:
-    # A branch that ends in F.linear returns a view; the combine works out of place, so no hook is lost.
+    # A branch that ends in F.linear returns a view; the combine works out of place, so no hook is
+    # lost.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     passed: list[str] = []
     for name, check in getattr(importlib.import_module(module), checks_name).items():
@@ -74,8 +78,12 @@ def _rank(rank: int, world_size: int, module: str, checks_name: str, path: str) 
             Path(path).write_text(json.dumps(passed))
 
 
-def branches(depth: int = 3, dropout: float = 0.0, shared: bool = False) -> list[tuple[nn.Module, nn.Module]]:
-    """Attention and MLP pairs in float64, alike on every rank; with `shared`, the last block is the first one."""
+def branches(
+    depth: int = 3, dropout: float = 0.0, shared: bool = False
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Attention and MLP pairs in float64, alike on every rank; with `shared`, the last block is the
+    first one.
+    """
     torch.manual_seed(7)
     pairs: list[tuple[nn.Module, nn.Module]] = [
         (Attention(WIDTH, dropout).double(), Mlp(WIDTH, dropout).double()) for _ in range(depth)
@@ -131,7 +139,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters()}
 
 
-def assert_gradients(model: nn.Module, expected: Mapping[str, Tensor | None], tolerance: float = 1e-10) -> None:
+def assert_gradients(
+    model: nn.Module, expected: Mapping[str, Tensor | None], tolerance: float = 1e-10
+) -> None:
     actual = gradients(model)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -144,15 +154,21 @@ def assert_bits(actual: Mapping[str, Tensor | None], expected: Mapping[str, Tens
         assert gradient is not None, name
         other = actual[name]
         assert other is not None, name
-        assert torch.equal(other, gradient), f"{name}: off by {(other - gradient).abs().max().item():.2e}"
+        assert torch.equal(other, gradient), (
+            f"{name}: off by {(other - gradient).abs().max().item():.2e}"
+        )
 
 
-def sequence(depth: int = 3, dropout: float = 0.0, shared: bool = False, **options: Any) -> ReversibleSequence:
+def sequence(
+    depth: int = 3, dropout: float = 0.0, shared: bool = False, **options: Any
+) -> ReversibleSequence:
     return ReversibleSequence(branches(depth, dropout, shared), **{"streams": "float", **options})
 
 
 def every_execution(wrap: Callable[[nn.Module], nn.Module], rank: int, world_size: int) -> None:
-    """All executions and stream kinds agree with one process; in fixed streams, bit for bit with each other."""
+    """All executions and stream kinds agree with one process; in fixed streams, bit for bit with
+    each other.
+    """
     _, expected = reference(branches(dropout=0.2), world_size)
     mixed = [EXECUTIONS[i % len(EXECUTIONS)] for i in range(6)]
     for name, streams in STREAMS.items():
@@ -168,7 +184,9 @@ def every_execution(wrap: Callable[[nn.Module], nn.Module], rank: int, world_siz
 
 
 def every_program(wrap: Callable[[nn.Module], nn.Module], rank: int, world_size: int) -> None:
-    """Programs of steps on three streams, each step used twice: as `every_execution`; with momentum, bits alone."""
+    """Programs of steps on three streams, each step used twice: as `every_execution`; with
+    momentum, bits alone.
+    """
 
     def run(model: Callable[..., Sequence[Tensor]], rank: int) -> Tensor:
         x, target = (mine(rank, tensor) for tensor in batch(world_size))
@@ -198,7 +216,9 @@ def every_program(wrap: Callable[[nn.Module], nn.Module], rank: int, world_size:
                 run(model, rank).backward()
                 results[execution] = gradients(model)
                 if coupling is None:
-                    for (name, found), gradient in zip(results[execution].items(), expected, strict=True):
+                    for (name, found), gradient in zip(
+                        results[execution].items(), expected, strict=True
+                    ):
                         assert_near(found, gradient, f"{kind} {execution} {name}", 1e-10)
             if kind == "fixed":
                 for result in results.values():

@@ -13,7 +13,9 @@ from revnet.app.cli import main
 from revnet.app.measure import executed, reconstruction_error, step_memory
 from revnet.app.model import PAD, Shape, Transformer, bits_per_token
 
-SHAPE = Shape(depth=4, width=32, heads=2, prefix_vocab=9, prefix_length=4, vocab=7, rows=6, columns=6)
+SHAPE = Shape(
+    depth=4, width=32, heads=2, prefix_vocab=9, prefix_length=4, vocab=7, rows=6, columns=6
+)
 
 
 def network() -> tuple[Transformer, torch.Tensor, torch.Tensor]:
@@ -30,7 +32,9 @@ def test_every_execution_gives_the_same_gradients() -> None:
     for name in ("stored", "checkpointed", "invert"):
         with executed(model, name):
             bits_per_token(model, prefix, tokens).backward()
-        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradients[name] = torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
         model.zero_grad()
     assert model.layers.execution == "invert"
     for name in ("checkpointed", "invert"):
@@ -58,9 +62,24 @@ def test_reconstruction_error_is_of_the_size_of_rounding() -> None:
     assert model.training
 
 
-def test_compare_prints_draws_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_draws_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "table.md"
-    small = ("--depth", "4", "--width", "32", "--tokens", "16", "--batch", "2", "--repeats", "1", "--device", "cpu")
+    small = (
+        "--depth",
+        "4",
+        "--width",
+        "32",
+        "--tokens",
+        "16",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    )
     assert main(["compare", *small, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= 80
@@ -75,15 +94,35 @@ def test_compare_prints_draws_and_writes(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_compare_needs_a_known_kind_of_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--depth", "1", "--width", "32", "--tokens", "4", "--out", "table.txt"]) == 2
+    assert (
+        main(["compare", "--depth", "1", "--width", "32", "--tokens", "4", "--out", "table.txt"])
+        == 2
+    )
     assert "give a file that ends in .md" in capsys.readouterr().err
 
 
 def test_a_gradient_error_is_that_of_the_precision(tmp_path: Path) -> None:
     out = tmp_path / "low.md"
-    small = ("--depth", "2", "--width", "32", "--tokens", "16", "--batch", "2", "--repeats", "1", "--device", "cpu")
+    small = (
+        "--depth",
+        "2",
+        "--width",
+        "32",
+        "--tokens",
+        "16",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    )
     assert main(["compare", *small, "--dtype", "bfloat16", "--out", str(out)]) == 0
-    lines = [line.split("|") for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    lines = [
+        line.split("|")
+        for line in out.read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
     errors = {cells[1].strip(): cells[-2].strip() for cells in lines[2:]}
     assert 1e-4 < float(errors["stored"]) < 0.1
     # Fixed streams: every execution computes the same bits.
@@ -109,7 +148,9 @@ def test_plan_prints_draws_and_saves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert report.peak_bytes <= plan.budget
 
 
-def test_plan_for_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_for_a_device_that_is_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ("--meta", "--out", str(tmp_path / "there.png"))
     assert main(["plan", *PLANNED, "--device-memory", "2.5MiB", *out]) == 0
     assert "estimated from FLOPs" in capsys.readouterr().out
@@ -128,10 +169,30 @@ def test_plan_for_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.Captu
         assert message in capsys.readouterr().err
 
 
-def test_plan_of_a_run_takes_its_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = ("--dtype", "bfloat16", "--depth", "1", "--width", "32", "--batch", "4", "--steps", "1", "--device", "cpu")
+def test_plan_of_a_run_takes_its_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = (
+        "--dtype",
+        "bfloat16",
+        "--depth",
+        "1",
+        "--width",
+        "32",
+        "--batch",
+        "4",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    )
     assert main(["train", *tiny, "--out", str(tmp_path / "run")]) == 0
-    assert main(["plan", str(tmp_path / "run"), "--memory", "50%", "--out", str(tmp_path / "plan.png")]) == 0
+    assert (
+        main(
+            ["plan", str(tmp_path / "run"), "--memory", "50%", "--out", str(tmp_path / "plan.png")]
+        )
+        == 0
+    )
     plan = revnet.Plan.load(tmp_path / "plan.json")
     assert (len(plan.executions), plan.shape) == (2, (4, 67, 32))
     assert "depth 1, width 32, 67 tokens, batch 4, bfloat16, " in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Data of one's own: captioned images, texts, icons; and what the command says when they cannot be used."""
+"""Data of one's own: captioned images, texts, icons; and what the command says when they cannot be
+used.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,20 @@ from revnet.app.cli import main
 from revnet.app.data import Patches, split, split_words
 from revnet.app.errors import UserError
 
-TINY = ("--depth", "1", "--width", "32", "--batch", "4", "--steps", "2", "--device", "cpu", "--image-size", "8")
+TINY = (
+    "--depth",
+    "1",
+    "--width",
+    "32",
+    "--batch",
+    "4",
+    "--steps",
+    "2",
+    "--device",
+    "cpu",
+    "--image-size",
+    "8",
+)
 COLOURS = {"red": (200, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 220)}
 
 
@@ -47,7 +62,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-def test_a_folder_of_images(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_images(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert main(["train", str(pictures), *TINY, "--codes", "16", "--out", str(run)]) == 0
     out = capsys.readouterr().out
@@ -64,7 +81,20 @@ def test_a_folder_of_images(pictures: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_a_folder_that_is_called_as_a_data_set_is(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert main(["train", str(pictures.rename(tmp_path / "digits")), *TINY, "--codes", "16", "--out", str(run)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(pictures.rename(tmp_path / "digits")),
+                *TINY,
+                "--codes",
+                "16",
+                "--out",
+                str(run),
+            ]
+        )
+        == 0
+    )
     assert "own_caption_likelier" in json.loads((run / "result.json").read_text())
 
 
@@ -73,9 +103,14 @@ def test_captions_in_a_table(pictures: Path, tmp_path: Path, table: str) -> None
     images = folder.find_images(pictures)
     for path in pictures.rglob("*.txt"):
         path.unlink()
-    rows = [(path.relative_to(pictures).as_posix(), f'caption, "{i}"') for i, path in enumerate(images)]
+    rows = [
+        (path.relative_to(pictures).as_posix(), f'caption, "{i}"') for i, path in enumerate(images)
+    ]
     if table.endswith("csv"):
-        lines = ["file,caption", *(f'{name},"{caption.replace(chr(34), chr(34) * 2)}"' for name, caption in rows)]
+        lines = [
+            "file,caption",
+            *(f'{name},"{caption.replace(chr(34), chr(34) * 2)}"' for name, caption in rows),
+        ]
     else:
         lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in rows]
     (pictures / table).write_text("\n".join(lines), encoding="utf-8")
@@ -86,10 +121,16 @@ def test_captions_are_taken_as_they_are_written(pictures: Path) -> None:
     images = folder.find_images(pictures)
     names = [path.relative_to(pictures).as_posix() for path in images]
     table = pictures / "captions.csv"
-    table.write_text("file,caption\r\n" + "".join(f'{name},"red\ncard, {name}"\r\n' for name in names), newline="")
+    table.write_text(
+        "file,caption\r\n" + "".join(f'{name},"red\ncard, {name}"\r\n' for name in names),
+        newline="",
+    )
     assert folder.find_captions(pictures, images) == [[f"red\ncard, {name}"] for name in names]
     table.unlink()
-    lines = [json.dumps({"file": name, "caption": f"red\u2028\x85{name}"}, ensure_ascii=False) for name in names]
+    lines = [
+        json.dumps({"file": name, "caption": f"red\u2028\x85{name}"}, ensure_ascii=False)
+        for name in names
+    ]
     (pictures / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert folder.find_captions(pictures, images) == [[f"red\u2028\x85{name}"] for name in names]
     lines = [f'{{"file": "{name}", "caption": "red \\ud800"}}\r' for name in names]
@@ -125,7 +166,9 @@ def test_images_are_read_only_when_needed(pictures: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(folder, "CODE_BOOK_IMAGES", 3)
     read: list[Path] = []
     decode = folder.read_image
-    monkeypatch.setattr(folder, "read_image", lambda path, *rest: read.append(path) or decode(path, *rest))
+    monkeypatch.setattr(
+        folder, "read_image", lambda path, *rest: read.append(path) or decode(path, *rest)
+    )
     data = folder.load(pictures, folder.find_images(pictures), 8, 2, 16, True, None)
     assert len(read) == 3
     prefix, tokens = data.batch("train", np.array([0, 5]), np.array([0.0, 0.9]))
@@ -157,7 +200,9 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
 
 
 def test_too_many_patches_become_their_means() -> None:
-    images = np.random.default_rng(0).normal((60, 200), 3, (8, 8, 8, 2)).clip(0, 255).astype(np.uint8)
+    images = (
+        np.random.default_rng(0).normal((60, 200), 3, (8, 8, 8, 2)).clip(0, 255).astype(np.uint8)
+    )
     images = images.reshape(8, 8, 16, 1)
     patches = Patches.learn(images, patch=1, vocab=2)
     assert patches.codes.flatten().tolist() == [pytest.approx(60, abs=1), pytest.approx(200, abs=1)]
@@ -171,28 +216,57 @@ def test_too_many_patches_become_their_means() -> None:
             lambda p: (p / "a" / "1.txt").unlink(),
             "1 image without a caption, such as {p}/a/1.png: it needs a file 1.txt",
         ),
-        (lambda p: (p / "a" / "1.txt").write_text(" \n"), "1 image without a caption, such as {p}/a/1.png"),
-        (lambda p: (p / "a" / "1.png").unlink(), "1 caption file without an image, such as {p}/a/1.txt"),
-        (lambda p: (p / "a" / "1.txt").write_bytes(b"caf\xe9"), "{p}/a/1.txt is not UTF-8: unexpected end of data at"),
-        (lambda p: (p / "a" / "1.png").write_bytes(b"no image"), "the image {p}/a/1.png cannot be decoded"),
+        (
+            lambda p: (p / "a" / "1.txt").write_text(" \n"),
+            "1 image without a caption, such as {p}/a/1.png",
+        ),
+        (
+            lambda p: (p / "a" / "1.png").unlink(),
+            "1 caption file without an image, such as {p}/a/1.txt",
+        ),
+        (
+            lambda p: (p / "a" / "1.txt").write_bytes(b"caf\xe9"),
+            "{p}/a/1.txt is not UTF-8: unexpected end of data at",
+        ),
+        (
+            lambda p: (p / "a" / "1.png").write_bytes(b"no image"),
+            "the image {p}/a/1.png cannot be decoded",
+        ),
         (lambda p: truncate(p / "a" / "1.png"), "the image {p}/a/1.png cannot be decoded"),
-        (lambda p: (p / "captions.csv").write_text("file,caption\nz.png,red"), "row 2: there is no image {p}/z.png"),
-        (lambda p: (p / "captions.csv").write_text("name,words\nz.png,red"), "row 2: needs an image (file, "),
-        (lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,red"), "it needs a row in captions.csv"),
-        (lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,a red, big card"), "has more columns than"),
+        (
+            lambda p: (p / "captions.csv").write_text("file,caption\nz.png,red"),
+            "row 2: there is no image {p}/z.png",
+        ),
+        (
+            lambda p: (p / "captions.csv").write_text("name,words\nz.png,red"),
+            "row 2: needs an image (file, ",
+        ),
+        (
+            lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,red"),
+            "it needs a row in captions.csv",
+        ),
+        (
+            lambda p: (p / "captions.csv").write_text("file,caption\na/1.png,a red, big card"),
+            "has more columns than",
+        ),
         (
             lambda p: (p / "captions.csv").write_text(f"file,caption\na/1.png,{'x' * 200_000}"),
             "is not a table: field l",
         ),
         (lambda p: (p / "captions.jsonl").write_text("{"), "captions.jsonl, line 1 is not JSON"),
-        (lambda p: (p / "captions.jsonl").write_text("[" * 100_000), "captions.jsonl, line 1 is not JSON"),
+        (
+            lambda p: (p / "captions.jsonl").write_text("[" * 100_000),
+            "captions.jsonl, line 1 is not JSON",
+        ),
     ],
 )
 def test_folders_that_cannot_be_used(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, message: str
 ) -> None:
     damage(pictures)
-    assert message.format(p=pictures) in refused(capsys, str(pictures), *TINY, "--out", str(tmp_path / "run"))
+    assert message.format(p=pictures) in refused(
+        capsys, str(pictures), *TINY, "--out", str(tmp_path / "run")
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -201,19 +275,27 @@ def truncate(path: Path) -> None:
 
 
 def test_an_image_that_breaks_later_loses_no_step(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(folder, "CODE_BOOK_IMAGES", 1)
     for path in folder.find_images(pictures)[6:]:
         truncate(path)
     run = tmp_path / "run"
-    message = refused(capsys, str(pictures), *TINY, "--batch", "1", "--steps", "50", "--out", str(run))
+    message = refused(
+        capsys, str(pictures), *TINY, "--batch", "1", "--steps", "50", "--out", str(run)
+    )
     assert "cannot be decoded" in message
     assert (run / "checkpoint.pt").exists()
 
 
 def test_a_held_out_image_that_breaks_loses_no_step(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images = folder.find_images(pictures)
     (number,) = folder.load(pictures, images, 8, 2, 16, False, None).splits["held_out"]
@@ -222,7 +304,9 @@ def test_a_held_out_image_that_breaks_loses_no_step(
     splits = {"train": np.delete(np.arange(12), number), "held_out": np.array([number])}
     monkeypatch.setattr(folder, "split", lambda keys: splits)
     run = tmp_path / "run"
-    assert f"the image {images[number]} cannot" in refused(capsys, str(pictures), *TINY, "--out", str(run))
+    assert f"the image {images[number]} cannot" in refused(
+        capsys, str(pictures), *TINY, "--out", str(run)
+    )
     assert (run / "checkpoint.pt").exists()
 
 
@@ -231,18 +315,24 @@ def test_a_text_that_vanishes_loses_no_step(
 ) -> None:
     read = corpus.Corpus.batch
 
-    def vanish(self: corpus.Corpus, split: str, *which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def vanish(
+        self: corpus.Corpus, split: str, *which: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         if split == "held_out":
             shutil.rmtree(texts, ignore_errors=True)
         return read(self, split, *which)
 
     monkeypatch.setattr(corpus.Corpus, "batch", vanish)
     run = tmp_path / "run"
-    assert f"cannot read {texts}" in refused(capsys, str(texts), *TINY, "--context", "32", "--out", str(run))
+    assert f"cannot read {texts}" in refused(
+        capsys, str(texts), *TINY, "--context", "32", "--out", str(run)
+    )
     assert (run / "checkpoint.pt").exists()
 
 
-def test_other_data_that_cannot_be_used(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_that_cannot_be_used(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     out = ("--out", str(tmp_path / "run"))
@@ -250,7 +340,9 @@ def test_other_data_that_cannot_be_used(pictures: Path, tmp_path: Path, capsys: 
     assert "there is no file or folder nowhere" in refused(capsys, "nowhere", *out)
     text = tmp_path / "a.txt"
     text.write_text("short")
-    assert "give one folder of images, or only texts" in refused(capsys, str(pictures), str(text), *out)
+    assert "give one folder of images, or only texts" in refused(
+        capsys, str(pictures), str(text), *out
+    )
     assert "it needs twice --context 256" in refused(capsys, str(text), *out)
     text.write_text("")
     assert "all files are empty" in refused(capsys, str(text), *out)
@@ -277,11 +369,15 @@ def test_icons_hold_combinations_out() -> None:
     prefix, tokens = data.batch("held_out", np.arange(3), np.zeros(3))
     assert tokens.shape == (3, 144)
     assert prefix.min() < 2 < prefix.max()
-    error = data.patches.decode(tokens).astype(float) - np.stack([data.load(i) for i in held_out[:3]])
+    error = data.patches.decode(tokens).astype(float) - np.stack(
+        [data.load(i) for i in held_out[:3]]
+    )
     assert np.abs(error).mean() < 12
 
 
-def test_icons_without_their_package(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_icons_without_their_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'revnet[icons]'" in refused(capsys, "icons", "--out", str(tmp_path / "run"))
 
@@ -292,7 +388,9 @@ def texts(tmp_path: Path) -> Path:
     root.mkdir()
     rng = np.random.default_rng(0)
     for i in range(30):
-        (root / f"{i:02}.txt").write_bytes(bytes(rng.integers(97, 123, rng.integers(40, 400), dtype=np.uint8)))
+        (root / f"{i:02}.txt").write_bytes(
+            bytes(rng.integers(97, 123, rng.integers(40, 400), dtype=np.uint8))
+        )
     (root / "copy.txt").write_bytes((root / "00.txt").read_bytes())
     (root / "binary.dat").write_bytes(b"abc\0def" * 100)
     return root
@@ -309,7 +407,9 @@ def test_a_corpus_is_its_files_one_after_the_other(texts: Path) -> None:
         content -= set(parts)
         whole[name] = b"".join(parts)
     assert not content
-    assert sum(map(len, whole.values())) == sum(len(part) for part in {path.read_bytes() for path in files})
+    assert sum(map(len, whole.values())) == sum(
+        len(part) for part in {path.read_bytes() for path in files}
+    )
     for name, text in whole.items():
         count = data.counts[name]
         indices, draws = np.arange(count), np.random.default_rng(1).random(count)
@@ -359,7 +459,10 @@ def test_a_text_run(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["sample", str(run), "--length", "33"]) == 2
     assert "--length 33 is more than the run's context of 32 bytes" in capsys.readouterr().err
     assert main(["sample", str(run), "abcdef", "--length", "6"]) == 2
-    assert "there is nothing to add to 'abcdef', which is as long as --length 6" in capsys.readouterr().err
+    assert (
+        "there is nothing to add to 'abcdef', which is as long as --length 6"
+        in capsys.readouterr().err
+    )
     assert main(["sample", str(run)]) == 0
     assert main(["sample", str(run), "x" * 32]) == 2
     assert "which is as long as the run's context of 32 bytes" in capsys.readouterr().err

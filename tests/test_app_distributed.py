@@ -1,4 +1,6 @@
-"""The command on several ranks, with real processes: curves, checkpoints, a killed rank, a restart."""
+"""The command on several ranks, with real processes: curves, checkpoints, a killed rank, a
+restart.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ SMALL |= {"steps": STEPS, "save_every": STEPS, "validate_every": STEPS}
 # Long enough for something to happen on the way.
 LONG = {"steps": 60, "save_every": 10, "validate_every": 60, "parallel": "fsdp", "rank_timeout": 60}
 LONG |= {"data": [__file__], "context": 16}
-CURVES = {"ddp": {"parallel": "ddp"}, "fsdp": {"parallel": "fsdp"}, "planned": {"memory": "4MiB", "parallel": "fsdp"}}
+CURVES = {
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp"},
+    "planned": {"memory": "4MiB", "parallel": "fsdp"},
+}
 
 
 def rows(run: Path) -> dict[int, float]:
@@ -57,7 +63,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def _rank(rank: int, world: int, ports: list[int], runs: list[tuple[dict[str, Any], str | None]]) -> None:
+def _rank(
+    rank: int, world: int, ports: list[int], runs: list[tuple[dict[str, Any], str | None]]
+) -> None:
     torch.set_num_threads(1)
     from revnet.app import parallel
 
@@ -102,7 +110,9 @@ def break_off(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one process, of two ranks by DDP, by FSDP2, by a plan, two with dropout, one of them resumed as well."""
+    """Runs of one process, of two ranks by DDP, by FSDP2, by a plan, two with dropout, one of them
+    resumed as well.
+    """
     folder = tmp_path_factory.mktemp("runs")
     train_alone(SMALL | {"out": str(folder / "one")})
     runs = CURVES | {"whole": {"parallel": "fsdp", "dropout": 0.2, "save_every": STEPS // 2}}
@@ -130,7 +140,9 @@ def test_weights_for_sampling(name: str, folder: Path) -> None:
 
 
 def test_resumes_bit_for_bit(folder: Path) -> None:
-    """Masks and batches follow from seed, step and rank: no generator is saved, and none is missed."""
+    """Masks and batches follow from seed, step and rank: no generator is saved, and none is
+    missed.
+    """
     assert rows(folder / "whole") != rows(folder / "fsdp"), "dropout drops nothing"
     assert rows(folder / "broken") == rows(folder / "whole")
     assert_same_weights(folder / "broken", folder / "whole")
@@ -159,8 +171,15 @@ def test_resumes_on_another_number_of_ranks(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("resumed", [True, False])
-def test_the_device_is_that_of_the_run(folder: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def test_the_device_is_that_of_the_run(
+    folder: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -190,7 +209,9 @@ def test_ranks_share_batches_without_overlap(world: int) -> None:
 
 
 @pytest.mark.parametrize(("error", "said"), [(DataError, True), (UserError, False)])
-def test_any_rank_says_what_it_may_have_met_alone(monkeypatch: pytest.MonkeyPatch, error: type, said: bool) -> None:
+def test_any_rank_says_what_it_may_have_met_alone(
+    monkeypatch: pytest.MonkeyPatch, error: type, said: bool
+) -> None:
     def fail(*arguments: object) -> int:
         raise error("the image a.png cannot be decoded")
 
@@ -202,7 +223,9 @@ def test_any_rank_says_what_it_may_have_met_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ranks_agree_which_start_this_is() -> None:
-    """Through a store that outlives them, whichever rank is late, and after a start in which some never came."""
+    """Through a store that outlives them, whichever rank is late, and after a start in which some
+    never came.
+    """
     from revnet.app.parallel import _attempt
 
     store = dist.HashStore()
@@ -230,13 +253,17 @@ def test_ranks_agree_which_start_this_is() -> None:
 Running = subprocess.Popen[str]
 
 
-def start_command(out: Path, *launch: str, environment: Mapping[str, str] = {}, **settings: Any) -> Running:
+def start_command(
+    out: Path, *launch: str, environment: Mapping[str, str] = {}, **settings: Any
+) -> Running:
     settings = SMALL | LONG | settings | {"out": out}
     data = settings.pop("data")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, *launch, "-m", "revnet", "train", *data, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def start_torchrun(out: Path, *launch: str, **settings: Any) -> Running:
@@ -270,7 +297,9 @@ def saved(run: Path) -> list[Path]:
 
 
 def kill_a_rank(run: Path, agent: Running) -> int:
-    """`kill -9` of an agent's rank, at a random moment after the first checkpoint; returns the step saved last."""
+    """`kill -9` of an agent's rank, at a random moment after the first checkpoint; returns the step
+    saved last.
+    """
     wait_for(lambda: saved(run), agent)
     time.sleep(random.random() / 2)
     last = saved(run)[-1]
@@ -279,7 +308,11 @@ def kill_a_rank(run: Path, agent: Running) -> int:
 
 
 def resumed_from(output: str) -> int:
-    (step,) = (int(line.split("From step ")[1].split(".")[0]) for line in output.splitlines() if "From step" in line)
+    (step,) = (
+        int(line.split("From step ")[1].split(".")[0])
+        for line in output.splitlines()
+        if "From step" in line
+    )
     return step
 
 
@@ -287,10 +320,19 @@ def resumed_from(output: str) -> int:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_killed_rank_and_restart_on_two_nodes(tmp_path: Path, folder: Path) -> None:
-    """kill -9 of one rank ends the other with a message; both agents restart theirs, and every loss is as without."""
+    """kill -9 of one rank ends the other with a message; both agents restart theirs, and every loss
+    is as without.
+    """
     whole, broken = folder / "long", tmp_path / "broken"
     meeting = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
-    launch = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7", meeting, "--max-restarts=3")
+    launch = (
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=7",
+        meeting,
+        "--max-restarts=3",
+    )
     agents = [start_torchrun(broken, *launch, dropout=0.1) for _ in range(2)]
     try:
         last = kill_a_rank(broken, agents[0])
@@ -323,10 +365,15 @@ def test_interrupt_stops_all_ranks_with_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_silent_rank_counts_as_lost(tmp_path: Path) -> None:
-    """Its connections stay open: the timeout of the process group ends the other rank. Without torchrun, too."""
+    """Its connections stay open: the timeout of the process group ends the other rank. Without
+    torchrun, too.
+    """
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     given: dict[str, Any] = {"steps": 100_000, "save_every": 100_000, "rank_timeout": 12}
-    ranks = [start_command(tmp_path, environment=shared | {"RANK": str(rank)}, **given) for rank in range(2)]
+    ranks = [
+        start_command(tmp_path, environment=shared | {"RANK": str(rank)}, **given)
+        for rank in range(2)
+    ]
     try:
         wait_for((tmp_path / "metrics.jsonl").exists, ranks[0])
         ranks[1].send_signal(signal.SIGSTOP)

@@ -1,4 +1,6 @@
-"""What goes wrong on a machine: a clear message, the right exit code, and nothing lost that was saved."""
+"""What goes wrong on a machine: a clear message, the right exit code, and nothing lost that was
+saved.
+"""
 
 from __future__ import annotations
 
@@ -119,13 +121,17 @@ def limited(kind: int, amount: int) -> Iterator[None]:
 
 
 def test_a_disk_that_fills(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint, weights = (run / "checkpoint.pt").read_bytes(), (run / "weights.safetensors").read_bytes()
+    checkpoint, weights = (
+        (run / "checkpoint.pt").read_bytes(),
+        (run / "weights.safetensors").read_bytes(),
+    )
     room = len(weights)
     assert room < len(checkpoint)
     with limited(resource.RLIMIT_FSIZE, room):
         assert main(["train", "--resume", str(run), "--steps", "4", "--save-every", "3"]) == 1
     assert capsys.readouterr().err == (
-        f"revnet: cannot write {run / 'checkpoint.pt'}: File too large. What was saved before is as it was.\n"
+        f"revnet: cannot write {run / 'checkpoint.pt'}: File too large. What was saved before is "
+        f"as it was.\n"
     )
     assert (run / "checkpoint.pt").read_bytes() == checkpoint
     assert (run / "weights.safetensors").read_bytes() == weights
@@ -154,9 +160,14 @@ def nobody() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("original", "locked", "nobody")
-def test_a_folder_without_write_permission(locked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_write_permission(
+    locked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", *TINY, "--steps", "1", "--out", str(locked / "run")]) == 2
-    assert capsys.readouterr().err == f"revnet: cannot create the run folder {locked / 'run'}: Permission denied\n"
+    assert (
+        capsys.readouterr().err
+        == f"revnet: cannot create the run folder {locked / 'run'}: Permission denied\n"
+    )
     assert main(["train", *TINY, "--steps", "1", "--out", str(locked)]) == 2
     assert f"no permission to write {locked}" in capsys.readouterr().err
 
@@ -177,13 +188,18 @@ def test_out_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     "message", ["No working C++ compiler found in cxx", "Cannot find a working triton installation"]
 )
-def test_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message) -> None:
+def test_nothing_to_compile_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message
+) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError(f"{message}\n\nSet TORCHDYNAMO_VERBOSE=1")
 
     monkeypatch.setattr("revnet.app.train.train", fail)
     assert main(["train", "--compile"]) == 2
-    assert capsys.readouterr().err == f"revnet: --compile: {message}. Install one, or leave --compile out.\n"
+    assert (
+        capsys.readouterr().err
+        == f"revnet: --compile: {message}. Install one, or leave --compile out.\n"
+    )
 
 
 def test_the_library_without_its_program() -> None:
@@ -194,7 +210,9 @@ for name in ("numpy", "rich", "matplotlib", "sklearn", "safetensors"):
 from revnet.app.cli import main
 print([main(command) for command in (["train"], ["sample", "run"], ["compare"], ["plan"])])
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], text=True, capture_output=True, check=False
+    )
     assert done.stdout == "[2, 2, 2, 2]\n"
     lines = done.stderr.splitlines()
     assert len(lines) == 4
@@ -204,14 +222,18 @@ print([main(command) for command in (["train"], ["sample", "run"], ["compare"], 
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "nonsense:x"])
-def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
+def test_a_device_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
     assert main(["train", *TINY, "--device", device, "--out", str(tmp_path / "run")]) == 2
     assert f"there is no device {device!r} here" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *TINY, "--steps", "60", "--lr", "1e30", "--out", str(tmp_path / "run")]) == 2
+    assert (
+        main(["train", *TINY, "--steps", "60", "--lr", "1e30", "--out", str(tmp_path / "run")]) == 2
+    )
     assert "try a smaller --lr than 1e+30" in capsys.readouterr().err
 
 
@@ -227,7 +249,10 @@ def test_weights_that_are_not_numbers_replace_no_checkpoint(
     take_step = Training.take_step
     monkeypatch.setattr(Training, "take_step", spoil)
     assert main(["train", "--resume", str(run), "--steps", "9", "--save-every", "1"]) == 2
-    assert "weights are not numbers any more at step 5: try a smaller --lr than" in capsys.readouterr().err
+    assert (
+        "weights are not numbers any more at step 5: try a smaller --lr than"
+        in capsys.readouterr().err
+    )
     state = Run(run).read_checkpoint(torch.device("cpu"))
     assert state["step"] == 4
     assert all(weight.isfinite().all() for weight in state["model"].values())
@@ -253,13 +278,19 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
     ("arguments", "message"),
     [
         (["sample", "{run}", "--temperature", "nan"], "--temperature and --top-k are at least 0"),
-        (["sample", "{run}", "--seed", str(2**70)], f"--seed is {2**70}, which is not an integer of 64 bits"),
+        (
+            ["sample", "{run}", "--seed", str(2**70)],
+            f"--seed is {2**70}, which is not an integer of 64 bits",
+        ),
         (["sample", "{run}", "--each", "-1"], "--each and --length are at least 1"),
         (["compare", "--repeats", "0"], "--repeats is 0, which is too small"),
         (["compare", "--width", "-32"], "--width is -32, which is too small"),
         (["plan", "--batch", "0"], "--batch is 0, which is too small"),
         (["plan", "{run}", "--batch", "-1"], "--batch is -1, which is too small"),
-        (["plan", "{run}", "--width", "64"], "--width 64: {run} has its own; leave it out, or leave out the run"),
+        (
+            ["plan", "{run}", "--width", "64"],
+            "--width 64: {run} has its own; leave it out, or leave out the run",
+        ),
     ],
 )
 def test_numbers_that_cannot_be(
@@ -294,7 +325,11 @@ def test_a_cut_line_of_metrics_is_left_out(tmp_path: Path) -> None:
 
 def test_checkpoints_are_read_back_whole(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    state = {"step": 3, "model": {"a": torch.randn(3)}, "optimizer": {"state": {0: {"m": torch.randn(2)}}}}
+    state = {
+        "step": 3,
+        "model": {"a": torch.randn(3)},
+        "optimizer": {"state": {0: {"m": torch.randn(2)}}},
+    }
     run.write_checkpoint(state)
     found = run.read_checkpoint(torch.device("cpu"))
     assert found["step"] == 3

@@ -13,11 +13,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revnet.app.data import PAD, START, Patches, Words, step_batch
 from revnet.app.digits import load, share_read
-from revnet.app.model import BUCKETS, NGrams, Shape, Transformer, bits_per_token, rotary_table, rotate
+from revnet.app.model import (
+    BUCKETS,
+    NGrams,
+    Shape,
+    Transformer,
+    bits_per_token,
+    rotary_table,
+    rotate,
+)
 from revnet.app.sample import Sampling, draw, generate
 
-IMAGE = Shape(depth=2, width=32, heads=2, prefix_vocab=9, prefix_length=4, vocab=7, rows=3, columns=5)
-TEXT = Shape(depth=2, width=32, heads=2, prefix_vocab=2, prefix_length=1, vocab=7, rows=15, columns=1, ngrams=3)
+IMAGE = Shape(
+    depth=2, width=32, heads=2, prefix_vocab=9, prefix_length=4, vocab=7, rows=3, columns=5
+)
+TEXT = Shape(
+    depth=2,
+    width=32,
+    heads=2,
+    prefix_vocab=2,
+    prefix_length=1,
+    vocab=7,
+    rows=15,
+    columns=1,
+    ngrams=3,
+)
 
 
 def network(shape: Shape) -> Transformer:
@@ -82,7 +102,8 @@ def test_a_cached_token_costs_the_same_products_wherever_it_stands() -> None:
                     model(prefix, tokens[:, :n], cache=cache)
             found.append(counter.get_total_flops())
     first, second, third = flops[True]
-    # Nothing but the attention of one query, which grows with the keys that it sees; not all devices count it.
+    # Nothing but the attention of one query, which grows with the keys that it sees; not all
+    # devices count it.
     assert third - second == second - first <= 4 * 100 * 32 * 4
     assert flops[False][0] > 90 * first
     assert flops[False][2] >= 2.9 * flops[False][0]
@@ -118,7 +139,9 @@ def test_ngrams_share_buckets_evenly() -> None:
 def test_rotation_keeps_only_differences_of_places() -> None:
     table = rotary_table(TEXT).double()
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    scores = (rotate(q.expand(1, 1, 16, 16), table)[0, 0] @ rotate(k.expand(1, 1, 16, 16), table)[0, 0].T).tolist()
+    scores = (
+        rotate(q.expand(1, 1, 16, 16), table)[0, 0] @ rotate(k.expand(1, 1, 16, 16), table)[0, 0].T
+    ).tolist()
     for i in range(1, 15):
         assert scores[i][i + 1] == pytest.approx(scores[0][1], abs=1e-5)
     table = rotary_table(IMAGE).double()[:, IMAGE.prefix_length :]
@@ -134,7 +157,9 @@ def test_bits_are_minus_log2() -> None:
     model = network(IMAGE)
     prefix, tokens = example(IMAGE)
     probability = model(prefix, tokens[:, :-1]).softmax(-1).gather(2, tokens[:, :, None])
-    assert float(bits_per_token(model, prefix, tokens)) == pytest.approx(float(-probability.log2().mean()), rel=1e-6)
+    assert float(bits_per_token(model, prefix, tokens)) == pytest.approx(
+        float(-probability.log2().mean()), rel=1e-6
+    )
 
 
 def test_draws_have_the_asked_distribution() -> None:
@@ -147,7 +172,9 @@ def test_draws_have_the_asked_distribution() -> None:
 
     torch.testing.assert_close(shares(temperature=1.0), p, atol=0.01, rtol=0)
     torch.testing.assert_close(shares(temperature=0.5), p**2 / (p**2).sum(), atol=0.01, rtol=0)
-    torch.testing.assert_close(shares(temperature=1.0, top_k=2), torch.tensor([0, 0, 3 / 7, 4 / 7]), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        shares(temperature=1.0, top_k=2), torch.tensor([0, 0, 3 / 7, 4 / 7]), atol=0.01, rtol=0
+    )
     nucleus = torch.tensor([0, 2 / 9, 3 / 9, 4 / 9])
     torch.testing.assert_close(shares(temperature=1.0, top_p=0.75), nucleus, atol=0.01, rtol=0)
     assert shares(temperature=0).tolist() == [0, 0, 0, 1]
@@ -179,7 +206,9 @@ def test_patches_are_lossless_where_they_can_be() -> None:
     assert tokens.shape == (4, 24)
     assert np.array_equal(patches.decode(tokens), images)
     assert np.array_equal(patches.encode(images)[:, :4], tokens.reshape(4, 6, 4)[:, 0])
-    blocks = np.kron(np.arange(6, dtype=np.uint8).reshape(1, 3, 2), np.ones((2, 2), dtype=np.uint8))[..., None]
+    blocks = np.kron(
+        np.arange(6, dtype=np.uint8).reshape(1, 3, 2), np.ones((2, 2), dtype=np.uint8)
+    )[..., None]
     patches = Patches.learn(blocks, patch=2, vocab=6)
     assert (patches.rows, patches.columns) == (3, 2)
     assert patches.encode(blocks).tolist() == [list(range(6))]
@@ -201,7 +230,10 @@ def test_the_memory_of_patches_is_that_of_one_image() -> None:
 def test_an_epoch_visits_every_example_once_however_many_ranks() -> None:
     data = load()
     one = [step_batch(data, step, 50, seed=3) for step in range(3)]
-    two = [[step_batch(data, step, 50, seed=3, rank=rank, world=2) for rank in range(2)] for step in range(3)]
+    two = [
+        [step_batch(data, step, 50, seed=3, rank=rank, world=2) for rank in range(2)]
+        for step in range(3)
+    ]
     for whole, halves in zip(one, two, strict=True):
         for part in range(2):
             assert np.array_equal(whole[part][0::2], halves[0][part])

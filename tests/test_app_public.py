@@ -23,5 +23,9 @@ def test_only_public_names_of_the_library_are_used(path: Path) -> None:
             parts = str(node.module).split(".")
             assert node.level == 0
             assert parts[0] != "revnet" or parts[1:2] == ["app"]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "revnet":
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "revnet"
+        ):
             assert node.attr in revnet.__all__

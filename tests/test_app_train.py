@@ -74,7 +74,9 @@ try:
 finally:
     print("torch" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
     assert "--depth" in done.stdout
     assert done.stdout.endswith("False\n")
 
@@ -109,7 +111,12 @@ def test_the_last_lines_are_the_memory_and_the_reading(digits_run: Path) -> None
     out = digits_run.with_name("output").read_text()
     assert out.startswith("digits: 1,497 examples, 300 held out. Depth 2, width 32,")
     assert "bits per image token" in out
-    for word in ("stored", "checkpointed", "reversible", "generated digits are read as their caption says"):
+    for word in (
+        "stored",
+        "checkpointed",
+        "reversible",
+        "generated digits are read as their caption says",
+    ):
         assert word in out
     assert "\x1b" not in out
 
@@ -167,7 +174,9 @@ def test_the_loss_of_a_run_without_steps(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").exists()
 
 
-def test_a_second_run_does_not_overwrite_the_first(digits_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_does_not_overwrite_the_first(
+    digits_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", *TINY, "--out", str(digits_run)]) == 2
     assert f"{digits_run} already holds a run" in capsys.readouterr().err
 
@@ -184,7 +193,10 @@ def test_samples_are_the_same_with_and_without_cache(digits_run: Path, tmp_path:
     for name, flags in {"cached": [], "uncached": ["--no-cache"], "other": ["--seed", "1"]}.items():
         out = tmp_path / f"{name}.png"
         captions = ["three", "a handwritten eight"]
-        assert main(["sample", str(digits_run), *captions, "--each", "2", "--out", str(out), *flags]) == 0
+        assert (
+            main(["sample", str(digits_run), *captions, "--each", "2", "--out", str(out), *flags])
+            == 0
+        )
         pictures.append(pixels(out))
     assert np.array_equal(pictures[0], pictures[1])
     assert not np.array_equal(pictures[0], pictures[2])
@@ -198,12 +210,24 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def learned(path: Path) -> list[dict[str, float]]:
     """The rows of a run without what a clock or the meter said."""
     timed = {"tokens_per_second", "seconds"}
-    return [{key: row[key] for key in row if key not in timed} for row in rows_of(path) if row["step"]]
+    return [
+        {key: row[key] for key in row if key not in timed} for row in rows_of(path) if row["step"]
+    ]
 
 
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, streams: str) -> None:
-    options = (*TINY, "--dropout", "0.2", "--streams", streams, "--validate-every", "2", "--save-every", "3")
+    options = (
+        *TINY,
+        "--dropout",
+        "0.2",
+        "--streams",
+        streams,
+        "--validate-every",
+        "2",
+        "--save-every",
+        "3",
+    )
     assert main(["train", *options, "--steps", "8", "--out", str(tmp_path / "whole")]) == 0
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +237,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stre
     assert rows_of(cut)[-1]["step"] == 4
     assert main(["train", "--resume", str(cut)]) == 0
     at = {row["step"]: row for row in learned(cut) if "held_out_bits" in row}
-    assert [row for row in learned(tmp_path / "whole") if "held_out_bits" in row] == list(at.values())
+    assert [row for row in learned(tmp_path / "whole") if "held_out_bits" in row] == list(
+        at.values()
+    )
     before, after = (load_file(path / "weights.safetensors") for path in (tmp_path / "whole", cut))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -226,7 +252,9 @@ def interrupt_at(step: int) -> Callable[[Training], None]:
     return stand_in
 
 
-def test_a_finished_run_can_be_prolonged(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_can_be_prolonged(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(digits_run, run)
     assert main(["train", "--resume", str(run)]) == 2
@@ -235,7 +263,9 @@ def test_a_finished_run_can_be_prolonged(digits_run: Path, tmp_path: Path, capsy
     assert rows_of(run)[-1]["step"] == 8
 
 
-def test_a_resumed_run_keeps_what_it_has_learned_with(digits_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_keeps_what_it_has_learned_with(
+    digits_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--resume", str(digits_run), "--width", "64"]) == 2
     assert f"--width is 32 in {digits_run}: a resumed run keeps it" in capsys.readouterr().err
 
@@ -249,7 +279,9 @@ def test_twice_ctrl_c_stops_at_once(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_planned_run_stays_in_its_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_planned_run_stays_in_its_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert main(["train", *TINY, "--steps", "2", "--memory", "2MiB", "--out", str(run)]) == 0
     first = rows_of(run)[0]
@@ -276,7 +308,21 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("execution", ["select", "offload"])
 def test_every_execution_trains(tmp_path: Path, execution: str) -> None:
-    assert main(["train", *TINY, "--steps", "1", "--execution", execution, "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *TINY,
+                "--steps",
+                "1",
+                "--execution",
+                execution,
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_bfloat16_runs_in_fixed_streams(tmp_path: Path) -> None:
@@ -288,20 +334,38 @@ def test_bfloat16_runs_in_fixed_streams(tmp_path: Path) -> None:
 
 
 # torch's own, from tracing a tensor with a history.
-@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings(
+    r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 def test_compiled_branches_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = torch.nn.Module.compile
     # Inductor would take a minute for the same graphs.
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager")
+    )
     frames = torch._dynamo.utils.counters["frames"]
     # Compiled dropout drops other features.
-    options = (*TINY, "--depth", "1", "--dropout", "0", "--steps", "3", "--validate-every", "1", "--save-every", "2")
+    options = (
+        *TINY,
+        "--depth",
+        "1",
+        "--dropout",
+        "0",
+        "--steps",
+        "3",
+        "--validate-every",
+        "1",
+        "--save-every",
+        "2",
+    )
     found = {}
     for name, flags in {"eager": (), "compiled": ("--compile",)}.items():
         frames.clear()
         assert main(["train", *options, *flags, "--out", str(tmp_path / name)]) == 0
         assert (frames["ok"] > 0) == (name == "compiled")
-        found[name] = [row["held_out_bits"] for row in rows_of(tmp_path / name) if "held_out_bits" in row]
+        found[name] = [
+            row["held_out_bits"] for row in rows_of(tmp_path / name) if "held_out_bits" in row
+        ]
     assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
     assert (tmp_path / "compiled" / "samples.png").exists()
     assert main(["sample", str(tmp_path / "compiled"), "three", "--each", "1"]) == 0
@@ -316,4 +380,7 @@ def test_help_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 48
         flags = [line for line in lines if line.startswith("  --")]
-        assert all(len(line.split("  ")) > 2 or lines[lines.index(line) + 1].startswith(" " * 20) for line in flags)
+        assert all(
+            len(line.split("  ")) > 2 or lines[lines.index(line) + 1].startswith(" " * 20)
+            for line in flags
+        )

@@ -12,7 +12,9 @@ from revnet import ReversibleSequence
 
 
 class Rounded(nn.Module):
-    """A linear branch whose products are whole numbers if, and only if, its weights are rounded to 16 bits."""
+    """A linear branch whose products are whole numbers if, and only if, its weights are rounded to
+    16 bits.
+    """
 
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()
@@ -54,7 +56,9 @@ def test_the_replay_runs_in_the_forwards_autocast(inside: bool):
         found.append({"out": out.detach(), "x": x.grad, **gradients_of(module)})
     for name, value in found[1].items():
         assert torch.equal(found[0][name], value), name
-    assert all(branch.seen == [torch.bfloat16] * 2 for block in net.blocks for branch in (block.f, block.g))
+    assert all(
+        branch.seen == [torch.bfloat16] * 2 for block in net.blocks for branch in (block.f, block.g)
+    )
 
 
 def test_a_forward_without_autocast_is_replayed_without_it():
@@ -67,7 +71,9 @@ def test_a_forward_without_autocast_is_replayed_without_it():
             out.sum().backward()
         found.append({"x": x.grad, **gradients_of(module)})
     assert_same_gradients(*found, tolerance=1e-6)
-    assert all(branch.seen == [torch.float32] * 2 for block in net.blocks for branch in (block.f, block.g))
+    assert all(
+        branch.seen == [torch.float32] * 2 for block in net.blocks for branch in (block.f, block.g)
+    )
 
 
 def test_autocast_switched_on_and_off_inside_a_branch():
@@ -103,7 +109,9 @@ def test_a_whole_network_is_near_the_stored_loop():
 
 
 def test_the_weights_cast_by_autocast_are_not_kept_by_the_sequence():
-    """Autocast caches the cast weights; the replay casts anew, and gradients arrive in the weights' own dtype."""
+    """Autocast caches the cast weights; the replay casts anew, and gradients arrive in the weights'
+    own dtype.
+    """
     net, _ = networks()
     with torch.autocast("cpu", torch.bfloat16):
         first = net(whole()).sum()
@@ -140,7 +148,10 @@ def test_scaled_float16_training_on_cuda():
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
     losses = []
     for module in (net, oracle):
-        optimizer, scaler = torch.optim.SGD(module.parameters(), lr=1e-3), torch.amp.GradScaler("cuda")
+        optimizer, scaler = (
+            torch.optim.SGD(module.parameters(), lr=1e-3),
+            torch.amp.GradScaler("cuda"),
+        )
         for seed in range(5):
             x = randn(4, 16, 64, dtype=torch.float32, seed=seed).cuda()
             with torch.autocast("cuda", torch.float16):

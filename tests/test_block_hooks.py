@@ -1,4 +1,6 @@
-"""Hooks that put other streams in between blocks: every execution sees what stored execution saw."""
+"""Hooks that put other streams in between blocks: every execution sees what stored execution
+saw.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,20 @@ def after(block: Any, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> tupl
     return y1.tanh(), y2
 
 
-def step(execution: Any, streams: Any, places: tuple[int, ...], kind: str) -> dict[str, Tensor | None]:
+def step(
+    execution: Any, streams: Any, places: tuple[int, ...], kind: str
+) -> dict[str, Tensor | None]:
     torch.manual_seed(0)
     net = ReversibleSequence(
-        [(Mlp(8, 0.2).double(), Mlp(8, 0.2).double()) for _ in range(4)], streams=streams, execution=execution
+        [(Mlp(8, 0.2).double(), Mlp(8, 0.2).double()) for _ in range(4)],
+        streams=streams,
+        execution=execution,
     )
     for place in places:
         block = net.blocks[place]
-        block.register_forward_pre_hook(before) if kind == "before" else block.register_forward_hook(after)
+        block.register_forward_pre_hook(
+            before
+        ) if kind == "before" else block.register_forward_hook(after)
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     weighted(net(x)).backward()
     return {"x": x.grad, **gradients_of(net)}
@@ -63,7 +71,9 @@ def test_hooks_of_blocks_run_as_in_a_loop_over_the_blocks(places: tuple[int, ...
         block = net.blocks[place]
         block.register_forward_pre_hook(before)
         block.register_forward_hook(after)
-        block.register_full_backward_pre_hook(lambda _, grads, place=place: seen.append((place, *grads)))
+        block.register_full_backward_pre_hook(
+            lambda _, grads, place=place: seen.append((place, *grads))
+        )
         block.register_full_backward_hook(lambda _, grads, __: (grads[0] * 1.5, *grads[1:]))
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     found = []
@@ -72,7 +82,13 @@ def test_hooks_of_blocks_run_as_in_a_loop_over_the_blocks(places: tuple[int, ...
         seen.clear()
         leaf = x.clone().requires_grad_()
         weighted(run(leaf)).backward()
-        found.append(({"x": leaf.grad, **gradients_of(net)}, [place for place, *_ in seen], [g for _, *g in seen]))
+        found.append(
+            (
+                {"x": leaf.grad, **gradients_of(net)},
+                [place for place, *_ in seen],
+                [g for _, *g in seen],
+            )
+        )
     (actual, order, given), (expected, wanted, taken) = found
     assert order == wanted == sorted(places, reverse=True)
     assert_same_gradients(actual, expected, 1e-11)
@@ -90,12 +106,20 @@ def halve_after(block: Any, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -
 @pytest.mark.parametrize(("kind", "place"), [("before", 2), ("after", 1), ("after", 3)])
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 def test_a_stream_that_a_hook_writes_to(kind: str, place: int, streams: Any) -> None:
-    """Autograd allows it for the second stream, which nothing has read; what was there cannot be found again."""
-    net = ReversibleSequence([(Mlp(8).double(), Mlp(8).double()) for _ in range(4)], streams=streams)
+    """Autograd allows it for the second stream, which nothing has read; what was there cannot be
+    found again.
+    """
+    net = ReversibleSequence(
+        [(Mlp(8).double(), Mlp(8).double()) for _ in range(4)], streams=streams
+    )
     block = net.blocks[place]
-    block.register_forward_pre_hook(halve_before) if kind == "before" else block.register_forward_hook(halve_after)
+    block.register_forward_pre_hook(
+        halve_before
+    ) if kind == "before" else block.register_forward_hook(halve_after)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    with pytest.raises(ReversibleError, match=re.escape(f"block {place - (kind == 'before')}, branch g: a hook")):
+    with pytest.raises(
+        ReversibleError, match=re.escape(f"block {place - (kind == 'before')}, branch g: a hook")
+    ):
         net(x)
     with torch.no_grad():
         evaluated = net(x)

@@ -1,4 +1,6 @@
-"""torch.compile around a sequence is right, traced or broken at it; torch.export takes the plain loop."""
+"""torch.compile around a sequence is right, traced or broken at it; torch.export takes the plain
+loop.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,22 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from cases import Attention, Linear, Mlp, build, randn
-from oracle import OperationLog, assert_near, assert_same_gradients, gradients_of, stored_copy, weighted
+from oracle import (
+    OperationLog,
+    assert_near,
+    assert_same_gradients,
+    gradients_of,
+    stored_copy,
+    weighted,
+)
 from revnet import Additive, Fixed, Momentum, Reversible, ReversibleSequence, Step
 
-# torch.compile itself reads the .grad of whatever crosses a graph break, and makes Function objects, in any model.
+# torch.compile itself reads the .grad of whatever crosses a graph break, and makes Function
+# objects, in any model.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
@@ -134,7 +146,9 @@ def test_export_with_gradients_enabled_takes_the_plain_loop_too():
 def test_export_with_a_dynamic_batch():
     model, oracle = models([(Mlp, Mlp)] * 2)
     with torch.no_grad():
-        exported = torch.export.export(model, (randn(2, 6, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        exported = torch.export.export(
+            model, (randn(2, 6, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
         x = randn(5, 6, 8, seed=2)
         assert_near(exported.module()(x), oracle(x))
 
@@ -149,13 +163,17 @@ def test_an_exported_program_of_fixed_streams_can_be_trained(strict: bool):
     assert torch.equal(found, expected)
     parameters = [dict(net.named_parameters())[name] for name, _ in exported.named_parameters()]
     gradients = torch.autograd.grad(found, [x, *exported.parameters()])
-    for actual, wanted in zip(gradients, torch.autograd.grad(expected, [x, *parameters]), strict=True):
+    for actual, wanted in zip(
+        gradients, torch.autograd.grad(expected, [x, *parameters]), strict=True
+    ):
         assert_near(actual, wanted)
 
 
 @pytest.mark.parametrize("execution", ["store", "invert"])
 def test_hooks_on_a_block_run_where_nothing_is_evaluated_again(execution: str):
-    net = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], execution=execution)
+    net = ReversibleSequence(
+        [(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], execution=execution
+    )
     net.blocks[0].register_forward_hook(lambda block, args, out: tuple(2 * y for y in out))
     x = torch.randn(2, 4)
     with torch.set_grad_enabled(execution == "store"):
@@ -163,7 +181,9 @@ def test_hooks_on_a_block_run_where_nothing_is_evaluated_again(execution: str):
 
 
 def test_hooks_for_backward_on_a_block_run_where_nothing_is_evaluated_again():
-    net = ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], execution="store")
+    net = ReversibleSequence(
+        [(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)], execution="store"
+    )
     net.blocks[0].register_full_backward_hook(lambda block, grads, _: (2 * grads[0], *grads[1:]))
     x, found = torch.randn(2, 4), []
     for run in (net, torch.compile(net, backend="eager")):

@@ -1,4 +1,6 @@
-"""Executions per step inside one graph: stored runs of steps between rebuilt ones, their gradients and their memory."""
+"""Executions per step inside one graph: stored runs of steps between rebuilt ones, their gradients
+and their memory.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from torch.func import functional_call, grad, vjp, vmap
 import cases
 import oracle
 import revnet
-from test_compile_traced import TOLERANCE, WIDTH, assert_as_stored, compiled_peak, pairs_of, pytestmark, tokens
+from test_compile_traced import (
+    TOLERANCE,
+    WIDTH,
+    assert_as_stored,
+    compiled_peak,
+    pairs_of,
+    pytestmark,
+    tokens,
+)
 
 __all__ = ["pytestmark"]
 
@@ -31,12 +41,20 @@ STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(37), id=
 
 
 def mixes(steps: int) -> st.SearchStrategy[list[str]]:
-    """Half of the steps stored, on average: an even choice among five would seldom give a run of stored ones."""
-    return st.lists(st.sampled_from(["store", "invert"]) | st.sampled_from(EXECUTIONS), min_size=steps, max_size=steps)
+    """Half of the steps stored, on average: an even choice among five would seldom give a run of
+    stored ones.
+    """
+    return st.lists(
+        st.sampled_from(["store", "invert"]) | st.sampled_from(EXECUTIONS),
+        min_size=steps,
+        max_size=steps,
+    )
 
 
 def shared() -> tuple[list[tuple[nn.Module, nn.Module]], dict[str, Any]]:
-    """Three blocks of two pairs of modules, so that every weight takes part in several steps, and routed keywords."""
+    """Three blocks of two pairs of modules, so that every weight takes part in several steps, and
+    routed keywords.
+    """
     (f, g), (h, _) = pairs_of(cases.Modulated)
     route = {
         "scale": ((True, False), (True, True), (False, True)),
@@ -55,30 +73,41 @@ def keywords() -> dict[str, Tensor]:
 @pytest.mark.parametrize("streams", STREAMS)
 @given(data=st.data())
 @settings(max_examples=3)
-def test_any_mix_in_one_graph_gives_the_gradients_of_the_stored_loop(streams: Any, data: st.DataObject) -> None:
+def test_any_mix_in_one_graph_gives_the_gradients_of_the_stored_loop(
+    streams: Any, data: st.DataObject
+) -> None:
     mix = data.draw(mixes(6))
     torch._dynamo.reset()
     pairs, route = shared()
-    stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route, streams=streams)
+    stored, net = (
+        oracle.stored_copy(pairs, route),
+        revnet.ReversibleSequence(pairs, route, streams=streams),
+    )
     net.execution = mix
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
     assert_as_stored(run, net, stored, tokens(), TOLERANCE[streams], **keywords())
     if streams == "float":
         return
     # Rounded to the same numbers, fixed streams give the same gradients whatever is rebuilt.
-    eager = revnet.ReversibleSequence(copy.deepcopy(pairs), route, streams=streams, execution="store")
+    eager = revnet.ReversibleSequence(
+        copy.deepcopy(pairs), route, streams=streams, execution="store"
+    )
     assert_as_stored(run, net, eager, tokens(), **keywords())
 
 
 @pytest.mark.parametrize("streams", STREAMS)
 @given(data=st.data())
 @settings(max_examples=8)
-def test_any_mix_under_transforms_gives_the_gradients_of_the_stored_loop(streams: Any, data: st.DataObject) -> None:
+def test_any_mix_under_transforms_gives_the_gradients_of_the_stored_loop(
+    streams: Any, data: st.DataObject
+) -> None:
     mix = data.draw(mixes(6))
     pairs, route = shared()
     stored = oracle.stored_copy(pairs, route)
     if streams != "float":
-        stored = revnet.ReversibleSequence(copy.deepcopy(pairs), route, streams=streams, execution="store")
+        stored = revnet.ReversibleSequence(
+            copy.deepcopy(pairs), route, streams=streams, execution="store"
+        )
     net = revnet.ReversibleSequence(pairs, route, streams=streams, execution=mix)
     x, given, pull = tokens().detach(), keywords(), torch.randn(2, 6, WIDTH, dtype=torch.float64)
     found = []
@@ -103,7 +132,11 @@ def test_any_mix_under_transforms_gives_the_gradients_of_the_stored_loop(streams
 
 
 def test_steps_that_are_stored_need_not_be_fit_for_a_replay() -> None:
-    blocks = [*pairs_of(cases.Mlp, 1), *pairs_of(cases.with_dropout(cases.Mlp), 1), *pairs_of(cases.Mlp, 1)]
+    blocks = [
+        *pairs_of(cases.Mlp, 1),
+        *pairs_of(cases.with_dropout(cases.Mlp), 1),
+        *pairs_of(cases.Mlp, 1),
+    ]
     net = revnet.ReversibleSequence(blocks, streams="float")
     x, found = tokens(), []
     for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
@@ -118,7 +151,10 @@ def test_steps_that_are_stored_need_not_be_fit_for_a_replay() -> None:
 def test_stored_steps_may_update_streams_by_any_rule(streams: Any) -> None:
     branches = [nn.Linear(WIDTH, WIDTH).double() for _ in range(6)]
     couplings = [revnet.Additive(), revnet.Momentum(0.9)] * 3
-    steps = [revnet.Step(f, i % 2, (i + 1) % 2, c) for i, (f, c) in enumerate(zip(branches, couplings, strict=True))]
+    steps = [
+        revnet.Step(f, i % 2, (i + 1) % 2, c)
+        for i, (f, c) in enumerate(zip(branches, couplings, strict=True))
+    ]
     net = revnet.Reversible(steps, streams=streams, execution="store")
     x, found = tokens(), []
     for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
@@ -158,7 +194,9 @@ class Large(nn.Module):
 def test_the_step_that_leaves_the_range_is_named(step: int, how: str) -> None:
     branches = [nn.Tanh() for _ in range(6)]
     branches[step] = Large()
-    net = revnet.ReversibleSequence(list(zip(branches[::2], branches[1::2], strict=True)), streams=revnet.Fixed(24))
+    net = revnet.ReversibleSequence(
+        list(zip(branches[::2], branches[1::2], strict=True)), streams=revnet.Fixed(24)
+    )
     net.execution = ["invert", "store", "store", "invert", "store", "invert"]
     x = torch.randn(3, WIDTH)
     if how == "compiled":
@@ -169,13 +207,17 @@ def test_the_step_that_leaves_the_range_is_named(step: int, how: str) -> None:
         net.check()
 
 
-def test_layer_dropout_keeps_the_executions_of_the_steps_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_dropout_keeps_the_executions_of_the_steps_that_are_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from revnet import _traced
 
     rebuilt: list[str] = []
     evaluation = _traced._Evaluation
     monkeypatch.setattr(
-        _traced, "_Evaluation", lambda part, *rest: (rebuilt.append(part.name), evaluation(part, *rest))[1]
+        _traced,
+        "_Evaluation",
+        lambda part, *rest: (rebuilt.append(part.name), evaluation(part, *rest))[1],
     )
     net = revnet.ReversibleSequence(pairs_of(cases.Mlp, 8), layer_dropout=0.5)
     net.execution = ["store", "invert"] * 8
@@ -210,8 +252,12 @@ def as_inductor_divides(graph: torch.fx.GraphModule, inputs: Any, **options: Any
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_rebuilt_sequence_keeps_its_streams_and_nothing_else(depth: int) -> None:
     """Not what its last step saves either: of many sequences in a row, each would keep that."""
-    net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(depth)], streams="float")
-    run = torch.compile(net, fullgraph=True, backend=partial(compile_fx, inner_compile=as_inductor_divides))
+    net = revnet.ReversibleSequence(
+        [(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(depth)], streams="float"
+    )
+    run = torch.compile(
+        net, fullgraph=True, backend=partial(compile_fx, inner_compile=as_inductor_divides)
+    )
     x = torch.randn(2, 64, WIDTH, requires_grad=True)
     run(x).sum().backward()
     net.zero_grad()
@@ -221,7 +267,9 @@ def test_a_rebuilt_sequence_keeps_its_streams_and_nothing_else(depth: int) -> No
 def test_equal_parts_of_a_network_share_what_is_compiled() -> None:
     pairs = pairs_of(cases.Mlp, 6)
     whole = revnet.ReversibleSequence(pairs, streams="float", execution="store")
-    parts = [revnet.ReversibleSequence(pairs[start : start + 2], streams="float") for start in (0, 2, 4)]
+    parts = [
+        revnet.ReversibleSequence(pairs[start : start + 2], streams="float") for start in (0, 2, 4)
+    ]
     graphs = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=graphs)
@@ -252,11 +300,15 @@ def products(streams: str, *execution: str) -> tuple[int, int]:
     found: list[int] = []
 
     def inner(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        found.append(sum(node.target in (torch.ops.aten.mm.default, ADDMM) for node in graph.graph.nodes))
+        found.append(
+            sum(node.target in (torch.ops.aten.mm.default, ADDMM) for node in graph.graph.nodes)
+        )
         return as_inductor_divides(graph, inputs)
 
     torch._dynamo.reset()
-    net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(3)], streams=streams)
+    net = revnet.ReversibleSequence(
+        [(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(3)], streams=streams
+    )
     net.execution = execution
     run = torch.compile(net, fullgraph=True, backend=partial(compile_fx, inner_compile=inner))
     run(torch.randn(2, 6, WIDTH, requires_grad=True)).sum().backward()
@@ -266,8 +318,12 @@ def products(streams: str, *execution: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("name", "streams"), list(zip(MIXES, ["float", "fixed"] * 2, strict=True)))
 def test_every_step_that_is_rebuilt_is_evaluated_once_more(name: str, streams: str) -> None:
-    """Also where inductor sees that a branch is given what it was given in forward, and would keep the result."""
-    (forward, backward), (all_forward, stored) = (products(streams, *mix) for mix in (MIXES[name], ["store"] * 6))
+    """Also where inductor sees that a branch is given what it was given in forward, and would keep
+    the result.
+    """
+    (forward, backward), (all_forward, stored) = (
+        products(streams, *mix) for mix in (MIXES[name], ["store"] * 6)
+    )
     # What would only undo the first step of a run is not evaluated.
     runs = [list(run) for kept, run in itertools.groupby(MIXES[name], "store".__eq__) if not kept]
     assert backward - stored == sum(2 * len(run) - 1 for run in runs)

@@ -1,4 +1,6 @@
-"""torch.compile: of branches inside the engine, around a sequence, and of a sequence in one graph."""
+"""torch.compile: of branches inside the engine, around a sequence, and of a sequence in one
+graph.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,12 @@ import oracle
 import revnet
 
 pytestmark = [
-    # torch's own, from tracing any Function and any tensor with a history, and from inductor's imports.
+    # torch's own, from tracing any Function and any tensor with a history, and from inductor's
+    # imports.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
     # Advice of inductor for more speed on a GPU.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
@@ -56,7 +61,9 @@ class Backend:
         return make_boxed_func(graph)
 
 
-def pairs_of(branch: Callable[[int], nn.Module], depth: int = 2) -> list[tuple[nn.Module, nn.Module]]:
+def pairs_of(
+    branch: Callable[[int], nn.Module], depth: int = 2
+) -> list[tuple[nn.Module, nn.Module]]:
     return [(branch(WIDTH).double(), branch(WIDTH).double()) for _ in range(depth)]
 
 
@@ -75,7 +82,10 @@ def assert_as_stored(
     torch.manual_seed(0)
     out = run(x, **given)
     oracle.weighted(out).backward()
-    found = {"x": x.grad, **{name: value.grad for name, value in given.items() if isinstance(value, Tensor)}}
+    found = {
+        "x": x.grad,
+        **{name: value.grad for name, value in given.items() if isinstance(value, Tensor)},
+    }
     found |= {name: parameter.grad for name, parameter in net.named_parameters()}
     oracle.assert_near(out, expected.output, "output", tolerance)
     for name, gradient in expected.gradients.items():
@@ -119,7 +129,10 @@ TRACEABLE = {
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("branches", TRACEABLE)
 def test_one_graph_gives_the_gradients_of_the_stored_loop(branches: str, streams: Any) -> None:
-    pairs, backend = [(f(WIDTH).double(), g(WIDTH).double()) for f, g in TRACEABLE[branches]], Backend()
+    pairs, backend = (
+        [(f(WIDTH).double(), g(WIDTH).double()) for f, g in TRACEABLE[branches]],
+        Backend(),
+    )
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs, streams=streams)
     run = torch.compile(net, fullgraph=True, backend=backend)
     assert_as_stored(run, net, stored, tokens(), TOLERANCE[streams])
@@ -156,8 +169,12 @@ def test_rebuilt_streams_have_the_strides_of_forward_and_not_of_the_gradient(str
 
 
 @pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("execution", [["invert", "invert", "store", "store"], ["store", "invert", "store", "invert"]])
-def test_runs_in_which_nothing_takes_a_gradient_are_compiled(execution: list[str], streams: Any) -> None:
+@pytest.mark.parametrize(
+    "execution", [["invert", "invert", "store", "store"], ["store", "invert", "store", "invert"]]
+)
+def test_runs_in_which_nothing_takes_a_gradient_are_compiled(
+    execution: list[str], streams: Any
+) -> None:
     pairs = pairs_of(cases.Mlp)
     for branch in (*pairs[0], pairs[1][0]):
         branch.requires_grad_(False)
@@ -196,7 +213,10 @@ def test_one_graph_routes_keyword_tensors_and_shares_modules(streams: Any) -> No
         {"scale": ((True, False), (True, True)), "shift": ((True, True),) * 2},
     )
     pairs = [(f, g), (g, f)]
-    stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route, streams=streams)
+    stored, net = (
+        oracle.stored_copy(pairs, route),
+        revnet.ReversibleSequence(pairs, route, streams=streams),
+    )
     scale = torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)
     shift = torch.randn(6, WIDTH, dtype=torch.float64)
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -223,12 +243,17 @@ def test_numbers_among_the_keywords_may_change_between_calls(dropout: int) -> No
 
 
 def test_one_graph_through_attention_with_a_mask() -> None:
-    pairs, route = pairs_of(cases.Attention), {"mask": ((True, True),) * 2, "rotary": ((True, False),) * 2}
+    pairs, route = (
+        pairs_of(cases.Attention),
+        {"mask": ((True, True),) * 2, "rotary": ((True, False),) * 2},
+    )
     stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route)
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[:, 4:] = False
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
-    assert_as_stored(run, net, stored, tokens(), mask=mask, rotary=torch.randn(6, 8, dtype=torch.float64))
+    assert_as_stored(
+        run, net, stored, tokens(), mask=mask, rotary=torch.randn(6, 8, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("split", ["copy", "chunk"])
@@ -256,7 +281,9 @@ def test_one_graph_for_everything_that_runs_steps(kind: str) -> None:
     if kind == "block":
         net: nn.Module = revnet.ReversibleBlock(f, g)
     elif kind == "steps":
-        net = revnet.Reversible([revnet.Step(f, 0, 1), revnet.Step(g, 2, (0,)), revnet.Step(f, 1, 2)])
+        net = revnet.Reversible(
+            [revnet.Step(f, 0, 1), revnet.Step(g, 2, (0,)), revnet.Step(f, 1, 2)]
+        )
     elif kind == "sequential":
         net = revnet.SequentialSequence([(f, g)])
     else:
@@ -269,7 +296,9 @@ def test_one_graph_for_everything_that_runs_steps(kind: str) -> None:
 
     x, parameters = tokens(), list(net.parameters())
     expected = torch.autograd.grad(loss(net, x), [x, *parameters])
-    found = torch.autograd.grad(loss(torch.compile(net, fullgraph=True, backend="aot_eager"), x), [x, *parameters])
+    found = torch.autograd.grad(
+        loss(torch.compile(net, fullgraph=True, backend="aot_eager"), x), [x, *parameters]
+    )
     for actual, wanted in zip(found, expected, strict=True):
         oracle.assert_near(actual, wanted)
 
@@ -300,11 +329,19 @@ def test_backward_replays_in_the_autocast_of_the_forward(streams: str, inside: b
     plain = copy.deepcopy(net)
     plain.zero_grad()
     plain(x).square().sum().backward()
-    assert max(oracle.relative_error(p.grad, gradients[0][name]) for name, p in plain.named_parameters()) > 1e-4
+    assert (
+        max(
+            oracle.relative_error(p.grad, gradients[0][name])
+            for name, p in plain.named_parameters()
+        )
+        > 1e-4
+    )
 
 
 class Marked(nn.Module):
-    """A branch whose mark's gradient is the stream that its replay read, in every bit, if ones come from above."""
+    """A branch whose mark's gradient is the stream that its replay read, in every bit, if ones come
+    from above.
+    """
 
     def __init__(self, shape: tuple[int, ...], gain: float = 2.0) -> None:
         super().__init__()
@@ -319,9 +356,15 @@ class Marked(nn.Module):
 
 @pytest.mark.parametrize(
     ("backend", "autocast"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", True, marks=pytest.mark.slow)],
+    [
+        ("aot_eager", False),
+        ("aot_eager", True),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
 )
-def test_fixed_streams_are_rebuilt_in_every_bit_inside_the_graph(backend: str, autocast: bool) -> None:
+def test_fixed_streams_are_rebuilt_in_every_bit_inside_the_graph(
+    backend: str, autocast: bool
+) -> None:
     fixed, shape = revnet.Fixed(24), (2, 6, WIDTH)
     pairs = [(Marked(shape), Marked(shape)) for _ in range(2)]
     net = revnet.ReversibleSequence(pairs, streams=fixed, merge="sum")
@@ -343,18 +386,26 @@ def test_float_streams_are_not_rebuilt_in_every_bit() -> None:
 
 
 def compiled_peak(
-    depth: int, backend: str, branch: Callable[[int], nn.Module], device: str = "cpu", **options: Any
+    depth: int,
+    backend: str,
+    branch: Callable[[int], nn.Module],
+    device: str = "cpu",
+    **options: Any,
 ) -> float:
     """The peak of a compiled step, in streams, above weights and gradients."""
     torch._dynamo.reset()
     options.setdefault("streams", "float")
-    net = revnet.ReversibleSequence([(branch(WIDTH), branch(WIDTH)) for _ in range(depth)], **options).to(device)
+    net = revnet.ReversibleSequence(
+        [(branch(WIDTH), branch(WIDTH)) for _ in range(depth)], **options
+    ).to(device)
     x = torch.randn(32, 64, WIDTH, device=device, requires_grad=True)
     run = torch.compile(net, fullgraph=True, backend=backend)
     run(x).sum().backward()
     net.zero_grad()
     gradients = sum(p.numel() * p.element_size() for p in net.parameters())
-    return (revnet.measure_memory(lambda: run(x)).peak_bytes - gradients) / (x.numel() * x.element_size())
+    return (revnet.measure_memory(lambda: run(x)).peak_bytes - gradients) / (
+        x.numel() * x.element_size()
+    )
 
 
 @pytest.mark.slow
@@ -366,7 +417,8 @@ def test_the_peak_of_one_graph_does_not_grow_with_depth() -> None:
 
 @pytest.mark.slow
 def test_the_peak_of_inductor_does_not_grow_with_depth() -> None:
-    # Inductor reorders: of larger branches its peak reaches its constant only at eight blocks, which take minutes.
+    # Inductor reorders: of larger branches its peak reaches its constant only at eight blocks,
+    # which take minutes.
     peaks = [compiled_peak(depth, "inductor", Tied) for depth in (3, 6)]
     assert max(peaks) < 1.02 * min(peaks)
     assert max(peaks) < 0.5 * compiled_peak(6, "inductor", Tied, execution="store")
@@ -436,7 +488,9 @@ def test_what_cannot_be_replayed_in_a_graph_runs_outside_it(what: str) -> None:
 def test_what_cannot_be_replayed_raises_under_fullgraph_and_names_the_branch(what: str) -> None:
     branch, message = UNTRACEABLE[what]
     net = revnet.ReversibleSequence([(cases.Mlp(WIDTH).double(), branch(WIDTH).double())])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="block 0, branch g .*" + message) as raised:
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="block 0, branch g .*" + message
+    ) as raised:
         torch.compile(net, fullgraph=True, backend="aot_eager")(tokens())
     assert "execution = 'store'" in str(raised.value)
 
@@ -471,7 +525,9 @@ def test_extra_outputs_run_outside_the_graph() -> None:
         return y.sum() + sum(aux.values())
 
     expected = torch.autograd.grad(loss(net), [x, *net.parameters()])
-    found = torch.autograd.grad(loss(torch.compile(net, backend="aot_eager")), [x, *net.parameters()])
+    found = torch.autograd.grad(
+        loss(torch.compile(net, backend="aot_eager")), [x, *net.parameters()]
+    )
     for actual, wanted in zip(found, expected, strict=True):
         oracle.assert_near(actual, wanted)
 
@@ -536,7 +592,9 @@ def test_another_batch_size_and_mode_are_right_too() -> None:
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs)
     run = torch.compile(net, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):
-        assert_as_stored(run, net, stored, torch.randn(batch, 6, WIDTH, dtype=torch.float64, requires_grad=True))
+        assert_as_stored(
+            run, net, stored, torch.randn(batch, 6, WIDTH, dtype=torch.float64, requires_grad=True)
+        )
     with torch.no_grad():
         x = tokens()
         oracle.assert_near(run(x), stored(x))
@@ -544,7 +602,9 @@ def test_another_batch_size_and_mode_are_right_too() -> None:
 
 @pytest.mark.parametrize("streams", STREAMS)
 def test_transforms_inside_a_graph(streams: Any) -> None:
-    net = revnet.ReversibleSequence([(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)], streams=streams).double()
+    net = revnet.ReversibleSequence(
+        [(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)], streams=streams
+    ).double()
     gradient = torch.func.grad(lambda x: net(x).square().sum())
     x = torch.randn(3, WIDTH, dtype=torch.float64)
     expected = gradient(x)
@@ -556,11 +616,17 @@ def test_transforms_inside_a_graph(streams: Any) -> None:
 @pytest.mark.parametrize("execution", ["invert", ["invert", "store", "invert", "store"]])
 def test_distributed_tensors_inside_a_graph(execution: Any, streams: Any) -> None:
     if cases.OLD_TORCH and streams != "float" and execution != "invert":
-        pytest.skip("torch 2.11 gives a stored step of fixed streams a gradient that is not distributed")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        pytest.skip(
+            "torch 2.11 gives a stored step of fixed streams a gradient that is not distributed"
+        )
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         mesh = init_device_mesh("cpu", (1,))
-        net = revnet.ReversibleSequence([(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)], streams=streams)
+        net = revnet.ReversibleSequence(
+            [(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)], streams=streams
+        )
         net.execution = execution
         distribute_module(net.double(), mesh)
         x = distribute_tensor(torch.randn(4, WIDTH, dtype=torch.float64), mesh, [Shard(0)])
@@ -610,7 +676,10 @@ def test_hooks_on_saved_tensors_around_a_compiled_sequence(how: str) -> None:
 
     assert_as_stored(run, net, stored, tokens())
     torch._dynamo.reset()
-    with torch.autograd.graph.save_on_cpu(), pytest.raises(torch._dynamo.exc.Unsupported, match="hooks on saved"):
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        pytest.raises(torch._dynamo.exc.Unsupported, match="hooks on saved"),
+    ):
         torch.compile(net, fullgraph=True, backend="aot_eager")(tokens())
 
 
@@ -628,7 +697,9 @@ def test_a_graph_that_switches_to_training_repeats_the_masks() -> None:
     assert_as_stored(torch.compile(run, backend="aot_eager"), net.eval(), stored, tokens())
     torch._dynamo.reset()
     net.eval()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="the graph changes its attribute 'training'"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="the graph changes its attribute 'training'"
+    ):
         torch.compile(run, fullgraph=True, backend="aot_eager")(tokens())
 
 
@@ -668,7 +739,10 @@ def test_keywords_that_the_graph_makes_leave_it() -> None:
         tensor: Tensor
 
     pairs, route = pairs_of(Conditioned), {"given": ((True, True),) * 2}
-    stored, net = oracle.stored_copy(pairs, route), revnet.ReversibleSequence(pairs, route, streams="float")
+    stored, net = (
+        oracle.stored_copy(pairs, route),
+        revnet.ReversibleSequence(pairs, route, streams="float"),
+    )
     x, condition = tokens(), torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(lambda x, c: net(x, given=Given(c)), backend="aot_eager")
     outputs = [compiled(x, condition), stored(x, given=Given(condition))]
@@ -702,7 +776,9 @@ def test_importing_the_library_does_not_import_the_compiler() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 def test_one_graph_on_a_gpu_under_autocast(streams: str) -> None:
-    net = revnet.ReversibleSequence([(cases.Mlp(64), cases.Mlp(64)) for _ in range(4)], streams=streams).cuda()
+    net = revnet.ReversibleSequence(
+        [(cases.Mlp(64), cases.Mlp(64)) for _ in range(4)], streams=streams
+    ).cuda()
     x = torch.randn(8, 64, 64, device="cuda")
     gradients = []
     for run in (net, torch.compile(net, fullgraph=True)):
@@ -731,8 +807,9 @@ def test_fixed_streams_are_rebuilt_by_inductor_on_a_gpu(precision: str) -> None:
     if precision == "bf16":
         assert torch.equal(found, expected)
     else:
-        # Nothing binds inductor to round a branch in backward as in forward. What it rounds otherwise are last places
-        # of float32, which under autocast may flip the rounding of a branch's output to bfloat16, once per step.
+        # Nothing binds inductor to round a branch in backward as in forward. What it rounds
+        # otherwise are last places of float32, which under autocast may flip the rounding of a
+        # branch's output to bfloat16, once per step.
         last = 1e-4 if precision == "fp32" else 2**-8 * len(pairs)
         torch.testing.assert_close(found, expected, atol=last, rtol=last)
 

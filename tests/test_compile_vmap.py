@@ -15,7 +15,9 @@ import revnet
 pytestmark = [
     # torch's own, from tracing any Function and any tensor with a history.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
 ]
 
 
@@ -30,7 +32,9 @@ def transformed(net: revnet.ReversibleSequence, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["vmap", "gradients per sample"])
-def test_a_compiled_vmap_gives_what_an_eager_one_gives(net: revnet.ReversibleSequence, kind: str) -> None:
+def test_a_compiled_vmap_gives_what_an_eager_one_gives(
+    net: revnet.ReversibleSequence, kind: str
+) -> None:
     fn, x = transformed(net, kind), torch.randn(3, 2, 8, dtype=torch.float64)
     found, expected = torch.compile(fn, backend="aot_eager")(x), fn(x)
     oracle.assert_near(found, expected)
@@ -47,4 +51,6 @@ def test_a_compiled_vmap_gives_what_an_eager_one_gives(net: revnet.ReversibleSeq
 def test_one_graph_of_a_vmap_is_refused_with_its_reason(net: revnet.ReversibleSequence) -> None:
     fn = transformed(net, "gradients per sample")
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"runs under torch\.func\.vmap"):
-        torch.compile(fn, backend="aot_eager", fullgraph=True)(torch.randn(3, 2, 8, dtype=torch.float64))
+        torch.compile(fn, backend="aot_eager", fullgraph=True)(
+            torch.randn(3, 2, 8, dtype=torch.float64)
+        )

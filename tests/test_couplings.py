@@ -1,4 +1,6 @@
-"""Every coupling × stream kind × execution × dropout gives the gradients of the plain stored loop."""
+"""Every coupling × stream kind × execution × dropout gives the gradients of the plain stored
+loop.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,18 @@ from torch import Tensor, nn
 
 import revnet
 from oracle import assert_near, weighted
-from revnet import Additive, Affine, Bijection, Coupling, Fixed, Leapfrog, Midpoint, Momentum, Reversible, Step
+from revnet import (
+    Additive,
+    Affine,
+    Bijection,
+    Coupling,
+    Fixed,
+    Leapfrog,
+    Midpoint,
+    Momentum,
+    Reversible,
+    Step,
+)
 from revnet.testing import check_gradients
 
 WIDTH = 6
@@ -46,7 +59,9 @@ class Rotation(nn.Module):
 
     def _turn(self, x: Tensor, angles: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
-        return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), -1)
+        return torch.cat(
+            (a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), -1
+        )
 
 
 class Damped(Coupling):
@@ -76,12 +91,16 @@ def branch(out: int = WIDTH, dropout: float = 0.0) -> nn.Module:
 
 
 def alternate(coupling: Coupling, out: int = WIDTH) -> Callable[[int, float], list[Step]]:
-    return lambda depth, p: [Step(branch(out, p), i % 2, (i + 1) % 2, coupling) for i in range(depth)]
+    return lambda depth, p: [
+        Step(branch(out, p), i % 2, (i + 1) % 2, coupling) for i in range(depth)
+    ]
 
 
 def drifting(kick: Coupling, drift: Coupling) -> Callable[[int, float], list[Step]]:
     return lambda depth, p: [
-        step for _ in range(depth // 2) for step in (Step(branch(dropout=p), 1, 0, kick), Step(None, 0, 1, drift))
+        step
+        for _ in range(depth // 2)
+        for step in (Step(branch(dropout=p), 1, 0, kick), Step(None, 0, 1, drift))
     ]
 
 
@@ -89,7 +108,10 @@ def with_bijection(bijection: Callable[[], Coupling]) -> Callable[[int, float], 
     return lambda depth, p: [
         step
         for i in range(depth // 2)
-        for step in (Step(branch(dropout=p), i % 2, (i + 1) % 2), Step(None, i % 2, coupling=bijection()))
+        for step in (
+            Step(branch(dropout=p), i % 2, (i + 1) % 2),
+            Step(None, i % 2, coupling=bijection()),
+        )
     ]
 
 
@@ -99,7 +121,9 @@ def _affine(x: Tensor, out: Tensor) -> Tensor:
 
 
 # The program, and the same rules written out.
-RULES: dict[str, tuple[Callable[[int, float], list[Step]], Callable[[Step, Tensor, Any], Tensor]]] = {
+RULES: dict[
+    str, tuple[Callable[[int, float], list[Step]], Callable[[Step, Tensor, Any], Tensor]]
+] = {
     "additive": (alternate(Additive()), lambda step, x, out: x + out),
     "affine": (alternate(Affine(limit=0.7), 2 * WIDTH), lambda step, x, out: _affine(x, out)),
     "momentum": (
@@ -136,7 +160,10 @@ def program(
 def streams_of(dtype: torch.dtype = torch.float64, batch: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     return [
-        torch.randn(batch, WIDTH, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for _ in "ab"
+        torch.randn(batch, WIDTH, dtype=torch.float64, generator=generator)
+        .to(dtype)
+        .requires_grad_()
+        for _ in "ab"
     ]
 
 
@@ -156,7 +183,9 @@ def loop(net: Reversible, name: str) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-def trained(run: Callable[..., Any], net: nn.Module, streams: list[Tensor], seed: int = 0) -> dict[str, Tensor]:
+def trained(
+    run: Callable[..., Any], net: nn.Module, streams: list[Tensor], seed: int = 0
+) -> dict[str, Tensor]:
     """Outputs and gradients of one pass."""
     streams = [stream.detach().clone().requires_grad_() for stream in streams]
     torch.manual_seed(seed)
@@ -178,10 +207,14 @@ EXECUTIONS = ["store", "select", "checkpoint", "offload", "invert"]
 @given(
     name=st.sampled_from(sorted(RULES)),
     kind=st.sampled_from(["auto", "float", "fixed", Fixed(30)]),
-    execution=st.one_of(st.sampled_from(EXECUTIONS), st.lists(st.sampled_from(EXECUTIONS), min_size=8, max_size=8)),
+    execution=st.one_of(
+        st.sampled_from(EXECUTIONS), st.lists(st.sampled_from(EXECUTIONS), min_size=8, max_size=8)
+    ),
     dropout=st.sampled_from([0.0, 0.4]),
 )
-def test_gradients_are_those_of_the_stored_loop(name: str, kind: Any, execution: Any, dropout: float):
+def test_gradients_are_those_of_the_stored_loop(
+    name: str, kind: Any, execution: Any, dropout: float
+):
     net = program(name, 8, dropout, streams=kind, execution=execution)
     actual = trained(net, net, streams_of())
     expected = trained(loop(net, name), net, streams_of())
@@ -194,7 +227,9 @@ def test_gradients_are_those_of_the_stored_loop(name: str, kind: Any, execution:
 
 
 def deep(name: str, dtype: torch.dtype, **options: Any) -> Reversible:
-    """Return 256 steps whose streams stay in the range of fixed ones: less of the rules that multiply."""
+    """Return 256 steps whose streams stay in the range of fixed ones: less of the rules that
+    multiply.
+    """
     net = program(name, 40 if name == "user-scale" else 256, dtype=dtype, **options)
     if name == "affine":
         with torch.no_grad():
@@ -210,7 +245,9 @@ def test_by_default_gradients_are_right_at_depth_256(name: str, dtype: torch.dty
     actual = trained(net, net, streams_of(dtype))
     net.execution = "store"
     expected = trained(net, net, streams_of(dtype))
-    exact = not isinstance(net._arithmetic(streams_of(dtype)[0]), type(net._arithmetic(streams_of()[0])))
+    exact = not isinstance(
+        net._arithmetic(streams_of(dtype)[0]), type(net._arithmetic(streams_of()[0]))
+    )
     for key in expected:
         tolerance = 0.0 if exact else {torch.float64: 1e-11, torch.float32: 2e-3}[dtype]
         assert_near(actual[key], expected[key], key, tolerance)
@@ -233,7 +270,10 @@ def test_one_stream_in_low_precision_makes_all_fixed(low: int):
     torch.manual_seed(0)
     dtypes = [torch.bfloat16 if i == low else torch.float32 for i in range(2)]
     steps = [Step(Narrow(dtypes[i % 2]), i % 2, (i + 1) % 2) for i in range(32)]
-    assert check_gradients(Reversible(steps), *(torch.randn(4, 8).to(dtype) for dtype in dtypes)) == 0.0
+    assert (
+        check_gradients(Reversible(steps), *(torch.randn(4, 8).to(dtype) for dtype in dtypes))
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -264,13 +304,17 @@ def test_anchors_keep_the_error_of_an_approximate_inverse_small():
     errors = {}
     for every in (4, 256):
         torch.manual_seed(1)
-        net = Reversible(drifting(Momentum(0.5, approximate=True), Additive())(256, 0.0), streams="float").double()
+        net = Reversible(
+            drifting(Momentum(0.5, approximate=True), Additive())(256, 0.0), streams="float"
+        ).double()
         # One step of each stream keeps its target.
         net.execution = ["checkpoint" if i % (2 * every) < 2 else "invert" for i in range(256)]
         actual = trained(net, net, streams_of())
         net.execution = "store"
         expected = trained(net, net, streams_of())
-        errors[every] = max(((actual[key] - expected[key]).norm() / expected[key].norm()).item() for key in expected)
+        errors[every] = max(
+            ((actual[key] - expected[key]).norm() / expected[key].norm()).item() for key in expected
+        )
     assert errors[4] < 1e-11
     assert not errors[256] < 0.1
 
@@ -296,12 +340,14 @@ def saved(steps: list[Step], kind: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "fixed") for name in EXACT), *((name, "float") for name in INVERTIBLE)]
+    ("name", "kind"),
+    [*((name, "fixed") for name in EXACT), *((name, "float") for name in INVERTIBLE)],
 )
 def test_memory_is_flat_in_depth(name: str, kind: str):
     few, many = (saved(RULES[name][0](depth, 0.0), kind) for depth in (4, 40))
     if name == "affine":
-        # A step takes up to 0.7 / ln 2 bits of a buffer's 63 - 24: within 40 steps each stream begins at most a second.
+        # A step takes up to 0.7 / ln 2 bits of a buffer's 63 - 24: within 40 steps each stream
+        # begins at most a second.
         assert few <= many <= few + 2 * 512 * WIDTH * 8
     else:
         assert many == few
@@ -311,7 +357,10 @@ def test_momentum_takes_its_bits_per_step_and_no_more():
     assert Momentum(0.9).bits_per_step == pytest.approx(math.log2(10 / 9))
     assert Momentum(0.5).bits_per_step == 1
     # One bit per step: a buffer of 63 bits lasts for 63 steps.
-    sizes = [saved(drifting(Momentum(0.5), Additive())(2 * steps, 0.0), "fixed") for steps in (1, 63, 64, 126, 127)]
+    sizes = [
+        saved(drifting(Momentum(0.5), Additive())(2 * steps, 0.0), "fixed")
+        for steps in (1, 63, 64, 126, 127)
+    ]
     buffer = 512 * WIDTH * 8
     assert [size - sizes[0] for size in sizes] == [0, 0, buffer, buffer, 2 * buffer]
 
@@ -319,7 +368,10 @@ def test_momentum_takes_its_bits_per_step_and_no_more():
 def test_the_log_determinant_is_that_of_the_jacobian():
     torch.manual_seed(0)
     net = Reversible(
-        [Step(branch(2 * WIDTH), i % 2, (i + 1) % 2, Affine(limit=1.5, log_det=True)) for i in range(4)],
+        [
+            Step(branch(2 * WIDTH), i % 2, (i + 1) % 2, Affine(limit=1.5, log_det=True))
+            for i in range(4)
+        ],
         streams="float",
     ).double()
     x = torch.randn(5, 2 * WIDTH, dtype=torch.float64)
@@ -330,14 +382,18 @@ def test_the_log_determinant_is_that_of_the_jacobian():
     *_, aux = net(*x.chunk(2, -1))
     found = sum(extra["log_det"] for extra in aux.values())
     net.execution = "store"
-    expected = torch.stack([torch.autograd.functional.jacobian(flat, row).slogdet().logabsdet for row in x])
+    expected = torch.stack(
+        [torch.autograd.functional.jacobian(flat, row).slogdet().logabsdet for row in x]
+    )
     assert_near(found, expected, "log_det", 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["float", "fixed"])
 def test_gradients_flow_through_the_log_determinant(kind: str):
     torch.manual_seed(0)
-    steps = [Step(branch(2 * WIDTH, 0.3), i % 2, (i + 1) % 2, Affine(log_det=True)) for i in range(6)]
+    steps = [
+        Step(branch(2 * WIDTH, 0.3), i % 2, (i + 1) % 2, Affine(log_det=True)) for i in range(6)
+    ]
     net = Reversible(steps, streams=kind).double()
     found = []
     for net.execution in ("store", "invert"):
@@ -345,7 +401,9 @@ def test_gradients_flow_through_the_log_determinant(kind: str):
         torch.manual_seed(3)
         y1, y2, aux = net(*streams_of())
         assert list(aux) == [f"step {i}" for i in range(6)]
-        (weighted(y1, y2) + sum(extra["log_det"].square().sum() for extra in aux.values())).backward()
+        (
+            weighted(y1, y2) + sum(extra["log_det"].square().sum() for extra in aux.values())
+        ).backward()
         found.append({name: parameter.grad for name, parameter in net.named_parameters()})
     assert_bits(*found)
 

@@ -1,4 +1,6 @@
-"""Couplings in what surrounds them: autocast, nested checkpoints, functional_call, double backward, a GPU."""
+"""Couplings in what surrounds them: autocast, nested checkpoints, functional_call, double backward,
+a GPU.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_double_backward(name: str):
     for run in (net, loop(net, name)):
         streams = streams_of()
         grads = torch.autograd.grad(weighted(*run(*streams)), streams, create_graph=True)
-        again = torch.autograd.grad(weighted(*grads), [*streams, *net.parameters()], allow_unused=True)
+        again = torch.autograd.grad(
+            weighted(*grads), [*streams, *net.parameters()], allow_unused=True
+        )
         found.append([*grads, *again])
     for a, b in zip(*found, strict=True):
         assert_near(a, b, tolerance=1e-11)
@@ -47,7 +51,10 @@ def test_double_backward(name: str):
 @pytest.mark.parametrize("name", RULES)
 def test_backward_twice_and_out_of_order(name: str, kind: str):
     net = program(name, 6, 0.2, streams=kind)
-    first, second = streams_of(), [stream.detach().mul(0.5).requires_grad_() for stream in streams_of()]
+    first, second = (
+        streams_of(),
+        [stream.detach().mul(0.5).requires_grad_() for stream in streams_of()],
+    )
     expected = [trained(net, net, streams) for streams in (first, second)]
     totals = []
     for streams in (first, second):
@@ -64,7 +71,9 @@ def test_backward_twice_and_out_of_order(name: str, kind: str):
 def test_inside_a_checkpoint(name: str):
     net = program(name, 8, 0.2, streams="fixed")
     expected = trained(net, net, streams_of())
-    actual = trained(lambda *streams: checkpoint(net, *streams, use_reentrant=False), net, streams_of())
+    actual = trained(
+        lambda *streams: checkpoint(net, *streams, use_reentrant=False), net, streams_of()
+    )
     for key, right in expected.items():
         assert torch.equal(actual[key], right), key
 
@@ -77,7 +86,10 @@ def test_parameters_of_a_coupling_under_functional_call(approximate: bool):
         steps.append(Step(branch(), i % 2, (i + 1) % 2))
         steps.append(Step(None, i % 2, coupling=Bijection(Rotation(), approximate=approximate)))
     net = Reversible(steps).double()
-    other = {name: (parameter.detach() * 1.5 + 0.1).requires_grad_() for name, parameter in net.named_parameters()}
+    other = {
+        name: (parameter.detach() * 1.5 + 0.1).requires_grad_()
+        for name, parameter in net.named_parameters()
+    }
     found = []
     for net.execution in ("store", "invert"):
         streams = streams_of()
@@ -105,7 +117,10 @@ def test_a_gpu_undoes_in_every_bit(name: str):
     net = program(name, 32, 0.1, dtype=torch.float32).cuda()
     found: list[Any] = []
     for net.execution in ("store", "invert"):
-        streams = [stream.detach().cuda().requires_grad_() for stream in streams_of(torch.float32, batch=512)]
+        streams = [
+            stream.detach().cuda().requires_grad_()
+            for stream in streams_of(torch.float32, batch=512)
+        ]
         torch.manual_seed(0)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             outputs = net(*streams)
@@ -119,7 +134,10 @@ def test_a_gpu_undoes_in_every_bit(name: str):
 def test_memory_on_a_gpu_is_flat_in_depth(name: str):
     def kept(depth: int) -> int:
         net = program(name, depth, dtype=torch.float32, streams="fixed").cuda()
-        streams = [stream.detach().cuda().requires_grad_() for stream in streams_of(torch.float32, batch=512)]
+        streams = [
+            stream.detach().cuda().requires_grad_()
+            for stream in streams_of(torch.float32, batch=512)
+        ]
         net(*streams)
         return measure_memory(net, *streams).saved_bytes
 
@@ -137,7 +155,9 @@ def test_a_stream_that_no_loss_reads():
     x = [*streams_of(), streams_of()[0].detach().clone().requires_grad_()]
     found = []
     for net.execution in ("store", "invert"):
-        found.append(torch.autograd.grad(weighted(net(*x)[2]), [*x, *net.parameters()], allow_unused=True))
+        found.append(
+            torch.autograd.grad(weighted(net(*x)[2]), [*x, *net.parameters()], allow_unused=True)
+        )
     for a, b in zip(*found, strict=True):
         assert_near(a, b)
 
@@ -162,7 +182,8 @@ def test_transforms_of_torch_func(name: str, kind: str):
         assert_near(grad, expected[str(i)])
 
 
-# torch.compile itself reads the .grad of whatever crosses a graph break, and makes Function objects, in any model.
+# torch.compile itself reads the .grad of whatever crosses a graph break, and makes Function
+# objects, in any model.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["additive", "momentum", "affine", "permutation"])

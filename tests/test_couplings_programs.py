@@ -1,4 +1,6 @@
-"""Programs of steps: many streams, trees, extra outputs, routing, bijections, weights used many times."""
+"""Programs of steps: many streams, trees, extra outputs, routing, bijections, weights used many
+times.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from torch.utils import _pytree as pytree
 
 import revnet
 from oracle import assert_near, weighted
-from revnet import Affine, Bijection, Coupling, Fixed, Momentum, Reversible, ReversibleSequence, Step
+from revnet import (
+    Affine,
+    Bijection,
+    Coupling,
+    Fixed,
+    Momentum,
+    Reversible,
+    ReversibleSequence,
+    Step,
+)
 from revnet._buffer import Remembering, divide, multiply
 from revnet._monitor import RangeMonitor
 
@@ -38,7 +49,10 @@ class Mix(nn.Module):
 
 def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def gradients(net: nn.Module, run: Any, *streams: Any) -> list[Tensor]:
@@ -97,7 +111,10 @@ class Vectors(nn.Module):
     def forward(self, x: dict[str, Any]) -> dict[str, Any]:
         norm = x["vectors"][0].square().sum(-1)
         gate = self.vector(x["scalar"] + norm).sigmoid()
-        return {"scalar": self.scalar(norm).tanh(), "vectors": [gate[..., None] * self._wide(x["vectors"][0], gate)]}
+        return {
+            "scalar": self.scalar(norm).tanh(),
+            "vectors": [gate[..., None] * self._wide(x["vectors"][0], gate)],
+        }
 
     def _wide(self, vectors: Tensor, gate: Tensor) -> Tensor:
         return torch.cat([vectors] * (gate.shape[-1] // vectors.shape[-2]), -2)
@@ -119,14 +136,18 @@ class Sized(Coupling):
 @pytest.mark.parametrize("coupling", [revnet.Additive, Momentum, Sized])
 def test_streams_may_be_trees(kind: str, coupling: type[Coupling]):
     torch.manual_seed(0)
-    net = Reversible([Step(Vectors(), i % 2, (i + 1) % 2, coupling()) for i in range(6)], streams=kind).double()
+    net = Reversible(
+        [Step(Vectors(), i % 2, (i + 1) % 2, coupling()) for i in range(6)], streams=kind
+    ).double()
     a, b, c, d = leaves((3, 4), (3, 4, 3), (3, 4), (3, 4, 3))
     assert_as_stored(net, {"scalar": a, "vectors": [b]}, {"scalar": c, "vectors": [d]})
 
 
 def test_an_affine_coupling_takes_trees_and_other_dimensions():
     torch.manual_seed(0)
-    net = Reversible([Step(Vectors(8), i % 2, (i + 1) % 2, Affine(dim=1)) for i in range(4)], streams="fixed").double()
+    net = Reversible(
+        [Step(Vectors(8), i % 2, (i + 1) % 2, Affine(dim=1)) for i in range(4)], streams="fixed"
+    ).double()
     a, b, c, d = leaves((3, 4), (3, 4, 3), (3, 4), (3, 4, 3))
     assert_as_stored(net, {"scalar": a, "vectors": [b]}, {"scalar": c, "vectors": [d]})
 
@@ -184,13 +205,17 @@ def test_no_activation_is_kept_around_a_bijection():
                 Step(None, i % 2, coupling=Bijection(Reverse(), rearranges=True)),
             )
         ]
-        return revnet.measure_memory(Reversible(steps).double(), *leaves((64, 8), (64, 8))).saved_bytes
+        return revnet.measure_memory(
+            Reversible(steps).double(), *leaves((64, 8), (64, 8))
+        ).saved_bytes
 
     assert kept(4) == kept(32)
 
 
 class Mixing(nn.Module):
-    """A 1 × 1 convolution by an orthogonal matrix, times `stretch` or its inverse along each axis."""
+    """A 1 × 1 convolution by an orthogonal matrix, times `stretch` or its inverse along each
+    axis.
+    """
 
     def __init__(self, width: int, stretch: float = 1.0) -> None:
         super().__init__()
@@ -212,7 +237,9 @@ def mixed(depth: int, approximate: bool, stretch: float = 1.0) -> Reversible:
     steps = []
     for i in range(depth):
         steps.append(Step(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()), i % 2, (i + 1) % 2))
-        steps.append(Step(None, i % 2, coupling=Bijection(Mixing(8, stretch), approximate=approximate)))
+        steps.append(
+            Step(None, i % 2, coupling=Bijection(Mixing(8, stretch), approximate=approximate))
+        )
     return Reversible(steps, streams="float")
 
 
@@ -270,7 +297,10 @@ def test_three_additive_steps_mix_streams_and_are_undone_exactly(kind: str):
     assert_as_stored(net, *streams)
     few = Reversible(rotation(angles[0]), streams=kind).double()
     few(*streams)
-    assert revnet.measure_memory(net, *streams).saved_bytes == revnet.measure_memory(few, *streams).saved_bytes
+    assert (
+        revnet.measure_memory(net, *streams).saved_bytes
+        == revnet.measure_memory(few, *streams).saved_bytes
+    )
 
 
 class Reverse(nn.Module):
@@ -284,14 +314,18 @@ class Reverse(nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_that_reads_its_target_keeps_it(kind: str):
     torch.manual_seed(0)
-    net = Reversible([Step(Mix(4, 4, out=4), i % 2, (0, 1)) for i in range(5)], streams=kind).double()
+    net = Reversible(
+        [Step(Mix(4, 4, out=4), i % 2, (0, 1)) for i in range(5)], streams=kind
+    ).double()
     assert_as_stored(net, *leaves((2, 4), (2, 4)))
     with pytest.raises(revnet.ReversibleError, match="reads its target"):
         net.inverse(*leaves((2, 4), (2, 4)))
 
 
 class Experts(nn.Module):
-    """Routes each token to one of two experts by a bit that rounding errors tip; counts the load of the first."""
+    """Routes each token to one of two experts by a bit that rounding errors tip; counts the load of
+    the first.
+    """
 
     def __init__(self, *, remember: bool) -> None:
         super().__init__()
@@ -306,7 +340,9 @@ class Experts(nn.Module):
         if self.remember:
             route = revnet.remember(route)
         self.routes.append(route)
-        out = torch.where(route == 0, self.expert[0](x), self.expert[1](x)).tanh() * probability.gather(-1, route)
+        out = torch.where(
+            route == 0, self.expert[0](x), self.expert[1](x)
+        ).tanh() * probability.gather(-1, route)
         return out, probability.mean(0)[0]
 
 
@@ -314,7 +350,9 @@ class Experts(nn.Module):
 def test_routes_and_auxiliary_losses(kind: str, remember: bool):
     torch.manual_seed(0)
     experts = [Experts(remember=remember) for _ in range(12)]
-    net = Reversible([Step(fn, i % 2, (i + 1) % 2) for i, fn in enumerate(experts)], streams=kind).double()
+    net = Reversible(
+        [Step(fn, i % 2, (i + 1) % 2) for i, fn in enumerate(experts)], streams=kind
+    ).double()
     assert_as_stored(net, *leaves((20, 6), (20, 6)))
     for fn in experts:
         forward, replay, *_ = fn.routes
@@ -324,7 +362,9 @@ def test_routes_and_auxiliary_losses(kind: str, remember: bool):
 def test_without_remembering_float_streams_tip_these_routes():
     torch.manual_seed(0)
     experts = [Experts(remember=False) for _ in range(12)]
-    net = Reversible([Step(fn, i % 2, (i + 1) % 2) for i, fn in enumerate(experts)], streams="float").double()
+    net = Reversible(
+        [Step(fn, i % 2, (i + 1) % 2) for i, fn in enumerate(experts)], streams="float"
+    ).double()
     gradients(net, net, *leaves((20, 6), (20, 6)))
     assert not all(torch.equal(*fn.routes) for fn in experts)
 
@@ -339,7 +379,9 @@ def test_remember_takes_decisions():
 
 def test_remembering_in_a_nested_sequence():
     torch.manual_seed(0)
-    inner = Reversible([Step(Experts(remember=True), i % 2, (i + 1) % 2) for i in range(4)], streams="float")
+    inner = Reversible(
+        [Step(Experts(remember=True), i % 2, (i + 1) % 2) for i in range(4)], streams="float"
+    )
 
     class Outer(nn.Module):
         def __init__(self) -> None:
@@ -350,7 +392,9 @@ def test_remembering_in_a_nested_sequence():
             y1, y2, _ = self.inner(x, x.tanh())
             return (y1 + y2).tanh()
 
-    net = Reversible([Step(Outer(), 0, 1), Step(Mix(6, out=6), 1, 0), Step(Mix(6, out=6), 0, 1)]).double()
+    net = Reversible(
+        [Step(Outer(), 0, 1), Step(Mix(6, out=6), 1, 0), Step(Mix(6, out=6), 0, 1)]
+    ).double()
     assert_as_stored(net, *leaves((20, 6), (20, 6)))
 
 
@@ -377,7 +421,9 @@ def test_ordinary_layers_between_stages(kind: str):
         assert_near(a, b, tolerance=0.0 if kind == "fixed" else 1e-12)
 
 
-def tied(applications: int, coupling: type[Coupling] = revnet.Additive, **options: Any) -> Reversible:
+def tied(
+    applications: int, coupling: type[Coupling] = revnet.Additive, **options: Any
+) -> Reversible:
     torch.manual_seed(0)
     f = Step(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), 0, 1, coupling())
     g = Step(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), 1, 0)
@@ -428,7 +474,9 @@ def test_keywords_go_where_the_route_says():
             return out if by is None else out * by
 
     torch.manual_seed(0)
-    net = Reversible([Step(Scaled(), i % 2, (i + 1) % 2) for i in range(4)], args_route={"by": [1, 0, 0, 1]}).double()
+    net = Reversible(
+        [Step(Scaled(), i % 2, (i + 1) % 2) for i in range(4)], args_route={"by": [1, 0, 0, 1]}
+    ).double()
     x1, x2, by = leaves((3, 4), (3, 4), (3, 1))
     found = []
     for net.execution in ("store", "invert"):
@@ -509,13 +557,19 @@ def test_a_branch_may_be_the_method_of_a_module_with_state() -> None:
     for execution in ("store", "invert"):
         torch.manual_seed(0)
         modules = [Normed().double() for _ in range(4)]
-        net = Reversible([Step(m.branch, i % 2, (i + 1) % 2) for i, m in enumerate(modules)], execution=execution)
+        net = Reversible(
+            [Step(m.branch, i % 2, (i + 1) % 2) for i, m in enumerate(modules)], execution=execution
+        )
         x = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6).requires_grad_()
         loss = weighted(*net(x, x.sin()))
         for module in modules:
             module.eval()
         loss.backward()
-        state = [tensor for module in modules for tensor in (*module.buffers(), module.linear.weight.grad)]
+        state = [
+            tensor
+            for module in modules
+            for tensor in (*module.buffers(), module.linear.weight.grad)
+        ]
         found.append([x.grad, *state])
     for actual, expected in zip(*found, strict=True):
         assert_near(actual, expected)

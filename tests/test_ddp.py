@@ -1,4 +1,6 @@
-"""DistributedDataParallel on two gloo ranks: gradients equal to one process over the whole batch."""
+"""DistributedDataParallel on two gloo ranks: gradients equal to one process over the whole
+batch.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,17 @@ class Whole(nn.Module):
 
 
 def train_against_one_process(
-    rank: int, world_size: int, net: nn.Module, oracle: nn.Module, label: str, given: dict | None = None, **options: Any
+    rank: int,
+    world_size: int,
+    net: nn.Module,
+    oracle: nn.Module,
+    label: str,
+    given: dict | None = None,
+    **options: Any,
 ) -> DistributedDataParallel:
-    """Raises unless every step's gradients, and the weights after it, are those of one process over all ranks' data."""
+    """Raises unless every step's gradients, and the weights after it, are those of one process over
+    all ranks' data.
+    """
     model = DistributedDataParallel(net, **options)
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.01) for module in (net, oracle)]
     for step in range(STEPS):
@@ -50,7 +60,9 @@ def train_against_one_process(
         for other in range(world_size):
             # Each rank drew its dropout from the same seed.
             torch.manual_seed(step)
-            total = total + weighted(oracle(randn(2, 6, 8, seed=10 * step + other), **(given or {})))
+            total = total + weighted(
+                oracle(randn(2, 6, 8, seed=10 * step + other), **(given or {}))
+            )
         (total / world_size).backward()
         for (name, p), q in zip(net.named_parameters(), oracle.named_parameters(), strict=True):
             # DDP gives a parameter that no rank used no gradient either, as the stored loop does.
@@ -76,7 +88,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def _option(label: str, rank: int, world_size: int) -> None:
     for case in ("attention-L4", "attention-L8-dropout"):
         pairs = BY_NAME[case].pairs()
-        train_against_one_process(rank, world_size, *both(pairs), f"{label} {case}", **OPTIONS[label])
+        train_against_one_process(
+            rank, world_size, *both(pairs), f"{label} {case}", **OPTIONS[label]
+        )
 
 
 def _shared(rank: int, world_size: int) -> None:
@@ -101,9 +115,13 @@ def _frozen(rank: int, world_size: int) -> None:
 def _keywords(rank: int, world_size: int) -> None:
     case = BY_NAME["modulated-L4-keywords-dropout"]
     given = {"scale": randn(2, 1, 8, seed=8), "shift": randn(6, 8, seed=9)}
-    train_against_one_process(rank, world_size, *both(case.pairs(), case.route), "keywords", given=given)
+    train_against_one_process(
+        rank, world_size, *both(case.pairs(), case.route), "keywords", given=given
+    )
     route, given = {"scale": every(4, True, True)}, {"scale": randn(8, seed=3)}
-    train_against_one_process(rank, world_size, *both(case.pairs(), route), "f and g", given, static_graph=True)
+    train_against_one_process(
+        rank, world_size, *both(case.pairs(), route), "f and g", given, static_graph=True
+    )
 
 
 def assert_gradients_of(oracle: nn.Module, net: nn.Module) -> None:
@@ -122,7 +140,9 @@ def _no_sync(rank: int, world_size: int) -> None:
             weighted(model(x)).backward()
     weighted(model(xs[rank][2])).backward()
     evaluated = counted.take()
-    assert all(evaluated.count(name) == 6 for name in set(evaluated)), "a forward and a replay per step"
+    assert all(evaluated.count(name) == 6 for name in set(evaluated)), (
+        "a forward and a replay per step"
+    )
     for r in range(world_size):
         torch.manual_seed(0)
         for x in xs[r]:
@@ -130,7 +150,9 @@ def _no_sync(rank: int, world_size: int) -> None:
     assert_gradients_of(oracle, net)
 
 
-def _two_forwards(rank: int, world_size: int, branch: type[nn.Module] = Mlp, **options: Any) -> None:
+def _two_forwards(
+    rank: int, world_size: int, branch: type[nn.Module] = Mlp, **options: Any
+) -> None:
     net, oracle = both(build([(with_dropout(Mlp), branch)] * 3, 8))
     model = DistributedDataParallel(net, **options)
     xs = [[randn(2, 6, 8, seed=10 * r + i) for i in range(2)] for r in range(world_size)]

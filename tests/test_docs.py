@@ -1,4 +1,6 @@
-"""What the documents promise: their code runs, their examples give what they say, their links lead somewhere."""
+"""What the documents promise: their code runs, their examples give what they say, their links lead
+somewhere.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
     torch.use_deterministic_algorithms(False)
     # As a reader would paste them, one block after the other.
     names: dict[str, object] = {}
-    for package in re.findall(r"^(?:from|import) (\w+)", "\n".join(code for _, code in code_of(page)), re.MULTILINE):
+    for package in re.findall(
+        r"^(?:from|import) (\w+)", "\n".join(code for _, code in code_of(page)), re.MULTILINE
+    ):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     for line, code in code_of(page):
@@ -49,7 +53,11 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
             continue
         # With its place in the page, so that a traceback shows where it failed.
         exec(compile("\n" * line + code, str(page), "exec"), names)
-        said = [text for comment in re.findall(r"print\(.*\)  # (.*)", code) for text in comment.split(", then ")]
+        said = [
+            text
+            for comment in re.findall(r"print\(.*\)  # (.*)", code)
+            for text in comment.split(", then ")
+        ]
         assert capsys.readouterr().out.splitlines() == said
 
 
@@ -57,7 +65,9 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(
 def test_the_examples_of_docstrings(module: str):
     package = "revnet" if module == "__init__" else f"revnet.{module}"
     # As a reader would have it: the library's names, torch and nn.
-    names = {"torch": torch, "nn": nn, "revnet": revnet} | {key: getattr(revnet, key) for key in revnet.__all__}
+    names = {"torch": torch, "nn": nn, "revnet": revnet} | {
+        key: getattr(revnet, key) for key in revnet.__all__
+    }
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     found = importlib.import_module(package)
     for test in doctest.DocTestFinder(exclude_empty=True).find(found, extraglobs=names):
@@ -68,7 +78,9 @@ def test_the_examples_of_docstrings(module: str):
 
 def test_the_readme_names_everything_public():
     text = (ROOT / "README.md").read_text()
-    assert [key for key in revnet.__all__ if f"`{key}`" not in text and f"revnet.{key}" not in text] == []
+    assert [
+        key for key in revnet.__all__ if f"`{key}`" not in text and f"revnet.{key}" not in text
+    ] == []
 
 
 def test_everything_public_has_a_docstring_of_its_own():
@@ -78,10 +90,14 @@ def test_everything_public_has_a_docstring_of_its_own():
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_to_files_resolve(page: Path):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    links = [
+        link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
+    ]
     broken = [link for link in links if link and not (page.parent / link).exists()]
     named = re.findall(r"\b(?:benchmarks|docs|examples|src|tests)/[\w./]*\w\.(?:md|png|py)\b", text)
-    broken += [path for path in named if not (ROOT / path).exists() and not (page.parent / path).exists()]
+    broken += [
+        path for path in named if not (ROOT / path).exists() and not (page.parent / path).exists()
+    ]
     assert broken == []
 
 

@@ -152,13 +152,19 @@ OTHERWISE: dict[str, Callable[[SecondTime, Tensor], Tensor]] = {
     "other-dtype": lambda m, x: m.linear(x).float().sin().double(),
     "other-strides": lambda m, x: m.linear(x).transpose(0, 1).contiguous().sin().transpose(0, 1),
     "no-gradient": lambda m, x: m.linear(x).detach().sin(),
-    "other-parameter": lambda m, x: nn.functional.linear(x, m.other.weight[:8], m.linear.bias).sin(),
+    "other-parameter": lambda m, x: nn.functional.linear(
+        x, m.other.weight[:8], m.linear.bias
+    ).sin(),
 }
 
 
-@pytest.mark.parametrize("place", [(0, "f"), (1, "g"), (2, "g")], ids=lambda place: f"{place[0]}{place[1]}")
+@pytest.mark.parametrize(
+    "place", [(0, "f"), (1, "g"), (2, "g")], ids=lambda place: f"{place[0]}{place[1]}"
+)
 @pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
-def test_a_replay_that_saves_other_tensors_than_the_forward_did(change: Callable, place: tuple[int, str]):
+def test_a_replay_that_saves_other_tensors_than_the_forward_did(
+    change: Callable, place: tuple[int, str]
+):
     pairs = build([(SecondTime, SecondTime)] * 3, 8)
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
     branch = getattr(net.blocks[place[0]], place[1])
@@ -171,7 +177,9 @@ def test_a_replay_that_saves_other_tensors_than_the_forward_did(change: Callable
 
 
 @pytest.mark.parametrize("change", list(OTHERWISE.values())[:2], ids=list(OTHERWISE)[:2])
-def test_a_replay_that_saves_another_number_of_tensors_raises_for_a_partial_gradient_too(change: Callable):
+def test_a_replay_that_saves_another_number_of_tensors_raises_for_a_partial_gradient_too(
+    change: Callable,
+):
     net = ReversibleSequence(build([(SecondTime, SecondTime)] * 3, 8))
     net.blocks[1].g.change = change
     loss = weighted(net(randn(2, 6, 8, requires_grad=True)))
@@ -181,7 +189,9 @@ def test_a_replay_that_saves_another_number_of_tensors_raises_for_a_partial_grad
 
 @pytest.mark.parametrize("branch", [Linear, Mlp])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_an_optimizer_step_too_early(optimizer: type[torch.optim.Optimizer], branch: type[nn.Module]):
+def test_an_optimizer_step_too_early(
+    optimizer: type[torch.optim.Optimizer], branch: type[nn.Module]
+):
     pairs = build([(branch, branch)] * 3, 8)
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
     for module in (oracle, net):
@@ -194,14 +204,18 @@ def test_an_optimizer_step_too_early(optimizer: type[torch.optim.Optimizer], bra
     assert_nothing_is_lost(net, stored_copy([(block.f, block.g) for block in net.blocks]))
 
 
-@pytest.mark.parametrize("where", ["blocks.0.f.linear.weight", "blocks.1.g.linear.weight", "blocks.2.g.linear.weight"])
+@pytest.mark.parametrize(
+    "where", ["blocks.0.f.linear.weight", "blocks.1.g.linear.weight", "blocks.2.g.linear.weight"]
+)
 def test_one_parameter_changed_in_place(where: str):
     net, _ = network()
     x = randn(2, 6, 8, requires_grad=True)
     loss = weighted(net(x))
     with torch.no_grad():
         net.get_parameter(where).mul_(2)
-    with pytest.raises(ReversibleError, match=naming(int(where.split(".")[1]), where.split(".")[2])):
+    with pytest.raises(
+        ReversibleError, match=naming(int(where.split(".")[1]), where.split(".")[2])
+    ):
         loss.backward()
     assert x.grad is None
 
@@ -266,7 +280,9 @@ def test_a_tensor_inside_a_container_zeroed():
 
 
 def test_a_keyword_that_needs_a_gradient_changed():
-    net = ReversibleSequence(build([(Modulated, Modulated)] * 3, 8), {"scale": every(3, True, True)})
+    net = ReversibleSequence(
+        build([(Modulated, Modulated)] * 3, 8), {"scale": every(3, True, True)}
+    )
     for make in (lambda t: t, lambda t: t * 2):
         scale = make(randn(8, seed=5, requires_grad=True))
         loss = weighted(net(randn(2, 6, 8, requires_grad=True), scale=scale))
@@ -309,14 +325,18 @@ def test_a_branch_that_spoils_what_backward_needs():
 
 def test_nested_tensors():
     net = ReversibleSequence(build([(Linear, Linear)], 8))
-    nested = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged, dtype=torch.float64)
+    nested = torch.nested.nested_tensor(
+        [torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged, dtype=torch.float64
+    )
     with pytest.raises(TypeError, match="nested"):
         net(nested)
     with pytest.raises(TypeError, match="nested"):
         net.run(nested, nested)
 
 
-@pytest.mark.parametrize("value", [torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.bool), [1.0], None])
+@pytest.mark.parametrize(
+    "value", [torch.ones(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.bool), [1.0], None]
+)
 def test_a_stream_that_is_no_floating_point_tensor(value: object):
     net = ReversibleSequence(build([(Linear, Linear)], 8))
     with pytest.raises(TypeError, match=r"floating|tensor"):
@@ -328,12 +348,20 @@ def test_an_odd_size_for_chunk():
     with pytest.raises(ValueError, match=r"chunk.*7.*odd"):
         net(randn(2, 6, 7))
     with pytest.raises(ValueError, match=r"chunk.*3.*odd"):
-        ReversibleSequence(build([(Linear, Linear)], 8), split="chunk", merge="concat", dim=1)(randn(2, 3, 8))
+        ReversibleSequence(build([(Linear, Linear)], 8), split="chunk", merge="concat", dim=1)(
+            randn(2, 3, 8)
+        )
 
 
 @pytest.mark.parametrize(
     "other",
-    [randn(2, 6, 4), randn(2, 1, 8), randn(6, 8), randn(2, 6, 8).float(), torch.empty(2, 6, 8, device="meta").double()],
+    [
+        randn(2, 6, 4),
+        randn(2, 1, 8),
+        randn(6, 8),
+        randn(2, 6, 8).float(),
+        torch.empty(2, 6, 8, device="meta").double(),
+    ],
     ids=["width", "broadcastable", "dimensions", "dtype", "device"],
 )
 def test_unequal_streams(other: Tensor):
@@ -345,7 +373,9 @@ def test_unequal_streams(other: Tensor):
 
 
 @pytest.mark.parametrize("sequence", [ReversibleSequence, SequentialSequence])
-@pytest.mark.parametrize("empty", [[], (), nn.ModuleList(), iter(())], ids=["list", "tuple", "modules", "iterator"])
+@pytest.mark.parametrize(
+    "empty", [[], (), nn.ModuleList(), iter(())], ids=["list", "tuple", "modules", "iterator"]
+)
 def test_empty_blocks(sequence: type, empty: object):
     with pytest.raises(ValueError, match=r"empty|at least one|no block"):
         sequence(empty)
@@ -354,7 +384,14 @@ def test_empty_blocks(sequence: type, empty: object):
 @pytest.mark.parametrize("sequence", [ReversibleSequence, SequentialSequence])
 @pytest.mark.parametrize(
     "entry",
-    [nn.Linear(8, 8), (nn.Linear(8, 8),), (nn.Linear(8, 8),) * 3, (nn.Linear(8, 8), None), (torch.sin, torch.cos), 3],
+    [
+        nn.Linear(8, 8),
+        (nn.Linear(8, 8),),
+        (nn.Linear(8, 8),) * 3,
+        (nn.Linear(8, 8), None),
+        (torch.sin, torch.cos),
+        3,
+    ],
     ids=["module", "one", "three", "none", "functions", "number"],
 )
 def test_a_non_pair_is_named(sequence: type, entry: object):
@@ -409,6 +446,8 @@ def test_a_keyword_in_no_route(sequence: type):
 
 @pytest.mark.parametrize("method", ["run", "inverse"])
 def test_a_keyword_in_no_route_of_run_and_inverse(method: str):
-    net = ReversibleSequence(build([(Modulated, Modulated)] * 2, 8), {"scale": every(2, True, False)})
+    net = ReversibleSequence(
+        build([(Modulated, Modulated)] * 2, 8), {"scale": every(2, True, False)}
+    )
     with pytest.raises(TypeError, match=r"'sacle'.*scale"):
         getattr(net, method)(randn(2, 6, 8), randn(2, 6, 8), sacle=randn(8))

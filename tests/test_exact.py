@@ -1,4 +1,6 @@
-"""Fixed streams on whole networks: gradients in every bit, what is caught, and how exact the forward pass is."""
+"""Fixed streams on whole networks: gradients in every bit, what is caught, and how exact the
+forward pass is.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,14 @@ from cases import Attention, Linear, Mlp, build, randn, with_dropout
 from oracle import weighted
 from revnet import Fixed, Reversible, ReversibleError, ReversibleSequence, Step
 
-# Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a Function and where
-# it looks at what a graph break hands on.
+# Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
+# Function and where it looks at what a graph break hands on.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
     # Advice of inductor for more speed on a GPU.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
     pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled:UserWarning"),
@@ -36,7 +40,10 @@ FORMAT_IDS = ("24-bits", "16-bits")
 
 EVERY = list(itertools.product(MODES, GROWTHS, FORMATS))
 # Each mode with each growth, formats in turn.
-HALF = [(mode, growth, FORMATS[i % 2]) for i, (mode, growth) in enumerate(itertools.product(MODES, GROWTHS))]
+HALF = [
+    (mode, growth, FORMATS[i % 2])
+    for i, (mode, growth) in enumerate(itertools.product(MODES, GROWTHS))
+]
 CASES = [*((12, *case) for case in EVERY), *((96, *case) for case in HALF)]
 ON_CUDA = [*((24, *case) for case in EVERY), *((96, *case) for case in HALF)]
 # These take seconds each.
@@ -49,7 +56,9 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 
 def named(cases: list[tuple[int, str, int, Fixed]], *marks: pytest.MarkDecorator) -> list[Any]:
     return [
-        pytest.param(*case, id=f"L{case[0]}-{case[1]}-x{case[2]}-{case[3].fraction_bits}", marks=marks)
+        pytest.param(
+            *case, id=f"L{case[0]}-{case[1]}-x{case[2]}-{case[3].fraction_bits}", marks=marks
+        )
         for case in cases
     ]
 
@@ -64,9 +73,13 @@ def decoder(
     device: str = "cpu",
     **options: Any,
 ) -> tuple[ReversibleSequence, Tensor]:
-    """Return attention and MLP branches with dropout, output weights times `growth`, and an input."""
+    """Return attention and MLP branches with dropout, output weights times `growth`, and an
+    input.
+    """
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
-    pairs = build([(with_dropout(Attention, rate), with_dropout(Mlp, rate))] * depth, width, dtype=dtype)
+    pairs = build(
+        [(with_dropout(Attention, rate), with_dropout(Mlp, rate))] * depth, width, dtype=dtype
+    )
     with torch.no_grad():
         for branch in itertools.chain.from_iterable(pairs):
             branch.leave.weight.mul_(growth)
@@ -91,11 +104,19 @@ def step(
 def assert_equal_in_every_bit(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert all(x.isfinite().all() for x in expected)
     assert all(x.any() for x in expected[:2])
-    different = [place for place, pair in enumerate(zip(actual, expected, strict=True)) if not torch.equal(*pair)]
-    assert not different, f"{len(different)} of {len(expected)} tensors differ, first {different[:3]}"
+    different = [
+        place
+        for place, pair in enumerate(zip(actual, expected, strict=True))
+        if not torch.equal(*pair)
+    ]
+    assert not different, (
+        f"{len(different)} of {len(expected)} tensors differ, first {different[:3]}"
+    )
 
 
-def stored_and_inverted(net: ReversibleSequence, x: Tensor, mode: str) -> tuple[list[Tensor], list[Tensor]]:
+def stored_and_inverted(
+    net: ReversibleSequence, x: Tensor, mode: str
+) -> tuple[list[Tensor], list[Tensor]]:
     parameters = list(net.parameters())
     net.execution = "store"
     stored = step(net, x, mode, parameters)
@@ -108,8 +129,12 @@ def stored_and_inverted(net: ReversibleSequence, x: Tensor, mode: str) -> tuple[
 # 1. Gradients
 
 
-@pytest.mark.parametrize(("depth", "mode", "growth", "fixed"), [*named(CASES), *named(DEEPEST, pytest.mark.slow)])
-def test_gradients_equal_stored_execution(depth: int, mode: str, growth: float, fixed: Fixed) -> None:
+@pytest.mark.parametrize(
+    ("depth", "mode", "growth", "fixed"), [*named(CASES), *named(DEEPEST, pytest.mark.slow)]
+)
+def test_gradients_equal_stored_execution(
+    depth: int, mode: str, growth: float, fixed: Fixed
+) -> None:
     net, x = decoder(depth, mode, growth, streams=fixed)
     assert_equal_in_every_bit(*stored_and_inverted(net, x, mode)[::-1])
 
@@ -128,7 +153,9 @@ class _Added(torch.autograd.Function):
 
 
 def integer_loop(net: ReversibleSequence, fixed: Fixed) -> Callable[[Tensor], Tensor]:
-    """Return the stored two-stream loop over integers, as anyone would write it, without a line of revnet's."""
+    """Return the stored two-stream loop over integers, as anyone would write it, without a line of
+    revnet's.
+    """
     scale = 2.0**fixed.fraction_bits
 
     def integers(x: Tensor) -> Tensor:
@@ -204,9 +231,12 @@ def deterministic_kernels() -> Any:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("deterministic_kernels")
 @pytest.mark.parametrize(
-    ("depth", "mode", "growth", "fixed"), [*named(ON_CUDA), *named(DEEPEST_ON_CUDA, pytest.mark.slow)]
+    ("depth", "mode", "growth", "fixed"),
+    [*named(ON_CUDA), *named(DEEPEST_ON_CUDA, pytest.mark.slow)],
 )
-def test_gradients_equal_stored_execution_on_cuda(depth: int, mode: str, growth: float, fixed: Fixed) -> None:
+def test_gradients_equal_stored_execution_on_cuda(
+    depth: int, mode: str, growth: float, fixed: Fixed
+) -> None:
     net, x = decoder(depth, mode, growth, width=64, device="cuda", streams=fixed)
     assert_equal_in_every_bit(*stored_and_inverted(net, x, mode)[::-1])
 
@@ -250,7 +280,9 @@ def test_a_stream_is_the_sum_of_its_branch_outputs(execution: str, fixed: Fixed)
     outputs: list[list[Tensor]] = [[], []]
     for block in net.blocks:
         for stream, branch in enumerate((block.f, block.g)):
-            branch.register_forward_hook(lambda _, __, out, stream=stream: outputs[stream].append(out.detach()))
+            branch.register_forward_hook(
+                lambda _, __, out, stream=stream: outputs[stream].append(out.detach())
+            )
     x = randn(2, 4, 8)
     y = net(x)
     bound = (depth + 1) * 2.0 ** -(fixed.fraction_bits + 1)
@@ -272,18 +304,25 @@ class Sine(nn.Module):
 
 @every_format
 def test_distance_from_float32_streams(fixed: Fixed) -> None:
-    """With branches of slope a, the largest error e of the streams grows to e + a·e + half a unit in each step."""
+    """With branches of slope a, the largest error e of the streams grows to e + a·e + half a unit
+    in each step.
+    """
     depth = 24
     x = randn(8, 64, dtype=torch.float32)
-    net = ReversibleSequence([(Sine(), Sine()) for _ in range(depth)], streams=fixed, merge="concat")
+    net = ReversibleSequence(
+        [(Sine(), Sine()) for _ in range(depth)], streams=fixed, merge="concat"
+    )
     error = unit = 2.0 ** -(fixed.fraction_bits + 1)
-    # What float32 adds: half a place of a stream below 8 on each side, and the rounding inside the branch.
+    # What float32 adds: half a place of a stream below 8 on each side, and the rounding inside the
+    # branch.
     rounding = 2 * 8 * 2.0**-24 + 4 * 2.0**-24
     error += rounding
     for _ in range(2 * depth):
         error = error * (1 + Sine.slope) + unit + rounding
     fixed_streams = net(x)
-    float_streams = ReversibleSequence([(Sine(), Sine()) for _ in range(depth)], streams="float", merge="concat")(x)
+    float_streams = ReversibleSequence(
+        [(Sine(), Sine()) for _ in range(depth)], streams="float", merge="concat"
+    )(x)
     assert float_streams.abs().max() < 8
     assert (fixed_streams - float_streams).abs().max() <= error
 
@@ -335,7 +374,8 @@ class OwnPrecision(nn.Linear):
 
 
 def test_autocast_changes_branches_and_not_streams() -> None:
-    """Branches whose outputs do not depend on autocast give the same bits with and without it in fixed streams.
+    """Branches whose outputs do not depend on autocast give the same bits with and without it in
+    fixed streams.
 
     Automatic streams change their format with autocast.
     """
@@ -349,7 +389,9 @@ def test_autocast_changes_branches_and_not_streams() -> None:
 
 
 def test_autocast_is_evaluated_with_the_rounding_of_its_branches_alone() -> None:
-    """What differs with autocast is each branch's output for the same input, not how outputs are summed."""
+    """What differs with autocast is each branch's output for the same input, not how outputs are
+    summed.
+    """
     net, x = decoder(4, "autocast", rate=0.0, streams="fixed")
     net.eval()
     with precision("autocast"):
@@ -418,7 +460,9 @@ class Ahead(nn.Module):
 
 def breaking(value: float, streams: Any = "fixed") -> tuple[ReversibleSequence, Tensor]:
     blocks = [(Ahead(), Ahead()), (Ahead(), Bad(value))]
-    return ReversibleSequence(blocks, streams=streams, merge="concat"), randn(2, 8, dtype=torch.float32)
+    return ReversibleSequence(blocks, streams=streams, merge="concat"), randn(
+        2, 8, dtype=torch.float32
+    )
 
 
 BAD = [
@@ -428,7 +472,9 @@ BAD = [
     (math.inf, "block 1, branch g: .*largest value was inf.*Look for the cause"),
     (math.nan, "block 1, branch g: .*largest value was nan.*Look for the cause"),
 ]
-every_bad = pytest.mark.parametrize(("value", "message"), BAD, ids=["40000", "-1e9", "1e30", "inf", "nan"])
+every_bad = pytest.mark.parametrize(
+    ("value", "message"), BAD, ids=["40000", "-1e9", "1e30", "inf", "nan"]
+)
 
 
 def assert_nan_in_one_place(y: Tensor) -> None:
@@ -471,7 +517,9 @@ def test_an_input_out_of_range_is_named() -> None:
 
 
 def test_sums_do_not_wrap_around() -> None:
-    net = ReversibleSequence([(Ahead(), Bad(20_000.0)) for _ in range(2)], streams="fixed", merge="concat")
+    net = ReversibleSequence(
+        [(Ahead(), Bad(20_000.0)) for _ in range(2)], streams="fixed", merge="concat"
+    )
     x = torch.zeros(2, 8)
     assert_nan_in_one_place(net(x))
     with pytest.raises(ReversibleError, match=r"block 1, branch g: .*40000"):
@@ -495,7 +543,9 @@ def test_the_fixed_streams_of_auto_are_watched_too() -> None:
 
 
 @every_bad
-def test_what_leaves_the_range_in_a_compiled_model_around_the_engine(value: float, message: str) -> None:
+def test_what_leaves_the_range_in_a_compiled_model_around_the_engine(
+    value: float, message: str
+) -> None:
     """Dropout makes the graph break, and the engine runs between its parts."""
     net, x = breaking(value)
     net.blocks[0].f = nn.Sequential(Ahead(), nn.Dropout(0.1))
@@ -512,7 +562,9 @@ def test_what_leaves_the_range_in_one_graph_is_named(grad: bool) -> None:
     for _ in range(2):
         with torch.set_grad_enabled(grad):
             assert_nan_in_one_place(compiled(x))
-        with pytest.raises(ReversibleError, match=r"block 1, branch g: .*largest value was (40000|39999)"):
+        with pytest.raises(
+            ReversibleError, match=r"block 1, branch g: .*largest value was (40000|39999)"
+        ):
             net.check()
     net.blocks[1].g.value = 1.0
     with torch.set_grad_enabled(grad):
@@ -541,7 +593,9 @@ def test_outputs_that_vanish_are_warned_of() -> None:
     x = randn(16, 8, dtype=torch.float32)
     net = ReversibleSequence(pairs, streams=Fixed(16), merge="concat")
     assert torch.equal(net(x)[:, :8], (x * 2**16).round() / 2**16)
-    with pytest.warns(UserWarning, match=r"block 0, branch f: \d+% of its nonzero outputs .*fraction_bits=37"):
+    with pytest.warns(
+        UserWarning, match=r"block 0, branch f: \d+% of its nonzero outputs .*fraction_bits=37"
+    ):
         net.check()
     net.check()
     wanted = 1e-6 * x.double().sin()
@@ -558,18 +612,27 @@ def test_the_warning_points_at_the_line_that_called_the_library(outer: str) -> N
     x = randn(16, 8, dtype=torch.float32)
     net(x)
     model = nn.Sequential(net)
-    call = {"the next call": lambda: net(x), "a model's next call": lambda: model(x), "check": net.check}[outer]
+    call = {
+        "the next call": lambda: net(x),
+        "a model's next call": lambda: model(x),
+        "check": net.check,
+    }[outer]
     with pytest.warns(UserWarning, match="block 0, branch f") as found:
         call()
     assert [warning.filename for warning in found] == [__file__]
 
 
 @pytest.mark.parametrize(
-    ("bits", "size", "lost"), [(16, 1e-4, 0.044), (16, 1e-6, 1.0), (24, 1e-4, 1.7e-4), (24, 1e-6, 0.017)]
+    ("bits", "size", "lost"),
+    [(16, 1e-4, 0.044), (16, 1e-6, 1.0), (24, 1e-4, 1.7e-4), (24, 1e-6, 0.017)],
 )
 def test_what_fraction_bits_lose(bits: int, size: float, lost: float) -> None:
     increment = size * randn(100_000)
-    value = Fixed(bits).add(Fixed(bits).encode(torch.zeros(100_000, dtype=torch.float64)), increment).value
+    value = (
+        Fixed(bits)
+        .add(Fixed(bits).encode(torch.zeros(100_000, dtype=torch.float64)), increment)
+        .value
+    )
     assert ((value - increment).norm() / increment.norm()).item() == pytest.approx(lost, rel=0.05)
 
 
@@ -621,7 +684,9 @@ def with_one_branch(branch: type[nn.Module], **options: Any) -> tuple[Reversible
 
 @pytest.mark.parametrize("execution", ["invert", "select", "checkpoint", "offload"])
 @pytest.mark.parametrize("branch", [PythonRandom, OwnGenerator, Counting])
-def test_the_exact_check_finds_what_is_not_repeated(branch: type[nn.Module], execution: str) -> None:
+def test_the_exact_check_finds_what_is_not_repeated(
+    branch: type[nn.Module], execution: str
+) -> None:
     for streams in ("fixed", Fixed(16)):
         net, x = with_one_branch(branch, streams=streams, execution=execution)
         loss = weighted(net(x))
@@ -653,7 +718,8 @@ def test_the_exact_check_accepts_an_input_that_was_undone_two_steps_above() -> N
     """In float streams, which then differ in their last digits."""
     branches = [Mlp(8).float() for _ in range(3)]
     steps = [
-        Step(branch, target, source) for branch, target, source in zip(branches, (0, 2, 1), (1, 0, 2), strict=True)
+        Step(branch, target, source)
+        for branch, target, source in zip(branches, (0, 2, 1), (1, 0, 2), strict=True)
     ]
     execution = ["checkpoint", "invert", "invert"]
     net = Reversible(steps, streams="float", execution=execution, determinism_check="exact")

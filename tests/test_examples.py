@@ -1,4 +1,6 @@
-"""Every example runs at its toy size, learns, keeps less for backward than stored execution, and has its gradients."""
+"""Every example runs at its toy size, learns, keeps less for backward than stored execution, and
+has its gradients.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# Per example: the largest share of stored memory that inverted execution keeps, and the largest error of a gradient:
-# zero with fixed streams.
+# Per example: the largest share of stored memory that inverted execution keeps, and the largest
+# error of a gradient: zero with fixed streams.
 EXPECTED = {
     "equilibrium": (0.2, 0.0),
     "glow": (0.1, 0.0),
@@ -31,7 +33,8 @@ def test_every_example_is_tested():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_example(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    # Uninitialised memory filled with NaN is for the tests of the library; here it costs time alone.
+    # Uninitialised memory filled with NaN is for the tests of the library; here it costs time
+    # alone.
     torch.use_deterministic_algorithms(False)
     monkeypatch.delitem(sys.modules, "common", raising=False)
     example = importlib.import_module(name)

@@ -1,4 +1,6 @@
-"""Every execution, and every mixture of them, gives the stored loop's gradients, for exactly the work it promises."""
+"""Every execution, and every mixture of them, gives the stored loop's gradients, for exactly the
+work it promises.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import CASES, Attention, Case, Mlp, build, named, randn, with_dropout
@@ -28,9 +34,14 @@ from oracle import (
 from revnet import ReversibleError, ReversibleSequence, SequentialSequence, measure_memory, plan
 
 EXECUTIONS = ["store", "select", "checkpoint", "offload", "invert"]
-SEVERAL = named("mlp-L8-dropout", "attention-L8-dropout", "modulated-L4-keywords-dropout", "mixed-L6", "gate-L4")
-# The branches whose matrix products are all that costs FLOPs, and whose every activation is asked for.
-COUNTED = named("linear-L8-2d", "mlp-L8-dropout", "attention-L8-dropout", "attention-L4-fused", "gate-L4")
+SEVERAL = named(
+    "mlp-L8-dropout", "attention-L8-dropout", "modulated-L4-keywords-dropout", "mixed-L6", "gate-L4"
+)
+# The branches whose matrix products are all that costs FLOPs, and whose every activation is asked
+# for.
+COUNTED = named(
+    "linear-L8-2d", "mlp-L8-dropout", "attention-L8-dropout", "attention-L4-fused", "gate-L4"
+)
 
 
 def both(case: Case, **options: object) -> tuple[ReversibleSequence, StoredSequence]:
@@ -54,16 +65,22 @@ def test_one_step_equals_the_stored_loop(case: Case, execution: str):
 @settings(max_examples=15)
 @pytest.mark.parametrize("case", SEVERAL, ids=str)
 def test_any_mixture_per_step_equals_the_stored_loop(case: Case, data: st.DataObject):
-    mixture = data.draw(st.lists(st.sampled_from(EXECUTIONS), min_size=2 * case.depth, max_size=2 * case.depth))
+    mixture = data.draw(
+        st.lists(st.sampled_from(EXECUTIONS), min_size=2 * case.depth, max_size=2 * case.depth)
+    )
     x = case.input(requires_grad=data.draw(st.booleans(), label="input needs a gradient"))
     net, oracle = both(case, execution=mixture)
-    assert_same_step(train_step(net, x, **case.keywords()), train_step(oracle, x, **case.keywords()))
+    assert_same_step(
+        train_step(net, x, **case.keywords()), train_step(oracle, x, **case.keywords())
+    )
 
 
 @given(data=st.data())
 @settings(max_examples=15)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def test_any_mixture_is_equal_in_every_bit_with_fixed_streams(dtype: torch.dtype, data: st.DataObject):
+def test_any_mixture_is_equal_in_every_bit_with_fixed_streams(
+    dtype: torch.dtype, data: st.DataObject
+):
     mixture = data.draw(st.lists(st.sampled_from(EXECUTIONS), min_size=8, max_size=8))
     pairs = build([(with_dropout(Attention), with_dropout(Mlp))] * 4, 8, dtype=dtype)
     stored = ReversibleSequence(copy.deepcopy(pairs), streams="fixed", execution="store")
@@ -75,7 +92,10 @@ def test_any_mixture_is_equal_in_every_bit_with_fixed_streams(dtype: torch.dtype
 @pytest.mark.parametrize("execution", [name for name in EXECUTIONS if name != "invert"])
 def test_the_sequential_twin_equals_its_stored_self(execution: str):
     pairs = build([(with_dropout(Attention), with_dropout(Mlp))] * 4, 8)
-    stored, net = SequentialSequence(copy.deepcopy(pairs)), SequentialSequence(pairs, execution=execution)
+    stored, net = (
+        SequentialSequence(copy.deepcopy(pairs)),
+        SequentialSequence(pairs, execution=execution),
+    )
     x = randn(2, 6, 8, requires_grad=True)
     assert_same_step(train_step(net, x), train_step(stored, x), tolerance=0.0)
 
@@ -85,7 +105,10 @@ def test_the_sequential_twin_equals_its_stored_self(execution: str):
 def test_any_mixture_in_the_sequential_twin(data: st.DataObject):
     mixture = data.draw(st.lists(st.sampled_from(EXECUTIONS[:-1]), min_size=8, max_size=8))
     pairs = build([(with_dropout(Attention), with_dropout(Mlp))] * 4, 8)
-    stored, net = SequentialSequence(copy.deepcopy(pairs)), SequentialSequence(pairs, execution=mixture)
+    stored, net = (
+        SequentialSequence(copy.deepcopy(pairs)),
+        SequentialSequence(pairs, execution=mixture),
+    )
     x = randn(2, 6, 8, requires_grad=True)
     assert_same_step(train_step(net, x), train_step(stored, x), tolerance=0.0)
 
@@ -99,7 +122,9 @@ def test_the_sequential_twin_refuses_to_invert():
 @settings(max_examples=15)
 @pytest.mark.parametrize("case", named("mlp-L8-dropout", "attention-L8-dropout"), ids=str)
 def test_backward_twice_with_any_mixture(case: Case, data: st.DataObject):
-    mixture = data.draw(st.lists(st.sampled_from(EXECUTIONS), min_size=2 * case.depth, max_size=2 * case.depth))
+    mixture = data.draw(
+        st.lists(st.sampled_from(EXECUTIONS), min_size=2 * case.depth, max_size=2 * case.depth)
+    )
     net, oracle = both(case, execution=mixture)
     found = []
     for module in (net, oracle):
@@ -139,7 +164,9 @@ def test_gradients_of_one_parameter_alone(execution: str):
 
 
 class Explains(Mlp):
-    """A branch that runs what it was given and wraps its errors, as libraries do that generate code."""
+    """A branch that runs what it was given and wraps its errors, as libraries do that generate
+    code.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         try:
@@ -183,7 +210,9 @@ def test_hooks_that_are_always_called_see_the_end_of_each_evaluation(execution: 
     pairs, entered = build([(Mlp, Mlp)] * 2, 8), []
     for branch in (branch for pair in pairs for branch in pair):
         branch.register_forward_pre_hook(lambda module, args: entered.append(module))
-        branch.register_forward_hook(lambda module, args, out: entered.remove(module), always_call=True)
+        branch.register_forward_hook(
+            lambda module, args, out: entered.remove(module), always_call=True
+        )
     train_step(ReversibleSequence(pairs, execution=execution), randn(2, 6, 8))
     assert not entered
 
@@ -202,7 +231,9 @@ def test_an_in_place_write_to_a_parameter_between_forward_and_backward_raises(ex
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("execution", [*EXECUTIONS, "mixed"])
 def test_every_execution_is_equal_in_every_bit_on_cuda(execution: str, dtype: torch.dtype):
-    pairs = build([(partial(Attention, dropout=0.1, fused=True), with_dropout(Mlp, 0.1))] * 5, 64, dtype=dtype)
+    pairs = build(
+        [(partial(Attention, dropout=0.1, fused=True), with_dropout(Mlp, 0.1))] * 5, 64, dtype=dtype
+    )
     pairs = [(f.cuda(), g.cuda()) for f, g in pairs]
     stored = ReversibleSequence(copy.deepcopy(pairs), streams="fixed", execution="store")
     mixture = EXECUTIONS * 2 if execution == "mixed" else execution
@@ -275,8 +306,12 @@ def test_the_flops_of_a_mixture_are_the_sum_over_its_steps(data: st.DataObject):
         # The other kind of branch everywhere else would add work of its own: stored steps add none.
         alone = ["store"] * 8
         alone[step] = execution
-        extra[step, execution] = backward_flops(ReversibleSequence(pairs, execution=alone), x, {}) - stored
-    assert backward_flops(ReversibleSequence(pairs, execution=mixture), x, {}) - stored == sum(extra.values())
+        extra[step, execution] = (
+            backward_flops(ReversibleSequence(pairs, execution=alone), x, {}) - stored
+        )
+    assert backward_flops(ReversibleSequence(pairs, execution=mixture), x, {}) - stored == sum(
+        extra.values()
+    )
 
 
 @pytest.mark.parametrize("streams", ["float", "fixed"])
@@ -284,7 +319,9 @@ def test_without_a_device_to_copy_from_offload_is_checkpoint(streams: str):
     x = randn(2, 6, 8, requires_grad=True)
     reports, steps = [], []
     for execution in ("checkpoint", "offload"):
-        net = ReversibleSequence(build([(Attention, Mlp)] * 4, 8), streams=streams, execution=execution)
+        net = ReversibleSequence(
+            build([(Attention, Mlp)] * 4, 8), streams=streams, execution=execution
+        )
         steps.append(train_step(net, x))
         net.zero_grad()
         reports.append(measure_memory(net, x.detach()))
@@ -321,7 +358,9 @@ def test_what_a_selective_policy_keeps_is_not_recomputed(execution: str):
         loss = weighted(net(case.input()))
         with OperationLog() as log:
             loss.backward()
-        counts.append(sum("scaled_dot_product" in name and "backward" not in name for name in log.names))
+        counts.append(
+            sum("scaled_dot_product" in name and "backward" not in name for name in log.names)
+        )
     assert counts == [4, 0]
 
 
@@ -347,5 +386,9 @@ def test_a_compiled_branch_stays_compiled_whatever_its_execution():
         net.zero_grad()
         with torch.profiler.profile() as profile:
             assert_same_step(train_step(net, x), expected)
-        regions = [event.count for event in profile.key_averages() if event.key.startswith("Torch-Compiled Region")]
+        regions = [
+            event.count
+            for event in profile.key_averages()
+            if event.key.startswith("Torch-Compiled Region")
+        ]
         assert sum(regions) == (4 if execution in ("select", "store") else 8)

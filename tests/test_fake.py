@@ -1,4 +1,6 @@
-"""Forward and backward on tensors without memory, and noted down as a graph by tracers other than torch.compile."""
+"""Forward and backward on tensors without memory, and noted down as a graph by tracers other than
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_a_training_step_without_memory(parameters: str, streams: Any, execution
 @pytest.mark.parametrize("execution", ["select", "checkpoint", "invert"])
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_a_training_step_as_a_graph_of_make_fx(mode: str, execution: str) -> None:
-    net = revnet.ReversibleSequence([(cases.with_dropout(cases.Mlp)(8), cases.Mlp(8)) for _ in range(2)])
+    net = revnet.ReversibleSequence(
+        [(cases.with_dropout(cases.Mlp)(8), cases.Mlp(8)) for _ in range(2)]
+    )
 
     def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
@@ -53,7 +57,9 @@ def test_a_training_step_as_a_graph_of_make_fx(mode: str, execution: str) -> Non
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning"
+)
 def test_a_network_under_torch_jit_trace() -> None:
     net = revnet.ReversibleSequence([(cases.Mlp(8), cases.Mlp(8)) for _ in range(2)])
     x = torch.randn(2, 3, 8, requires_grad=True)

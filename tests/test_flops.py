@@ -1,4 +1,6 @@
-"""Work, exactly: backward does the stored loop's backward and one more forward, no more and no less."""
+"""Work, exactly: backward does the stored loop's backward and one more forward, no more and no
+less.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ def flops(module: nn.Module, x: Tensor, given: dict) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-# Where a branch saves nothing, or its gradient is not wanted, less than a whole forward has to be repeated.
+# Where a branch saves nothing, or its gradient is not wanted, less than a whole forward has to be
+# repeated.
 COUNTED = [
     case
     for case in CASES
-    if case.name.startswith(("linear", "mlp", "attention", "modulated", "convolution", "gate", "in-place", "shared"))
+    if case.name.startswith(
+        ("linear", "mlp", "attention", "modulated", "convolution", "gate", "in-place", "shared")
+    )
 ]
 
 
@@ -63,7 +68,9 @@ def test_each_further_backward_repeats_at_most_one_forward():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_without_gradients_it_is_operation_by_operation_the_plain_loop(training: bool, mode: object):
+def test_without_gradients_it_is_operation_by_operation_the_plain_loop(
+    training: bool, mode: object
+):
     pairs = build([(with_dropout(Attention), with_dropout(Mlp))] * 3, 8)
     net, oracle = ReversibleSequence(pairs).train(training), stored_copy(pairs).train(training)
     x1, x2 = randn(2, 6, 8, seed=3), randn(2, 6, 8, seed=4)

@@ -1,4 +1,6 @@
-"""FSDP2 on two gloo ranks: however a sequence is sharded, gradients equal to one process over the whole batch."""
+"""FSDP2 on two gloo ranks: however a sequence is sharded, gradients equal to one process over the
+whole batch.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def fsdp(sharding: str, rank: int, world_size: int) -> None:
     for dropout in (0.0, 0.2):
         _, expected = reference(branches(dropout=dropout), world_size)
         for execution, reshard in (("invert", True), ("invert", False), ("checkpoint", True)):
-            model = SHARDINGS[sharding](sequence(dropout=dropout, execution=execution), reshard_after_forward=reshard)
+            model = SHARDINGS[sharding](
+                sequence(dropout=dropout, execution=execution), reshard_after_forward=reshard
+            )
             for _ in range(2):
                 model.zero_grad()
                 rank_loss(model, rank, world_size).backward()
@@ -120,12 +124,17 @@ def keywords(rank: int, world_size: int) -> None:
     case = BY_NAME["modulated-L4-keywords-dropout"]
     given = {"scale": randn(2, 1, 8, seed=8), "shift": randn(6, 8, seed=9)}
     for shard in SHARDINGS.values():
-        model, twin = (Whole(make(case.pairs(), case.route)) for make in (ReversibleSequence, stored_copy))
+        model, twin = (
+            Whole(make(case.pairs(), case.route)) for make in (ReversibleSequence, stored_copy)
+        )
         shard(model.body)
         fully_shard(model)
         optimizers = [torch.optim.SGD(module.parameters(), lr=0.01) for module in (model, twin)]
         for step in range(2):
-            xs = [randn(2, 6, 8, seed=10 * step + other, requires_grad=True) for other in range(world_size)]
+            xs = [
+                randn(2, 6, 8, seed=10 * step + other, requires_grad=True)
+                for other in range(world_size)
+            ]
             for x in xs:
                 torch.manual_seed(step)
                 (weighted(twin(x, **given)) / world_size).backward()
@@ -172,7 +181,9 @@ def assert_exact_in_mixed_precision(
 ) -> None:
     results = {}
     for execution in ("store", "invert", "checkpoint"):
-        model = shard(sequence(dropout=0.2, streams=streams, execution=execution).float(), mp_policy=policy)
+        model = shard(
+            sequence(dropout=0.2, streams=streams, execution=execution).float(), mp_policy=policy
+        )
         x, target = batch(world_size)
         torch.manual_seed(100 + rank)
         loss_of(model(mine(rank, x).float()).float(), mine(rank, target).float()).backward()
@@ -188,7 +199,9 @@ class Exact(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, width, bias=False)
         self.seen: list[tuple[torch.dtype, torch.dtype]] = []
-        whole = torch.randint(-1, 2, (width, width), generator=torch.Generator().manual_seed(seed)).float()
+        whole = torch.randint(
+            -1, 2, (width, width), generator=torch.Generator().manual_seed(seed)
+        ).float()
         with torch.no_grad():
             self.linear.weight.copy_(whole * (1 + 2**-12))
 
@@ -210,8 +223,12 @@ def casts(rank: int, world_size: int) -> None:
         out = net(x)
         assert out.dtype is torch.float32, "streams keep the dtype of x"
         out.sum().backward()
-        seen = {pair for block in net.blocks for branch in (block.f, block.g) for pair in branch.seen}
-        assert seen == {(torch.bfloat16, torch.bfloat16)}, "every evaluation, the replay's too, in bfloat16"
+        seen = {
+            pair for block in net.blocks for branch in (block.f, block.g) for pair in branch.seen
+        }
+        assert seen == {(torch.bfloat16, torch.bfloat16)}, (
+            "every evaluation, the replay's too, in bfloat16"
+        )
         found.append([out.detach(), x.grad, *gradients(net).values()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -234,7 +251,9 @@ def replays_that_do_not_cast(rank: int, world_size: int) -> None:
     replaying = TrainingState.PRE_BACKWARD
 
     def inputs(self: Any, args: Any, kwargs: Any) -> Any:
-        return (args, kwargs) if self._training_state == replaying else cast_inputs(self, args, kwargs)
+        return (
+            (args, kwargs) if self._training_state == replaying else cast_inputs(self, args, kwargs)
+        )
 
     def output(self: Any, out: Any) -> Any:
         return out if self._training_state == replaying else cast_output(self, out)
@@ -246,8 +265,12 @@ def replays_that_do_not_cast(rank: int, world_size: int) -> None:
         for policy in POLICIES[1:]:
             assert_exact_in_mixed_precision(shard_branches_in_float32, policy, rank, world_size)
         patch.setattr(_replay, "_FSDP_REPLAYS_UNCAST", False)
-        with pytest.raises(ReversibleError, match=r"float32 .* in the replay but was .* torch.bfloat16"):
-            assert_exact_in_mixed_precision(shard_branches_in_float32, POLICIES[0], rank, world_size)
+        with pytest.raises(
+            ReversibleError, match=r"float32 .* in the replay but was .* torch.bfloat16"
+        ):
+            assert_exact_in_mixed_precision(
+                shard_branches_in_float32, POLICIES[0], rank, world_size
+            )
 
 
 def autocast(rank: int, world_size: int) -> None:
@@ -255,7 +278,9 @@ def autocast(rank: int, world_size: int) -> None:
     for sharding in ("block", "branch"):
         results = {}
         for execution in ("store", "invert"):
-            model = SHARDINGS[sharding](sequence(dropout=0.2, streams="auto", execution=execution).float())
+            model = SHARDINGS[sharding](
+                sequence(dropout=0.2, streams="auto", execution=execution).float()
+            )
             torch.manual_seed(100 + rank)
             with torch.autocast("cpu", torch.bfloat16):
                 out = model(mine(rank, x).float())
@@ -267,13 +292,17 @@ def autocast(rank: int, world_size: int) -> None:
 def cpu_offload(rank: int, world_size: int) -> None:
     _, expected = reference(branches(dropout=0.2), world_size)
     for sharding in ("root", "branch"):
-        model = SHARDINGS[sharding](sequence(dropout=0.2), offload_policy=CPUOffloadPolicy(pin_memory=False))
+        model = SHARDINGS[sharding](
+            sequence(dropout=0.2), offload_policy=CPUOffloadPolicy(pin_memory=False)
+        )
         rank_loss(model, rank, world_size).backward()
         assert_gradients(model, expected)
 
 
 def frozen_part(rank: int, world_size: int) -> None:
-    """A branch without trainable parameters, and an input without gradient, still lead to the rest."""
+    """A branch without trainable parameters, and an input without gradient, still lead to the
+    rest.
+    """
     pairs = branches()
     for parameter in pairs[1][0].parameters():
         parameter.requires_grad_(False)
@@ -330,7 +359,11 @@ def gathers(rank: int, world_size: int) -> None:
                 {name: count for name, count in forward.items() if "gather" in name},
                 {name: count for name, count in counts.counts.items() if "gather" in name},
             )
-            assert [sum(part.values()) for part in found] == [modules, modules], (sharding, execution, found)
+            assert [sum(part.values()) for part in found] == [modules, modules], (
+                sharding,
+                execution,
+                found,
+            )
             scatters = sum(count for name, count in counts.counts.items() if "scatter" in name)
             assert scatters == modules, (sharding, execution, counts.counts)
 
@@ -369,7 +402,9 @@ def test_gradients_are_those_of_one_process(name: str, outcomes: dict[str, str])
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize("policy", POLICIES, ids=["bf16", "bf16-float32", "float32-bf16"])
 def test_mixed_precision_on_a_gpu(policy: MixedPrecisionPolicy, tmp_path: Path) -> None:
-    """Exact gradients through FSDP2's own streams and gathers; on torch < 2.13, the engine's casts for real."""
+    """Exact gradients through FSDP2's own streams and gathers; on torch < 2.13, the engine's casts
+    for real.
+    """
     store = f"file://{tmp_path / 'store'}"
     torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
     try:

@@ -1,4 +1,6 @@
-"""torch.func transforms through sequences: by the traced operation, or by the plain loop where that cannot be right."""
+"""torch.func transforms through sequences: by the traced operation, or by the plain loop where that
+cannot be right.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,21 @@ from revnet import _inspect, _traced
 # torch's own, from tracing any Function and any tensor with a history.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
 ]
 
 WIDTH = 6
-STREAMS = [pytest.param("float", 1e-12, id="float"), pytest.param(revnet.Fixed(37), 1e-10, id="fixed")]
+STREAMS = [
+    pytest.param("float", 1e-12, id="float"),
+    pytest.param(revnet.Fixed(37), 1e-10, id="fixed"),
+]
 
 
-def networks(branch: Callable[[int], nn.Module] = cases.Mlp, **options: Any) -> tuple[nn.Module, nn.Module]:
+def networks(
+    branch: Callable[[int], nn.Module] = cases.Mlp, **options: Any
+) -> tuple[nn.Module, nn.Module]:
     """Returns a sequence and the stored loop over copies of its branches."""
     pairs = [(branch(WIDTH).double(), branch(WIDTH).double()) for _ in range(3)]
     stored = oracle.stored_copy(pairs, options.get("args_route"))
@@ -53,7 +62,9 @@ def parameters_of(net: nn.Module) -> dict[str, Tensor]:
 
 def assert_near(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
     for actual, wanted in zip(
-        torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True
+        torch.utils._pytree.tree_leaves(found),
+        torch.utils._pytree.tree_leaves(expected),
+        strict=True,
     ):
         oracle.assert_near(actual, wanted, tolerance=tolerance)
 
@@ -73,7 +84,9 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("streams", "tolerance"), STREAMS)
-def test_gradients_of_parameters_and_input(streams: Any, tolerance: float, walks: list[int]) -> None:
+def test_gradients_of_parameters_and_input(
+    streams: Any, tolerance: float, walks: list[int]
+) -> None:
     net, stored = networks(streams=streams)
     x = tokens()
     for argnums in (0, 1):
@@ -102,7 +115,9 @@ def test_an_ensemble(walks: list[int]) -> None:
         results.append(vmap(grad(loss_of(one)), (0, None))(stacked, x))
         expected.append(
             {
-                name: torch.stack([grad(loss_of(net))(parameters_of(net), x)[name] for net in (one, two)])
+                name: torch.stack(
+                    [grad(loss_of(net))(parameters_of(net), x)[name] for net in (one, two)]
+                )
                 for name in stacked
             }
         )
@@ -131,13 +146,18 @@ def test_gradients_of_gradients(streams: Any, tolerance: float) -> None:
     assert_near(found, grad(penalty(stored))(parameters_of(stored), x), tolerance)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own rules for jvp
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own rules for jvp
 def test_forward_mode_and_hessian() -> None:
     net, stored = networks(cases.Gate)
     x, tangent = tokens(1), tokens(1)
     assert_near(jvp(net, (x,), (tangent,)), jvp(stored, (x,), (tangent,)))
     assert_near(jacfwd(net)(x), jacfwd(stored)(x))
-    assert_near(hessian(loss_of(net), 1)(parameters_of(net), x), hessian(loss_of(stored), 1)(parameters_of(stored), x))
+    assert_near(
+        hessian(loss_of(net), 1)(parameters_of(net), x),
+        hessian(loss_of(stored), 1)(parameters_of(stored), x),
+    )
 
 
 def test_keyword_tensors_and_shared_modules() -> None:
@@ -145,7 +165,11 @@ def test_keyword_tensors_and_shared_modules() -> None:
     route = {"scale": ((True, False), (True, True)), "shift": ((True, True),) * 2}
     pairs = [(f, g), (g, f)]
     net, stored = revnet.ReversibleSequence(pairs, route), oracle.stored_copy(pairs, route)
-    x, scale, shift = tokens(), torch.randn(WIDTH, dtype=torch.float64), torch.randn(4, WIDTH, dtype=torch.float64)
+    x, scale, shift = (
+        tokens(),
+        torch.randn(WIDTH, dtype=torch.float64),
+        torch.randn(4, WIDTH, dtype=torch.float64),
+    )
 
     def gradients(of: nn.Module) -> Any:
         def loss(parameters: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -199,7 +223,9 @@ def test_a_branch_that_begins_to_draw_after_it_was_inspected(change: str, walks:
 
     net, stored = networks(Late)
     x, results = tokens(), []
-    assert_near(grad(loss_of(net))(parameters_of(net), x), grad(loss_of(stored))(parameters_of(stored), x))
+    assert_near(
+        grad(loss_of(net))(parameters_of(net), x), grad(loss_of(stored))(parameters_of(stored), x)
+    )
     assert walks
     for of in (net, stored):
         for branch in [module for module in of.modules() if isinstance(module, Late)]:
@@ -245,7 +271,10 @@ def test_statistics_move_once() -> None:
     net, stored = networks(Normed)
     x, results = tokens(), []
     for of in (net, stored):
-        state = {name: value.detach().clone() for name, value in (*of.named_parameters(), *of.named_buffers())}
+        state = {
+            name: value.detach().clone()
+            for name, value in (*of.named_parameters(), *of.named_buffers())
+        }
         results.append((grad(loss_of(of), 1)(state, x), state))
     assert_near(*results)
 
@@ -258,12 +287,17 @@ def test_inspection_leaves_a_branch_as_it_was() -> None:
 
     net, stored = networks(Remembering)
     x = tokens()
-    assert_near(grad(loss_of(net), 1)(parameters_of(net), x), grad(loss_of(stored), 1)(parameters_of(stored), x))
+    assert_near(
+        grad(loss_of(net), 1)(parameters_of(net), x),
+        grad(loss_of(stored), 1)(parameters_of(stored), x),
+    )
     assert all(not isinstance(block.f.last, FakeTensor) for block in net.blocks)
 
 
 def test_autocast_of_the_forward_is_the_autocast_of_the_replay() -> None:
-    net = revnet.ReversibleSequence([(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(2)], streams="float")
+    net = revnet.ReversibleSequence(
+        [(cases.Mlp(WIDTH), cases.Mlp(WIDTH)) for _ in range(2)], streams="float"
+    )
     x = torch.randn(3, 4, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
         y, pull = vjp(net, x)
@@ -277,7 +311,9 @@ def test_autocast_of_the_forward_is_the_autocast_of_the_replay() -> None:
 
 def test_memory_does_not_grow_with_depth() -> None:
     def peak(depth: int) -> float:
-        net = revnet.ReversibleSequence([(cases.Mlp(16), cases.Mlp(16)) for _ in range(depth)], streams="float")
+        net = revnet.ReversibleSequence(
+            [(cases.Mlp(16), cases.Mlp(16)) for _ in range(depth)], streams="float"
+        )
         x, parameters = torch.randn(32, 64, 16), parameters_of(net)
         gradient = grad(loss_of(net))
         gradient(parameters, x)
@@ -305,7 +341,11 @@ def test_a_module_under_two_names_keeps_its_parameters(how: str, walks: list[int
     net, stored = networks(Twice)
     x, parameters, results = tokens().requires_grad_(), list(net.parameters()), []
     for of in (net, stored):
-        call = torch.compile(of, fullgraph=True, backend="aot_eager") if how == "compiled" and of is net else of
+        call = (
+            torch.compile(of, fullgraph=True, backend="aot_eager")
+            if how == "compiled" and of is net
+            else of
+        )
         if how == "compiled":
             results.append(torch.autograd.grad(call(x).sin().sum(), [x, *of.parameters()]))
         else:
@@ -331,7 +371,9 @@ class Conditioned(nn.Linear):
 
 @pytest.mark.parametrize("how", ["transformed", "compiled"])
 @pytest.mark.parametrize("container", [Pair, OrderedDict, defaultdict])
-def test_tensors_in_containers_of_other_types_have_their_gradients(container: Any, how: str) -> None:
+def test_tensors_in_containers_of_other_types_have_their_gradients(
+    container: Any, how: str
+) -> None:
     net, stored = networks(Conditioned, args_route={"given": ((True, True),) * 3})
     tensors = [torch.randn(WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     x, results = tokens(), []
@@ -358,7 +400,9 @@ class Settings:
         self.rate = rate
 
 
-def test_a_branch_whose_configuration_stays_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_whose_configuration_stays_is_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     net, _ = networks(cases.Mlp)
     for module in net.modules():
         module.config = {"settings": Settings(0.5), "shapes": [(1, 2)]}
@@ -372,7 +416,10 @@ def test_a_branch_whose_configuration_stays_is_looked_at_once(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [*((kind, "transformed") for kind in (dict, SimpleNamespace, Settings)), (SimpleNamespace, "compiled")],
+    [
+        *((kind, "transformed") for kind in (dict, SimpleNamespace, Settings)),
+        (SimpleNamespace, "compiled"),
+    ],
 )
 def test_a_rate_in_a_configuration_may_be_raised(kind: Any, how: str) -> None:
     class Configured(cases.Mlp):
@@ -384,7 +431,9 @@ def test_a_rate_in_a_configuration_may_be_raised(kind: Any, how: str) -> None:
 
     net, stored = networks(Configured)
     config, x = kind(rate=0.0), tokens().requires_grad_()
-    for branch in (module for of in (net, stored) for module in of.modules() if isinstance(module, Configured)):
+    for branch in (
+        module for of in (net, stored) for module in of.modules() if isinstance(module, Configured)
+    ):
         branch.config = config
     for rate in (0.0, 0.5):
         (config if kind is dict else vars(config))["rate"] = rate
@@ -407,7 +456,12 @@ class Scaled(nn.Linear):
         self.scale = torch.ones(width, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([super().forward(x).tanh()[..., 1:], self.scale[:1].expand(*x.shape[:-1], 1)], -1) * self.scale
+        return (
+            torch.cat(
+                [super().forward(x).tanh()[..., 1:], self.scale[:1].expand(*x.shape[:-1], 1)], -1
+            )
+            * self.scale
+        )
 
 
 def scale_branches(net: nn.Module, scale: Tensor) -> None:
@@ -483,7 +537,9 @@ def exported(net: nn.Module, x: Tensor) -> Tensor:
     [lambda net, x: vmap(net)(x), lambda net, x: grad(lambda x: net(x).sum())(x), exported],
     ids=["vmap", "grad", "export"],
 )
-def test_hooks_on_blocks_are_refused_where_they_would_not_run(run: Callable[..., Any], execution: str) -> None:
+def test_hooks_on_blocks_are_refused_where_they_would_not_run(
+    run: Callable[..., Any], execution: str
+) -> None:
     net, _ = networks(cases.Mlp)
     net.execution = execution
     for register, hook in (

@@ -1,4 +1,6 @@
-"""Gradients equal those of the plain stored loop, in float64, in every way that autograd can be asked for them."""
+"""Gradients equal those of the plain stored loop, in float64, in every way that autograd can be
+asked for them.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,22 @@ from oracle import (
 )
 from revnet import ReversibleBlock, ReversibleSequence, SequentialSequence
 
-SEVERAL = named("mlp-L8", "attention-L8-dropout", "modulated-L4-keywords", "saves-nothing-between-L4", "mixed-L6")
+SEVERAL = named(
+    "mlp-L8",
+    "attention-L8-dropout",
+    "modulated-L4-keywords",
+    "saves-nothing-between-L4",
+    "mixed-L6",
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_input_that_needs_no_gradient(case: Case):
     net, oracle = both(case)
     x = case.input(requires_grad=False)
-    assert_same_step(train_step(net, x, **case.keywords()), train_step(oracle, x, **case.keywords()))
+    assert_same_step(
+        train_step(net, x, **case.keywords()), train_step(oracle, x, **case.keywords())
+    )
 
 
 @pytest.mark.parametrize("case", SEVERAL, ids=str)
@@ -78,7 +88,9 @@ def test_switching_between_forward_and_backward_changes_nothing():
         net.execution = then
         weighted(out).backward()
         assert_near(x.grad, expected.gradients["x"])
-        assert_same_gradients(gradients_of(net), {k: v for k, v in expected.gradients.items() if k != "x"})
+        assert_same_gradients(
+            gradients_of(net), {k: v for k, v in expected.gradients.items() if k != "x"}
+        )
 
 
 @pytest.mark.parametrize("which", ["y1", "y2", "both"])
@@ -87,7 +99,10 @@ def test_run_gives_both_streams(which: str):
     net, oracle = both(case)
 
     def run(module: nn.Module) -> Results:
-        x1, x2 = randn(2, 6, 8, seed=3, requires_grad=True), randn(2, 6, 8, seed=4, requires_grad=True)
+        x1, x2 = (
+            randn(2, 6, 8, seed=3, requires_grad=True),
+            randn(2, 6, 8, seed=4, requires_grad=True),
+        )
         y1, y2 = module.run(x1, x2)
         weighted(*{"y1": (y1,), "y2": (y2,), "both": (y1, y2)}[which]).backward()
         return {"y1": y1, "y2": y2, "x1": x1.grad, "x2": x2.grad}
@@ -121,7 +136,9 @@ def test_run_of_the_same_tensor_twice():
     assert_alike(net, oracle, run)
 
 
-@pytest.mark.parametrize("case", named("mlp-L8", "attention-L4-mask-rotary", "convolution-L3-nchw-chunk"), ids=str)
+@pytest.mark.parametrize(
+    "case", named("mlp-L8", "attention-L4-mask-rotary", "convolution-L3-nchw-chunk"), ids=str
+)
 def test_inverse_undoes_run_and_has_its_own_gradient(case: Case):
     net, oracle = both(case)
     shape = list(case.shape)
@@ -155,11 +172,15 @@ def test_a_block_alone_is_one_step_of_the_loop_and_inverts():
     assert_near(back2, x2)
     weighted(y1, y2).backward()
     weighted(expected1, x2 + g(expected1, shift=shift)).backward()
-    for actual, expected in zip(block.parameters(), [*f.parameters(), *g.parameters()], strict=True):
+    for actual, expected in zip(
+        block.parameters(), [*f.parameters(), *g.parameters()], strict=True
+    ):
         assert_near(actual.grad, expected.grad)
 
 
-@pytest.mark.parametrize("case", named("attention-L4-mask-rotary", "modulated-L4-keywords"), ids=str)
+@pytest.mark.parametrize(
+    "case", named("attention-L4-mask-rotary", "modulated-L4-keywords"), ids=str
+)
 def test_the_sequential_twin_is_the_plain_residual_loop(case: Case):
     pairs = case.pairs()
     twin, pairs = SequentialSequence(pairs, case.route), copy.deepcopy(pairs)
@@ -169,7 +190,9 @@ def test_the_sequential_twin_is_the_plain_residual_loop(case: Case):
     out = expected = case.input()
     for depth, pair in enumerate(pairs):
         for place, branch in enumerate(pair):
-            out = out + branch(out, **{k: v for k, v in given.items() if case.route[k][depth][place]})
+            out = out + branch(
+                out, **{k: v for k, v in given.items() if case.route[k][depth][place]}
+            )
     weighted(out).backward()
     assert_near(x.grad, expected.grad)
     for actual, branch in zip(twin.layers, pairs, strict=True):
@@ -178,7 +201,9 @@ def test_the_sequential_twin_is_the_plain_residual_loop(case: Case):
 
 
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "non-leaf"])
-@pytest.mark.parametrize("to", [(True, False), (False, True), (True, True)], ids=["f", "g", "f-and-g"])
+@pytest.mark.parametrize(
+    "to", [(True, False), (False, True), (True, True)], ids=["f", "g", "f-and-g"]
+)
 def test_gradients_of_keyword_tensors(to: tuple[bool, bool], leaf: bool):
     pairs = build([(with_dropout(Modulated), with_dropout(Modulated))] * 3, 8)
     route = {"scale": every(3, *to)}
@@ -207,7 +232,9 @@ def test_a_keyword_that_depends_on_the_input():
 
 
 class ReadsAttribute(nn.Module):
-    """Multiplies by a tensor that is neither parameter, buffer nor keyword, and that has a graph of its own."""
+    """Multiplies by a tensor that is neither parameter, buffer nor keyword, and that has a graph of
+    its own.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -237,7 +264,13 @@ def test_gradients_of_tensors_that_a_branch_holds(leaf: bool):
 GRADCHECK = [
     Case("mlp-L2", 2, ((Mlp, Mlp),), shape=(2, 2, 4)),
     Case("attention-L2", 2, ((Attention, SavesInput),), shape=(1, 3, 4)),
-    Case("gate-chunk-L2", 2, ((Gate, SavesResult),), shape=(3, 4), options={"split": "chunk", "merge": "concat"}),
+    Case(
+        "gate-chunk-L2",
+        2,
+        ((Gate, SavesResult),),
+        shape=(3, 4),
+        options={"split": "chunk", "merge": "concat"},
+    ),
     Case("nothing-bias-L2", 2, ((SavesNothing, Bias), (ReturnsInput, Linear)), shape=(2, 4)),
     Case(
         "modulated-L2",
@@ -254,7 +287,9 @@ GRADCHECK = [
 @pytest.mark.parametrize("case", GRADCHECK, ids=str)
 def test_numerical_derivatives(case: Case, order: int):
     net = ReversibleSequence(case.pairs(), case.route, **case.options)
-    names, values = zip(*((n, p.detach().requires_grad_()) for n, p in net.named_parameters()), strict=True)
+    names, values = zip(
+        *((n, p.detach().requires_grad_()) for n, p in net.named_parameters()), strict=True
+    )
     keywords = case.keywords()
 
     def function(x: Tensor, *rest: Tensor) -> Tensor:
@@ -269,7 +304,13 @@ def test_numerical_derivatives(case: Case, order: int):
 
 @pytest.mark.parametrize(
     "case",
-    named("mlp-L8", "mlp-L8-dropout", "attention-L8-dropout", "modulated-L4-keywords", "saves-nothing-between-L4"),
+    named(
+        "mlp-L8",
+        "mlp-L8-dropout",
+        "attention-L8-dropout",
+        "modulated-L4-keywords",
+        "saves-nothing-between-L4",
+    ),
     ids=str,
 )
 def test_a_gradient_penalty(case: Case):
@@ -420,7 +461,9 @@ def test_freezing_between_forward_and_backward_is_as_in_the_stored_loop():
         torch.manual_seed(0)
         loss = weighted(module(x))
         module.blocks[3].requires_grad_(False)
-        grads = torch.autograd.grad(loss, [x, module.blocks[0].f.enter.weight, module.blocks[6].g.norm.weight])
+        grads = torch.autograd.grad(
+            loss, [x, module.blocks[0].f.enter.weight, module.blocks[6].g.norm.weight]
+        )
         found.append(dict(enumerate(grads)))
     assert_same_gradients(*found)
 
@@ -435,13 +478,21 @@ def test_autograd_grad_of_any_subset_touches_no_grad(case: Case):
         losses.append(weighted(module(x, **given)))
         leaves.append({"x": x, **dict(module.named_parameters())})
     names = list(leaves[0])
-    subsets = [[name] for name in names[:: max(1, len(names) // 8)]] + [names[-3:], names[::5], names]
+    subsets = [[name] for name in names[:: max(1, len(names) // 8)]] + [
+        names[-3:],
+        names[::5],
+        names,
+    ]
     for subset in subsets:
         actual, expected = (
-            torch.autograd.grad(loss, [tensors[n] for n in subset], retain_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                loss, [tensors[n] for n in subset], retain_graph=True, allow_unused=True
+            )
             for loss, tensors in zip(losses, leaves, strict=True)
         )
-        assert_same_gradients(dict(zip(subset, actual, strict=True)), dict(zip(subset, expected, strict=True)))
+        assert_same_gradients(
+            dict(zip(subset, actual, strict=True)), dict(zip(subset, expected, strict=True))
+        )
     assert all(tensor.grad is None for tensor in leaves[0].values())
 
 
@@ -499,9 +550,15 @@ INPLACE = {
 
 
 @pytest.mark.parametrize("operation", INPLACE)
-@pytest.mark.parametrize("options", [{}, {"merge": "sum"}, {"merge": "concat"}], ids=["mean", "sum", "concat"])
-@pytest.mark.parametrize("case", named("mlp-L8", "saves-result-saves-nothing-L4", "linear-L1"), ids=str)
-def test_in_place_on_the_output_of_forward_is_right_or_raises(case: Case, options: dict, operation: str):
+@pytest.mark.parametrize(
+    "options", [{}, {"merge": "sum"}, {"merge": "concat"}], ids=["mean", "sum", "concat"]
+)
+@pytest.mark.parametrize(
+    "case", named("mlp-L8", "saves-result-saves-nothing-L4", "linear-L1"), ids=str
+)
+def test_in_place_on_the_output_of_forward_is_right_or_raises(
+    case: Case, options: dict, operation: str
+):
     pairs = case.pairs()
     net, oracle = ReversibleSequence(pairs, **options), stored_copy(pairs, **options)
     change = INPLACE[operation]
@@ -519,7 +576,9 @@ def test_in_place_on_the_output_of_forward_is_right_or_raises(case: Case, option
 
 @pytest.mark.parametrize("operation", INPLACE)
 @pytest.mark.parametrize("which", [0, 1], ids=["y1", "y2"])
-@pytest.mark.parametrize("case", named("mlp-L8", "saves-result-saves-nothing-L4", "linear-L1"), ids=str)
+@pytest.mark.parametrize(
+    "case", named("mlp-L8", "saves-result-saves-nothing-L4", "linear-L1"), ids=str
+)
 def test_in_place_on_an_output_of_run_is_right_or_raises(case: Case, which: int, operation: str):
     net, oracle = both(case)
     change = INPLACE[operation]
@@ -558,7 +617,9 @@ def test_in_place_under_no_grad_on_an_output_of_run_is_right_or_raises(which: in
     assert_same_gradients(gradients_of(net), gradients_of(oracle))
 
 
-@pytest.mark.parametrize("case", named("mlp-L8", "linear-L1", "saves-nothing-L3", "mlp-L4-chunk-concat"), ids=str)
+@pytest.mark.parametrize(
+    "case", named("mlp-L8", "linear-L1", "saves-nothing-L3", "mlp-L4-chunk-concat"), ids=str
+)
 def test_the_input_is_readable_and_unchanged_afterwards(case: Case):
     net, _ = both(case)
     x = case.input()
@@ -602,7 +663,9 @@ class Fails(Exception):
 
 
 class FailsOnce(Mlp):
-    """Raises in the evaluations for which True is planned; those planned are crossed off a list that replays share."""
+    """Raises in the evaluations for which True is planned; those planned are crossed off a list
+    that replays share.
+    """
 
     planned: list[bool] | None = None
 
@@ -631,7 +694,9 @@ def test_an_exception_in_a_replay_and_then_a_second_try(place: tuple[int, str]):
     assert_same_gradients(dict(enumerate(found)), dict(enumerate(wanted)))
     net.zero_grad()
     oracle.zero_grad()
-    assert_same_step(train_step(net, randn(2, 6, 8, seed=5)), train_step(oracle, randn(2, 6, 8, seed=5)))
+    assert_same_step(
+        train_step(net, randn(2, 6, 8, seed=5)), train_step(oracle, randn(2, 6, 8, seed=5))
+    )
 
 
 def test_an_exception_in_a_forward_and_then_a_second_try():
@@ -673,7 +738,9 @@ def test_saved_tensors_can_be_read_outside_backward_and_twice():
 
 
 def test_a_gradient_that_is_asked_for_from_inside_a_hook_of_the_same_backward():
-    """A second backward, of another graph through the same sequence, runs while the first is under way."""
+    """A second backward, of another graph through the same sequence, runs while the first is under
+    way.
+    """
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
 
@@ -683,7 +750,9 @@ def test_a_gradient_that_is_asked_for_from_inside_a_hook_of_the_same_backward():
         loss = weighted(module(first))
         inner: list[Tensor] = []
         first.register_hook(
-            lambda _, other=other, second=second, inner=inner: inner.extend(torch.autograd.grad(other, second))
+            lambda _, other=other, second=second, inner=inner: inner.extend(
+                torch.autograd.grad(other, second)
+            )
         )
         loss.backward()
         return {"first": first.grad, "inner": inner[0]}
@@ -713,9 +782,13 @@ MAKERS = {
 
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[list, dict, dict, dict]:
-    """Draws branches (some shared), routes for those that take keywords, options and what needs a gradient."""
+    """Draws branches (some shared), routes for those that take keywords, options and what needs a
+    gradient.
+    """
     depth = draw(st.integers(1, 5))
-    kinds = draw(st.lists(st.tuples(*[st.sampled_from(sorted(MAKERS))] * 2), min_size=depth, max_size=depth))
+    kinds = draw(
+        st.lists(st.tuples(*[st.sampled_from(sorted(MAKERS))] * 2), min_size=depth, max_size=depth)
+    )
     pairs = build([(MAKERS[f], MAKERS[g]) for f, g in kinds], 4, seed=draw(st.integers(0, 3)))
     for at in draw(st.lists(st.integers(1, depth), max_size=2)):
         if at < depth:
@@ -727,7 +800,10 @@ def networks(draw: st.DrawFn) -> tuple[list, dict, dict, dict]:
     }
     options = draw(
         st.fixed_dictionaries(
-            {"split": st.sampled_from(["copy", "chunk"]), "merge": st.sampled_from(["mean", "sum", "concat"])}
+            {
+                "split": st.sampled_from(["copy", "chunk"]),
+                "merge": st.sampled_from(["mean", "sum", "concat"]),
+            }
         )
     )
     needs = draw(st.fixed_dictionaries({key: st.booleans() for key in ("x", *sorted(route))}))
@@ -753,10 +829,14 @@ def test_any_mix_equals_the_stored_loop(network: tuple, batch: int, tokens: int,
 
 @given(
     kinds=st.lists(
-        st.sampled_from(["mlp", "mlp-dropout", "tanh", "flip", "identity", "sin", "linear"]), min_size=2, max_size=8
+        st.sampled_from(["mlp", "mlp-dropout", "tanh", "flip", "identity", "sin", "linear"]),
+        min_size=2,
+        max_size=8,
     ),
     asked=st.lists(
-        st.tuples(st.integers(0, 1), st.sets(st.integers(0, 30), min_size=1, max_size=4), st.booleans()),
+        st.tuples(
+            st.integers(0, 1), st.sets(st.integers(0, 30), min_size=1, max_size=4), st.booleans()
+        ),
         min_size=1,
         max_size=6,
     ),
@@ -764,7 +844,9 @@ def test_any_mix_equals_the_stored_loop(network: tuple, batch: int, tokens: int,
 )
 def test_any_order_of_partial_gradients_of_two_calls(kinds: list, asked: list, which: str):
     """Walks that start, stop, start again and interleave must all find the right state."""
-    pairs = build([(MAKERS[f], MAKERS[g]) for f, g in zip(kinds[::2], kinds[1::2], strict=False)], 4)
+    pairs = build(
+        [(MAKERS[f], MAKERS[g]) for f, g in zip(kinds[::2], kinds[1::2], strict=False)], 4
+    )
     answers = []
     for module in (ReversibleSequence(pairs), stored_copy(pairs)):
         torch.manual_seed(0)
@@ -778,11 +860,17 @@ def test_any_order_of_partial_gradients_of_two_calls(kinds: list, asked: list, w
         for call, places, create in asked:
             loss, leaves = calls[call]
             chosen = [leaves[place % len(leaves)] for place in sorted(places)]
-            grads = torch.autograd.grad(loss, chosen, retain_graph=True, create_graph=create, allow_unused=True)
+            grads = torch.autograd.grad(
+                loss, chosen, retain_graph=True, create_graph=create, allow_unused=True
+            )
             found += [None if grad is None else grad.detach() for grad in grads]
             if create and any(grad is not None and grad.requires_grad for grad in grads):
-                penalty = sum(grad.square().sum() for grad in grads if grad is not None and grad.requires_grad)
-                found += torch.autograd.grad(penalty, leaves[:2], retain_graph=True, allow_unused=True)
+                penalty = sum(
+                    grad.square().sum() for grad in grads if grad is not None and grad.requires_grad
+                )
+                found += torch.autograd.grad(
+                    penalty, leaves[:2], retain_graph=True, allow_unused=True
+                )
         sum(loss for loss, _ in calls).backward()
         found += [leaf.grad for _, leaves in calls for leaf in leaves]
         answers.append({str(place): grad for place, grad in enumerate(found)})
@@ -798,7 +886,10 @@ def test_one_step_on_cuda_equals_the_stored_loop(case: Case):
         stored_copy(pairs, case.route, **case.options),
     )
     x = case.input().detach().cuda().requires_grad_()
-    given_ = {k: v.detach().cuda().requires_grad_(v.requires_grad) for k, v in case.keywords().items()}
+    given_ = {
+        k: v.detach().cuda().requires_grad_(v.requires_grad) for k, v in case.keywords().items()
+    }
     actual, expected = train_step(net, x, **given_), train_step(oracle, x, **given_)
-    # Convolutions and attention accumulate with atomics on CUDA: not bit for bit, but far below any real error.
+    # Convolutions and attention accumulate with atomics on CUDA: not bit for bit, but far below any
+    # real error.
     assert_same_step(actual, expected, tolerance=1e-10)

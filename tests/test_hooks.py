@@ -23,11 +23,17 @@ from oracle import (
 )
 from revnet import ReversibleSequence
 
-HOOKED = named("mlp-L8-dropout", "mlp-L4-chunk-concat", "attention-L8-dropout", "saves-nothing-between-L4")
+HOOKED = named(
+    "mlp-L8-dropout", "mlp-L4-chunk-concat", "attention-L8-dropout", "saves-nothing-between-L4"
+)
 
 
 def branches(module: nn.Module) -> dict[str, nn.Module]:
-    return {f"{i}.{name}": getattr(block, name) for i, block in enumerate(module.blocks) for name in ("f", "g")}
+    return {
+        f"{i}.{name}": getattr(block, name)
+        for i, block in enumerate(module.blocks)
+        for name in ("f", "g")
+    }
 
 
 @pytest.mark.parametrize("case", HOOKED, ids=str)
@@ -46,8 +52,12 @@ def test_full_backward_hooks_fire_once_with_the_plain_loops_gradients(case: Case
             seen[f"{name} before"] = grad_output[0]
 
         for name, branch in branches(module).items():
-            branch.register_full_backward_hook(lambda _, i, o, name=name, after=after: after(name, i, o))
-            branch.register_full_backward_pre_hook(lambda _, o, name=name, before=before: before(name, o))
+            branch.register_full_backward_hook(
+                lambda _, i, o, name=name, after=after: after(name, i, o)
+            )
+            branch.register_full_backward_pre_hook(
+                lambda _, o, name=name, before=before: before(name, o)
+            )
         train_step(module, case.input(), **case.keywords())
         assert set(times.values()) == {1}
         found.append((seen, times))
@@ -96,7 +106,8 @@ def test_forward_hooks_with_keywords_see_them_in_the_replay_too():
     for module in (net, oracle):
         for branch in branches(module).values():
             branch.register_forward_pre_hook(
-                lambda _, args, kwargs: (args, {k: v * 2 for k, v in kwargs.items()}), with_kwargs=True
+                lambda _, args, kwargs: (args, {k: v * 2 for k, v in kwargs.items()}),
+                with_kwargs=True,
             )
     outcome = train_step(net, case.input(), **case.keywords())
     assert_same_step(outcome, train_step(oracle, case.input(), **case.keywords()))
@@ -114,8 +125,12 @@ def test_hooks_inside_a_branch_and_on_its_tensors():
             return grad * 2
 
         for branch in branches(module).values():
-            branch.enter.register_forward_hook(lambda _, __, out, notch=notch: out.register_hook(notch) and None)
-            branch.leave.register_full_backward_hook(lambda *_, kind=kind: times.update([f"{kind} module"]))
+            branch.enter.register_forward_hook(
+                lambda _, __, out, notch=notch: out.register_hook(notch) and None
+            )
+            branch.leave.register_full_backward_hook(
+                lambda *_, kind=kind: times.update([f"{kind} module"])
+            )
     assert_same_step(train_step(net, case.input()), train_step(oracle, case.input()))
     assert times["ReversibleSequence tensor"] == times["StoredSequence tensor"] == 16
     assert times["ReversibleSequence module"] == times["StoredSequence module"] == 16
@@ -125,10 +140,17 @@ def test_hooks_on_blocks_and_on_the_sequence_fire_once():
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
     times: Counter[str] = Counter()
-    for name, module in {"net": net, **{f"block {i}": block for i, block in enumerate(net.blocks)}}.items():
-        module.register_forward_pre_hook(lambda *_, name=name: times.update([f"{name} forward pre"]))
+    for name, module in {
+        "net": net,
+        **{f"block {i}": block for i, block in enumerate(net.blocks)},
+    }.items():
+        module.register_forward_pre_hook(
+            lambda *_, name=name: times.update([f"{name} forward pre"])
+        )
         module.register_forward_hook(lambda *_, name=name: times.update([f"{name} forward"]))
-        module.register_full_backward_pre_hook(lambda *_, name=name: times.update([f"{name} backward pre"]))
+        module.register_full_backward_pre_hook(
+            lambda *_, name=name: times.update([f"{name} backward pre"])
+        )
         module.register_full_backward_hook(lambda *_, name=name: times.update([f"{name} backward"]))
     assert_same_step(train_step(net, case.input()), train_step(oracle, case.input()))
     assert len(times) == 4 * 9
@@ -147,7 +169,9 @@ def test_parameter_hooks_fire_once(kind: str):
 
 
 def test_an_optimizer_step_in_the_backward_of_each_parameter():
-    """Post-accumulate hooks that step at once and free the gradient: the usual trick to save gradient memory."""
+    """Post-accumulate hooks that step at once and free the gradient: the usual trick to save
+    gradient memory.
+    """
     case = named("mlp-L8")[0]
     net, oracle = both(case)
     for parameter in net.parameters():
@@ -206,13 +230,17 @@ def test_a_copy_computes_the_same(copied: object, when: str):
     if loss is not None:
         loss.backward()
         assert_near(x.grad, expected.gradients["x"])
-        assert_same_gradients(gradients_of(net), {k: v for k, v in expected.gradients.items() if k != "x"})
+        assert_same_gradients(
+            gradients_of(net), {k: v for k, v in expected.gradients.items() if k != "x"}
+        )
 
 
 @pytest.mark.parametrize("copied", [_by_deepcopy, _by_pickle])
 def test_a_copy_keeps_its_settings_and_what_is_shared(copied: object):
     pairs = build([(with_dropout(Mlp), Linear)], 8) * 2
-    net = copied(ReversibleSequence(pairs, {"a": ((True, True),) * 2}, merge="sum", execution="store").eval())
+    net = copied(
+        ReversibleSequence(pairs, {"a": ((True, True),) * 2}, merge="sum", execution="store").eval()
+    )
     assert net.execution == "store"
     assert not net.training
     assert net.blocks[0].f is net.blocks[1].f

@@ -8,7 +8,15 @@ from torch import nn
 
 from cases import Linear, Mlp, build, randn, with_dropout
 from distributed import run_ranks
-from oracle import Evaluations, StoredSequence, assert_near, assert_same_gradients, gradients_of, stored_copy, weighted
+from oracle import (
+    Evaluations,
+    StoredSequence,
+    assert_near,
+    assert_same_gradients,
+    gradients_of,
+    stored_copy,
+    weighted,
+)
 from revnet import ReversibleSequence, SequentialSequence, measure_memory
 
 
@@ -22,7 +30,10 @@ def kept(evaluated: list[str]) -> list[int]:
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
 def test_the_backward_sees_the_blocks_that_the_forward_kept(rate: float, execution: str):
     pairs = build([(Mlp, Mlp)] * 8, 8)
-    net, oracle = ReversibleSequence(pairs, layer_dropout=rate, execution=execution), stored_copy(pairs)
+    net, oracle = (
+        ReversibleSequence(pairs, layer_dropout=rate, execution=execution),
+        stored_copy(pairs),
+    )
     counted = Evaluations(net)
     chosen = set()
     for seed in range(8):
@@ -64,7 +75,9 @@ def test_two_forwards_with_different_choices_before_one_backward():
 
 
 def test_with_dropout_inside_the_branches():
-    """The masks are drawn while the choice of blocks is under way; both must come back in backward."""
+    """The masks are drawn while the choice of blocks is under way; both must come back in
+    backward.
+    """
 
     class Masked(Linear):
         """Dropout by a mask that it also leaves behind for the oracle."""
@@ -104,7 +117,9 @@ def test_skipped_blocks_get_no_gradient():
 
 def _layers_run(net: nn.Module) -> list[int]:
     ran: list[int] = []
-    for i, (f, g) in enumerate(net.layers if hasattr(net, "layers") else ((b.f, b.g) for b in net.blocks)):
+    for i, (f, g) in enumerate(
+        net.layers if hasattr(net, "layers") else ((b.f, b.g) for b in net.blocks)
+    ):
         f.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
         g.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     return ran
@@ -123,7 +138,10 @@ def test_each_block_is_skipped_with_the_given_probability(sequence: type, rate: 
     deviation = (total * rate * (1 - rate)) ** 0.5
     assert abs(total - len(ran) / 2 - total * rate) < 4 * deviation
     per_block = [calls - ran.count(i) / 2 for i in range(depth)]
-    assert all(abs(skipped - calls * rate) < 5 * (calls * rate * (1 - rate)) ** 0.5 for skipped in per_block)
+    assert all(
+        abs(skipped - calls * rate) < 5 * (calls * rate * (1 - rate)) ** 0.5
+        for skipped in per_block
+    )
 
 
 @pytest.mark.parametrize("sequence", [ReversibleSequence, SequentialSequence])

@@ -1,4 +1,6 @@
-"""Memory, to the byte: what stays does not depend on depth, and nothing stays for longer than it must."""
+"""Memory, to the byte: what stays does not depend on depth, and nothing stays for longer than it
+must.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ QUIET: dict[str, tuple[Callable, Callable]] = {
 
 
 @pytest.mark.parametrize("needs", [True, False], ids=["x-grad", "x-none"])
-@pytest.mark.parametrize("options", [{}, {"merge": "sum"}, {"split": "chunk", "merge": "concat"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"merge": "sum"}, {"split": "chunk", "merge": "concat"}], ids=str
+)
 @pytest.mark.parametrize("makers", QUIET.values(), ids=QUIET)
 def test_two_streams_are_kept_at_any_depth(makers: tuple, options: dict, needs: bool):
     x = randn(2, 6, 8, requires_grad=needs)
@@ -62,10 +66,14 @@ def test_two_streams_are_kept_at_any_depth(makers: tuple, options: dict, needs: 
     depths = DEPTHS if needs and not options else DEPTHS[:2]
     pairs = build([makers] * max(depths), 4 if chunked else 8)
     for depth in depths:
-        assert kept(ReversibleSequence(pairs[:depth], **options), x) == (x.nbytes if chunked else 2 * x.nbytes)
+        assert kept(ReversibleSequence(pairs[:depth], **options), x) == (
+            x.nbytes if chunked else 2 * x.nbytes
+        )
 
 
-@pytest.mark.parametrize("draws", [(True, True), (True, False), (False, True)], ids=["f-g", "f", "g"])
+@pytest.mark.parametrize(
+    "draws", [(True, True), (True, False), (False, True)], ids=["f-g", "f", "g"]
+)
 def test_and_one_generator_state_per_step_that_draws(draws: tuple[bool, bool]):
     x = randn(2, 6, 8, requires_grad=True)
     makers = tuple(with_dropout(Mlp) if drawn else Mlp for drawn in draws)
@@ -83,7 +91,9 @@ def test_without_preserve_rng_state_no_generator_state_is_kept():
 
 
 def test_what_is_kept_is_not_the_stored_loops():
-    """The meter sees what stored execution keeps, so the figures above are not zero for want of looking."""
+    """The meter sees what stored execution keeps, so the figures above are not zero for want of
+    looking.
+    """
     pairs = build([(Mlp, Mlp)] * 4, 8)
     x = randn(2, 6, 8, requires_grad=True)
     net, oracle = ReversibleSequence(pairs, execution="store"), stored_copy(pairs)
@@ -95,20 +105,26 @@ def test_what_is_kept_is_not_the_stored_loops():
 def test_images_keep_two_streams():
     x = randn(2, 6, 8, 8, requires_grad=True)
     for depth in DEPTHS[:2]:
-        net = ReversibleSequence(build([(Convolution, Convolution)] * depth, 3), split="chunk", merge="concat", dim=1)
+        net = ReversibleSequence(
+            build([(Convolution, Convolution)] * depth, 3), split="chunk", merge="concat", dim=1
+        )
         assert kept(net, x) == x.nbytes
 
 
 def test_buffers_that_a_step_changes_are_kept_as_they_were_before_it():
     x = randn(2, 6, 8, 8, requires_grad=True)
-    net = ReversibleSequence(build([(normed, Convolution)] * 4, 3), split="chunk", merge="concat", dim=1)
+    net = ReversibleSequence(
+        build([(normed, Convolution)] * 4, 3), split="chunk", merge="concat", dim=1
+    )
     assert kept(net, x) == x.nbytes + sum(buffer.nbytes for buffer in net.buffers())
     assert kept(net.eval(), x) == x.nbytes
 
 
 def test_keyword_tensors_are_not_copied():
     x, scale = randn(2, 6, 8, requires_grad=True), randn(2, 6, 8, seed=5, requires_grad=True)
-    net = ReversibleSequence(build([(Modulated, Modulated)] * 8, 8), {"scale": every(8, True, True)})
+    net = ReversibleSequence(
+        build([(Modulated, Modulated)] * 8, 8), {"scale": every(8, True, True)}
+    )
     assert kept(net, x, scale=scale) == 2 * x.nbytes
 
 
@@ -190,8 +206,16 @@ def step(net: nn.Module, x: Tensor, **given: object) -> None:
     weighted(net(x, **given)).backward()
 
 
-SEVERAL = named("mlp-L8", "mlp-L8-dropout", "attention-L8-dropout", "modulated-L4-keywords", "convolution-L3-batchnorm",
-                "mixed-L6", "shared-L4-dropout", "reads-saved-twice-L3")  # fmt: skip
+SEVERAL = named(
+    "mlp-L8",
+    "mlp-L8-dropout",
+    "attention-L8-dropout",
+    "modulated-L4-keywords",
+    "convolution-L3-batchnorm",
+    "mixed-L6",
+    "shared-L4-dropout",
+    "reads-saved-twice-L3",
+)
 
 
 @pytest.mark.parametrize("case", SEVERAL, ids=str)
@@ -298,7 +322,9 @@ def test_activations_die_with_their_graph_and_not_with_the_collector():
     assert not any(ref() is not None for ref in seen)
 
 
-@pytest.mark.parametrize("case", named("mlp-L8-dropout", "convolution-L3-batchnorm", "modulated-L4-keywords"), ids=str)
+@pytest.mark.parametrize(
+    "case", named("mlp-L8-dropout", "convolution-L3-batchnorm", "modulated-L4-keywords"), ids=str
+)
 def test_five_hundred_steps_leak_nothing(case: Case):
     small = 2
     pairs = case.pairs()[:small]
@@ -319,7 +345,9 @@ def test_five_hundred_steps_leak_nothing(case: Case):
     gc.collect()
     objects, before = len(gc.get_objects()), tensors()
     train(500)
-    assert tensors() == before, "the collector is off: a cycle that holds a tensor would have left hundreds"
+    assert tensors() == before, (
+        "the collector is off: a cycle that holds a tensor would have left hundreds"
+    )
     gc.collect()
     assert len(gc.get_objects()) - objects < 50
     assert measure_memory(lambda: train(3)).saved_bytes == 0
@@ -333,7 +361,9 @@ def test_what_is_kept_is_kept_under_the_hooks_of_whoever_encloses_the_sequence()
     packed: list[int] = []
 
     def to_bytes(tensor: Tensor) -> object:
-        if isinstance(tensor, nn.Parameter) or (tensor._base is not None and isinstance(tensor._base, nn.Parameter)):
+        if isinstance(tensor, nn.Parameter) or (
+            tensor._base is not None and isinstance(tensor._base, nn.Parameter)
+        ):
             return tensor
         packed.append(tensor.nbytes)
         return tensor.shape, tensor.detach().numpy().tobytes()
@@ -370,7 +400,10 @@ def test_memory_on_cuda_is_flat_in_depth():
     saved, peaks = [], []
     for depth in DEPTHS:
         net = ReversibleSequence(
-            [(f.cuda(), g.cuda()) for f, g in build([(with_dropout(Mlp), Mlp)] * depth, 64, dtype=torch.float32)]
+            [
+                (f.cuda(), g.cuda())
+                for f, g in build([(with_dropout(Mlp), Mlp)] * depth, 64, dtype=torch.float32)
+            ]
         )
         allocated_gradients(net)
         net(x).sum().backward()
@@ -385,7 +418,10 @@ def test_memory_on_cuda_is_flat_in_depth():
 @pytest.mark.gpu
 def test_nothing_is_left_on_cuda_after_backward():
     net = ReversibleSequence(
-        [(f.cuda(), g.cuda()) for f, g in build([(with_dropout(Mlp), Mlp)] * 8, 64, dtype=torch.float32)]
+        [
+            (f.cuda(), g.cuda())
+            for f, g in build([(with_dropout(Mlp), Mlp)] * 8, 64, dtype=torch.float32)
+        ]
     )
     x = torch.randn(8, 256, 64, device="cuda")
     allocated_gradients(net)

@@ -37,7 +37,9 @@ def test_saved_is_what_waits_for_backward(device):
     w, x = leaf(device), torch.rand(N, device=device)
     # mul saves x, which is older; tanh saves its result. Backward holds two vectors at a time.
     report = measure_memory(lambda: (x * w).tanh().sum())
-    assert report == MemoryReport(saved_bytes=FLOATS, peak_bytes=2 * FLOATS + SCALAR, grad_bytes=FLOATS)
+    assert report == MemoryReport(
+        saved_bytes=FLOATS, peak_bytes=2 * FLOATS + SCALAR, grad_bytes=FLOATS
+    )
 
 
 def test_what_the_returned_value_reaches_is_not_saved(device):
@@ -58,7 +60,8 @@ def test_linear_layers_save_their_inputs(device):
     batch, width, hidden = 8, 16, 32
     net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width)).to(device)
     report = measure_memory(net, torch.rand(batch, width, device=device))
-    # The input is older, relu's result and the second layer's input are one tensor, the output is returned.
+    # The input is older, relu's result and the second layer's input are one tensor, the output is
+    # returned.
     assert report.saved_bytes == 4 * batch * hidden
     assert report.grad_bytes == 4 * (2 * width * hidden + hidden + width)
 
@@ -98,7 +101,9 @@ def test_a_gradient_replaced_during_the_call_is_created_by_it():
         w.grad = None
         (w * x).sum().backward()
 
-    assert measure_memory(step) == MemoryReport(saved_bytes=FLOATS, peak_bytes=FLOATS + 2 * SCALAR, grad_bytes=FLOATS)
+    assert measure_memory(step) == MemoryReport(
+        saved_bytes=FLOATS, peak_bytes=FLOATS + 2 * SCALAR, grad_bytes=FLOATS
+    )
 
 
 def test_gradients_that_share_a_storage_count_once(device):
@@ -183,7 +188,9 @@ def test_no_grad_outside(device, outside):
     with outside():
         assert measure_memory(lambda: (w * x).tanh()) == MemoryReport(0, 2 * FLOATS, 0)
     with torch.no_grad():
-        assert measure_memory(torch.enable_grad()(lambda: (w * x).tanh())) == MemoryReport(0, 3 * FLOATS, FLOATS)
+        assert measure_memory(torch.enable_grad()(lambda: (w * x).tanh())) == MemoryReport(
+            0, 3 * FLOATS, FLOATS
+        )
 
 
 def test_a_backward_of_its_own(device):
@@ -213,8 +220,14 @@ def test_tensors_that_torch_func_left_over(device, transform):
         left.append((x * 2).detach())
         return x.sum()
 
-    functions = {"vmap": torch.func.vmap(fn), "grad": torch.func.grad(fn), "both": torch.func.vmap(torch.func.grad(fn))}
-    functions[transform](torch.rand(3, N, device=device) if transform != "grad" else torch.rand(N, device=device))
+    functions = {
+        "vmap": torch.func.vmap(fn),
+        "grad": torch.func.grad(fn),
+        "both": torch.func.vmap(torch.func.grad(fn)),
+    }
+    functions[transform](
+        torch.rand(3, N, device=device) if transform != "grad" else torch.rand(N, device=device)
+    )
     w, x = leaf(device), torch.rand(N, device=device)
     assert measure_memory(lambda: w * x) == MemoryReport(0, 2 * FLOATS, FLOATS)
     assert measure_memory(lambda: left) == MemoryReport(0, 0, 0)
@@ -312,11 +325,14 @@ revnet.measure_memory(torch.ones, 3)
 revnet.measure_memory(torch.ones, 3)
 assert dict(os.environ) == before
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout + done.stderr == ""
 
 
-# ---- against two other ways of counting: the live storages that operations made, and the profiler's exported trace
+# ---- against two other ways of counting: the live storages that operations made, and the
+# profiler's exported trace
 
 
 class LiveStorages(TorchDispatchMode):
@@ -325,7 +341,11 @@ class LiveStorages(TorchDispatchMode):
         self.sizes = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        older = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        older = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         out = func(*args, **kwargs or {})
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in older:
@@ -343,10 +363,16 @@ def attention(width):
 NETS = {
     "mlp": lambda: (nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24)), (6, 24)),
     "dropout": lambda: (nn.Sequential(nn.Linear(24, 48), nn.Dropout(0.5), nn.Tanh()), (6, 24)),
-    "norms": lambda: (nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24), nn.BatchNorm1d(24)), (6, 24)),
+    "norms": lambda: (
+        nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24), nn.BatchNorm1d(24)),
+        (6, 24),
+    ),
     "attention": lambda: (attention(16), (2, 10, 16)),
     "deep": lambda: (nn.Sequential(*[nn.Linear(24, 24) for _ in range(30)]), (6, 24)),
-    "convolution": lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)), (2, 3, 12, 12)),
+    "convolution": lambda: (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        (2, 3, 12, 12),
+    ),
 }
 
 
@@ -376,12 +402,18 @@ def test_peak_agrees_with_the_exported_trace(net_and_input, tmp_path):
     x.grad = None
 
     one = torch.ones(())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         y = net(x)
         y.backward(one.expand_as(y))
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e["name"] == "[memory]"]
+    sizes = [
+        e["args"]["Bytes"]
+        for e in sorted(events, key=lambda e: e.get("ts", 0))
+        if e["name"] == "[memory]"
+    ]
     assert report.peak_bytes == max(accumulate(sizes))
     assert sum(sizes) == gradient_bytes([x, *net.parameters()]) + y.untyped_storage().nbytes()
 
@@ -400,7 +432,8 @@ def test_a_function_on_the_cpu_is_measured_there_also_when_cuda_is_in_use():
 def test_workspaces_of_the_libraries_are_not_counted():
     script = """
 import torch, revnet
-net, x = torch.nn.Linear(64, 64, device="cuda"), torch.rand(64, 64, device="cuda", requires_grad=True)
+net = torch.nn.Linear(64, 64, device="cuda")
+x = torch.rand(64, 64, device="cuda", requires_grad=True)
 report = revnet.measure_memory(lambda: net(x).exp().sum())
 assert report.saved_bytes == 4 * 64 * 64, report
 assert report.grad_bytes == 4 * (2 * 64 * 64 + 64), report
@@ -415,4 +448,6 @@ def test_a_block_larger_than_the_request_counts_as_the_request():
     block = torch.empty(21 * 2**20, dtype=torch.uint8, device="cuda")
     del block
     size = 20 * 2**20 + 2**19
-    assert measure_memory(torch.empty, size, dtype=torch.uint8, device="cuda") == MemoryReport(0, size, 0)
+    assert measure_memory(torch.empty, size, dtype=torch.uint8, device="cuda") == MemoryReport(
+        0, size, 0
+    )

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from cases import Attention, Case, Linear, Mlp, SavesNothing, both, build, named, randn, with_dropout
+from cases import (
+    Attention,
+    Case,
+    Linear,
+    Mlp,
+    SavesNothing,
+    both,
+    build,
+    named,
+    randn,
+    with_dropout,
+)
 from oracle import (
     Results,
     StoredSequence,
@@ -29,7 +40,11 @@ from oracle import (
 from revnet import ReversibleBlock, ReversibleSequence, SequentialSequence
 
 NESTED = named(
-    "mlp-L8", "attention-L8-dropout", "saves-nothing-between-L4", "shared-L4-dropout", "convolution-L3-batchnorm"
+    "mlp-L8",
+    "attention-L8-dropout",
+    "saves-nothing-between-L4",
+    "shared-L4-dropout",
+    "convolution-L3-batchnorm",
 )
 
 
@@ -90,7 +105,9 @@ def test_a_sequence_inside(case: Case, around: Callable):
     assert_alike(net, oracle, run)
 
 
-@pytest.mark.parametrize("around", [_checkpointed, _checkpointed_to_the_end, _saved_on_cpu, _saved_elsewhere])
+@pytest.mark.parametrize(
+    "around", [_checkpointed, _checkpointed_to_the_end, _saved_on_cpu, _saved_elsewhere]
+)
 def test_a_sequence_inside_is_right_for_partial_and_repeated_gradients(around: Callable):
     case = named("mlp-L8-dropout")[0]
     net, oracle = both(case)
@@ -142,7 +159,9 @@ class Around(nn.Module):
 def test_inside_a_branch(branch: Callable, around: Callable):
     pairs = build([(branch, branch)] * 3, 8)
     oracle = stored_copy(pairs)
-    net = ReversibleSequence([(Around(f, around), Mlp(8).double() if False else Around(g, around)) for f, g in pairs])
+    net = ReversibleSequence(
+        [(Around(f, around), Mlp(8).double() if False else Around(g, around)) for f, g in pairs]
+    )
     x = randn(2, 6, 8, requires_grad=True)
     actual, expected = train_step(net, x), train_step(oracle, x)
     renamed = {name.replace("inner.", ""): grad for name, grad in actual.gradients.items()}
@@ -193,14 +212,19 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("around", [None, _checkpointed, _saved_on_cpu], ids=["alone", "in-checkpoint", "on-cpu"])
+@pytest.mark.parametrize(
+    "around", [None, _checkpointed, _saved_on_cpu], ids=["alone", "in-checkpoint", "on-cpu"]
+)
 @pytest.mark.parametrize("kind", INNER)
 def test_a_sequence_as_a_branch_of_another(kind: str, around: Callable | None):
     found = []
     for inner, outer in ((INNER[kind], ReversibleSequence), (STORED[kind], StoredSequence)):
         makers = [(with_dropout(Mlp), Mlp)] * 2
         pairs = [
-            (inner(build(makers, 4 if kind == "chunked" else 8, seed=i)), build([(Linear, Linear)], 8, seed=i)[0][1])
+            (
+                inner(build(makers, 4 if kind == "chunked" else 8, seed=i)),
+                build([(Linear, Linear)], 8, seed=i)[0][1],
+            )
             for i in range(3)
         ]
         module = outer(pairs)
@@ -208,7 +232,9 @@ def test_a_sequence_as_a_branch_of_another(kind: str, around: Callable | None):
         torch.manual_seed(0)
         out = module(x) if around is None or outer is StoredSequence else around(module, x)
         weighted(out).backward()
-        found.append({"x": x.grad, "out": out.detach(), "rng": torch.get_rng_state()} | gradients_of(module))
+        found.append(
+            {"x": x.grad, "out": out.detach(), "rng": torch.get_rng_state()} | gradients_of(module)
+        )
     assert_same_gradients(*found)
 
 
@@ -239,7 +265,13 @@ def test_two_sequences_in_a_row_and_other_layers_between():
         torch.manual_seed(0)
         hidden = first(x)
         weighted(second(between(hidden).tanh()) + hidden).backward()
-        found.append({"x": x.grad, **gradients_of(first), **{f"2 {k}": v for k, v in gradients_of(second).items()}})
+        found.append(
+            {
+                "x": x.grad,
+                **gradients_of(first),
+                **{f"2 {k}": v for k, v in gradients_of(second).items()},
+            }
+        )
     assert_same_gradients(*found)
 
 
@@ -270,7 +302,10 @@ def test_a_sequence_that_reads_the_hidden_state_of_another_as_keyword():
 
         encoder = kind(build([(with_dropout(Mlp), Mlp)] * 3, 8))
         decoder = kind(build([(Cross, Mlp)] * 3, 8, seed=1), {"context": ((True, False),) * 3})
-        source, target = randn(2, 5, 8, requires_grad=True), randn(2, 6, 8, seed=2, requires_grad=True)
+        source, target = (
+            randn(2, 5, 8, requires_grad=True),
+            randn(2, 6, 8, seed=2, requires_grad=True),
+        )
         torch.manual_seed(0)
         weighted(decoder(target, context=encoder(source))).backward()
         found.append({"source": source.grad, "target": target.grad, **gradients_of(encoder)})
@@ -297,7 +332,10 @@ def test_anomaly_mode_finds_the_nan_of_a_branch():
     net = ReversibleSequence(build([(Mlp, Nan)] * 2, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="returned nan values"):
+        with (
+            torch.autograd.detect_anomaly(),
+            pytest.raises(RuntimeError, match="returned nan values"),
+        ):
             net(randn(2, 6, 8, requires_grad=True)).sum().backward()
 
 
@@ -315,7 +353,9 @@ def test_modes_without_gradients(case: Case, training: bool, mode: Callable):
             out = module(case.input())
         assert not out.requires_grad
         assert out.is_inference() == (mode is torch.inference_mode)
-        found.append({"out": out.clone(), "rng": torch.get_rng_state(), **dict(module.named_buffers())})
+        found.append(
+            {"out": out.clone(), "rng": torch.get_rng_state(), **dict(module.named_buffers())}
+        )
     assert_same_gradients(*found)
     net.train()
     oracle.train()

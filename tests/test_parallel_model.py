@@ -1,4 +1,6 @@
-"""Tensor parallel branches, context parallel attention and pipeline stages give the gradients of one process."""
+"""Tensor parallel branches, context parallel attention and pipeline stages give the gradients of
+one process.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,18 @@ class Heads(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         # Without a bias on the keys: its gradient is zero.
-        self.q, self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+        self.q, self.k, self.v = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH, bias=False),
+            nn.Linear(WIDTH, WIDTH),
+        )
         self.leave = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        q, k, v = (linear(x).unflatten(-1, (-1, 2)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k, v = (
+            linear(x).unflatten(-1, (-1, 2)).transpose(1, 2) for linear in (self.q, self.k, self.v)
+        )
         return self.leave(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,22 +75,40 @@ class Causal(Heads):
 
 
 def ring_on_cpu(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
-    """torch's ring around the CPU's kernel: what `context_parallel` does with the kernels of CUDA."""
+    """torch's ring around the CPU's kernel: what `context_parallel` does with the kernels of
+    CUDA.
+    """
     mesh = args[0].device_mesh
     local = [arg.to_local() if isinstance(arg, DTensor) else arg for arg in args]
     if op is KERNEL.default:
-        out = torch_ring._templated_ring_attention(mesh.get_group(), 2, op, *local[:3], is_causal=local[4])[:2]
+        out = torch_ring._templated_ring_attention(
+            mesh.get_group(), 2, op, *local[:3], is_causal=local[4]
+        )[:2]
     else:
         grad, q, k, v, result, lse, dropout, causal = local
-        out = sys.modules[torch_ring._templated_ring_attention.__module__]._templated_ring_attention_backward(
-            mesh.get_group(), 2, op, grad, "grad_out", q, k, v, result, lse, is_causal=causal, dropout_p=dropout
+        out = sys.modules[
+            torch_ring._templated_ring_attention.__module__
+        ]._templated_ring_attention_backward(
+            mesh.get_group(),
+            2,
+            op,
+            grad,
+            "grad_out",
+            q,
+            k,
+            v,
+            result,
+            lse,
+            is_causal=causal,
+            dropout_p=dropout,
         )[:3]
     return tuple(DTensor.from_local(tensor, mesh, [Shard(2)], run_check=False) for tensor in out)
 
 
 KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 RING = dict.fromkeys(
-    (KERNEL.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default), ring_on_cpu
+    (KERNEL.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default),
+    ring_on_cpu,
 )
 
 
@@ -92,8 +118,8 @@ def pairs(depth: int = 3) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def split_over(mesh: DeviceMesh, model: ReversibleSequence, streams: str) -> None:
-    """Splits heads and hidden features over the mesh. The streams are whole, or sharded by tokens: as local tensors
-    or as DTensors."""
+    """Splits heads and hidden features over the mesh. The streams are whole, or sharded by tokens:
+    as local tensors or as DTensors."""
     sharded = streams != "whole"
     between = Shard(1) if sharded else Replicate()
     local = streams != "DTensor"
@@ -112,7 +138,11 @@ def tensor_parallel(streams: str, rank: int, world_size: int) -> None:
     leaf = x.clone().requires_grad_()
     (twin(leaf) * target).sum().backward()
     expected = {name: p.grad for name, p in twin.named_parameters()}
-    part = slice(None) if streams == "whole" else slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
+    part = (
+        slice(None)
+        if streams == "whole"
+        else slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
+    )
     for kind in ("float", FINE):
         bits: dict[str, dict[str, Tensor]] = {}
         for execution in EXECUTIONS:
@@ -120,7 +150,9 @@ def tensor_parallel(streams: str, rank: int, world_size: int) -> None:
             split_over(mesh, model, streams)
             if streams == "DTensor":
                 mine = distribute_tensor(x, mesh, [Shard(1)]).detach().requires_grad_()
-                (model(mine) * distribute_tensor(target, mesh, [Shard(1)])).sum().full_tensor().backward()
+                (
+                    model(mine) * distribute_tensor(target, mesh, [Shard(1)])
+                ).sum().full_tensor().backward()
             else:
                 mine = x[:, part].clone().requires_grad_()
                 (model(mine) * target[:, part]).sum().backward()
@@ -143,7 +175,11 @@ def two_dimensional(streams: str, rank: int, world_size: int) -> None:
     loss_of(twin(x), target).backward()
     expected = {name: p.grad for name, p in twin.named_parameters()}
     examples = slice(2 * (rank // 2), 2 * (rank // 2) + 2)
-    tokens = slice(None) if streams == "whole" else slice(rank % 2 * TOKENS // 2, (rank % 2 + 1) * TOKENS // 2)
+    tokens = (
+        slice(None)
+        if streams == "whole"
+        else slice(rank % 2 * TOKENS // 2, (rank % 2 + 1) * TOKENS // 2)
+    )
     for by_branch, execution in ((True, "invert"), (True, "checkpoint"), (False, "invert")):
         model = ReversibleSequence(pairs(2), streams=FINE, execution=execution)
         split_over(mesh["tensor"], model, streams)
@@ -161,8 +197,12 @@ def two_dimensional(streams: str, rank: int, world_size: int) -> None:
 
 @contextlib.contextmanager
 def by_context(mesh: DeviceMesh, *buffers: Tensor) -> Iterator[None]:
-    """torch's `context_parallel` over the tokens of the buffers, with a rule for the CPU's kernel."""
-    with torch_ring.context_parallel(mesh, buffers=list(buffers), buffer_seq_dims=[1] * len(buffers)):
+    """torch's `context_parallel` over the tokens of the buffers, with a rule for the CPU's
+    kernel.
+    """
+    with torch_ring.context_parallel(
+        mesh, buffers=list(buffers), buffer_seq_dims=[1] * len(buffers)
+    ):
         # Leaving the context drops it.
         DTensor._op_dispatcher._custom_op_handlers |= RING  # type: ignore[operator]
         yield
@@ -175,13 +215,17 @@ def in_thread(fn: Callable[[], Any]) -> None:
 
 
 def context_parallel(rank: int, world_size: int) -> None:
-    """Each rank has some of the tokens, dealt out by torch; keys and values go around, in replays too."""
+    """Each rank has some of the tokens, dealt out by torch; keys and values go around, in replays
+    too.
+    """
     mesh = init_device_mesh("cpu", (world_size,))
     # It would add up the ring's parts in float32.
     torch_ring._cp_options.convert_to_f32 = False
     tokens = 4 * world_size
     generator = torch.Generator().manual_seed(11)
-    x, target = (torch.randn(2, tokens, WIDTH, dtype=torch.float64, generator=generator) for _ in range(2))
+    x, target = (
+        torch.randn(2, tokens, WIDTH, dtype=torch.float64, generator=generator) for _ in range(2)
+    )
     torch.manual_seed(7)
     blocks = [(Causal().double(), Mlp(WIDTH).double()) for _ in range(3)]
     twin = stored_copy(blocks)
@@ -211,7 +255,9 @@ def context_parallel(rank: int, world_size: int) -> None:
 
 
 def context_left_too_early(rank: int, world_size: int) -> None:
-    """Outside the context a replay would attend to the rank's own tokens alone: that is an error, on every rank."""
+    """Outside the context a replay would attend to the rank's own tokens alone: that is an error,
+    on every rank.
+    """
     mesh = init_device_mesh("cpu", (world_size,))
     torch.manual_seed(7)
     blocks = [(Causal().double(), Mlp(WIDTH).double()) for _ in range(3)]
@@ -236,23 +282,31 @@ class Stage(nn.Module):
         return (y1 + y2) / 2 if self.last else (y1, y2)
 
 
-def stage_of(rank: int, world_size: int, depth: int, execution: str, width: int = WIDTH, **options: Any) -> Stage:
+def stage_of(
+    rank: int, world_size: int, depth: int, execution: str, width: int = WIDTH, **options: Any
+) -> Stage:
     torch.manual_seed(7)
     every = [(Mlp(width).double(), Mlp(width).double()) for _ in range(depth * world_size)]
     own = every[depth * rank : depth * (rank + 1)]
-    return Stage(ReversibleSequence(own, execution=execution, **options), rank == 0, rank == world_size - 1)
+    return Stage(
+        ReversibleSequence(own, execution=execution, **options), rank == 0, rank == world_size - 1
+    )
 
 
-def scheduled(kind: Any, stage: Stage, micro: int, example: Tensor, rank: int, world_size: int) -> Any:
+def scheduled(
+    kind: Any, stage: Stage, micro: int, example: Tensor, rank: int, world_size: int
+) -> Any:
     """The schedule of this rank's stage.
 
-    The stage is told the shapes. Left to infer them, PipelineStage runs it on uninitialised memory first, and fixed
-    streams report whatever values that has.
+    The stage is told the shapes. Left to infer them, PipelineStage runs it on uninitialised memory
+    first, and fixed streams report whatever values that has.
     """
     stream = example.clone().requires_grad_()
     inputs = (example,) if stage.first else (stream, stream)
     outputs = (stream,) if stage.last else (stream, stream)
-    pipe = PipelineStage(stage, rank, world_size, torch.device("cpu"), input_args=inputs, output_args=outputs)
+    pipe = PipelineStage(
+        stage, rank, world_size, torch.device("cpu"), input_args=inputs, output_args=outputs
+    )
     return kind(pipe, n_microbatches=micro, loss_fn=loss_of)
 
 
@@ -271,7 +325,9 @@ def pipeline(kind: Any, rank: int, world_size: int) -> None:
     x = torch.randn(micro * 2, TOKENS, WIDTH, dtype=torch.float64)
     target = torch.randn(x.shape, dtype=torch.float64)
     torch.manual_seed(7)
-    twin = stored_copy([(Mlp(WIDTH).double(), Mlp(WIDTH).double()) for _ in range(depth * world_size)])
+    twin = stored_copy(
+        [(Mlp(WIDTH).double(), Mlp(WIDTH).double()) for _ in range(depth * world_size)]
+    )
     for piece, goal in zip(x.chunk(micro), target.chunk(micro), strict=True):
         (loss_of(twin(piece), goal) / micro).backward()
     expected = {name: p.grad for name, p in twin.named_parameters()}
@@ -287,7 +343,9 @@ def pipeline(kind: Any, rank: int, world_size: int) -> None:
 
 
 def peak(kind: Any, execution: str, depth: int, micro: int, rank: int, world_size: int) -> float:
-    """What one step of the schedule holds at once, in streams of one micro-batch, its gradients made before."""
+    """What one step of the schedule holds at once, in streams of one micro-batch, its gradients
+    made before.
+    """
     width, tokens = 16, 64
     stage = stage_of(rank, world_size, depth, execution, width, streams="float")
     x = torch.randn(micro, tokens, width, dtype=torch.float64)
@@ -300,18 +358,23 @@ def peak(kind: Any, execution: str, depth: int, micro: int, rank: int, world_siz
 def pipeline_memory(rank: int, world_size: int) -> None:
     """A micro-batch in flight keeps two streams per stage, whatever the depth.
 
-    The last stage has them and, held by torch's pipelining, its two inputs and the network's output.
+    The last stage has them and, held by torch's pipelining, its two inputs and the network's
+    output.
     """
     for execution, depths in (("invert", (2, 8)), ("store", (2,))):
         for depth in depths:
-            few, many = (peak(ScheduleGPipe, execution, depth, micro, rank, world_size) for micro in (4, 8))
+            few, many = (
+                peak(ScheduleGPipe, execution, depth, micro, rank, world_size) for micro in (4, 8)
+            )
             each = (many - few) / 4
             if execution == "store":
                 assert each > 20, f"stored execution keeps {each} streams per micro-batch"
             else:
-                assert each == pytest.approx(2 if rank == 0 else 5, abs=0.1), f"{each} streams at depth {depth}"
-    # 1F1B holds at most as many micro-batches as there are stages to come: their number does not matter.
-    # What grows in the last stage is the network's output, which the schedule collects.
+                assert each == pytest.approx(2 if rank == 0 else 5, abs=0.1), (
+                    f"{each} streams at depth {depth}"
+                )
+    # 1F1B holds at most as many micro-batches as there are stages to come: their number does not
+    # matter. What grows in the last stage is the network's output, which the schedule collects.
     few, many = (peak(Schedule1F1B, "invert", 2, micro, rank, world_size) for micro in (4, 8))
     assert (many - few) / 4 == pytest.approx(0 if rank == 0 else 1, abs=0.1)
 
@@ -356,9 +419,12 @@ def test_two_dimensional(name: str, on_four: dict[str, str]) -> None:
         pytest.fail(on_four[name], pytrace=False)
 
 
-@pytest.mark.parametrize(("tokens", "fits"), [(32, False), (48, False), (64, True), (96, False), (128, True)])
+@pytest.mark.parametrize(
+    ("tokens", "fits"), [(32, False), (48, False), (64, True), (96, False), (128, True)]
+)
 def test_ring_of_the_padding_kernel(tokens: int, fits: bool) -> None:
-    """docs/scaling.md: around CUDA's memory-efficient kernel, torch's ring needs a multiple of 64 tokens per rank.
+    """docs/scaling.md: around CUDA's memory-efficient kernel, torch's ring needs a multiple of 64
+    tokens per rank.
 
     The kernel pads the sums of a half of them to 32 rows, and the ring does not expect it.
     """
@@ -368,7 +434,9 @@ def test_ring_of_the_padding_kernel(tokens: int, fits: bool) -> None:
     for rank in range(2):
         dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
         try:
-            module._scaled_dot_product_ring_efficient_attention(init_device_mesh("cpu", (2,)), q, q, q, is_causal=True)
+            module._scaled_dot_product_ring_efficient_attention(
+                init_device_mesh("cpu", (2,)), q, q, q, is_causal=True
+            )
         except RuntimeError:
             failures += 1
         finally:

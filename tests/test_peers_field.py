@@ -1,4 +1,6 @@
-"""Where other reversible libraries go wrong on ordinary training code, and no other file here looks."""
+"""Where other reversible libraries go wrong on ordinary training code, and no other file here
+looks.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from revnet import Deterministic, ReversibleSequence, SequentialSequence
 
 
 class Classifier(nn.Module):
-    """Token embedding, a body of blocks, a head: what feeds the body is an index lookup or data, never a leaf."""
+    """Token embedding, a body of blocks, a head: what feeds the body is an index lookup or data,
+    never a leaf.
+    """
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -28,7 +32,9 @@ class Classifier(nn.Module):
 
 def models(**options: object) -> tuple[Classifier, Classifier]:
     pairs = build([(with_dropout(Attention), with_dropout(Mlp))] * 3, 8)
-    return Classifier(ReversibleSequence(pairs, **options)), Classifier(stored_copy(pairs, **options))
+    return Classifier(ReversibleSequence(pairs, **options)), Classifier(
+        stored_copy(pairs, **options)
+    )
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "embedding", "body", "embedding and body", "head"])
@@ -70,7 +76,10 @@ def test_training_takes_the_stored_loops_path():
 def test_a_sequence_takes_the_place_of_the_plain_layers_in_any_container():
     layers = build([(Mlp, Mlp)] * 2, 8)
     first, last = build([(Linear, Linear)], 8, seed=4)[0]
-    net, oracle = (nn.Sequential(first, body, last) for body in (ReversibleSequence(layers), stored_copy(layers)))
+    net, oracle = (
+        nn.Sequential(first, body, last)
+        for body in (ReversibleSequence(layers), stored_copy(layers))
+    )
     x, expected = randn(2, 6, 8, requires_grad=True), randn(2, 6, 8, requires_grad=True)
     weighted(net(x)).backward()
     grads = gradients_of(net)
@@ -90,7 +99,10 @@ def test_wrapped_branches_may_be_passed_as_they_are():
         x = randn(2, 6, 8, requires_grad=True)
         torch.manual_seed(0)
         weighted(module(x)).backward()
-        found.append({name.replace(".net.", "."): grad for name, grad in gradients_of(module).items()} | {"x": x.grad})
+        found.append(
+            {name.replace(".net.", "."): grad for name, grad in gradients_of(module).items()}
+            | {"x": x.grad}
+        )
     assert_same_gradients(*found)
 
 
@@ -102,7 +114,9 @@ class Cached(Linear):
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
         seen = super().forward(x)
         if cache is not None:
-            cache[self.key] = seen = torch.cat((cache[self.key], seen), 1) if self.key in cache else seen
+            cache[self.key] = seen = (
+                torch.cat((cache[self.key], seen), 1) if self.key in cache else seen
+            )
         return seen[:, -x.shape[1] :] + seen.mean(1, keepdim=True).tanh()
 
 
@@ -132,4 +146,6 @@ def test_token_by_token_inference_with_a_cache_equals_one_pass_over_prefixes(seq
                     streams[1] = streams[1] + update
                     streams[1] = streams[1] + g(streams[1])
                 assert torch.equal(cache[key][:, : t + 1], expected[key])
-    assert_near(step, (streams[0] + streams[1]) / 2 if sequence is ReversibleSequence else streams[1])
+    assert_near(
+        step, (streams[0] + streams[1]) / 2 if sequence is ReversibleSequence else streams[1]
+    )

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from cases import Attention, Linear, Mlp, Modulated, build, every, fused, normed, randn, with_dropout
+from cases import (
+    Attention,
+    Linear,
+    Mlp,
+    Modulated,
+    build,
+    every,
+    fused,
+    normed,
+    randn,
+    with_dropout,
+)
 from distributed import run_ranks
 from oracle import assert_same_step, stored_copy, train_step
 from revnet import (
@@ -38,7 +49,9 @@ EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
 BUDGETS = ["minimum", "3%", "10%", "20%", "35%", "50%", "70%", "90%", "stored"]
 
 
-def sequence(depth: int = 4, width: int = 32, *, dtype: torch.dtype = torch.float32, **options: object):
+def sequence(
+    depth: int = 4, width: int = 32, *, dtype: torch.dtype = torch.float32, **options: object
+):
     pairs = build([(fused, Mlp)] * depth, width, dtype=dtype)
     return ReversibleSequence(pairs, **options)
 
@@ -64,7 +77,8 @@ def test_a_size_is_a_number_or_text(text: object, size: int):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "8 GiBs", "-3MB", "eight", "1,5GB", "9" * 400, -1, float("nan"), float("inf")]
+    "text",
+    ["", "GiB", "8 GiBs", "-3MB", "eight", "1,5GB", "9" * 400, -1, float("nan"), float("inf")],
 )
 def test_what_is_no_size_is_refused(text: object):
     with pytest.raises(ValueError, match="is not a size"):
@@ -91,7 +105,9 @@ def test_a_size_is_written_in_the_largest_unit():
 
 
 def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
-    """A chain of two kinds of steps with small numbers, so that ties and tight budgets are common."""
+    """A chain of two kinds of steps with small numbers, so that ties and tight budgets are
+    common.
+    """
     rng = random.Random(seed)
     kinds = []
     for target in (0, 1):
@@ -125,7 +141,9 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_plan_is_the_best_of_all_plans(seed: int, steps: int, fixed: bool):
     chain = random_chain(seed, steps, fixed=fixed)
-    everything = [simulate(chain, executions) for executions in itertools.product(EXECUTIONS, repeat=steps)]
+    everything = [
+        simulate(chain, executions) for executions in itertools.product(EXECUTIONS, repeat=steps)
+    ]
     smallest = min(found.peak for found in everything)
     assert minimum(chain) == smallest
     assert solve(chain, smallest - 1) is None
@@ -181,7 +199,9 @@ def measured(net: nn.Module, *inputs: Tensor, **keywords: object) -> int:
     return measure_memory(net, *inputs, **keywords).peak_bytes
 
 
-def check_budgets(net: nn.Module, x: object, budgets: list[str] = BUDGETS, **keywords: object) -> list[Plan]:
+def check_budgets(
+    net: nn.Module, x: object, budgets: list[str] = BUDGETS, **keywords: object
+) -> list[Plan]:
     plans = plan(net, x, budgets, **keywords)
     peaks = []
     for found in plans:
@@ -197,15 +217,21 @@ def check_budgets(net: nn.Module, x: object, budgets: list[str] = BUDGETS, **key
 
 @pytest.mark.parametrize("shape", [(4, 64, 32), (2, 160, 16)], ids=str)
 @pytest.mark.parametrize("streams", ["float", "fixed"])
-def test_the_predicted_peak_is_the_measured_one_and_within_the_budget(shape: tuple[int, ...], streams: str):
+def test_the_predicted_peak_is_the_measured_one_and_within_the_budget(
+    shape: tuple[int, ...], streams: str
+):
     net = sequence(6, shape[-1], streams=streams)
     plans = check_budgets(net, torch.randn(shape))
     assert len({found.executions for found in plans}) >= 4
 
 
 VARIANTS = {
-    "dropout": lambda: ReversibleSequence(build([(with_dropout(Attention), with_dropout(Mlp))] * 4, 32, dtype=F32)),
-    "concat": lambda: ReversibleSequence(build([(fused, Mlp)] * 4, 16, dtype=F32), split="chunk", merge="concat"),
+    "dropout": lambda: ReversibleSequence(
+        build([(with_dropout(Attention), with_dropout(Mlp))] * 4, 32, dtype=F32)
+    ),
+    "concat": lambda: ReversibleSequence(
+        build([(fused, Mlp)] * 4, 16, dtype=F32), split="chunk", merge="concat"
+    ),
     "sum": lambda: sequence(merge="sum"),
     "linear": lambda: ReversibleSequence(build([(Linear, Linear)] * 6, 32, dtype=F32)),
     "shared": lambda: ReversibleSequence(build([(Mlp, Mlp)], 32, dtype=F32) * 5),
@@ -217,12 +243,19 @@ F32 = torch.float32
 
 @pytest.mark.parametrize(
     ("variant", "needs_grad"),
-    [*zip(VARIANTS, itertools.repeat(False)), *zip(("dropout", "concat", "sequential"), itertools.repeat(True))],
+    [
+        *zip(VARIANTS, itertools.repeat(False)),
+        *zip(("dropout", "concat", "sequential"), itertools.repeat(True)),
+    ],
 )
 def test_the_predicted_peak_of_other_sequences(variant: str, needs_grad: bool):
     net = VARIANTS[variant]()
     dtype = next(net.parameters()).dtype
-    check_budgets(net, torch.randn(4, 48, 32, dtype=dtype, requires_grad=needs_grad), ["minimum", "30%", "stored"])
+    check_budgets(
+        net,
+        torch.randn(4, 48, 32, dtype=dtype, requires_grad=needs_grad),
+        ["minimum", "30%", "stored"],
+    )
 
 
 def test_the_predicted_peak_of_convolutions_with_batch_norm():
@@ -402,8 +435,14 @@ def test_planning_leaves_the_attributes_of_branches():
     plan(net, torch.randn(2, 4, 8), ["minimum", "stored"])
     for module, attributes in zip(net.modules(), before, strict=True):
         assert list(vars(module)) == list(attributes)
-        assert all(value is attributes[name] for name, value in vars(module).items() if name != "_executions")
-    assert all(torch.equal(block.f.mean, mean) for block, mean in zip(net.blocks, means, strict=True))
+        assert all(
+            value is attributes[name]
+            for name, value in vars(module).items()
+            if name != "_executions"
+        )
+    assert all(
+        torch.equal(block.f.mean, mean) for block, mean in zip(net.blocks, means, strict=True)
+    )
 
 
 def test_a_plan_is_for_the_call_in_which_no_block_is_dropped():
@@ -455,7 +494,9 @@ def test_the_smallest_peak_is_a_budget(merge: str):
     least = plan(net, x, "minimum")
     assert least.budget == least.peak_bytes
     assert plan(net, x, least.budget).peak_bytes == least.budget
-    with pytest.raises(ReversibleError, match=rf"the smallest peak .* is .*\({least.budget} bytes\)"):
+    with pytest.raises(
+        ReversibleError, match=rf"the smallest peak .* is .*\({least.budget} bytes\)"
+    ):
         plan(net, x, least.budget - 1)
 
 
@@ -466,7 +507,8 @@ def test_without_a_budget_what_the_device_has_free_is_enough_for_a_small_sequenc
 
 
 def test_at_the_smallest_budget_what_is_free_is_stored():
-    # With gradients there already, the minimum is what one step needs: the last steps can have been stored by then.
+    # With gradients there already, the minimum is what one step needs: the last steps can have been
+    # stored by then.
     net, x = sequence(8), torch.randn(4, 64, 32)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -635,7 +677,9 @@ def test_fake_tensors_predict_the_bytes_of_real_ones(kind: str, request: pytest.
 
 def test_a_network_that_fits_nowhere_is_planned_without_allocating_it():
     with torch.device("meta"):
-        net = ReversibleSequence([(Attention(8192, fused=True, heads=64), Mlp(8192)) for _ in range(16)])
+        net = ReversibleSequence(
+            [(Attention(8192, fused=True, heads=64), Mlp(8192)) for _ in range(16)]
+        )
         x = torch.empty(8, 8192, 8192)
 
     def make() -> None:

@@ -46,7 +46,8 @@ def parameters(function: Callable) -> dict[str, object]:
     return {
         name: ... if parameter.default is inspect.Parameter.empty else parameter.default
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL) and name != "self"
+        if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        and name != "self"
     }
 
 
@@ -71,7 +72,10 @@ def test_sequences_take_keywords():
         revnet.ReversibleSequence.inverse,
         revnet.SequentialSequence.forward,
     ):
-        assert any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(method).parameters.values())
+        assert any(
+            p.kind is inspect.Parameter.VAR_KEYWORD
+            for p in inspect.signature(method).parameters.values()
+        )
 
 
 def test_the_options_of_a_reversible_sequence_are_given_by_name():

@@ -23,7 +23,9 @@ def test_the_lazy_names_are_those_that_type_checkers_see():
 
 
 def test_the_version_is_that_of_the_project():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
+        "project"
+    ]
     assert revnet.__version__ == project["version"]
 
 
@@ -33,4 +35,6 @@ def test_an_unknown_name_raises():
 
 
 def test_importing_the_package_does_not_import_torch():
-    subprocess.run([sys.executable, "-c", "import sys, revnet; sys.exit('torch' in sys.modules)"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys, revnet; sys.exit('torch' in sys.modules)"], check=True
+    )

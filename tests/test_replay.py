@@ -62,14 +62,19 @@ class BatchNorm(nn.Module):
 
     def __init__(self, width: int, momentum: float | None = 0.1) -> None:
         super().__init__()
-        self.linear, self.norm = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width, momentum=momentum)
+        self.linear, self.norm = (
+            nn.Linear(width, width, bias=False),
+            nn.BatchNorm1d(width, momentum=momentum),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.linear(x)).tanh()
 
 
 class RawBatchNorm(nn.Module):
-    """Calls the function on buffers of its own. torch writes them without a new version, and there is no counter."""
+    """Calls the function on buffers of its own. torch writes them without a new version, and there
+    is no counter.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,7 +84,9 @@ class RawBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
-        return nn.functional.batch_norm(out, self.mean, self.variance, training=self.training).tanh()
+        return nn.functional.batch_norm(
+            out, self.mean, self.variance, training=self.training
+        ).tanh()
 
 
 def cumulative(width: int) -> nn.Module:
@@ -89,7 +96,9 @@ def cumulative(width: int) -> nn.Module:
 
 def spectral(width: int) -> nn.Module:
     """The parametrization: power iteration in each training forward."""
-    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(width, width)), nn.Tanh())
+    return nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(width, width)), nn.Tanh()
+    )
 
 
 def spectral_by_hook(width: int) -> nn.Module:
@@ -257,7 +266,9 @@ def test_batch_norm_in_eval_mode_stays_put():
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_lazy_modules_are_made_by_the_first_forward():
     def lazy() -> nn.Module:
-        return nn.Sequential(nn.LazyBatchNorm1d(dtype=torch.float64), nn.LazyLinear(8, dtype=torch.float64))
+        return nn.Sequential(
+            nn.LazyBatchNorm1d(dtype=torch.float64), nn.LazyLinear(8, dtype=torch.float64)
+        )
 
     pairs = [(lazy(), lazy()) for _ in range(2)]
     net = ReversibleSequence(pairs)
@@ -288,9 +299,13 @@ def test_functional_call_replays_with_the_weights_it_was_given(branch: object):
         torch.manual_seed(0)
         weighted(torch.func.functional_call(module, {**given, **buffers}, (x,))).backward()
         assert all(parameter.grad is None for parameter in module.parameters())
-        found.append({"x": x.grad, **{name: tensor.grad for name, tensor in given.items()}, **buffers})
+        found.append(
+            {"x": x.grad, **{name: tensor.grad for name, tensor in given.items()}, **buffers}
+        )
     assert_same_gradients(*found)
-    assert_same_gradients({name: parameter.detach() for name, parameter in net.named_parameters()}, own)
+    assert_same_gradients(
+        {name: parameter.detach() for name, parameter in net.named_parameters()}, own
+    )
 
 
 def test_functional_call_with_weights_that_are_results_of_other_operations():
@@ -344,7 +359,9 @@ def test_a_buffer_put_in_anothers_place_after_forward_takes_no_part(name: str, t
         for branch, other in zip(branches, others, strict=True):
             setattr(branch, name, other)
         loss.backward()
-        assert all(getattr(branch, name) is other for branch, other in zip(branches, others, strict=True))
+        assert all(
+            getattr(branch, name) is other for branch, other in zip(branches, others, strict=True)
+        )
         found.append({"x": x.grad, **gradients_of(module)})
     assert_same_gradients(*found)
 
@@ -356,7 +373,9 @@ def test_a_parameter_or_branch_put_in_anothers_place_after_forward_takes_no_part
         x = randn(2, 6, 8, requires_grad=True)
         old = dict(module.named_parameters())
         loss = weighted(module(x))
-        module.blocks[0].f.enter.weight = nn.Parameter(torch.zeros_like(module.blocks[0].f.enter.weight))
+        module.blocks[0].f.enter.weight = nn.Parameter(
+            torch.zeros_like(module.blocks[0].f.enter.weight)
+        )
         module.blocks[2].g = build([(Mlp, Mlp)], 8, seed=9)[0][0]
         replaced = module.blocks[0].f.enter.weight
         loss.backward()
@@ -374,7 +393,9 @@ def test_a_parameter_that_is_changed_in_place_after_another_took_its_place():
     old, branch.bias = branch.bias, nn.Parameter(torch.zeros(8, dtype=torch.float64))
     with torch.no_grad():
         old.add_(1)
-    with pytest.raises(ReversibleError, match="block 2, branch g: parameter 'bias' was changed in place"):
+    with pytest.raises(
+        ReversibleError, match="block 2, branch g: parameter 'bias' was changed in place"
+    ):
         loss.backward()
 
 
@@ -402,7 +423,9 @@ class Appends(Remembers):
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-@pytest.mark.parametrize(("branch", "empty"), [(Remembers, dict), (Appends, list)], ids=["dict", "list"])
+@pytest.mark.parametrize(
+    ("branch", "empty"), [(Remembers, dict), (Appends, list)], ids=["dict", "list"]
+)
 def test_a_cache_is_written_once_per_forward(branch: type[Remembers], empty: type, calls: int):
     pairs = build([(branch, branch)] * 3, 8)
     for place, module in enumerate(branch for pair in pairs for branch in pair):
@@ -415,7 +438,9 @@ def test_a_cache_is_written_once_per_forward(branch: type[Remembers], empty: typ
         xs = [randn(2, 3, 8, seed=seed, requires_grad=True) for seed in range(calls)]
         losses = [weighted(module(x, cache=cache)) for x in xs]
         entries = cache if empty is list else [cache[str(place)] for place in range(6)]
-        assert [len(entries), entries[0].shape[1]] == ([6 * calls, 3] if empty is list else [6, 3 * calls])
+        assert [len(entries), entries[0].shape[1]] == (
+            [6 * calls, 3] if empty is list else [6, 3 * calls]
+        )
         written = [entry.detach().clone() for entry in entries]
         (sum(losses) + entries[-1].sum()).backward()
         assert len(entries) == len(written)
@@ -452,7 +477,9 @@ def test_keywords_may_be_containers_of_tensors_that_need_gradients():
 
     def run(module: nn.Module) -> Results:
         x, scale, shift = (randn(2, 6, 8, seed=seed, requires_grad=True) for seed in range(3))
-        weighted(module(x, settings={"scales": [scale.exp()], "name": "any"}, pair=(shift, 0.5))).backward()
+        weighted(
+            module(x, settings={"scales": [scale.exp()], "name": "any"}, pair=(shift, 0.5))
+        ).backward()
         return {"x": x.grad, "scale": scale.grad, "shift": shift.grad}
 
     assert_alike(net, oracle, run)
@@ -483,7 +510,9 @@ def test_tensors_made_in_inference_mode():
         net.zero_grad()
         x = randn(6, 8, requires_grad=True)
         weighted(net(x, bias=bias)).backward()
-        found.append({"x": x.grad, **{name: grad.clone() for name, grad in gradients_of(net).items()}})
+        found.append(
+            {"x": x.grad, **{name: grad.clone() for name, grad in gradients_of(net).items()}}
+        )
     for others in found[1:]:
         assert_same_gradients(others, found[0])
 
@@ -502,7 +531,9 @@ def test_context_fn_gives_each_branch_its_forward_and_its_replay_context():
     oracle = stored_copy(pairs)
     x = randn(2, 6, 8, requires_grad=True)
     assert_same_step(train_step(net, x), train_step(oracle, x))
-    assert events == {f"{verb} {kind}": 6 for verb in ("enter", "leave") for kind in ("forward", "replay")}
+    assert events == {
+        f"{verb} {kind}": 6 for verb in ("enter", "leave") for kind in ("forward", "replay")
+    }
 
 
 SELECTIVE = functools.partial(
@@ -550,7 +581,11 @@ class Observes(nn.Module):
         self.seen.append(
             {
                 "layout": (x.shape, x.stride(), x.dtype, x.device),
-                "gradient": (x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+                "gradient": (
+                    x.requires_grad,
+                    torch.is_grad_enabled(),
+                    torch.is_inference_mode_enabled(),
+                ),
                 "training": self.training,
                 "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
                 "scale": None if scale is None else (scale.requires_grad, scale.stride()),
@@ -561,7 +596,9 @@ class Observes(nn.Module):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("needs", [True, False], ids=["x-grad", "x-none"])
-@pytest.mark.parametrize("options", [{}, {"split": "chunk", "merge": "concat"}], ids=["copy", "chunk"])
+@pytest.mark.parametrize(
+    "options", [{}, {"split": "chunk", "merge": "concat"}], ids=["copy", "chunk"]
+)
 def test_a_replay_sees_the_surroundings_of_the_forward(options: dict, needs: bool, autocast: bool):
     width = 4 if options else 8
     pairs = build([(Observes, Observes)] * 3, width, dtype=torch.float32)
@@ -622,7 +659,11 @@ class WritesNotes(Linear):
     """Reads what its earlier calls left in the container it is given."""
 
     def forward(self, x: Tensor, notes: Any) -> Tensor:
-        scales, log = (notes["scales"], notes["log"]) if isinstance(notes, dict) else (notes.scales, notes.log)
+        scales, log = (
+            (notes["scales"], notes["log"])
+            if isinstance(notes, dict)
+            else (notes.scales, notes.log)
+        )
         log.append(super().forward(x).tanh() * scales)
         if isinstance(notes, Notes):
             notes.scales = notes.scales * 0.5
@@ -655,7 +696,9 @@ def test_containers_that_branches_write_to(container: Callable):
 
 @pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
 def test_a_tensor_in_a_container_that_was_changed(container: Callable):
-    net = ReversibleSequence(build([(WritesNotes, WritesNotes)] * 2, 8), {"notes": every(2, True, True)})
+    net = ReversibleSequence(
+        build([(WritesNotes, WritesNotes)] * 2, 8), {"notes": every(2, True, True)}
+    )
     scales = torch.ones(8, dtype=torch.float64)
     loss = weighted(net(randn(2, 6, 8, requires_grad=True), notes=container(scales=scales, log=[])))
     scales.zero_()

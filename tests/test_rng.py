@@ -33,7 +33,10 @@ def _seed() -> None:
 @pytest.mark.parametrize("between", [_draw, _seed, torch.seed], ids=["draw", "seed", "new-seed"])
 def test_the_user_may_draw_or_seed_between_forward_and_backward(case: Case, between: object):
     pairs = case.pairs()
-    net, oracle = ReversibleSequence(pairs, case.route, **case.options), stored_copy(pairs, case.route, **case.options)
+    net, oracle = (
+        ReversibleSequence(pairs, case.route, **case.options),
+        stored_copy(pairs, case.route, **case.options),
+    )
 
     def run(module: nn.Module) -> Results:
         x = case.input()
@@ -59,7 +62,9 @@ class DrawsOtherwise(nn.Module):
         noise = torch.randn_like(x) * scale + torch.normal(0.0, 1.0, (x.shape[-1],), dtype=x.dtype)
         chosen = torch.randperm(x.shape[1])[:2]
         out = (self.linear(x) * noise).tanh()
-        return out + out[:, chosen].mean(1, keepdim=True) * torch.bernoulli(torch.full_like(out, 0.5))
+        return out + out[:, chosen].mean(1, keepdim=True) * torch.bernoulli(
+            torch.full_like(out, 0.5)
+        )
 
 
 class DrawsSometimes(nn.Module):

@@ -50,7 +50,9 @@ def test_every_branch_agrees_with_its_own_flag(data, depth):
     assert len(routed) == depth
     for i in range(depth):
         for branch in (0, 1):
-            assert routed[i][branch] == {k: v for k, v in args.items() if k in router and router[k][i][branch]}
+            assert routed[i][branch] == {
+                k: v for k, v in args.items() if k in router and router[k][i][branch]
+            }
 
 
 @pytest.mark.parametrize("check", [check_routes, lambda route, depth: route_args(route, {}, depth)])

@@ -1,4 +1,6 @@
-"""The scaling benchmark finds where memory ends, and a rank that fails does not leave the others waiting."""
+"""The scaling benchmark finds where memory ends, and a rank that fails does not leave the others
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,13 @@ def test_search_brackets_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
         out=None,
     )
     scaling.report_length(options, scaling.Report(options))
-    ends = re.findall(r"\*\*([a-z ]+)\*\* \| \*\*([\d,]+) fit, not ([\d,]+)\*\*", capsys.readouterr().out)
-    found = {method: (int(fits.replace(",", "")), int(fails.replace(",", ""))) for method, fits, fails in ends}
+    ends = re.findall(
+        r"\*\*([a-z ]+)\*\* \| \*\*([\d,]+) fit, not ([\d,]+)\*\*", capsys.readouterr().out
+    )
+    found = {
+        method: (int(fits.replace(",", "")), int(fails.replace(",", "")))
+        for method, fits, fails in ends
+    }
     assert found.keys() == {scaling.FLOAT, scaling.CHECKPOINT}
     for fits, fails in found.values():
         assert fits < fails < 1.15 * fits

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from cases import Convolution, Gate, Linear, Mlp, SavesInput, build, randn
-from oracle import assert_near, assert_same_gradients, assert_same_step, gradients_of, stored_copy, train_step, weighted
+from oracle import (
+    assert_near,
+    assert_same_gradients,
+    assert_same_step,
+    gradients_of,
+    stored_copy,
+    train_step,
+    weighted,
+)
 from revnet import ReversibleSequence
 
 SHAPES = {
@@ -39,8 +47,12 @@ def test_any_shape(shape: tuple[int, ...], options: dict, branch: type[nn.Module
     assert_same_step(train_step(net, x), train_step(oracle, x))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("options", [{}, {"split": "chunk", "merge": "concat", "dim": 1}], ids=["copy", "chunk"])
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"split": "chunk", "merge": "concat", "dim": 1}], ids=["copy", "chunk"]
+)
 def test_images(options: dict, layout: torch.memory_format):
     pairs = build([(Convolution, Convolution)] * 3, 3 if options else 6)
     net, oracle = ReversibleSequence(pairs, **options), stored_copy(pairs, **options)
@@ -85,10 +97,14 @@ class Viewing(nn.Module):
         return self.linear(x) * x.view(x.shape).sin() * x.transpose(0, -1).cos().transpose(0, -1)
 
 
-@pytest.mark.parametrize("options", [{}, {"split": "chunk", "merge": "concat"}], ids=["copy", "chunk"])
+@pytest.mark.parametrize(
+    "options", [{}, {"split": "chunk", "merge": "concat"}], ids=["copy", "chunk"]
+)
 @pytest.mark.parametrize("branch", [Linear, Mlp, Viewing])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_any_memory_layout(layout: Callable[[Tensor], Tensor], branch: type[nn.Module], options: dict):
+def test_any_memory_layout(
+    layout: Callable[[Tensor], Tensor], branch: type[nn.Module], options: dict
+):
     pairs = build([(branch, branch)] * 3, 4 if options else 8)
     net, oracle = ReversibleSequence(pairs, **options), stored_copy(pairs, **options)
     found = []
@@ -138,12 +154,16 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 @pytest.mark.parametrize("branch", DTYPES, ids=lambda d: f"branch-{str(d)[6:]}")
 @pytest.mark.parametrize("stream", DTYPES, ids=lambda d: f"stream-{str(d)[6:]}")
-def test_streams_keep_their_dtype_and_outputs_are_cast_to_it(stream: torch.dtype, branch: torch.dtype):
+def test_streams_keep_their_dtype_and_outputs_are_cast_to_it(
+    stream: torch.dtype, branch: torch.dtype
+):
     pairs = [(InDtype(4, branch), InDtype(4, branch)) for _ in range(2)]
     for place, module in enumerate(m for pair in pairs for m in pair):
         # Small whole numbers: sums and products are exact in every dtype, and so is the inversion.
         with torch.no_grad():
-            module.linear.weight.copy_(torch.randint(-1, 2, (4, 4), generator=torch.Generator().manual_seed(place)))
+            module.linear.weight.copy_(
+                torch.randint(-1, 2, (4, 4), generator=torch.Generator().manual_seed(place))
+            )
     net, oracle = ReversibleSequence(pairs, merge="concat"), stored_copy(pairs, merge="concat")
     found = []
     for module in (net, oracle):

@@ -18,15 +18,23 @@ NORM_KEYS = ["norm.weight", "norm.bias", "enter.weight", "enter.bias", "leave.we
 def test_keys_of_a_reversible_sequence():
     net = ReversibleSequence(build([(Mlp, Linear)] * 2, 8))
     assert list(net.state_dict()) == [
-        key for i in range(2) for key in (*(f"blocks.{i}.f.{k}" for k in NORM_KEYS), f"blocks.{i}.g.weight",
-                                          f"blocks.{i}.g.bias")
-    ]  # fmt: skip
+        key
+        for i in range(2)
+        for key in (
+            *(f"blocks.{i}.f.{k}" for k in NORM_KEYS),
+            f"blocks.{i}.g.weight",
+            f"blocks.{i}.g.bias",
+        )
+    ]
 
 
 def test_keys_of_a_sequential_sequence():
     net = SequentialSequence(build([(Linear, Linear)] * 2, 8))
     assert list(net.state_dict()) == [
-        f"layers.{i}.{branch}.{name}" for i in range(2) for branch in (0, 1) for name in ("weight", "bias")
+        f"layers.{i}.{branch}.{name}"
+        for i in range(2)
+        for branch in (0, 1)
+        for name in ("weight", "bias")
     ]
 
 
@@ -47,7 +55,9 @@ def test_round_trip(case: object):
     other = ReversibleSequence(case.pairs(seed=3), **case.options)
     net(case.input())
     other.load_state_dict(net.state_dict(), strict=True)
-    for (name, actual), expected in zip(other.state_dict().items(), net.state_dict().values(), strict=True):
+    for (name, actual), expected in zip(
+        other.state_dict().items(), net.state_dict().values(), strict=True
+    ):
         assert torch.equal(actual, expected), name
     assert torch.equal(other.eval()(case.input()), net.eval()(case.input()))
 
@@ -129,7 +139,9 @@ def test_a_checkpoint_of_our_own_is_never_unwrapped(branch: type[nn.Module]):
 
 def test_a_checkpoint_of_the_sequential_classes_loads_strictly():
     pairs = build([(HasNet, Mlp)] * 2, 8)
-    old = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleList(pair) for pair in pairs])}).state_dict()
+    old = nn.ModuleDict(
+        {"layers": nn.ModuleList([nn.ModuleList(pair) for pair in pairs])}
+    ).state_dict()
     net = SequentialSequence(build([(HasNet, Mlp)] * 2, 8, seed=3))
     net.load_state_dict(old, strict=True)
     assert all(torch.equal(value, old[key]) for key, value in net.state_dict().items())
@@ -138,7 +150,9 @@ def test_a_checkpoint_of_the_sequential_classes_loads_strictly():
 def test_missing_and_unexpected_keys_are_still_reported():
     net = ReversibleSequence(build([(HasNet, Linear)] * 2, 8))
     state = net.state_dict()
-    lost = OrderedDict((key, value) for key, value in state.items() if key != "blocks.1.f.net.0.weight")
+    lost = OrderedDict(
+        (key, value) for key, value in state.items() if key != "blocks.1.f.net.0.weight"
+    )
     with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.1\.f\.net\.0\.weight"):
         net.load_state_dict(lost)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.f\.other"):
@@ -160,5 +174,7 @@ def test_a_block_alone_has_the_keys_f_and_g():
     block = ReversibleBlock(*build([(Linear, HasNet)], 8)[0])
     assert {key.split(".")[0] for key in block.state_dict()} == {"f", "g"}
     other = ReversibleBlock(*build([(Linear, HasNet)], 8, seed=3)[0])
-    other.load_state_dict({key.replace("f.", "f.net.", 1): value for key, value in block.state_dict().items()})
+    other.load_state_dict(
+        {key.replace("f.", "f.net.", 1): value for key, value in block.state_dict().items()}
+    )
     assert torch.equal(other.f.weight, block.f.weight)

@@ -1,4 +1,6 @@
-"""Fixed-point streams: the arithmetic against Python integers, and every implementation against the reference."""
+"""Fixed-point streams: the arithmetic against Python integers, and every implementation against the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,18 @@ from torch import Tensor
 
 from revnet import _streams
 from revnet._monitor import RangeMonitor
-from revnet._streams import Fixed, Float, Held, checksum, fitting_fraction_bits, fixed_add, fixed_encode
+from revnet._streams import (
+    Fixed,
+    Float,
+    Held,
+    checksum,
+    fitting_fraction_bits,
+    fixed_add,
+    fixed_encode,
+)
 
-# Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a Function.
+# Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
+# Function.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -38,8 +49,9 @@ every_format = pytest.mark.parametrize("fixed", FORMATS, ids=FORMAT_IDS)
 every_increment = pytest.mark.parametrize("increment_dtype", FLOATS, ids=FLOAT_IDS)
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=FLOAT_IDS)
 
-# Without CUDA, Triton's interpreter runs the kernel: TRITON_INTERPRET=1 pytest -k "kernel and not bfloat16" (it
-# truncates to bfloat16 where a device rounds) -W ignore::RuntimeWarning (NumPy's, for overflows that are meant).
+# Without CUDA, Triton's interpreter runs the kernel: TRITON_INTERPRET=1 pytest -k "kernel and not
+# bfloat16" (it truncates to bfloat16 where a device rounds) -W ignore::RuntimeWarning (NumPy's, for
+# overflows that are meant).
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ON_KERNEL = pytest.param("kernel", marks=() if INTERPRETED else pytest.mark.gpu)
@@ -47,7 +59,9 @@ ON_KERNEL = pytest.param("kernel", marks=() if INTERPRETED else pytest.mark.gpu)
 
 @pytest.fixture(params=["reference", "cpu", "cpu-pieces", ON_KERNEL])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return combine(fixed, held, increment, sign, monitor, step) -> held, on CPU tensors; held None encodes."""
+    """Return combine(fixed, held, increment, sign, monitor, step) -> held, on CPU tensors; held
+    None encodes.
+    """
     if request.param == "kernel":
         need_kernel()
         return combine_kernel
@@ -58,19 +72,34 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def combine(
-    fixed: Fixed, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None = None, step: int = 0
+    fixed: Fixed,
+    held: Held | None,
+    increment: Tensor,
+    sign: int,
+    monitor: RangeMonitor | None = None,
+    step: int = 0,
 ) -> Held:
     return fixed._combine(held, increment, sign, monitor, step)
 
 
 def reference(
-    fixed: Fixed, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None = None, step: int = 0
+    fixed: Fixed,
+    held: Held | None,
+    increment: Tensor,
+    sign: int,
+    monitor: RangeMonitor | None = None,
+    step: int = 0,
 ) -> Held:
     return fixed._reference(held, increment, sign, monitor, step)
 
 
 def combine_kernel(
-    fixed: Fixed, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None = None, step: int = 0
+    fixed: Fixed,
+    held: Held | None,
+    increment: Tensor,
+    sign: int,
+    monitor: RangeMonitor | None = None,
+    step: int = 0,
 ) -> Held:
     pattern = increment if held is None else held.value
     residual = torch.empty_like(pattern, dtype=fixed.residual_dtype(pattern.dtype), device=DEVICE)
@@ -97,7 +126,9 @@ def bound(fixed: Fixed, dtype: torch.dtype) -> int:
     return min(limit, 65504 * 2**fixed.fraction_bits) if dtype == torch.float16 else limit
 
 
-def combined(held: int | None, increment: float, sign: int, fixed: Fixed, dtype: torch.dtype) -> int | None:
+def combined(
+    held: int | None, increment: float, sign: int, fixed: Fixed, dtype: torch.dtype
+) -> int | None:
     """Return the new integer, None where there is none."""
     if held is None or not math.isfinite(increment):
         return None
@@ -106,7 +137,9 @@ def combined(held: int | None, increment: float, sign: int, fixed: Fixed, dtype:
 
 
 def read(integer: int | None, fixed: Fixed, dtype: torch.dtype) -> float:
-    """Return the value of an integer: rounded to float32 (float64), and from there to a 16-bit type."""
+    """Return the value of an integer: rounded to float32 (float64), and from there to a 16-bit
+    type.
+    """
     if integer is None:
         return math.nan
     if dtype == torch.float64:
@@ -135,12 +168,27 @@ def held_of(integers: list[int | None], fixed: Fixed, dtype: torch.dtype) -> Hel
     width = {torch.bfloat16: torch.int32, torch.float16: torch.int32}.get(dtype, torch.int16)
     if fixed.fraction_bits > 24:
         width = {torch.int16: torch.int32, torch.int32: torch.int64}[width]
-    return Held(torch.tensor(values, dtype=torch.float64).to(dtype), torch.tensor(rests, dtype=width))
+    return Held(
+        torch.tensor(values, dtype=torch.float64).to(dtype), torch.tensor(rests, dtype=width)
+    )
 
 
 def interesting_integers(fixed: Fixed, dtype: torch.dtype) -> list[int | None]:
     top = bound(fixed, dtype) - 1
-    middle = [0, 1, 2, 12345, 2**24 + 1, 2**24 + 3, 2**25 + 2, top // 2, top // 4, top // 4 + 1, top - 1, top]
+    middle = [
+        0,
+        1,
+        2,
+        12345,
+        2**24 + 1,
+        2**24 + 3,
+        2**25 + 2,
+        top // 2,
+        top // 4,
+        top // 4 + 1,
+        top - 1,
+        top,
+    ]
     middle = [number for number in middle if number <= top]
     return [None, *middle, *(-number for number in middle)]
 
@@ -150,8 +198,21 @@ def interesting_floats(fixed: Fixed, dtype: torch.dtype) -> list[float]:
     info = torch.finfo(dtype)
     one = torch.ones((), dtype=dtype)
     below = torch.nextafter(one * edge, one * 0).item() if edge < info.max else info.max
-    wanted = [0.0, info.smallest_normal, info.smallest_normal * info.eps, info.max, math.inf, below, edge, 1.0, 1 / 3]
-    wanted += [unit * factor for factor in (0.5, 0.5 - 2**-10, 0.5 + 2**-7, 1, 1.5, 2.5, 3.5, 12344.5, 2**22 + 0.5)]
+    wanted = [
+        0.0,
+        info.smallest_normal,
+        info.smallest_normal * info.eps,
+        info.max,
+        math.inf,
+        below,
+        edge,
+        1.0,
+        1 / 3,
+    ]
+    wanted += [
+        unit * factor
+        for factor in (0.5, 0.5 - 2**-10, 0.5 + 2**-7, 1, 1.5, 2.5, 3.5, 12344.5, 2**22 + 0.5)
+    ]
     wanted += [edge / 4, edge / 2, edge * 0.75]
     rounded = torch.tensor(wanted, dtype=torch.float64).to(dtype).tolist()
     return [math.nan, *rounded, *(-value for value in rounded)]
@@ -166,22 +227,32 @@ def bits(x: Tensor) -> Tensor:
 
 def same(a: Held, b: Held) -> bool:
     return all(
-        x.dtype == y.dtype and x.stride() == y.stride() and bits(x).equal(bits(y)) for x, y in zip(a, b, strict=True)
+        x.dtype == y.dtype and x.stride() == y.stride() and bits(x).equal(bits(y))
+        for x, y in zip(a, b, strict=True)
     )
 
 
 @cache
-def edges(fixed: Fixed, increment_dtype: torch.dtype, dtype: torch.dtype) -> tuple[list[int | None], Tensor]:
+def edges(
+    fixed: Fixed, increment_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[list[int | None], Tensor]:
     """Return every pair of an interesting integer and an interesting increment."""
     integers = interesting_integers(fixed, dtype)
-    integers, increments = zip(*itertools.product(integers, interesting_floats(fixed, increment_dtype)), strict=True)
+    integers, increments = zip(
+        *itertools.product(integers, interesting_floats(fixed, increment_dtype)), strict=True
+    )
     return list(integers), torch.tensor(increments, dtype=torch.float64).to(increment_dtype)
 
 
 @cache
-def combined_edges(fixed: Fixed, increment_dtype: torch.dtype, dtype: torch.dtype, sign: int) -> list[int | None]:
+def combined_edges(
+    fixed: Fixed, increment_dtype: torch.dtype, dtype: torch.dtype, sign: int
+) -> list[int | None]:
     integers, increments = edges(fixed, increment_dtype, dtype)
-    return [combined(*pair, sign, fixed, dtype) for pair in zip(integers, increments.tolist(), strict=True)]
+    return [
+        combined(*pair, sign, fixed, dtype)
+        for pair in zip(integers, increments.tolist(), strict=True)
+    ]
 
 
 @every_dtype
@@ -223,17 +294,26 @@ def test_integers_and_back(fixed: Fixed, dtype: torch.dtype) -> None:
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16]),
 )
 def test_combine_of_anything(
-    implementation: Any, data: st.DataObject, fixed: Fixed, increment_dtype: torch.dtype, dtype: torch.dtype
+    implementation: Any,
+    data: st.DataObject,
+    fixed: Fixed,
+    increment_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> None:
     top = bound(fixed, dtype) - 1
     near = st.integers(-(2**40), 2**40).map(lambda halves: halves * fixed.unit / 2)
     number = st.one_of(
-        st.floats(), st.floats(width=16), near, st.integers(-top, top).map(lambda count: count * fixed.unit)
+        st.floats(),
+        st.floats(width=16),
+        near,
+        st.integers(-top, top).map(lambda count: count * fixed.unit),
     )
     pair = st.tuples(st.integers(-top, top), number)
     integers, numbers = zip(*data.draw(st.lists(pair, min_size=1, max_size=9)), strict=True)
     increment = torch.tensor(numbers, dtype=torch.float64).to(increment_dtype)
-    wanted = [combined(*pair, 1, fixed, dtype) for pair in zip(integers, increment.tolist(), strict=True)]
+    wanted = [
+        combined(*pair, 1, fixed, dtype) for pair in zip(integers, increment.tolist(), strict=True)
+    ]
     new = implementation(fixed, held_of(list(integers), fixed, dtype), increment, 1)
     assert same(new, held_of(wanted, fixed, dtype))
     expected = [old if new is not None else None for old, new in zip(integers, wanted, strict=True)]
@@ -289,7 +369,9 @@ def test_the_default_keeps_small_outputs_and_a_wide_range() -> None:
     # bfloat16 and float32 outputs of the usual sizes are added without any rounding.
     for dtype, size in ((torch.bfloat16, 2.0**-17), (torch.float32, 0.5)):
         increment = (size * (1 + torch.rand(1000))).to(dtype)
-        assert Fixed().add(Fixed().encode(torch.zeros(1000)), increment).value.equal(increment.float())
+        assert (
+            Fixed().add(Fixed().encode(torch.zeros(1000)), increment).value.equal(increment.float())
+        )
 
 
 def layouts(width: int = 6) -> dict[str, tuple[Tensor, Tensor]]:
@@ -302,13 +384,25 @@ def layouts(width: int = 6) -> dict[str, tuple[Tensor, Tensor]]:
         "channels-last-increment": (image, (image * 2).to(memory_format=torch.channels_last)),
         "chunk": (wide.chunk(2, -1)[1], wide.chunk(2, -1)[0]),
         "transposed": (torch.randn(4, 3, width).transpose(0, 1), torch.randn(3, 4, width)),
-        "expanded-increment": (torch.randn(3, 4, width), torch.randn(3, 1, width).expand(3, 4, width)),
-        "expanded-both": (torch.randn(1, 4, width).expand(3, 4, width), torch.randn(width).expand(3, 4, width)),
+        "expanded-increment": (
+            torch.randn(3, 4, width),
+            torch.randn(3, 1, width).expand(3, 4, width),
+        ),
+        "expanded-both": (
+            torch.randn(1, 4, width).expand(3, 4, width),
+            torch.randn(width).expand(3, 4, width),
+        ),
         "broadcast": (torch.randn(3, 4, width), torch.randn(width)),
         "strided": (torch.randn(3, 4, 2 * width)[..., ::2], torch.randn(3, 4, 3 * width)[..., ::3]),
         "offset": (torch.randn(3 * 4 * width + 1)[1:].view(3, 4, width), torch.randn(3, 4, width)),
-        "odd-stride-of-one": (torch.randn(width).as_strided((1, width), (77, 1)), torch.randn(1, width)),
-        "negated": (torch.randn(3, width), torch.randn(3, width, dtype=torch.complex64).conj().imag),
+        "odd-stride-of-one": (
+            torch.randn(width).as_strided((1, width), (77, 1)),
+            torch.randn(1, width),
+        ),
+        "negated": (
+            torch.randn(3, width),
+            torch.randn(3, width, dtype=torch.complex64).conj().imag,
+        ),
         "empty": (torch.randn(0, width), torch.randn(0, width)),
         "scalar": (torch.randn(()), torch.randn(())),
     }
@@ -336,14 +430,18 @@ def test_layouts(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> N
     back = fixed.subtract(new, increment)
     assert equal(new, fixed.add(*plain))
     assert equal(back, held)
-    # The strides of an elementwise operation on held, in every implementation: a replayed branch must see the same.
+    # The strides of an elementwise operation on held, in every implementation: a replayed branch
+    # must see the same.
     assert {strides(part) for part in (*new, *back, *held)} == {strides(held.value + 1)}
     monkeypatch.setattr(_streams, "_fusible", lambda *tensors: False)
     again = fixed.add(held, increment)
     assert {strides(part) for part in again} == {strides(new.value)}
     assert equal(again, new)
     # A stream may also be held in a layout with gaps.
-    gaps = [torch.empty(*part.shape, 2, dtype=part.dtype, device=device)[..., 0].copy_(part) for part in held]
+    gaps = [
+        torch.empty(*part.shape, 2, dtype=part.dtype, device=device)[..., 0].copy_(part)
+        for part in held
+    ]
     assert equal(fixed.add(Held(*gaps), increment), new)
 
 
@@ -378,7 +476,9 @@ def test_the_limit_is_the_first_number_that_does_not_fit(fixed: Fixed, dtype: to
 def test_fitting_fraction_bits(magnitude: float) -> None:
     fits = [k for k in range(38) if combined(0, magnitude, 1, Fixed(k), torch.float64) is not None]
     bits = fitting_fraction_bits(magnitude)
-    assert bits == max(fits, default=None) or (bits is not None and bits + 1 == max(fits) and math.log2(magnitude) > 14)
+    assert bits == max(fits, default=None) or (
+        bits is not None and bits + 1 == max(fits) and math.log2(magnitude) > 14
+    )
 
 
 def test_no_fraction_bits_fit_infinity() -> None:
@@ -429,7 +529,8 @@ def test_double_backward() -> None:
     def smooth(x: Tensor, increment: Tensor) -> Tensor:
         return (x + increment.sin()) ** 2
 
-    # The function is a staircase whose steps are far smaller than the differences that gradgradcheck takes.
+    # The function is a staircase whose steps are far smaller than the differences that
+    # gradgradcheck takes.
     assert torch.autograd.gradcheck(exact, (x, increment), eps=1e-4, atol=1e-4)
     assert torch.autograd.gradgradcheck(exact, (x, increment), eps=1e-4, atol=1e-4)
     for order in (1, 2):
@@ -468,7 +569,9 @@ def test_encoding_passes_gradients_on() -> None:
 
 def added(fixed: Fixed, *watch: Any) -> Any:
     """Return fixed_add of three tensors."""
-    return lambda value, residual, increment: tuple(fixed_add(Held(value, residual), increment, fixed, *watch))
+    return lambda value, residual, increment: tuple(
+        fixed_add(Held(value, residual), increment, fixed, *watch)
+    )
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, 2), (None, 0, None)])
@@ -476,9 +579,13 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
     fixed, monitor = Fixed(16), RangeMonitor()
     single = *fixed.encode(torch.randn(4, 5)), torch.randn(4, 5)
     stacked = [
-        x if dim is None else torch.stack([x, x + 1, x + 2], dim) for x, dim in zip(single, in_dims, strict=True)
+        x if dim is None else torch.stack([x, x + 1, x + 2], dim)
+        for x, dim in zip(single, in_dims, strict=True)
     ]
-    columns = [x.expand(3, 4, 5) if dim is None else x.movedim(dim, 0) for x, dim in zip(stacked, in_dims, strict=True)]
+    columns = [
+        x.expand(3, 4, 5) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(stacked, in_dims, strict=True)
+    ]
     wanted = fixed.add(Held(columns[0].contiguous(), columns[1].contiguous()), columns[2])
     assert equal(Held(*torch.vmap(added(fixed, monitor, 4), in_dims)(*stacked)), wanted)
     assert monitor.check() is None
@@ -493,9 +600,11 @@ def test_vmap_of_the_plain_functions() -> None:
     increment[1, 0, 0] = math.inf
     held = Held(*torch.vmap(lambda x: tuple(fixed.encode(x, monitor)))(x))
     assert same(held, fixed.encode(x))
-    got = torch.vmap(lambda value, residual, increment: tuple(fixed.add(Held(value, residual), increment, monitor, 2)))(
-        *held, increment
-    )
+    got = torch.vmap(
+        lambda value, residual, increment: tuple(
+            fixed.add(Held(value, residual), increment, monitor, 2)
+        )
+    )(*held, increment)
     assert same(Held(*got), fixed.add(held, increment))
     assert monitor.poll() == (2, math.inf)
 
@@ -519,14 +628,18 @@ def test_function_transforms() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
-    ("fixed", "dtype"), [(Fixed(16), torch.bfloat16), (Fixed(), torch.float32)], ids=["16-bfloat16", "24-float32"]
+    ("fixed", "dtype"),
+    [(Fixed(16), torch.bfloat16), (Fixed(), torch.float32)],
+    ids=["16-bfloat16", "24-float32"],
 )
 def test_compiled(fixed: Fixed, dtype: torch.dtype, device: str) -> None:
     monitor = RangeMonitor()
     monitor.prepare(torch.device(device, 0) if device == "cuda" else torch.device(device))
 
     @torch.compile(fullgraph=True)
-    def forward(value: Tensor, residual: Tensor, factor: Tensor, increment: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        value: Tensor, residual: Tensor, factor: Tensor, increment: Tensor
+    ) -> tuple[Tensor, ...]:
         # The product is fused with the addition: it must be rounded to its dtype all the same.
         return tuple(fixed.add(Held(value, residual), factor * increment, monitor, 7))
 
@@ -537,7 +650,9 @@ def test_compiled(fixed: Fixed, dtype: torch.dtype, device: str) -> None:
     integers, increment = edges(fixed, dtype, dtype)
     held = Held(*(part.to(device) for part in held_of(integers, fixed, dtype)))
     increment = increment.to(device)
-    factor = torch.where(increment.isfinite() & (increment.abs() < 1e3), torch.randn_like(increment), 1)
+    factor = torch.where(
+        increment.isfinite() & (increment.abs() < 1e3), torch.randn_like(increment), 1
+    )
     got = Held(*forward(*held, factor, increment))
     assert same(got, fixed.add(held, factor * increment))
     assert same(Held(*backward(*got, factor * increment)), fixed.subtract(got, factor * increment))
@@ -553,7 +668,9 @@ def test_compiled_function_with_gradients() -> None:
     monitor.prepare(torch.device("cpu"))
 
     def loss(x: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
-        value, residual = fixed_add(fixed_encode(x, fixed, monitor), increment.sin(), fixed, monitor, 3)
+        value, residual = fixed_add(
+            fixed_encode(x, fixed, monitor), increment.sin(), fixed, monitor, 3
+        )
         return (value**2).sum(), residual
 
     x, increment = torch.randn(2, 5, 6).unbind()
@@ -573,7 +690,11 @@ def test_fake_tensors_and_tracing() -> None:
     with FakeTensorMode():
         held = fixed.encode(torch.empty(3, 4), monitor)
         new = fixed.add(held, torch.empty(3, 4, dtype=torch.bfloat16), monitor, 1)
-        assert (new.value.shape, new.value.dtype, new.residual.dtype) == ((3, 4), torch.float32, torch.int16)
+        assert (new.value.shape, new.value.dtype, new.residual.dtype) == (
+            (3, 4),
+            torch.float32,
+            torch.int16,
+        )
     held, increment = fixed.encode(torch.randn(3, 4)), torch.randn(3, 4)
     graph = make_fx(lambda *args: tuple(fixed.add(Held(*args[:2]), args[2])))(*held, increment)
     increment[0, 0] = math.inf
@@ -587,7 +708,11 @@ def test_export(dtype: torch.dtype) -> None:
         def forward(self, value: Tensor, residual: Tensor, increment: Tensor) -> tuple[Tensor, ...]:
             return tuple(Fixed().add(Held(value, residual), increment))
 
-    for x in (torch.randn(3, 4, dtype=dtype), torch.randn(4, 3, dtype=dtype).t(), torch.randn((), dtype=dtype)):
+    for x in (
+        torch.randn(3, 4, dtype=dtype),
+        torch.randn(4, 3, dtype=dtype).t(),
+        torch.randn((), dtype=dtype),
+    ):
         held, increment = Fixed().encode(x), torch.randn(x.shape)
         exported = torch.export.export(Add(), (*held, increment)).module()
         increment[(0,) * x.dim()] = math.inf
@@ -609,7 +734,8 @@ def test_findings_agree_between_implementations(implementation: Any) -> None:
         implementation(fixed, held, beyond, 1, monitor, 5)
         found = monitor.check()
         assert found is not None
-        # What was no number before is old news; of the two sums, 1.5 and -1.25 limits, the larger counts.
+        # What was no number before is old news; of the two sums, 1.5 and -1.25 limits, the larger
+        # counts.
         assert found.step == 5
         assert found.magnitude == pytest.approx(1.5 * fixed.limit, rel=1e-6)
 
@@ -618,7 +744,12 @@ def test_the_first_step_and_its_largest_magnitude_are_reported() -> None:
     fixed, monitor = Fixed(), RangeMonitor()
     held = fixed.encode(torch.zeros(3), monitor)
     assert monitor.poll() is None
-    for step, sizes in ((6, [1, math.nan, 1]), (4, [1, 1, 40_000]), (4, [1, 50_000, 1]), (5, [math.inf, 1, 1])):
+    for step, sizes in (
+        (6, [1, math.nan, 1]),
+        (4, [1, 1, 40_000]),
+        (4, [1, 50_000, 1]),
+        (5, [math.inf, 1, 1]),
+    ):
         fixed.add(held, torch.tensor(sizes, dtype=torch.float32), monitor, step)
     monitor.flush()
     assert monitor.poll() == monitor.check() == (4, 50_000)
@@ -633,7 +764,9 @@ def test_the_first_step_and_its_largest_magnitude_are_reported() -> None:
     assert math.isnan(found.magnitude)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
 def test_copies_of_a_monitor_start_empty(copied: Any) -> None:
     monitor = RangeMonitor()
     Fixed().encode(torch.tensor([math.nan]), monitor)
@@ -679,7 +812,9 @@ def test_vanishing_outputs_are_counted(device: str) -> None:
 # Checksums
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64, torch.float32, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.int64, torch.float64, torch.float32, torch.bfloat16, torch.bool]
+)
 def test_checksum_sees_every_change(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = (torch.randn(3, 50) * 1000).to(dtype)
     total = checksum(x)
@@ -689,7 +824,9 @@ def test_checksum_sees_every_change(dtype: torch.dtype, monkeypatch: pytest.Monk
     seen = {int(total)}
     for i in range(x.numel()):
         changed = x.clone().reshape(-1)
-        unsigned = changed.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+        unsigned = changed.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+        )
         unsigned[i] ^= 1
         seen.add(int(checksum(changed)))
     assert len(seen) == x.numel() + 1
@@ -728,10 +865,14 @@ def test_checksum_is_the_sum_of_mixed_elements(elements: list[int]) -> None:
 @every_increment
 @every_format
 @pytest.mark.parametrize("size", [1 << 20, 999_983])
-def test_cuda_equals_cpu(fixed: Fixed, increment_dtype: torch.dtype, dtype: torch.dtype, size: int) -> None:
+def test_cuda_equals_cpu(
+    fixed: Fixed, increment_dtype: torch.dtype, dtype: torch.dtype, size: int
+) -> None:
     need_kernel()
     x = (torch.randn(size + 1) * fixed.limit / 8).to(dtype)
-    increment = (torch.randn(size + 1) * torch.logspace(-12, 1, size + 1) * fixed.limit).to(increment_dtype)
+    increment = (torch.randn(size + 1) * torch.logspace(-12, 1, size + 1) * fixed.limit).to(
+        increment_dtype
+    )
     for start in (0, 1):  # memory that does and does not allow 16-byte accesses
         part = slice(start, start + size)
         held = Held(*(piece[part] for piece in fixed.encode(x)))
@@ -817,5 +958,8 @@ def test_a_first_call_in_a_capture_is_refused() -> None:
     need_kernel()
     held, monitor = Fixed().encode(torch.randn(8, device="cuda")), RangeMonitor()
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="run the sequence once before capturing"), torch.cuda.graph(graph):
+    with (
+        pytest.raises(RuntimeError, match="run the sequence once before capturing"),
+        torch.cuda.graph(graph),
+    ):
         Fixed().add(held, torch.ones(8, device="cuda"), monitor, 0)

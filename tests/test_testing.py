@@ -83,7 +83,9 @@ def test_a_right_coupling_passes(coupling: Coupling):
 
 
 def test_a_wrong_inverse_is_named():
-    with pytest.raises(ReversibleError, match=r"target came back with a relative error .* reverse order"):
+    with pytest.raises(
+        ReversibleError, match=r"target came back with a relative error .* reverse order"
+    ):
         check_inverse(Wrong(), *streams())
     with pytest.raises(ReversibleError, match="the inverse undoes shape and dtype"):
         check_inverse(Widens(), *streams())
@@ -93,13 +95,16 @@ def test_the_drift_of_a_program_is_measured():
     right = net(depth=20).eval()
     assert check_inverse(right, *streams()) < 1e-5
     lossy = Reversible(
-        [s for _ in range(100) for s in (Step(branch(), 1, 0, Momentum(0.5)), Step(None, 0, 1))], streams="float"
+        [s for _ in range(100) for s in (Step(branch(), 1, 0, Momentum(0.5)), Step(None, 0, 1))],
+        streams="float",
     ).eval()
     with pytest.raises(ReversibleError, match="stream"):
         check_inverse(lossy, *streams())
 
 
-@pytest.mark.parametrize("options", [{}, {"streams": "fixed"}, {"execution": "checkpoint"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"streams": "fixed"}, {"execution": "checkpoint"}], ids=str
+)
 def test_right_gradients_pass(options: dict[str, Any]):
     error = check_gradients(net(**options), *streams())
     assert error == 0 if options else error < 1e-4
@@ -134,7 +139,9 @@ def test_a_wrong_gradient_is_named():
 
 def test_gradients_that_rounding_has_made_wrong_are_named_in_low_precision():
     torch.manual_seed(0)
-    program = ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(30)], streams="float").bfloat16()
+    program = ReversibleSequence(
+        [(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(30)], streams="float"
+    ).bfloat16()
     x = torch.randn(4, 8, dtype=torch.bfloat16)
     with pytest.raises(ReversibleError, match="use streams='fixed'"):
         check_gradients(program, x)
@@ -162,7 +169,9 @@ def test_a_bijection_without_the_right_inverse_is_named():
         def inverse(self, y: Tensor) -> Tensor:
             return y.roll(1, -1)
 
-    module = Reversible([Step(branch()), Step(None, 0, coupling=Bijection(Shift(), rearranges=True))])
+    module = Reversible(
+        [Step(branch()), Step(None, 0, coupling=Bijection(Shift(), rearranges=True))]
+    )
     with pytest.raises(ReversibleError, match="stream 0 came back"):
         check_inverse(module.eval(), *streams())
 

@@ -12,7 +12,13 @@ from cases import Case, Mlp, build, named, randn, with_dropout
 from oracle import assert_same_gradients, stored_copy, weighted
 from revnet import ReversibleSequence
 
-THREADED = named("mlp-L8", "mlp-L8-dropout", "attention-L8-dropout", "shared-L4-dropout", "convolution-L3-batchnorm")
+THREADED = named(
+    "mlp-L8",
+    "mlp-L8-dropout",
+    "attention-L8-dropout",
+    "shared-L4-dropout",
+    "convolution-L3-batchnorm",
+)
 
 
 def in_threads(jobs: list[Callable[[], None]]) -> None:
@@ -40,7 +46,10 @@ def in_threads(jobs: list[Callable[[], None]]) -> None:
 @pytest.mark.parametrize("case", THREADED, ids=str)
 def test_backwards_of_different_calls(case: Case):
     pairs = case.pairs()
-    net, oracle = ReversibleSequence(pairs, case.route, **case.options), stored_copy(pairs, case.route, **case.options)
+    net, oracle = (
+        ReversibleSequence(pairs, case.route, **case.options),
+        stored_copy(pairs, case.route, **case.options),
+    )
     losses, leaves, wanted = [], [], []
     for module in (oracle, net):
         torch.manual_seed(0)
@@ -63,10 +72,15 @@ def test_backwards_of_different_calls(case: Case):
             assert_same_gradients(dict(enumerate(actual)), dict(enumerate(expected)))
 
 
-@pytest.mark.parametrize("case", named("mlp-L8", "mlp-L8-dropout", "convolution-L3-batchnorm"), ids=str)
+@pytest.mark.parametrize(
+    "case", named("mlp-L8", "mlp-L8-dropout", "convolution-L3-batchnorm"), ids=str
+)
 def test_backwards_of_one_call(case: Case):
     pairs = case.pairs()
-    net, oracle = ReversibleSequence(pairs, case.route, **case.options), stored_copy(pairs, case.route, **case.options)
+    net, oracle = (
+        ReversibleSequence(pairs, case.route, **case.options),
+        stored_copy(pairs, case.route, **case.options),
+    )
     x, expected = case.input(), case.input()
     torch.manual_seed(0)
     wanted = torch.autograd.grad(weighted(oracle(expected)), [expected, *oracle.parameters()])
@@ -85,7 +99,9 @@ def test_backwards_of_one_call(case: Case):
 
 @pytest.mark.parametrize("case", named("mlp-L8-dropout", "convolution-L3-batchnorm"), ids=str)
 def test_concurrent_backwards_leave_the_modules_alone(case: Case):
-    """Replays set training flags and buffers back for a moment; together they must not leave them so."""
+    """Replays set training flags and buffers back for a moment; together they must not leave them
+    so.
+    """
     net = ReversibleSequence(case.pairs(), case.route, **case.options)
     losses = [weighted(net(case.input(seed=seed))) for seed in range(4)]
     net.eval()
@@ -114,7 +130,9 @@ def test_whole_steps_of_different_networks():
 
     in_threads([lambda i=i: job(i) for i in range(4)])
     for net, expected in zip(nets, wanted, strict=True):
-        assert_same_gradients(dict(enumerate(p.grad for p in net.parameters())), dict(enumerate(expected)))
+        assert_same_gradients(
+            dict(enumerate(p.grad for p in net.parameters())), dict(enumerate(expected))
+        )
 
 
 def test_forward_in_one_thread_and_backward_in_another():
@@ -127,5 +145,6 @@ def test_forward_in_one_thread_and_backward_in_another():
     in_threads([lambda: losses.append(weighted(net(randn(2, 6, 8))))])
     in_threads([lambda: losses[0].backward()])
     assert_same_gradients(
-        dict(enumerate(p.grad for p in net.parameters())), dict(enumerate(p.grad for p in oracle.parameters()))
+        dict(enumerate(p.grad for p in net.parameters())),
+        dict(enumerate(p.grad for p in oracle.parameters())),
     )

@@ -1,9 +1,11 @@
 """Integers multiplied by ratios without loss: what a division leaves over is remembered in a buffer.
 
-To multiply a count by n/d, it is multiplied by n, topped up with a digit of base n from the buffer, and divided by d.
-The remainder goes to the buffer as a digit of base d. Both directions are the same exchange, with n and d swapped.
+To multiply a count by n/d, it is multiplied by n, topped up with a digit of base n from the buffer,
+and divided by d. The remainder goes to the buffer as a digit of base d. Both directions are the
+same exchange, with n and d swapped.
 
-Reference: Maclaurin et al. 2015, arXiv:1502.03492, section 3.2; MacKay et al. 2018, arXiv:1810.10999.
+Reference: Maclaurin et al. 2015, arXiv:1502.03492, section 3.2; MacKay et al. 2018,
+arXiv:1810.10999.
 """
 
 from __future__ import annotations
@@ -66,18 +68,21 @@ pytree.register_pytree_node(
 )
 
 
-def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> Remembering:
+def multiply(
+    held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int
+) -> Remembering:
     """A held stream times `scale`.
 
-    Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by less than the
-    resolution of the format times one plus the factor.
+    Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by
+    less than the resolution of the format times one plus the factor.
 
     Args:
         held: a stream, or what another multiplication returned.
         scale: a `Fraction`, or a tree of positive factors.
         least: the smallest factor there can be.
         fixed: the format of the stream.
-        monitor: told where a product leaves the range, or a factor its bounds; `step` is the number it reports.
+        monitor: told where a product leaves the range, or a factor its bounds; `step` is the number
+            it reports.
     """
     if not isinstance(held, Remembering):
         held = Remembering(held, tree_map(_empty, held.residual), [], None)
@@ -92,14 +97,18 @@ def multiply(held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMoni
         product = count.double() * numerator / denominator * fixed.unit
         inside = (product.abs() < 0.99 * fixed.limit_in(stream.value.dtype)) & (numerator > 0)
         if monitor is not None:
-            magnitude = torch.where(torch.as_tensor(numerator > 0, device=count.device), product.abs(), math.nan)
+            magnitude = torch.where(
+                torch.as_tensor(numerator > 0, device=count.device), product.abs(), math.nan
+            )
             monitor.observe(known & ~inside, magnitude.float(), step)
         numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
         count, buffer = _exchange(count, buffer, numerator, denominator)
         return fixed.held(count, known & inside, stream.value.dtype), buffer
 
     stream, buffer = _over(times, numerators, held.stream, buffer)
-    return Remembering(stream, buffer, full, _Past(_after(bound, least, denominator), begun, held.past))
+    return Remembering(
+        stream, buffer, full, _Past(_after(bound, least, denominator), begun, held.past)
+    )
 
 
 def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
@@ -127,19 +136,27 @@ def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
 
     def numerator(factor: Tensor) -> Tensor:
         scaled = (factor.double() * _DENOMINATOR).round()
-        return torch.where((scaled >= smallest) & (scaled < _LARGEST_NUMERATOR), scaled, 0.0).to(torch.int64)
+        return torch.where((scaled >= smallest) & (scaled < _LARGEST_NUMERATOR), scaled, 0.0).to(
+            torch.int64
+        )
 
     # A bfloat16 factor may have been rounded to less than the bound.
     smallest = max(1, int(0.98 * least * _DENOMINATOR))
     return tree_map(numerator, scale), _DENOMINATOR, smallest
 
 
-def _over(fn: Callable[..., tuple[Held, Tensor]], numerators: Any, stream: Held, buffer: Any) -> tuple[Held, Any]:
-    def leaf(value: Tensor, residual: Tensor, buffer: Tensor, numerator: Any = numerators) -> tuple[Tensor, ...]:
+def _over(
+    fn: Callable[..., tuple[Held, Tensor]], numerators: Any, stream: Held, buffer: Any
+) -> tuple[Held, Any]:
+    def leaf(
+        value: Tensor, residual: Tensor, buffer: Tensor, numerator: Any = numerators
+    ) -> tuple[Tensor, ...]:
         held, buffer = fn(Held(value, residual), buffer, numerator)
         return *held, buffer
 
-    value, residual, buffer = tree_unzip(leaf, *stream, buffer, *(() if isinstance(numerators, int) else (numerators,)))
+    value, residual, buffer = tree_unzip(
+        leaf, *stream, buffer, *(() if isinstance(numerators, int) else (numerators,))
+    )
     return Held(value, residual), buffer
 
 

@@ -15,21 +15,22 @@ from torch.utils import _pytree as pytree
 class Coupling(nn.Module):
     """How a step updates its target stream with the output of its branch, and how that is undone.
 
-    A rule of the form `scale(out) · target + increment(out)` overrides `increment`, and where the scale is not one,
-    `scale` and `least_scale`. Such a rule is exact in fixed streams. Any other rule overrides `combine` and `invert`,
-    with `invert(combine(target, out), out) == target`.
+    A rule of the form `scale(out) · target + increment(out)` overrides `increment`, and where the
+    scale is not one, `scale` and `least_scale`. Such a rule is exact in fixed streams. Any other
+    rule overrides `combine` and `invert`, with `invert(combine(target, out), out) == target`.
 
-    Float streams undo without being told only what adds to the target (`scale` left alone) or moves its elements
-    (`rearranges`): dividing by a scale multiplies rounding errors, at depth 256 by more than any format has digits.
-    Where a rule cannot be undone in the arithmetic of the call, its steps keep their targets instead. Gradients are
-    right either way.
+    Float streams undo without being told only what adds to the target (`scale` left alone) or moves
+    its elements (`rearranges`): dividing by a scale multiplies rounding errors, at depth 256 by
+    more than any format has digits. Where a rule cannot be undone in the arithmetic of the call,
+    its steps keep their targets instead. Gradients are right either way.
 
-    `target` is the stream, a tensor or a tree of tensors; `out` is what the branch returned, the same in forward and
-    inverse. A rule raises `TypeError` or `ValueError` where they do not fit; the message goes on from "step 3".
+    `target` is the stream, a tensor or a tree of tensors; `out` is what the branch returned, the
+    same in forward and inverse. A rule raises `TypeError` or `ValueError` where they do not fit;
+    the message goes on from "step 3".
 
     Args:
-        approximate: undo the rule in float streams although rounding errors grow; `revnet.testing.check_inverse`
-            measures by how much.
+        approximate: undo the rule in float streams although rounding errors grow;
+            `revnet.testing.check_inverse` measures by how much.
 
     Example:
         >>> class Damped(Coupling):
@@ -38,13 +39,15 @@ class Coupling(nn.Module):
         ...     def increment(self, out): return out.tanh()
     """
 
-    # The smallest value of `scale`, or the scale itself as a Fraction where it is constant. None: fixed streams cannot
-    # bound what they must remember, and keep the target.
+    # The smallest value of `scale`, or the scale itself as a Fraction where it is constant. None:
+    # fixed streams cannot bound what they must remember, and keep the target.
     least_scale: float | Fraction | None = None
-    # Whether `combine` and `invert` only move elements: they then apply to integers as to floats, and are exact.
+    # Whether `combine` and `invert` only move elements: they then apply to integers as to floats,
+    # and are exact.
     rearranges = False
-    # Of each class of rules. Whether it multiplies the target; whether it has the form `scale(out) · target +
-    # increment(out)`; whether it adds to the target something that does not depend on it.
+    # Of each class of rules. Whether it multiplies the target; whether it has the form `scale(out)
+    # · target + increment(out)`; whether it adds to the target something that does not depend on
+    # it.
     scales = False
     linear = True
     translates = True
@@ -69,7 +72,9 @@ class Coupling(nn.Module):
 
     def increment(self, out: Any) -> Any:
         """What is added to the target: the structure, shapes and device of the target, any floating dtype."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither `increment` nor `combine` and `invert`")
+        raise NotImplementedError(
+            f"{type(self).__name__} defines neither `increment` nor `combine` and `invert`"
+        )
 
     def combine(self, target: Any, out: Any) -> Any:
         """The target after the step."""
@@ -133,8 +138,9 @@ class Midpoint(_Scheme):
 class Leapfrog(_Scheme):
     """`v += h · f(x)`, then `x += h · v`: one step with the force f, one with `fn=None` that reads v.
 
-    The same trajectory as `x[n+1] = 2 x[n] - x[n-1] + h² · f(x[n])` (Störmer and Verlet), and for a Hamiltonian
-    H(x, v) = T(v) + U(x) with f = -∂U/∂x and ∂T/∂v in place of v, the symplectic scheme.
+    The same trajectory as `x[n+1] = 2 x[n] - x[n-1] + h² · f(x[n])` (Störmer and Verlet), and for a
+    Hamiltonian H(x, v) = T(v) + U(x) with f = -∂U/∂x and ∂T/∂v in place of v, the symplectic
+    scheme.
 
     Args:
         step_size: h.
@@ -147,8 +153,8 @@ class Momentum(Coupling):
     """`v = γ · v + (1 - γ) · f(x)`, followed by a step with `fn=None` that adds v to x.
 
     Args:
-        gamma: γ, between 0 and 1: a fraction, or a decimal number of at most four digits. In fixed streams a step takes
-            log2(1/γ) bits per element (0.152 for 0.9).
+        gamma: γ, between 0 and 1: a fraction, or a decimal number of at most four digits. In fixed
+            streams a step takes log2(1/γ) bits per element (0.152 for 0.9).
 
     Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
     """
@@ -161,8 +167,8 @@ class Momentum(Coupling):
             raise ValueError(f"Momentum(gamma={gamma}): expected a number between 0 and 1")
         if self.gamma.denominator > _LARGEST_DENOMINATOR:
             raise ValueError(
-                f"Momentum(gamma={gamma}): expected at most four decimal digits, or a Fraction with a denominator up "
-                f"to {_LARGEST_DENOMINATOR}"
+                f"Momentum(gamma={gamma}): expected at most four decimal digits, or a Fraction "
+                f"with a denominator up to {_LARGEST_DENOMINATOR}"
             )
         self.least_scale = self.gamma
 
@@ -183,18 +189,23 @@ _LARGEST_DENOMINATOR = 10_000
 class Affine(Coupling):
     """`y = x · exp(s) + t`, undone by `x = (y - t) · exp(-s)`; the branch returns `(s, t)` side by side along `dim`.
 
-    The log-scale is bounded: `s = limit · tanh(raw / limit)`. The log-determinant of the step is the sum of s.
+    The log-scale is bounded: `s = limit · tanh(raw / limit)`. The log-determinant of the step is
+    the sum of s.
 
     Args:
         dim: dimension along which the branch's output has twice the size of the target.
-        limit: bound of the log-scale. In fixed streams a step takes at most limit / ln 2 bits per element.
-        log_det: return the log-determinant as the step's extra output, `{"log_det": (batch,)}`, together with what the
-            branch itself gave beside its output, as `"aux"`. For streams that are tensors.
+        limit: bound of the log-scale. In fixed streams a step takes at most limit / ln 2 bits per
+            element.
+        log_det: return the log-determinant as the step's extra output, `{"log_det": (batch,)}`,
+            together with what the branch itself gave beside its output, as `"aux"`. For streams
+            that are tensors.
 
     Reference: Dinh et al. 2017, arXiv:1605.08803; Kingma and Dhariwal 2018, arXiv:1807.03039.
     """
 
-    def __init__(self, dim: int = -1, *, limit: float = 2.0, log_det: bool = False, approximate: bool = False) -> None:
+    def __init__(
+        self, dim: int = -1, *, limit: float = 2.0, log_det: bool = False, approximate: bool = False
+    ) -> None:
         super().__init__(approximate=approximate)
         if limit <= 0:
             raise ValueError(f"Affine(limit={limit}): expected a positive bound of the log-scale")
@@ -222,8 +233,8 @@ class Affine(Coupling):
     def _halves(self, out: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(out, Tensor) or out.shape[self.dim] % 2:
             raise ValueError(
-                f"returned {_describe(out)}, but an affine coupling takes log-scale and shift side by side along "
-                f"dimension {self.dim}: twice the size of its target there"
+                f"returned {_describe(out)}, but an affine coupling takes log-scale and shift side "
+                f"by side along dimension {self.dim}: twice the size of its target there"
             )
         raw, shift = out.chunk(2, self.dim)
         return raw, shift
@@ -235,15 +246,17 @@ class Affine(Coupling):
 class Bijection(Coupling):
     """`y = module(x)`, undone by `module.inverse(y)` or by a second module; the step has `fn=None`.
 
-    To mix two streams by a matrix, three additive steps with linear branches do, which fixed streams undo in every bit.
+    To mix two streams by a matrix, three additive steps with linear branches do, which fixed
+    streams undo in every bit.
 
     Args:
         module: maps the stream to a stream, perhaps of another shape.
         inverse: its inverse; `module.inverse` if not given.
-        rearranges: the module only moves elements (a permutation, pixel-unshuffle, a reshape), and so acts on integers
-            as on floats: exact in any stream.
-        approximate: undo it in float streams although `inverse` rounds: right for an orthogonal map, which does not
-            enlarge errors, in products of full precision (neither autocast nor TF32).
+        rearranges: the module only moves elements (a permutation, pixel-unshuffle, a reshape), and
+            so acts on integers as on floats: exact in any stream.
+        approximate: undo it in float streams although `inverse` rounds: right for an orthogonal
+            map, which does not enlarge errors, in products of full precision (neither autocast nor
+            TF32).
 
     Reference: Jacobsen et al. 2018, arXiv:1802.07088; Kingma and Dhariwal 2018, arXiv:1807.03039.
     """
@@ -259,8 +272,8 @@ class Bijection(Coupling):
         super().__init__(approximate=approximate)
         if inverse is None and not callable(getattr(module, "inverse", None)):
             raise TypeError(
-                f"Bijection({type(module).__name__}) has no inverse: give the module a method `inverse`, or a second "
-                "module that undoes it"
+                f"Bijection({type(module).__name__}) has no inverse: give the module a method "
+                f"`inverse`, or a second module that undoes it"
             )
         self.module = module
         self.undo = inverse
@@ -274,7 +287,8 @@ class Bijection(Coupling):
         return inverse(target)
 
 
-# A stream keeps its dtype: without the cast, adding a wider output would promote it. Most need none.
+# A stream keeps its dtype: without the cast, adding a wider output would promote it. Most need
+# none.
 
 
 def _add(target: Tensor, increment: Tensor) -> Tensor:
@@ -286,7 +300,8 @@ def _subtract(target: Tensor, increment: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, factor: float) -> Tensor:
-    # Multiplying by a Python number keeps it for backward as a tensor of its own, outside all hooks.
+    # Multiplying by a Python number keeps it for backward as a tensor of its own, outside all
+    # hooks.
     return torch.ops.aten.mul.Scalar(x, factor)  # type: ignore[no-any-return]
 
 
@@ -342,18 +357,25 @@ def fitting(target: Any, out: Any) -> Any:
             )
         return pytree.tree_map(fitting, target, out)
     if not isinstance(out, Tensor):
-        raise TypeError(f"returned {type(out).__name__}, but its target stream is {_describe(target)}")
+        raise TypeError(
+            f"returned {type(out).__name__}, but its target stream is {_describe(target)}"
+        )
     if out.shape != target.shape or out.device != target.device:
         raise ValueError(
             f"returned {_describe(out)}, but its target stream is {_describe(target)}; "
             "a branch returns a tensor of the same shape on the same device"
         )
     if not out.dtype.is_floating_point:
-        raise TypeError(f"returned {_describe(out)}, but a stream of {target.dtype} takes floating-point outputs")
+        raise TypeError(
+            f"returned {_describe(out)}, but a stream of {target.dtype} takes floating-point "
+            f"outputs"
+        )
     return out
 
 
 def _describe(tree: Any) -> str:
     if isinstance(tree, Tensor):
         return f"a tensor {tuple(tree.shape)} of {tree.dtype} on {tree.device}"
-    return str(pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, tree))
+    return str(
+        pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, tree)
+    )

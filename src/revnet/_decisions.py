@@ -49,8 +49,9 @@ class Decisions:
             return decision
         if self.place == len(self.tensors) or self.tensors[self.place].shape != decision.shape:
             raise ReversibleError(
-                f"{self.name}: decision {self.place}, {tuple(decision.shape)}, was not made in the forward pass. A "
-                "branch calls revnet.remember as often and with the same shapes each time."
+                f"{self.name}: decision {self.place}, {tuple(decision.shape)}, was not made in the "
+                f"forward pass. A branch calls revnet.remember as often and with the same shapes "
+                f"each time."
             )
         self.place += 1
         return self.tensors[self.place - 1].clone()
@@ -59,9 +60,10 @@ class Decisions:
 def remember(decision: Tensor) -> Tensor:
     """`decision`; in a replay, what it was in the forward pass.
 
-    Float streams are rebuilt with rounding errors, which may tip a comparison: a token is then routed to another expert
-    in the replay, and its gradient is wrong. Remembered, the route is that of the forward pass, at the cost of the
-    tensor's memory per step. Fixed streams need no remembering. Not seen inside a branch that was compiled.
+    Float streams are rebuilt with rounding errors, which may tip a comparison: a token is then
+    routed to another expert in the replay, and its gradient is wrong. Remembered, the route is that
+    of the forward pass, at the cost of the tensor's memory per step. Fixed streams need no
+    remembering. Not seen inside a branch that was compiled.
 
     Args:
         decision: integers or booleans, say, any shape; a tensor without gradient.
@@ -75,7 +77,10 @@ def remember(decision: Tensor) -> Tensor:
         ...     return scores.softmax(-1).gather(-1, expert), expert
     """
     if decision.requires_grad:
-        raise TypeError("remember takes a decision, which has no gradient: indices or a mask. Gather by it afterwards.")
+        raise TypeError(
+            "remember takes a decision, which has no gradient: indices or a mask. Gather by it "
+            "afterwards."
+        )
     if not torch.compiler.is_compiling():
         for tape in _active.tapes:
             decision = tape.pass_on(decision)

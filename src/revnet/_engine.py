@@ -1,23 +1,26 @@
 """The eager engine: an ordinary forward pass whose saved tensors are rebuilt, step by step, when backward asks.
 
-A step is `streams[target] = combine(streams[target], fn(*streams[source], **kwargs))`. The forward pass records the
-ordinary autograd graph under saved-tensor hooks that keep empty handles. The first handle of a step that backward
-opens makes the call *walk* from the nearest known state down to that step: each step on the way runs `fn` once, and its
-output undoes the combine; at the step itself, what `fn` saves is caught for the waiting handles.
+A step is `streams[target] = combine(streams[target], fn(*streams[source], **kwargs))`. The forward
+pass records the ordinary autograd graph under saved-tensor hooks that keep empty handles. The first
+handle of a step that backward opens makes the call *walk* from the nearest known state down to that
+step: each step on the way runs `fn` once, and its output undoes the combine; at the step itself,
+what `fn` saves is caught for the waiting handles.
 
 The rules, cited below by number:
 
  1. One evaluation of `fn` per step in backward, which serves the inversion and the gradient.
  2. State is found by walking, never by assuming an order. Walks exclude one another.
  3. What was restored belongs to the backward call (graph task) that asked for it.
- 4. What a handle caught dies with the handle. What the engine keeps is saved through a no-op Function, so that
-    enclosing hooks manage it too. A known state dies with the last handle above it.
+ 4. What a handle caught dies with the handle. What the engine keeps is saved through a no-op
+    Function, so that enclosing hooks manage it too. A known state dies with the last handle above
+    it.
  5. Parameters and keyword tensors are not recomputed: they pass through.
- 6. A replay sees what the call saw: layout of the sources, parameters, buffers, training flags, containers among the
-    keywords, randomness, autocast.
+ 6. A replay sees what the call saw: layout of the sources, parameters, buffers, training flags,
+    containers among the keywords, randomness, autocast.
  7. A replay that differs from its forward raises, and so does what was changed in place in between.
  8. Without gradients there is no engine, only the loop.
- 9. A forward enters blocks by their `__call__`, where that does more than their steps; a replay calls branches.
+ 9. A forward enters blocks by their `__call__`, where that does more than their steps; a replay
+    calls branches.
 10. The combine runs inside the hooks as well.
 """
 
@@ -40,11 +43,21 @@ from ._couplings import tree_leaves, tree_map
 from ._decisions import Decisions
 from ._errors import ReversibleError
 from ._kept import Hosted, Playing, Recording, Results, Saved, compiled, unrecorded
-from ._replay import REPLAYING, AutocastState, KeywordState, ModuleState, RandomState, devices_of, modules_of
+from ._replay import (
+    REPLAYING,
+    AutocastState,
+    KeywordState,
+    ModuleState,
+    RandomState,
+    devices_of,
+    modules_of,
+)
 from ._steps import FixedArithmetic, FloatArithmetic, Part, Stream, branch_output
 from ._streams import checksum
 
-ContextFn = Callable[[], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]]
+ContextFn = Callable[
+    [], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
+]
 
 
 @dataclass(frozen=True)
@@ -73,10 +86,15 @@ class _Layout:
         if tensor.dtype is not self.dtype:
             tensor = tensor.to(self.dtype)
         if tensor.stride() != self.stride:
-            # An expanded dimension has stride 0 and cannot be written to: fill one slice, and expand that.
-            base = [1 if step == 0 else size for size, step in zip(self.shape, self.stride, strict=True)]
+            # An expanded dimension has stride 0 and cannot be written to: fill one slice, and
+            # expand that.
+            base = [
+                1 if step == 0 else size for size, step in zip(self.shape, self.stride, strict=True)
+            ]
             slices = tuple(slice(0, size) for size in base)
-            tensor = tensor.new_empty_strided(base, self.stride).copy_(tensor[slices]).expand(self.shape)
+            tensor = (
+                tensor.new_empty_strided(base, self.stride).copy_(tensor[slices]).expand(self.shape)
+            )
         return tensor.requires_grad_(self.requires_grad)
 
 
@@ -93,7 +111,8 @@ class _Record:
     results: Results | None
     random: RandomState | None
     decisions: Decisions
-    # Per tensor that the call saved: shape, strides, dtype, device; where it passed through the parameter, or None.
+    # Per tensor that the call saved: shape, strides, dtype, device; where it passed through the
+    # parameter, or None.
     saved: list[Any]
     saved_by_branch: int = 0
     context: contextlib.AbstractContextManager[Any] | None = None
@@ -107,7 +126,8 @@ _current_task = torch._C._current_graph_task_id
 class _Handles:
     """The hooks under which one step runs; alive while autograd keeps something that they packed.
 
-    What it packs of a restored tensor is a number, of one that passes through the tensor and its version (rule 5).
+    What it packs of a restored tensor is a number, of one that passes through the tensor and its
+    version (rule 5).
     """
 
     __slots__ = ("call", "step", "record", "sources", "passing", "caught", "__weakref__")
@@ -116,10 +136,12 @@ class _Handles:
         self.call = call
         self.step = step
         self.record = record
-        # Tensors that the step reads, and those of which they are views: leaves, perhaps, but restored.
+        # Tensors that the step reads, and those of which they are views: leaves, perhaps, but
+        # restored.
         self.sources: list[Tensor] = []
         self.passing: Collection[int] = ()
-        # Per backward call, by number: the tensor and its version. It dies with the handles (rule 4).
+        # Per backward call, by number: the tensor and its version. It dies with the handles (rule
+        # 4).
         self.caught: dict[int, dict[int, tuple[Tensor, int]]] = {}
 
     def read(self, sources: Sequence[Any]) -> None:
@@ -129,7 +151,9 @@ class _Handles:
                 base = leaf._base
                 self.sources += (leaf,) if base is None else (leaf, base)
         if versions := self.record.keywords.versions:
-            self.passing = {_memory(tensor) for tensor, _, _ in versions} - set(map(_memory, self.sources))
+            self.passing = {_memory(tensor) for tensor, _, _ in versions} - set(
+                map(_memory, self.sources)
+            )
 
     def pack(self, tensor: Tensor) -> Any:
         # Called for each tensor that each step saves: every attribute counts.
@@ -158,11 +182,15 @@ class _Handles:
             found = None if caught is None else caught.pop(packed, None)
             tensor, version = self.call.recover(self, packed) if found is None else found
         if tensor._version != version:
-            what = "parameter or keyword tensor" if packed.__class__ is tuple else "tensor that the branch itself made"
+            what = (
+                "parameter or keyword tensor"
+                if packed.__class__ is tuple
+                else "tensor that the branch itself made"
+            )
             raise ReversibleError(
-                f"{self.call.name(self.step)}: a {what} was changed in place before backward, which needs it. Call "
-                "backward before the optimizer's step (or any other in-place write). In a branch, use the out-of-place "
-                "operation."
+                f"{self.call.name(self.step)}: a {what} was changed in place before backward, "
+                f"which needs it. Call backward before the optimizer's step (or any other in-place "
+                f"write). In a branch, use the out-of-place operation."
             )
         return tensor  # type: ignore[no-any-return]
 
@@ -212,8 +240,11 @@ class Call:
         self.arithmetic = arithmetic
         self.options = options
         self.executions = executions
-        # Whoever notes operations down would run the branches' second evaluation later, with other random numbers.
-        self.recording = torch.is_grad_enabled() and not torch._C._is_tracing() and get_proxy_mode() is None
+        # Whoever notes operations down would run the branches' second evaluation later, with other
+        # random numbers.
+        self.recording = (
+            torch.is_grad_enabled() and not torch._C._is_tracing() and get_proxy_mode() is None
+        )
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.devices = devices_of(leaves)
         self.autocast = AutocastState([device.type for device in self.devices])
@@ -221,7 +252,11 @@ class Call:
         # Of the streams as a block gave them.
         self.versions: list[int] = []
         self.aux: dict[str, Any] = {}
-        self.capturing = bool(self.devices) and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self.capturing = (
+            bool(self.devices)
+            and torch.cuda.is_available()
+            and torch.cuda.is_current_stream_capturing()
+        )
         # Under FakeTensorMode nothing is drawn, and generators cannot be read.
         self.fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         self.records: list[_Record | None] = []
@@ -240,11 +275,16 @@ class Call:
     def enter(self, *streams: Any) -> None:
         """Take up the streams as a block received them through its `__call__` (rule 9)."""
         self._check_unwritten()
-        if all(_same(value, given) for (value, _), given in zip(self.streams, streams, strict=True)):
-            self.streams = [(value, held) for value, (_, held) in zip(streams, self.streams, strict=True)]
+        if all(
+            _same(value, given) for (value, _), given in zip(self.streams, streams, strict=True)
+        ):
+            self.streams = [
+                (value, held) for value, (_, held) in zip(streams, self.streams, strict=True)
+            ]
             return
-        # A hook on the block put other streams in: below this point state cannot be found by walking. As after a stored
-        # step, the state before it and the state after it are two positions.
+        # A hook on the block put other streams in: below this point state cannot be found by
+        # walking. As after a stored step, the state before it and the state after it are two
+        # positions.
         if self.recording and self.records and self.records[-1] is not None:
             self._skip()
         self.streams = [self.arithmetic.open(value) for value in streams]
@@ -269,7 +309,9 @@ class Call:
             layouts=[tree_map(_Layout, value) for value in sources],
             target_layout=tree_map(_Layout, self.streams[part.target][0]),
             kept=self._keep(execution, part),
-            results=Results(execution == "select", self.capturing) if execution == "select" or self.capturing else None,
+            results=Results(execution == "select", self.capturing)
+            if execution == "select" or self.capturing
+            else None,
             random=self._generators(),
             decisions=Decisions(part.name),
             saved=[],
@@ -284,7 +326,9 @@ class Call:
             # Autograd holds the hooks as long as what they packed.
             handles.sources = []
 
-    def _record(self, index: int, part: Part, record: _Record, handles: _Handles, sources: list[Any]) -> None:
+    def _record(
+        self, index: int, part: Part, record: _Record, handles: _Handles, sources: list[Any]
+    ) -> None:
         """Run a step so that it can be replayed."""
         context = None
         if self.options.context_fn is not None:
@@ -298,8 +342,8 @@ class Call:
             record.modules.settle()
             if versions != [tensor._version for tensor in handles.sources]:
                 raise ReversibleError(
-                    f"{part.name} changed its input in place. The stream it reads is needed to rebuild the "
-                    "activations: work on a copy, or use the out-of-place operation."
+                    f"{part.name} changed its input in place. The stream it reads is needed to "
+                    f"rebuild the activations: work on a copy, or use the out-of-place operation."
                 )
             if self.options.determinism_check == "exact":
                 target, held = self.streams[part.target]
@@ -332,8 +376,9 @@ class Call:
     def _check_unwritten(self) -> None:
         if self.versions and self.versions != self._versions():
             raise ReversibleError(
-                f"{self.name(len(self.records) - 1)}: a hook changed the streams that this step left in place. They "
-                "are needed to rebuild the activations: return other tensors from the hook instead."
+                f"{self.name(len(self.records) - 1)}: a hook changed the streams that this step "
+                f"left in place. They are needed to rebuild the activations: return other tensors "
+                f"from the hook instead."
             )
         self.versions = []
 
@@ -343,7 +388,11 @@ class Call:
         self._mark()
         self.top = len(self.records) - 1
         for k, record in enumerate(self.records):
-            if record is not None and record.checksums and not all(self._exact(i, k) for i in record.part.source):
+            if (
+                record is not None
+                and record.checksums
+                and not all(self._exact(i, k) for i in record.part.source)
+            ):
                 record.checksums = None
         return streams or self.start()
 
@@ -351,13 +400,18 @@ class Call:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        # These hold the graph, and the graph's handles this call: keeping them would be a cycle through C++.
+        # These hold the graph, and the graph's handles this call: keeping them would be a cycle
+        # through C++.
         self.streams, self.aux, self.random = [], {}, None
 
     def _keep(self, execution: str, part: Part) -> Saved | Hosted | None:
         """The target before a step, where the step is not undone."""
         held = self.streams[part.target][1]
-        if execution == "offload" and all(leaf.is_cuda for leaf in tree_leaves(held)) and not self.capturing:
+        if (
+            execution == "offload"
+            and all(leaf.is_cuda for leaf in tree_leaves(held))
+            and not self.capturing
+        ):
             return Hosted(held)
         undone = execution not in ("checkpoint", "offload") and part.target not in part.source
         return None if undone and self.arithmetic.undoes(part.coupling) else Saved(held)
@@ -386,7 +440,9 @@ class Call:
             if aux is not None:
                 self.aux[part.name] = aux
         try:
-            self.streams[part.target] = self.arithmetic.combine(part.coupling, self.streams[part.target], out, index)
+            self.streams[part.target] = self.arithmetic.combine(
+                part.coupling, self.streams[part.target], out, index
+            )
         except (TypeError, ValueError) as error:
             raise ReversibleError(f"{part.name} {error}") from error
 
@@ -440,18 +496,22 @@ class Call:
             candidates.append(task.position)
         if not candidates:
             raise ReversibleError(
-                f"{self.name(step)}: backward went through this part of the graph before, and what it needs is freed. "
-                "Give retain_graph=True to the first backward."
+                f"{self.name(step)}: backward went through this part of the graph before, and what "
+                f"it needs is freed. Give retain_graph=True to the first backward."
             )
         position = min(candidates)
         if position == task.position:
             return position, task.state
         if self.running and position == len(self.records) - 1:
-            return position, [(None, tree_map(torch.Tensor.detach, held)) for _, held in self.streams]
+            return position, [
+                (None, tree_map(torch.Tensor.detach, held)) for _, held in self.streams
+            ]
         if position not in task.loaded:
             known = self.known[position]
             # Loaded once per backward: an enclosing checkpoint gives a saved tensor only once.
-            task.loaded[position] = [(None, held) for held in known.load()] if isinstance(known, Saved) else known
+            task.loaded[position] = (
+                [(None, held) for held in known.load()] if isinstance(known, Saved) else known
+            )
         return position, task.loaded[position]
 
     def _walk(self, task: _Task, handles: _Handles) -> dict[int, tuple[Tensor, int]]:
@@ -470,7 +530,9 @@ class Call:
         self._release(task, step, state)
         return caught
 
-    def _revisit(self, k: int, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, undo: bool) -> None:
+    def _revisit(
+        self, k: int, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, undo: bool
+    ) -> None:
         """Catch what step k saved; `undo` it in the state as well."""
         record = self.records[k]
         assert record is not None, "a stored step lies above the state kept before it"
@@ -492,7 +554,9 @@ class Call:
                     state[target] = (None, record.kept.load())
                 if caught is not None:
                     compare = undo and record.checksums is not None
-                    out = self._replay(record, state, caught, early=not compare and not self.running)
+                    out = self._replay(
+                        record, state, caught, early=not compare and not self.running
+                    )
                     if compare:
                         self._compare(record, 1, out)
             if caught is not None:
@@ -511,10 +575,11 @@ class Call:
         if record.checksums is None or torch.equal(record.checksums[which], _checksum(tree)):
             return
         raise ReversibleError(
-            f"{record.part.name} is not deterministic: called again on the same input, it gave another output, so its "
-            "gradient would be wrong. Randomness of Python, NumPy or an own torch.Generator is not repeated: draw from "
-            "torch's global generators. Kernels that add in changing order have deterministic forms: "
-            "torch.use_deterministic_algorithms(True)."
+            f"{record.part.name} is not deterministic: called again on the same input, it gave "
+            f"another output, so its gradient would be wrong. Randomness of Python, NumPy or an "
+            f"own torch.Generator is not repeated: draw from torch's global generators. Kernels "
+            f"that add in changing order have deterministic forms: "
+            f"torch.use_deterministic_algorithms(True)."
         )
 
     def _read(self, stream: Stream, layouts: Any) -> Any:
@@ -522,21 +587,36 @@ class Call:
         value, held = stream
         if value is None:
             value = self.arithmetic.read(held)
-        return layouts.apply(value) if isinstance(layouts, _Layout) else tree_map(_Layout.apply, layouts, value)
+        return (
+            layouts.apply(value)
+            if isinstance(layouts, _Layout)
+            else tree_map(_Layout.apply, layouts, value)
+        )
 
     def _replay(
-        self, record: _Record, state: list[Stream], caught: dict[int, tuple[Tensor, int]] | None, early: bool = False
+        self,
+        record: _Record,
+        state: list[Stream],
+        caught: dict[int, tuple[Tensor, int]] | None,
+        early: bool = False,
     ) -> Any:
         """Call the branch again as forward did; its output, or None if it was stopped early."""
         part = record.part
         record.keywords.check(part.name)
-        sources = [self._read(state[i], layouts) for layouts, i in zip(record.layouts, part.source, strict=True)]
+        sources = [
+            self._read(state[i], layouts)
+            for layouts, i in zip(record.layouts, part.source, strict=True)
+        ]
         early = early and record.saved_by_branch == len(record.saved)
-        pack = _Catching(record, 0, caught, self.options.determinism_check != "none", self.running, early)
+        pack = _Catching(
+            record, 0, caught, self.options.determinism_check != "none", self.running, early
+        )
         random = None if record.random is None else record.random.restored()
         playing: contextlib.AbstractContextManager[Any] | None = None
         if record.results is not None:
-            playing = unrecorded(record.results) if self.running else Playing(record.results, part.name)
+            playing = (
+                unrecorded(record.results) if self.running else Playing(record.results, part.name)
+            )
         try:
             with (
                 torch.enable_grad(),
@@ -553,11 +633,15 @@ class Call:
         pack.check(record.saved_by_branch)
         return branch_output(out, record.target_layout)[0]
 
-    def _replay_combine(self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]) -> None:
+    def _replay_combine(
+        self, record: _Record, target: Stream, out: Any, caught: dict[int, tuple[Tensor, int]]
+    ) -> None:
         """Catch what the combine saved (rule 10)."""
         if self.running or record.saved_by_branch == len(record.saved):
             return
-        pack = _Catching(record, record.saved_by_branch, caught, self.options.determinism_check != "none")
+        pack = _Catching(
+            record, record.saved_by_branch, caught, self.options.determinism_check != "none"
+        )
         value = self._read(target, record.target_layout)
         with torch.enable_grad(), saved_tensors_hooks(pack.pack, _identity):
             # What an arithmetic does around the rule saves nothing.
@@ -579,7 +663,9 @@ class Call:
         del self.records[step + 1 :]
 
 
-def _all(*contexts: contextlib.AbstractContextManager[Any] | None) -> contextlib.AbstractContextManager[Any]:
+def _all(
+    *contexts: contextlib.AbstractContextManager[Any] | None,
+) -> contextlib.AbstractContextManager[Any]:
     """Those contexts that are there, as one; the usual step has none, and pays nothing."""
     present = [context for context in contexts if context is not None]
     if not present:
@@ -625,17 +711,26 @@ class _Catching:
             forward = saved[index]
             if forward.__class__ is tuple:
                 if self.compare and _describe(tensor) != forward:
-                    raise ReversibleError(_mismatch(self.record.part.name, index, forward, _describe(tensor)))
+                    raise ReversibleError(
+                        _mismatch(self.record.part.name, index, forward, _describe(tensor))
+                    )
                 if tensor.requires_grad:
                     found = tensor.detach()
                 if self.caught is not None:
                     self.caught[index] = found, tensor._version
-            elif self.compare and forward is not None and tensor is not forward and tensor._base is not forward:
-                # Rule 6 sets parameters back, so another one was chosen by state that it does not know.
+            elif (
+                self.compare
+                and forward is not None
+                and tensor is not forward
+                and tensor._base is not forward
+            ):
+                # Rule 6 sets parameters back, so another one was chosen by state that it does not
+                # know.
                 raise ReversibleError(
-                    f"{self.record.part.name}: saved tensor {index} was a parameter in the forward pass, shape "
-                    f"{tuple(forward.shape)}, and is another tensor in the replay. Call backward before anything that "
-                    "changes what the branch computes, such as the choice of another adapter."
+                    f"{self.record.part.name}: saved tensor {index} was a parameter in the forward "
+                    f"pass, shape {tuple(forward.shape)}, and is another tensor in the replay. "
+                    f"Call backward before anything that changes what the branch computes, such as "
+                    f"the choice of another adapter."
                 )
         elif not self.partial and self.compare:
             raise ReversibleError(_mismatch(self.record.part.name, index, None, _describe(tensor)))
@@ -647,9 +742,10 @@ class _Catching:
     def check(self, expected: int) -> None:
         if self.count < expected or (self.compare and self.count != expected and not self.partial):
             raise ReversibleError(
-                f"{self.record.part.name}: the replay saved {self.count} tensors for backward where the forward saved "
-                f"{expected}. The branch did not do the same work twice: look for a condition on state that the first "
-                "call changed, or randomness of Python or NumPy."
+                f"{self.record.part.name}: the replay saved {self.count} tensors for backward "
+                f"where the forward saved {expected}. The branch did not do the same work twice: "
+                f"look for a condition on state that the first call changed, or randomness of "
+                f"Python or NumPy."
             )
 
 
@@ -686,9 +782,9 @@ def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:
         return f"{tuple(shape)} {dtype} on {device}, strides {strides}"
 
     return (
-        f"{name}: saved tensor {index} is {text(replay)} in the replay but was {text(forward)} in the forward pass. "
-        "The branch did not do the same work twice: look for a condition on state that the first call changed, or "
-        "randomness of Python or NumPy."
+        f"{name}: saved tensor {index} is {text(replay)} in the replay but was {text(forward)} in "
+        f"the forward pass. The branch did not do the same work twice: look for a condition on "
+        f"state that the first call changed, or randomness of Python or NumPy."
     )
 
 
@@ -699,7 +795,9 @@ def _same(mine: Any, given: Any) -> bool:
     if not isinstance(mine, Tensor):
         mine, spec = pytree.tree_flatten(mine)
         given, given_spec = pytree.tree_flatten(given)
-        return bool(spec == given_spec) and all(_same(a, b) for a, b in zip(mine, given, strict=True))
+        return bool(spec == given_spec) and all(
+            _same(a, b) for a, b in zip(mine, given, strict=True)
+        )
     return (
         isinstance(given, Tensor)
         and mine.dtype is given.dtype

@@ -4,6 +4,6 @@
 class ReversibleError(RuntimeError):
     """Raised where a replay cannot be shown to repeat the forward pass, instead of returning a wrong gradient.
 
-    The message names the block and the branch, what was seen, what was expected and what to do. Wrong arguments raise
-    `TypeError` and `ValueError` as elsewhere in Python.
+    The message names the block and the branch, what was seen, what was expected and what to do.
+    Wrong arguments raise `TypeError` and `ValueError` as elsewhere in Python.
     """

@@ -34,7 +34,10 @@ def parse_bytes(size: int | float | str) -> int:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", size)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
-            raise ValueError(f"{size!r} is not a size: write bytes, or a number and a unit, as in '8GiB' or '800 MB'")
+            raise ValueError(
+                f"{size!r} is not a size: write bytes, or a number and a unit, as in '8GiB' or "
+                f"'800 MB'"
+            )
         size = float(match[1]) * unit
     if not math.isfinite(size) or size < 0:
         raise ValueError(f"{size!r} is not a size: a number of bytes is finite and not negative")
@@ -58,14 +61,15 @@ class Plan:
     Attributes:
         executions: per step of the sequence, in order.
         names: per step, the block and branch.
-        kept_bytes: per step, what stays of it on the device from its forward to its backward. A stream tensor that
-            several steps keep counts for the first of them.
+        kept_bytes: per step, what stays of it on the device from its forward to its backward. A
+            stream tensor that several steps keep counts for the first of them.
         peak_bytes: predicted peak of one forward and backward, above what was held before.
         seconds: predicted time of one forward and backward.
         stored_seconds: the same for stored execution.
         budget: bytes that were asked for.
         shape, dtype, device: of the input that the plan was made for.
-        estimated: whether times follow from counts of floating-point operations, not from measurements.
+        estimated: whether times follow from counts of floating-point operations, not from
+            measurements.
     """
 
     executions: tuple[str, ...]
@@ -89,14 +93,19 @@ class Plan:
         """Raise unless `x` needs no more memory than the input that the plan was made for.
 
         Raises:
-            ReversibleError: `x` is larger in some dimension, has another number of them, or a wider dtype.
+            ReversibleError: `x` is larger in some dimension, has another number of them, or a wider
+                dtype.
         """
         wider = x.element_size() > getattr(torch, self.dtype).itemsize
-        if wider or x.dim() != len(self.shape) or any(n > limit for n, limit in zip(x.shape, self.shape, strict=True)):
+        if (
+            wider
+            or x.dim() != len(self.shape)
+            or any(n > limit for n, limit in zip(x.shape, self.shape, strict=True))
+        ):
             raise ReversibleError(
-                f"the input is {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, larger than {self.shape} "
-                f"{self.dtype}, for which the plan of {format_bytes(self.budget)} was made. Make a plan with this "
-                "input: net.execution = revnet.plan(net, x, budget)."
+                f"the input is {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, larger than "
+                f"{self.shape} {self.dtype}, for which the plan of {format_bytes(self.budget)} was "
+                f"made. Make a plan with this input: net.execution = revnet.plan(net, x, budget)."
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -125,7 +134,9 @@ class Plan:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             if found.pop("format", None) != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+            fields: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in found.items()
+            }
             loaded = cls(**fields)
             loaded._check()
             return loaded
@@ -158,18 +169,20 @@ class Plan:
 
     def __repr__(self) -> str:
         return (
-            f"Plan({len(self.executions)} steps, {format_bytes(self.peak_bytes)} of {format_bytes(self.budget)}, "
-            f"{self.slowdown:.3f} × stored)"
+            f"Plan({len(self.executions)} steps, {format_bytes(self.peak_bytes)} of "
+            f"{format_bytes(self.budget)}, {self.slowdown:.3f} × stored)"
         )
 
     def __str__(self) -> str:
         """A table: the figures, then for each run of steps what is kept."""
         source = "estimated from FLOPs" if self.estimated else "measured"
         lines = [
-            f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: {len(self.executions)} steps",
+            f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: "
+            f"{len(self.executions)} steps",
             f"budget          {format_bytes(self.budget):>12}",
             f"predicted peak  {format_bytes(self.peak_bytes):>12}",
-            f"predicted time  {f'{1000 * self.seconds:.3g} ms':>12}   {self.slowdown:.3f} × stored ({source})",
+            f"predicted time  {f'{1000 * self.seconds:.3g} ms':>12}   {self.slowdown:.3f} × stored "
+            f"({source})",
         ]
         lines += ["", f"{'steps':<28}{'execution':<12}{'kept per step':>14}{'kept in all':>14}"]
         for steps, execution, kept in self._rows():
@@ -180,13 +193,21 @@ class Plan:
     def _rows(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Runs of blocks that are executed alike, a row for each of their branches."""
         steps = list(zip(self.names, self.executions, self.kept_bytes, strict=True))
-        blocks = [list(block) for _, block in groupby(steps, key=lambda step: _NUMBER.findall(step[0]))]
+        blocks = [
+            list(block) for _, block in groupby(steps, key=lambda step: _NUMBER.findall(step[0]))
+        ]
         rows = []
-        for _alike, run in groupby(blocks, key=lambda block: [(_NUMBER.sub("", name), how) for name, how, _ in block]):
+        for _alike, run in groupby(
+            blocks, key=lambda block: [(_NUMBER.sub("", name), how) for name, how, _ in block]
+        ):
             for branch in zip(*run, strict=True):
                 names, executions, kept = zip(*branch, strict=True)
-                numbers = [number for name in (names[0], names[-1]) for number in _NUMBER.findall(name)[:1]]
-                rows.append((_NUMBER.sub("–".join(dict.fromkeys(numbers)), names[0]), executions[0], kept))
+                numbers = [
+                    number for name in (names[0], names[-1]) for number in _NUMBER.findall(name)[:1]
+                ]
+                rows.append(
+                    (_NUMBER.sub("–".join(dict.fromkeys(numbers)), names[0]), executions[0], kept)
+                )
         return rows
 
 
@@ -194,7 +215,9 @@ _FORMAT = "revnet plan 1"
 _NUMBER = re.compile(r"[0-9]+")
 
 
-def resolve(execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence[str] = EXECUTIONS) -> list[str]:
+def resolve(
+    execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence[str] = EXECUTIONS
+) -> list[str]:
     """One execution per step.
 
     Args:
@@ -209,8 +232,8 @@ def resolve(execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence
         names = list(execution.executions)
         if len(names) != steps:
             raise ValueError(
-                f"the plan was made for {len(names)} steps, but this sequence has {steps}: a plan fits one depth. "
-                "Make one with revnet.plan(net, x, budget)."
+                f"the plan was made for {len(names)} steps, but this sequence has {steps}: a plan "
+                f"fits one depth. Make one with revnet.plan(net, x, budget)."
             )
     else:
         names = [execution] * steps if isinstance(execution, str) else list(execution)
@@ -218,5 +241,7 @@ def resolve(execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence
         if name not in allowed:
             raise ValueError(f"execution {name!r} is not one of {', '.join(map(repr, allowed))}")
     if len(names) != steps:
-        raise ValueError(f"execution names {len(names)} steps, but there are {steps}: two per block, f before g")
+        raise ValueError(
+            f"execution names {len(names)} steps, but there are {steps}: two per block, f before g"
+        )
     return names

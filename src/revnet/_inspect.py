@@ -33,7 +33,10 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
         return "a block has hooks"
     for name, fn, coupling, target, source, kwargs in steps:
         if not coupling.translates or target in source or any(True for _ in coupling.parameters()):
-            return f"{name}: its coupling, {coupling}, is none that adds to a stream that the branch does not read"
+            return (
+                f"{name}: its coupling, {coupling}, is none that adds to a stream that the branch "
+                "does not read"
+            )
         found = obstacle(fn, [streams[i] for i in source], streams[target], kwargs)
         if found:
             return f"{name} {found}"
@@ -48,17 +51,31 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
 # Per branch, what was found; the keys are all that can make a difference.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 _MOST_KNOWN = 64
-_PLAIN = (bool, int, float, str, type(None), type, torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
+_PLAIN = (
+    bool,
+    int,
+    float,
+    str,
+    type(None),
+    type,
+    torch.dtype,
+    torch.device,
+    FunctionType,
+    BuiltinFunctionType,
+)
 
 
-def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]) -> str:
+def obstacle(
+    fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]
+) -> str:
     """Why `fn(*sources, **kwargs)` is not a function of its tensors alone, as the end of a sentence; empty if it is.
 
     A copy of the branch runs once on tensors without memory, so nothing of it is changed.
 
     Args:
         fn: the branch.
-        sources: the streams that it reads: tensors, of which only shape, strides, dtype and device count.
+        sources: the streams that it reads: tensors, of which only shape, strides, dtype and device
+            count.
         target: the stream that it updates.
         kwargs: its keywords.
     """
@@ -69,7 +86,10 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
         return "has hooks"
     held = _held(kwargs)
     if held:
-        return f"takes tensors in {held} (not in a dict, list or tuple), in which gradients would not find them"
+        return (
+            f"takes tensors in {held} (not in a dict, list or tuple), in which gradients would not "
+            "find them"
+        )
     leaves, structure = pytree.tree_flatten((tuple(sources), target, dict(kwargs)))
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     key = (tuple(map(_key, leaves)), structure, tuple(map(_settings, modules)), transformed)
@@ -78,7 +98,8 @@ def obstacle(fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs
         # A branch that counts its calls has other settings in each of them.
         if len(known) == _MOST_KNOWN:
             known.clear()
-        # The compiler may be at work on the functions around this one, and then lets nobody change its stance.
+        # The compiler may be at work on the functions around this one, and then lets nobody change
+        # its stance.
         known[key] = torch.compiler.disable(_run)(fn, sources, target, kwargs, transformed)
     return known[key]
 
@@ -90,15 +111,23 @@ def forget() -> None:
 
 def _held(kwargs: Mapping[str, Any]) -> str:
     """The type of a keyword, or of a part of one, that holds tensors in a way that the traced path does not follow."""
-    for leaf in pytree.tree_leaves(kwargs, is_leaf=lambda value: type(value) not in (dict, list, tuple)):
-        if not isinstance(leaf, Tensor) and any(isinstance(part, Tensor) for part in pytree.tree_leaves(leaf)):
+    for leaf in pytree.tree_leaves(
+        kwargs, is_leaf=lambda value: type(value) not in (dict, list, tuple)
+    ):
+        if not isinstance(leaf, Tensor) and any(
+            isinstance(part, Tensor) for part in pytree.tree_leaves(leaf)
+        ):
             return type(leaf).__name__
     return ""
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What a module does depends on this: a rate of dropout may be raised, or a child replaced, between two calls."""
-    found = [(name, _setting(value)) for name, value in vars(module).items() if not name.endswith("_hooks")]
+    found = [
+        (name, _setting(value))
+        for name, value in vars(module).items()
+        if not name.endswith("_hooks")
+    ]
     return type(module), tuple(found)
 
 
@@ -129,7 +158,9 @@ def _key(leaf: Any) -> Any:
     return tuple(map(_size, leaf.shape)), tuple(map(_size, leaf.stride())), leaf.dtype, leaf.device
 
 
-def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any], transformed: bool) -> str:
+def _run(
+    fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any], transformed: bool
+) -> str:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_transforms())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -141,7 +172,9 @@ def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str
         stand_in = _copy(fn, copies, tensors, fake)
         before = {copied: _attributes(copied) for copied in copies.values()}
         inner = stack.enter_context(_Inner())
-        given = pytree.tree_map_only(Tensor, lambda x: _imitate(x, fake), (tuple(sources), dict(kwargs)))
+        given = pytree.tree_map_only(
+            Tensor, lambda x: _imitate(x, fake), (tuple(sources), dict(kwargs))
+        )
         for source in pytree.tree_leaves(given[0]):
             source.requires_grad_()
         leaves, structure = pytree.tree_flatten(given)
@@ -151,7 +184,9 @@ def _run(fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str
         try:
             out = stand_in(*given[0], **given[1])
         except Exception as error:
-            return f"cannot be evaluated on tensors without memory ({type(error).__name__}: {error})"
+            return (
+                f"cannot be evaluated on tensors without memory ({type(error).__name__}: {error})"
+            )
     if watch.found:
         return str(watch.found)
     if decisions.tensors:
@@ -218,7 +253,10 @@ def _imitate(x: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 def _copy(
-    module: nn.Module, copies: dict[nn.Module, nn.Module], tensors: dict[Tensor, Tensor], mode: FakeTensorMode
+    module: nn.Module,
+    copies: dict[nn.Module, nn.Module],
+    tensors: dict[Tensor, Tensor],
+    mode: FakeTensorMode,
 ) -> nn.Module:
     """The module with its own attributes, and parameters and buffers without memory."""
     if module in copies:
@@ -294,7 +332,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.own = own
         self.transformed = transformed
-        # Storages that outlive the call: of parameters, buffers, and, by their absence from `made`, of what is given.
+        # Storages that outlive the call: of parameters, buffers, and, by their absence from `made`,
+        # of what is given.
         self.made: set[int] = set()
         self.results: list[Tensor] = []
         self.found = ""
@@ -309,10 +348,15 @@ class _Watch(TorchDispatchMode):
                 if not isinstance(leaf, Tensor) or isinstance(leaf, FakeTensor) or leaf in self.own:
                     continue
                 if leaf.requires_grad:
-                    self._find("reads a tensor that needs a gradient and is not among its parameters")
+                    self._find(
+                        "reads a tensor that needs a gradient and is not among its parameters"
+                    )
                 if self.transformed:
-                    # A transform may differentiate it without a sign; and until it pulls, it may become another one.
-                    self._find("reads a tensor that is neither a parameter, nor a buffer, nor a keyword")
+                    # A transform may differentiate it without a sign; and until it pulls, it may
+                    # become another one.
+                    self._find(
+                        "reads a tensor that is neither a parameter, nor a buffer, nor a keyword"
+                    )
             written = argument.alias_info is not None and argument.alias_info.is_write
             for leaf in pytree.tree_leaves(value) if written else ():
                 if isinstance(leaf, Tensor) and _storage(leaf) not in self.made:
@@ -320,7 +364,11 @@ class _Watch(TorchDispatchMode):
         if _moves_statistics(func, named):
             self._find(f"changes a buffer in place ({func.name()})")
         out = func(*args, **kwargs)
-        given = {_storage(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {
+            _storage(leaf)
+            for leaf in pytree.tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor) and _storage(leaf) not in given:
                 self.made.add(_storage(leaf))

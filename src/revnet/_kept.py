@@ -28,7 +28,8 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("never differentiated")
 
 
-# Nodes that keep tensors hang on a tensor of their own: on the graph of the streams they would close a cycle in C++.
+# Nodes that keep tensors hang on a tensor of their own: on the graph of the streams they would
+# close a cycle in C++.
 _ROOT = torch.zeros((), device="cpu", requires_grad=True)
 
 
@@ -39,7 +40,9 @@ class Saved:
 
     def __init__(self, tree: Any) -> None:
         leaves, self.spec = pytree.tree_flatten(tree)
-        self.anchor: Tensor = _Keep.apply(_ROOT, *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)))
+        self.anchor: Tensor = _Keep.apply(
+            _ROOT, *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
+        )
         self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
 
     def load(self) -> Any:
@@ -50,8 +53,8 @@ class Saved:
             if "inplace" not in str(error):
                 raise
             raise ReversibleError(
-                "a stream that the sequence returned, and from which backward rebuilds the activations, was changed in "
-                "place. Change a copy: `y = y.clone()`."
+                "a stream that the sequence returned, and from which backward rebuilds the "
+                "activations, was changed in place. Change a copy: `y = y.clone()`."
             ) from error
         leaves = [next(tensors) if other is None else other[0] for other in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
@@ -60,8 +63,9 @@ class Saved:
 class Hosted:
     """Tensors copied to pinned host memory while compute goes on, and back when backward comes near.
 
-    The copies of a device run in order on one stream, so that a buffer may go to its next user before its last copy has
-    run. Buffers return to a pool: pinning memory anew in each call costs several times the step.
+    The copies of a device run in order on one stream, so that a buffer may go to its next user
+    before its last copy has run. Buffers return to a pool: pinning memory anew in each call costs
+    several times the step.
     """
 
     __slots__ = ("buffers", "spec", "devices", "coming")
@@ -87,7 +91,9 @@ class Hosted:
             return
         self.coming = []
         for buffer, device in zip(self.buffers, self.devices, strict=True):
-            tensor = torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device)
+            tensor = torch.empty_strided(
+                buffer.shape, buffer.stride(), dtype=buffer.dtype, device=device
+            )
             stream = _copy_stream(device)
             # The memory may be in use by compute enqueued before the allocator gave it.
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -143,13 +149,22 @@ class Results:
     """Outputs of some operations of one call of a branch, which a replay takes instead of running them again.
 
     Args:
-        expensive: keep the outputs of matrix products, convolutions and attention: of what `torch.utils.flop_counter`
-            counts, custom operators with a registered formula included.
-        random: keep the outputs of operations that draw (of dropout, the mask). In a CUDA graph under capture the
-            generator cannot be set back.
+        expensive: keep the outputs of matrix products, convolutions and attention: of what
+            `torch.utils.flop_counter` counts, custom operators with a registered formula included.
+        random: keep the outputs of operations that draw (of dropout, the mask). In a CUDA graph
+            under capture the generator cannot be set back.
     """
 
-    __slots__ = ("expensive", "random", "paused", "functions", "outputs", "states", "written", "saved")
+    __slots__ = (
+        "expensive",
+        "random",
+        "paused",
+        "functions",
+        "outputs",
+        "states",
+        "written",
+        "saved",
+    )
 
     def __init__(self, expensive: bool, random: bool) -> None:
         self.expensive = expensive
@@ -157,7 +172,8 @@ class Results:
         self.random = random
         self.functions: list[Any] = []
         self.outputs: list[Any] = []
-        # Generator states after operations that drew: a replay that skips the operation must still move on.
+        # Generator states after operations that drew: a replay that skips the operation must still
+        # move on.
         self.states: list[RandomState | None] = []
         self.written: set[int] = set()
         self.saved: Saved | None = None
@@ -176,10 +192,13 @@ class Results:
 def compiled(fn: Any) -> bool:
     """Whether a compiler has taken over a branch, or part of it: what stays of it until backward was its choice.
 
-    Nor could single results be kept: Dynamo compiles no function that it first meets under a dispatch mode, then or
-    ever after.
+    Nor could single results be kept: Dynamo compiles no function that it first meets under a
+    dispatch mode, then or ever after.
     """
-    return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules_of(fn))
+    return any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        for module in modules_of(fn)
+    )
 
 
 def _expensive(func: Any) -> bool:
@@ -193,7 +212,11 @@ def draws(func: Any, args: Any, kwargs: Any) -> bool:
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     values = {argument.name: value for argument, value in arguments(func, args, kwargs)}
-    rates = [values[name] for name in ("p", "dropout_p", "dropout") if isinstance(values.get(name), float | int)]
+    rates = [
+        values[name]
+        for name in ("p", "dropout_p", "dropout")
+        if isinstance(values.get(name), float | int)
+    ]
     return 0 not in rates and values.get("train", values.get("training")) is not False
 
 
@@ -224,7 +247,9 @@ class Recording(TorchDispatchMode):
             self._protect(func, args, kwargs)
         if not results.keeps(func, args, kwargs):
             return func(*args, **kwargs)
-        before = RandomState(self.devices) if not results.random and draws(func, args, kwargs) else None
+        before = (
+            RandomState(self.devices) if not results.random and draws(func, args, kwargs) else None
+        )
         out = func(*args, **kwargs)
         kept = pytree.tree_map_only(Tensor, Tensor.detach, out)
         if func is torch.ops.aten.native_dropout.default:
@@ -257,7 +282,9 @@ def arguments(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
     """The arguments of a call of an operator, as its schema describes them, each with its value."""
     schema = func._schema.arguments
     named = list(zip(schema, args, strict=False))
-    return named + [(argument, kwargs[argument.name]) for argument in schema if argument.name in kwargs]
+    return named + [
+        (argument, kwargs[argument.name]) for argument in schema if argument.name in kwargs
+    ]
 
 
 class Playing(TorchDispatchMode):
@@ -278,8 +305,9 @@ class Playing(TorchDispatchMode):
         self.count += 1
         if i >= len(results.functions) or func is not results.functions[i]:
             raise ReversibleError(
-                f"{self.name}: operation {i} among those whose results are kept is {func} in the replay but was "
-                f"{results.functions[i] if i < len(results.functions) else 'none'} in the forward pass."
+                f"{self.name}: operation {i} among those whose results are kept is {func} in the "
+                f"replay but was {results.functions[i] if i < len(results.functions) else 'none'} "
+                f"in the forward pass."
             )
         state = results.states[i]
         if state is not None:
@@ -292,6 +320,7 @@ class Playing(TorchDispatchMode):
             # The operation gives what it is told to write to its shape.
             written: Tensor = (kwargs or {}).get("out", args[0])
             return written.resize_(self.outputs[i].shape).copy_(self.outputs[i])
-        # A result that the branch goes on to overwrite is copied, so that the next replay finds it as it was.
+        # A result that the branch goes on to overwrite is copied, so that the next replay finds it
+        # as it was.
         again = Tensor.clone if i in results.written else Tensor.detach
         return pytree.tree_map_only(Tensor, again, self.outputs[i])

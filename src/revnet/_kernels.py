@@ -48,12 +48,15 @@ def _combine(
         value = _wide(tl.load(value_ptr + place, mask=mask, other=0.0))
         known = value == value
         # Read and written once per combine: residuals need not push the values out of the cache.
-        total = tl.load(residual_ptr + place, mask=mask, other=0, eviction_policy="evict_first").to(tl.int64)
+        total = tl.load(residual_ptr + place, mask=mask, other=0, eviction_policy="evict_first").to(
+            tl.int64
+        )
         total += tl.where(known, value * SCALE, 0.0).to(tl.int64)
     increment = _wide(tl.load(increment_ptr + place, mask=mask, other=0.0))
     magnitude = tl.abs(increment)
     scaled = magnitude * SCALE
-    # Adding and subtracting 2^23 (2^52) rounds half to even; from there on every float is an integer.
+    # Adding and subtracting 2^23 (2^52) rounds half to even; from there on every float is an
+    # integer.
     rounded = tl.where(scaled < INTEGERS, (scaled + INTEGERS) - INTEGERS, scaled)
     fits = rounded < 2.0**62
     count = tl.where(fits, rounded, 0.0).to(tl.int64)
@@ -66,7 +69,8 @@ def _combine(
             found = tl.where(bad, found.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
             tl.atomic_max(finding_ptr, tl.max(found, axis=0), sem="relaxed")
     dtype: tl.constexpr = new_value_ptr.dtype.element_ty
-    # The unit is no constant: a product with one would be left out, and int64 then go to bfloat16 in one rounding.
+    # The unit is no constant: a product with one would be left out, and int64 then go to bfloat16
+    # in one rounding.
     new = (total.to(tl.float64 if dtype == tl.float64 else tl.float32) * unit).to(dtype)
     rest = tl.where(inside, total - (_wide(new) * SCALE).to(tl.int64), 0)
     tl.store(new_value_ptr + place, tl.where(inside, new, float("nan")).to(dtype), mask=mask)
@@ -99,7 +103,8 @@ def launch(
         held: the stream; None encodes the increment.
         increment: floating point.
         new: receives the stream.
-        finding: one int64 that receives the largest `key` + float32 bits of a magnitude out of range, or None.
+        finding: one int64 that receives the largest `key` + float32 bits of a magnitude out of
+            range, or None.
         sign: 1 adds, -1 subtracts.
         fraction_bits: of the format.
         bound: magnitudes from this integer on are out of range.
@@ -123,8 +128,13 @@ def launch(
         _BLOCK,
     )
     grid, device = (-(-size // _BLOCK), 1, 1), increment.get_device()
-    # Triton builds another kernel where numbers or addresses are not multiples of 16, and of numbers beyond 32 bits.
-    usual = size % 16 == 0 and size < 2**31 and not any(x.data_ptr() % 16 for x in tensors if x is not None)
+    # Triton builds another kernel where numbers or addresses are not multiples of 16, and of
+    # numbers beyond 32 bits.
+    usual = (
+        size % 16 == 0
+        and size < 2**31
+        and not any(x.data_ptr() % 16 for x in tensors if x is not None)
+    )
     dtypes = increment.dtype, new.value.dtype
     which = (device, dtypes, held is None, finding is None, sign, fraction_bits) if usual else None
     try:
@@ -143,8 +153,8 @@ def launch(
             raise
         _state["broken"] = True
         warnings.warn(
-            f"Triton cannot build the kernel of fixed-point streams ({error!r}); plain torch operations take its "
-            "place, with the same results, several times slower",
+            f"Triton cannot build the kernel of fixed-point streams ({error!r}); plain torch "
+            f"operations take its place, with the same results, several times slower",
             stacklevel=2,
         )
         return False

@@ -23,8 +23,8 @@ class MemoryReport:
     """What one call held, in bytes above what was held before it.
 
     Attributes:
-        saved_bytes: held when the function had returned, without the storages that the returned value reaches:
-            what waits for the backward pass.
+        saved_bytes: held when the function had returned, without the storages that the returned
+            value reaches: what waits for the backward pass.
         peak_bytes: the highest point, through the backward pass.
         grad_bytes: the `.grad` storages that the call created. They are part of `peak_bytes`.
     """
@@ -37,15 +37,18 @@ class MemoryReport:
 def measure_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryReport:
     """Returns the memory that `fn(*args, **kwargs)` and, if there is one, the backward pass of its result take.
 
-    If `fn` returns tensors that need a gradient, alone or in containers, the backward pass of their sum runs too and
-    leaves its gradients in `.grad`, as any backward pass does. A function may as well run its own backward pass and
-    return `None`; `saved_bytes` then holds the gradients it left.
+    If `fn` returns tensors that need a gradient, alone or in containers, the backward pass of their
+    sum runs too and leaves its gradients in `.grad`, as any backward pass does. A function may as
+    well run its own backward pass and return `None`; `saved_bytes` then holds the gradients it
+    left.
 
-    On CPU the figures are the requests to torch's allocator, to the byte. Memory that was held before the call and is
-    freed during it changes nothing, and threads that `fn` itself starts are not seen. If `fn` allocates on a CUDA
-    device, the figures are those of the CUDA devices instead: `requested_bytes` of `torch.cuda.memory_stats`, summed
-    over the devices. Unlike `allocated_bytes` these do not depend on rounding nor on which cached block was at hand.
-    There, memory freed during the call lowers the figures, and the peak statistics of the devices are reset.
+    On CPU the figures are the requests to torch's allocator, to the byte. Memory that was held
+    before the call and is freed during it changes nothing, and threads that `fn` itself starts are
+    not seen. If `fn` allocates on a CUDA device, the figures are those of the CUDA devices instead:
+    `requested_bytes` of `torch.cuda.memory_stats`, summed over the devices. Unlike
+    `allocated_bytes` these do not depend on rounding nor on which cached block was at hand. There,
+    memory freed during the call lowers the figures, and the peak statistics of the devices are
+    reset.
 
     Args:
         fn: called once.
@@ -53,8 +56,8 @@ def measure_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryR
         **kwargs: passed to `fn`.
 
     Raises:
-        RuntimeError: a torch profiler or another measurement is running, in whichever thread. The meter is a profiler
-            itself, and torch has one for the whole process.
+        RuntimeError: a torch profiler or another measurement is running, in whichever thread. The
+            meter is a profiler itself, and torch has one for the whole process.
 
     Example:
         >>> w = torch.ones(1000, requires_grad=True)
@@ -63,7 +66,8 @@ def measure_memory(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> MemoryR
     """
     if profiler._is_profiler_enabled or not _one_at_a_time.acquire(blocking=False):
         raise RuntimeError(
-            "measure_memory was called while a torch profiler or another measurement runs: let it end first"
+            "measure_memory was called while a torch profiler or another measurement runs: let it "
+            "end first"
         )
     try:
         return _measure(fn, args, kwargs)
@@ -95,7 +99,8 @@ def _measure(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 class _CpuMeter:
     """Follows the events of the CPU allocator, block by block.
 
-    As the other meters it counts bytes above the start, over one or more watches; not what happens between two watches.
+    As the other meters it counts bytes above the start, over one or more watches; not what happens
+    between two watches.
     """
 
     def __init__(self) -> None:
@@ -114,8 +119,9 @@ class _CpuMeter:
                 self.held += size
                 self.peak = max(self.peak, self.held)
             else:
-                # A block from before the watch is none of ours, and its size is not known: torch learns sizes only
-                # while a profiler runs, and can mistake a block for one that an earlier profile saw at this address.
+                # A block from before the watch is none of ours, and its size is not known: torch
+                # learns sizes only while a profiler runs, and can mistake a block for one that an
+                # earlier profile saw at this address.
                 self.held -= self._blocks.pop(address, 0)
 
     def created(self, storage: torch.UntypedStorage) -> int:
@@ -132,12 +138,18 @@ class _CudaMeter:
         self.used = False
         self._older: set[StorageWeakRef] = set()
         if torch.cuda.is_initialized():
-            # Garbage that happened to be collected during the call would be taken for memory that it gave back.
+            # Garbage that happened to be collected during the call would be taken for memory that
+            # it gave back.
             gc.collect()
             _reserve_blas_workspace()
-            # The references keep no memory, only the identities: a new storage cannot be mistaken for an older one.
-            self._older = {StorageWeakRef(s) for s in _storages(_all_tensors()) if s.device.type == "cuda"}
-            self._older |= {StorageWeakRef(s) for s in _storages(_gradients()) if s.device.type == "cuda"}
+            # The references keep no memory, only the identities: a new storage cannot be mistaken
+            # for an older one.
+            self._older = {
+                StorageWeakRef(s) for s in _storages(_all_tensors()) if s.device.type == "cuda"
+            }
+            self._older |= {
+                StorageWeakRef(s) for s in _storages(_gradients()) if s.device.type == "cuda"
+            }
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -176,7 +188,10 @@ def _cpu_allocations(events: profiler.profile) -> list[tuple[int, int]]:
         event = pending.pop()
         pending.extend(event.children)
         fields = event.extra_fields
-        if isinstance(fields, torch._C._profiler._ExtraFields_Allocation) and fields.device.type == "cpu":
+        if (
+            isinstance(fields, torch._C._profiler._ExtraFields_Allocation)
+            and fields.device.type == "cpu"
+        ):
             found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
     return [(address, size) for _, address, size in sorted(found, key=lambda event: event[0])]
 
@@ -191,7 +206,11 @@ def _cuda_statistics() -> tuple[int, int, int]:
     for device in _cuda_devices():
         statistics = torch.cuda.memory_stats(device)
         # The asynchronous allocator does not count requested bytes.
-        counted = "requested_bytes" if torch.cuda.get_allocator_backend() == "native" else "allocated_bytes"
+        counted = (
+            "requested_bytes"
+            if torch.cuda.get_allocator_backend() == "native"
+            else "allocated_bytes"
+        )
         held += statistics.get(f"{counted}.all.current", 0)
         peak += statistics.get(f"{counted}.all.peak", 0)
         allocations += statistics.get("allocation.all.allocated", 0)

@@ -18,8 +18,8 @@ class OutOfRange(NamedTuple):
     magnitude: float
 
 
-# A finding is one int64, so that one atomic maximum orders by step (the first wins) and then by magnitude (float32 bits
-# order as integers do, NaN above infinity).
+# A finding is one int64, so that one atomic maximum orders by step (the first wins) and then by
+# magnitude (float32 bits order as integers do, NaN above infinity).
 _LAST_STEP = 2**31 - 2
 
 
@@ -28,7 +28,9 @@ def key_of(step: int) -> int:
 
 
 def _finding(key: int) -> OutOfRange:
-    return OutOfRange(_LAST_STEP - (key >> 32), struct.unpack("<f", struct.pack("<I", key & 0xFFFFFFFF))[0])
+    return OutOfRange(
+        _LAST_STEP - (key >> 32), struct.unpack("<f", struct.pack("<I", key & 0xFFFFFFFF))[0]
+    )
 
 
 @dataclass
@@ -37,15 +39,17 @@ class _Cell:
 
     key: Tensor
     host: Tensor
-    # Per step, the share of nonzero increments that the last sample saw rounded to zero, -1 until it has arrived.
+    # Per step, the share of nonzero increments that the last sample saw rounded to zero, -1 until
+    # it has arrived.
     vanished: dict[int, Tensor] = field(default_factory=dict)
 
 
 class RangeMonitor:
     """Learns from the device, without synchronisation, which step left the range of its stream.
 
-    One for a sequence. The memory on the devices is not copied and not pickled: a copy starts empty. Memory is
-    allocated by `prepare`, or in the first call on a device; a CUDA graph can be captured after that.
+    One for a sequence. The memory on the devices is not copied and not pickled: a copy starts
+    empty. Memory is allocated by `prepare`, or in the first call on a device; a CUDA graph can be
+    captured after that.
     """
 
     def __init__(self) -> None:
@@ -71,16 +75,23 @@ class RangeMonitor:
         """Allocate the memory on this device, unless it exists.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured; allocated now, the memory would belong to the graph.
+            RuntimeError: a CUDA graph is being captured; allocated now, the memory would belong to
+                the graph.
         """
         cell = self._cells.get(device)
         if cell is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("fixed-point streams in a CUDA graph: run the sequence once before capturing it")
+                raise RuntimeError(
+                    "fixed-point streams in a CUDA graph: run the sequence once before capturing it"
+                )
             # In-place writes to an inference tensor would fail in the next training step.
             with torch.inference_mode(False):
                 key = torch.zeros(1, dtype=torch.int64, device=device)
-                host = key if device.type == "cpu" else _host(torch.zeros(1, dtype=torch.int64), device)
+                host = (
+                    key
+                    if device.type == "cpu"
+                    else _host(torch.zeros(1, dtype=torch.int64), device)
+                )
             cell = self._cells.setdefault(device, _Cell(key, host))
         return cell
 
@@ -95,7 +106,8 @@ class RangeMonitor:
             return
         while torch._C._functorch.is_functorch_wrapped_tensor(marked):
             marked = torch._C._functorch.get_unwrapped(marked)
-        # A transform allows no write to a tensor that it did not make, nor torch 2.11's vmap to see the bits of one.
+        # A transform allows no write to a tensor that it did not make, nor torch 2.11's vmap to see
+        # the bits of one.
         with torch._C._DisableFuncTorch():
             self.note(_keys(marked, step))
 
@@ -116,7 +128,9 @@ class RangeMonitor:
             return
         some = increment
         for dim in range(some.dim()):
-            some = some.narrow(dim, 0, max(1, min(some.shape[dim], _SAMPLE * some.shape[dim] // some.numel())))
+            some = some.narrow(
+                dim, 0, max(1, min(some.shape[dim], _SAMPLE * some.shape[dim] // some.numel()))
+            )
         some = some.abs().double()
         nonzero = some > 0
         small = nonzero & (some <= 0.5 * unit)
@@ -170,7 +184,11 @@ class RangeMonitor:
             if (share := float(cell.vanished[step])) != -1.0
         }
         self._awaited -= shares.keys()
-        news = {step: share for step, share in shares.items() if share > 0.5 and step not in self._reported}
+        news = {
+            step: share
+            for step, share in shares.items()
+            if share > 0.5 and step not in self._reported
+        }
         self._reported |= news.keys()
         return news
 

@@ -21,25 +21,37 @@ _told: list[bool] = []
 def inspect(ctx: Any) -> None:
     """Look at the steps of the function that is being traced, and remember why they cannot be replayed in the graph.
 
-    Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle raises at once.
+    Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle
+    raises at once.
     """
     tracer = getattr(ctx, "_ComptimeContext__tx", None)
     try:
-        steps, streams, blocks, obstacle = (_value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle"))
-        # What functions and global variables hold may have changed since they were inspected for another graph.
+        steps, streams, blocks, obstacle = (
+            _value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle")
+        )
+        # What functions and global variables hold may have changed since they were inspected for
+        # another graph.
         forget()
-        _found[:] = [_vmapped() or _hooks() or obstacle or _changed(ctx, steps) or reason(steps, streams, blocks)]
+        _found[:] = [
+            _vmapped()
+            or _hooks()
+            or obstacle
+            or _changed(ctx, steps)
+            or reason(steps, streams, blocks)
+        ]
     except _UnknownError as error:
         _found[:] = [f"a branch is given {error}, which the graph makes or changes"]
     if _found[0] and getattr(tracer, "one_graph", False):
         unimplemented(
             gb_type="revnet: branch that cannot be replayed in a graph",
             context=_found[0],
-            explanation=f"{_found[0]}. The backward pass inside one graph evaluates each branch a second time, and the "
-            "second evaluation would differ.",
+            explanation=f"{_found[0]}. The backward pass inside one graph evaluates each branch a "
+            "second time, and the second evaluation would differ.",
             hints=[
-                "Compile without fullgraph=True: the sequence then runs outside the graph, with right gradients.",
-                "Compile the branches instead, as in `for block in net.blocks: block.f.compile(); block.g.compile()`.",
+                "Compile without fullgraph=True: the sequence then runs outside the graph, with "
+                "right gradients.",
+                "Compile the branches instead, as in `for block in net.blocks: block.f.compile(); "
+                "block.g.compile()`.",
                 "Or keep the activations: `net.execution = 'store'`.",
             ],
         )
@@ -50,14 +62,22 @@ def _changed(ctx: Any, steps: Sequence[Any]) -> str:
     effects = _effects(ctx)
     for name, fn, *_ in steps:
         for module in fn.modules() if isinstance(fn, nn.Module) else ():
-            own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers")}
+            own = {
+                key: value
+                for key, value in vars(module).items()
+                if key not in ("_parameters", "_buffers")
+            }
             for attribute, value in own.items():
                 if _modified(effects.id_to_variable.get(id(value)), effects):
                     return f"{name}: the graph changes what its attribute {attribute!r} holds"
             changes = effects.store_attr_mutations.get(effects.id_to_variable.get(id(module)), {})
             for attribute, variable in changes.items():
                 known = variable.is_python_constant()
-                if not known or attribute not in own or variable.as_python_constant() != own[attribute]:
+                if (
+                    not known
+                    or attribute not in own
+                    or variable.as_python_constant() != own[attribute]
+                ):
                     return f"{name}: the graph changes its attribute {attribute!r}"
     return ""
 
@@ -79,11 +99,14 @@ def _vmapped() -> str:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     kinds = [level.key() for level in retrieve_all_functorch_interpreters()]
-    return "it runs under torch.func.vmap" if torch._C._functorch.TransformType.Vmap in kinds else ""
+    return (
+        "it runs under torch.func.vmap" if torch._C._functorch.TransformType.Vmap in kinds else ""
+    )
 
 
 def _hooks() -> str:
-    # Those of a checkpoint around the model, say. Entering a transform would fail, and leave all hooks disabled.
+    # Those of a checkpoint around the model, say. Entering a transform would fail, and leave all
+    # hooks disabled.
     active = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     return "hooks on saved tensors are active" if active else ""
 
@@ -91,7 +114,8 @@ def _hooks() -> str:
 def prepare(ctx: Any) -> None:
     """Allocate what the monitor in the local `monitor` writes to, on the devices of the local `streams`.
 
-    Transforms allow no write to it, nor does it take findings that are distributed: `told` says whether it is told any.
+    Transforms allow no write to it, nor does it take findings that are distributed: `told` says
+    whether it is told any.
     """
     monitor, streams = _value(ctx, "monitor"), pytree.tree_leaves(_value(ctx, "streams"))
     distributed = any(hasattr(stream, "placements") for stream in streams)
@@ -116,14 +140,18 @@ def told() -> bool:
 verdict._dynamo_marked_constant = told._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@torch.compiler.disable(reason="revnet: a sequence that cannot be replayed in a graph runs outside it")  # type: ignore[untyped-decorator]
+@torch.compiler.disable(
+    reason="revnet: a sequence that cannot be replayed in a graph runs outside it"
+)  # type: ignore[untyped-decorator]
 def call(engine: Callable[[], Any]) -> Any:
     """What `engine` returns, computed outside the graph."""
     return engine()
 
 
 def _value(ctx: Any, name: str) -> Any:
-    return _realized(ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker(), _effects(ctx))
+    return _realized(
+        ctx.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker(), _effects(ctx)
+    )
 
 
 def _realized(variable: Any, effects: Any) -> Any:
@@ -137,8 +165,9 @@ def _realized(variable: Any, effects: Any) -> Any:
     if isinstance(variable, TensorVariable):
         tensor = variable.as_proxy().node.meta["example_value"]
         for size in (*tensor.shape, *tensor.stride()):
-            # Makes a symbolic size a number, so that another size is another graph: the tracer would make every
-            # comparison of symbolic sizes inside the operation one of its outputs, and fail on those.
+            # Makes a symbolic size a number, so that another size is another graph: the tracer
+            # would make every comparison of symbolic sizes inside the operation one of its outputs,
+            # and fail on those.
             int(size)
         return tensor
     if isinstance(variable, SymNodeVariable):
@@ -150,7 +179,10 @@ def _realized(variable: Any, effects: Any) -> Any:
     if isinstance(variable, ConstDictVariable):
         # In torch 2.11 an OrderedDict or a defaultdict is one, too.
         found = kind() if issubclass(kind := variable.python_type(), dict) else {}
-        found.update((key.vt.as_python_constant(), _realized(item, effects)) for key, item in variable.items.items())
+        found.update(
+            (key.vt.as_python_constant(), _realized(item, effects))
+            for key, item in variable.items.items()
+        )
         return found
     if hasattr(variable, "value"):
         if not isinstance(variable.value, nn.Module) and _modified(variable, effects):

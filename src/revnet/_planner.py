@@ -1,9 +1,10 @@
 """From a memory budget to the fastest plan.
 
-A plan comes about in three moves. `_rehearsal` measures what one step of each kind costs under each execution: a
-`Chain`, numbers alone. `_solver` finds the fastest executions whose peak, by these numbers, is within the budget. Then
-the whole sequence runs once as proposed: what its peak is more or less than was predicted is added to the chain, and
-the rest solved again. The plan is the fastest of those that were run and fit.
+A plan comes about in three moves. `_rehearsal` measures what one step of each kind costs under each
+execution: a `Chain`, numbers alone. `_solver` finds the fastest executions whose peak, by these
+numbers, is within the budget. Then the whole sequence runs once as proposed: what its peak is more
+or less than was predicted is added to the chain, and the rest solved again. The plan is the fastest
+of those that were run and fit.
 """
 
 from __future__ import annotations
@@ -38,23 +39,27 @@ def plan(net: Program, x: Any, budget: Sequence[int | str], **kwargs: Any) -> li
 def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
     """The fastest plan for `net` whose peak memory stays within a budget.
 
-    Runs steps of `net` on `x`, where they are, under each execution, and measures bytes and seconds; then chooses one
-    execution per step. Parameters, gradients, buffers, training flags and the states of the generators stay as they
-    are. Costs the time of a few steps of each kind (steps of the same shape are measured once) and of one pass over the
-    whole sequence to check the result.
+    Runs steps of `net` on `x`, where they are, under each execution, and measures bytes and
+    seconds; then chooses one execution per step. Parameters, gradients, buffers, training flags and
+    the states of the generators stay as they are. Costs the time of a few steps of each kind (steps
+    of the same shape are measured once) and of one pass over the whole sequence to check the
+    result.
 
-    With fake tensors, or parameters on the meta device, nothing is allocated: bytes follow from the sizes of tensors
-    and times from their number of floating-point operations, which the plan says.
+    With fake tensors, or parameters on the meta device, nothing is allocated: bytes follow from the
+    sizes of tensors and times from their number of floating-point operations, which the plan says.
 
-    In a process group every rank calls this, and gets the same plan, for the largest costs among the ranks.
+    In a process group every rank calls this, and gets the same plan, for the largest costs among
+    the ranks.
 
     Args:
         net: a sequence.
-        x: its input, of the largest size that the plan is for: a tensor, or for `Reversible` the tuple of its streams.
-        budget: bytes at the peak of one forward and backward, above what is held before (parameters, gradients that
-            exist, `x`): a number; text such as "8GiB"; "minimum", the smallest peak that any plan has; "stored", that
-            of stored execution; "25%", that share of the way from the one to the other; or None, what the device has
-            free now. A sequence of budgets is measured once and gives one plan each.
+        x: its input, of the largest size that the plan is for: a tensor, or for `Reversible` the
+            tuple of its streams.
+        budget: bytes at the peak of one forward and backward, above what is held before
+            (parameters, gradients that exist, `x`): a number; text such as "8GiB"; "minimum", the
+            smallest peak that any plan has; "stored", that of stored execution; "25%", that share
+            of the way from the one to the other; or None, what the device has free now. A sequence
+            of budgets is measured once and gives one plan each.
         **kwargs: the keywords of the forward pass.
 
     Returns:
@@ -72,7 +77,9 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
     if not isinstance(net, Program):
         raise TypeError(f"net is {type(net).__name__}, but a plan is for a revnet sequence")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("revnet.plan runs training steps, which torch.inference_mode forbids: call it outside")
+        raise RuntimeError(
+            "revnet.plan runs training steps, which torch.inference_mode forbids: call it outside"
+        )
     many = isinstance(budget, Sequence) and not isinstance(budget, str)
     budgets = [_read(one) for one in (budget if many else [budget])]
     with torch.enable_grad(), rehearsing(net, x, kwargs) as rehearsal:
@@ -106,8 +113,12 @@ class _Planner:
         self.rehearsal = rehearsal
         chains = _gather(rehearsal.chain())
         self.chain = chains[0]
-        if any((chain.steps, chain.sizes) != (self.chain.steps, self.chain.sizes) for chain in chains):
-            raise ReversibleError("the ranks of the process group plan for different sequences or inputs")
+        if any(
+            (chain.steps, chain.sizes) != (self.chain.steps, self.chain.sizes) for chain in chains
+        ):
+            raise ReversibleError(
+                "the ranks of the process group plan for different sequences or inputs"
+            )
         # What ran, with the peak of the run.
         self.seen: dict[tuple[str, ...], Solution] = {}
 
@@ -123,7 +134,9 @@ class _Planner:
             return int(min(_gather(_free_bytes(self.rehearsal.x.device))))
         if isinstance(budget, int):
             return budget
-        return round(self.least + budget * (max(self.run(self.stored).peak, self.least) - self.least))
+        return round(
+            self.least + budget * (max(self.run(self.stored).peak, self.least) - self.least)
+        )
 
     @cached_property
     def least(self) -> int:
@@ -140,7 +153,8 @@ class _Planner:
     def fit(self, size: int | None) -> None:
         """Find the fastest plan within `size` bytes or, without a size, the one with the smallest peak.
 
-        What a run takes more or less than the model said is added to the model, and the rest solved again.
+        What a run takes more or less than the model said is added to the model, and the rest solved
+        again.
         """
         chain = self.chain
         for _ in range(_RUNS):
@@ -152,8 +166,12 @@ class _Planner:
             if off == 0 or -0.01 * limit <= off <= limit - solution.peak:
                 return
             if off > 0 and "offload" in solution.executions:
-                # How long a copy holds its tensor depends on how far the host runs ahead: no budget can be promised.
-                kinds = [{name: cost for name, cost in kind.items() if name != "offload"} for kind in chain.kinds]
+                # How long a copy holds its tensor depends on how far the host runs ahead: no budget
+                # can be promised.
+                kinds = [
+                    {name: cost for name, cost in kind.items() if name != "offload"}
+                    for kind in chain.kinds
+                ]
                 self.chain = replace(self.chain, kinds=tuple(kinds))
                 chain = replace(chain, kinds=tuple(kinds))
             else:
@@ -173,8 +191,9 @@ class _Planner:
     def fastest(self, size: int) -> Plan:
         if all(solution.peak > size for solution in self.seen.values()) and self.least > size:
             raise ReversibleError(
-                f"no plan is within {format_bytes(size)} ({size} bytes): the smallest peak of this sequence, for this "
-                f"input, is {format_bytes(self.least)} ({self.least} bytes). Give at least that, or a smaller input."
+                f"no plan is within {format_bytes(size)} ({size} bytes): the smallest peak of this "
+                f"sequence, for this input, is {format_bytes(self.least)} ({self.least} bytes). "
+                f"Give at least that, or a smaller input."
             )
         # The search for the smallest peak may have run more plans.
         fitting = [solution for solution in self.seen.values() if solution.peak <= size]

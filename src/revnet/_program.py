@@ -49,7 +49,9 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         if determinism_check not in ("default", "none", "exact"):
-            raise ValueError(f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'")
+            raise ValueError(
+                f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'"
+            )
         self._count = steps
         self._options = Options(preserve_rng_state, determinism_check, context_fn)
         self.streams = streams
@@ -88,8 +90,12 @@ class Program(nn.Module):
         if active():
             obstacle = ""
             if self._options.context_fn is not None or self._options.determinism_check == "exact":
-                obstacle = "context_fn and determinism_check='exact' take effect in the replays of the engine"
-            return tuple(run_traced(parts, streams, arithmetic, self._executions, again, self._doors, obstacle))
+                obstacle = "context_fn and determinism_check='exact' take effect only in engine replays"
+            return tuple(
+                run_traced(
+                    parts, streams, arithmetic, self._executions, again, self._doors, obstacle
+                )
+            )
         with Call(streams, arithmetic, self._options, self._executions) as call:
             outputs = tuple(call.finish(*self._through(call, parts)))
             self._monitor.flush()
@@ -125,12 +131,15 @@ class Program(nn.Module):
         low = any(leaf.dtype in LOW_PRECISION for leaf in leaves)
         low = low or torch.is_autocast_enabled(leaves[0].device.type)
         low = low or (not active() and cast_to_low_precision(self._doors))
-        return Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
+        return (
+            Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
+        )
 
     def check(self) -> None:
         """Wait for the device and raise if a stream left the range of its format.
 
-        Without this call, the error is raised by the first forward pass after the news has reached the host.
+        Without this call, the error is raised by the first forward pass after the news has reached
+        the host.
 
         Raises:
             ReversibleError: a branch whose update left the range, was infinite or not a number.
@@ -141,9 +150,9 @@ class Program(nn.Module):
     def _raise(self, found: OutOfRange | None, fixed: Fixed) -> None:
         for step, share in self._monitor.vanishing().items():
             warnings.warn(
-                f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than half of "
-                f"2^-{fixed.fraction_bits}, the resolution of the streams, and change nothing. Use more fraction bits, "
-                "as in streams=revnet.Fixed(fraction_bits=37).",
+                f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than "
+                f"half of 2^-{fixed.fraction_bits}, the resolution of the streams, and change "
+                f"nothing. Use more fraction bits, as in streams=revnet.Fixed(fraction_bits=37).",
                 stacklevel=_callers_level(),
             )
         if found is None:
@@ -154,8 +163,9 @@ class Program(nn.Module):
         if bits is not None:
             remedy = f"Use streams=revnet.Fixed(fraction_bits={bits}) or fewer fraction bits."
         raise ReversibleError(
-            f"{self._step_name(found.step)}: a stream left the range of {fixed}, ±{fixed.limit:.6g}: the largest value "
-            f"was {found.magnitude:.6g}. The output of that forward pass is NaN there. {remedy}"
+            f"{self._step_name(found.step)}: a stream left the range of {fixed}, "
+            f"±{fixed.limit:.6g}: the largest value was {found.magnitude:.6g}. The output of that "
+            f"forward pass is NaN there. {remedy}"
         )
 
     def _step_name(self, step: int) -> str:
@@ -191,16 +201,18 @@ class Program(nn.Module):
 class Reversible(Program):
     """Steps over any number of streams, trained with activation memory that does not grow with their number.
 
-    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step` object may occur
-    many times: its parameters are registered once.
+    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step`
+    object may occur many times: its parameters are registered once.
 
     Args:
         steps: in the order in which they are applied.
-        args_route: for each keyword of the forward pass, one boolean per step: whether its branch takes it.
-        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales its target, which
-            float streams cannot undo.
-        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked to `"invert"` but
-            cannot be undone in the streams of the call, it keeps its target: see `revnet.Coupling`.
+        args_route: for each keyword of the forward pass, one boolean per step: whether its branch
+            takes it.
+        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales
+            its target, which float streams cannot undo.
+        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked
+            to `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
+            `revnet.Coupling`.
         preserve_rng_state, determinism_check, context_fn: as in `ReversibleSequence`.
 
     Raises:
@@ -208,7 +220,8 @@ class Reversible(Program):
         TypeError: a step that is not a `Step`.
 
     Example:
-        >>> net = Reversible([Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)])
+        >>> steps = [Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)]
+        >>> net = Reversible(steps)
         >>> [tuple(y.shape) for y in net(*torch.randn(3, 2, 8))]
         [(2, 8), (2, 8), (2, 8)]
     """
@@ -229,38 +242,47 @@ class Reversible(Program):
             raise ValueError("steps is empty: give at least one revnet.Step")
         for i, step in enumerate(program):
             if not isinstance(step, Step):
-                raise TypeError(f"step {i} is {type(step).__name__}, but a program consists of revnet.Step")
+                raise TypeError(
+                    f"step {i} is {type(step).__name__}, but a program consists of revnet.Step"
+                )
         for key, route in args_route.items():
             if len(route) != len(program):
                 raise ValueError(
-                    f"args_route[{key!r}] has {len(route)} entries for {len(program)} steps: give one boolean per step"
+                    f"args_route[{key!r}] has {len(route)} entries for {len(program)} steps: give "
+                    f"one boolean per step"
                 )
-        super().__init__(len(program), streams, execution, preserve_rng_state, determinism_check, context_fn)
+        super().__init__(
+            len(program), streams, execution, preserve_rng_state, determinism_check, context_fn
+        )
         places = {step: place for place, step in enumerate(dict.fromkeys(program))}
         self.steps = nn.ModuleList(places)
         self._order = [places[step] for step in program]
         self.args_route = dict(args_route)
         self._width = 1 + max(max((step.target, *step.source)) for step in places)
         undoes = FloatArithmetic().undoes
-        self._needs_fixed = any(step.coupling.scales and not undoes(step.coupling) for step in places)
+        self._needs_fixed = any(
+            step.coupling.scales and not undoes(step.coupling) for step in places
+        )
 
     def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams after the last step.
 
         Args:
-            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or more.
+            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or
+                more.
             **kwargs: passed to the branches that `args_route` names.
 
         Returns:
-            As many streams, and a dict from step to extra output if branches returned `(update, aux)`.
+            As many streams, and a dict from step to extra output if branches returned `(update,
+            aux)`.
         """
         return self._run(streams, kwargs)
 
     def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams before the first step, from those after the last; differentiable.
 
-        Computed in floating point, so exact up to rounding. Randomness is not repeated: call it in `eval()`, or without
-        dropout.
+        Computed in floating point, so exact up to rounding. Randomness is not repeated: call it in
+        `eval()`, or without dropout.
         """
         return self._undo(streams, self._parts(streams, kwargs))
 
@@ -279,14 +301,19 @@ class Reversible(Program):
         for i, place in enumerate(self._order):
             step = steps[place]
             keywords = {key: value for key, value in routed.items() if self.args_route[key][i]}
-            parts.append((i, Part(f"step {i}", step, step.coupling, step.target, step.source, keywords)))
+            parts.append(
+                (i, Part(f"step {i}", step, step.coupling, step.target, step.source, keywords))
+            )
         return parts
 
 
 def _callers_level() -> int:
     """The `stacklevel` with which a warning of the calling function names the line that called the library."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("revnet", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "revnet",
+        "torch",
+    ):
         frame, level = frame.f_back, level + 1
     return level
 
@@ -305,7 +332,8 @@ def check_stream(x: Any, name: str) -> None:
         raise TypeError(f"{name} is {type(x).__name__}, but a stream is a tensor")
     if x.is_nested:
         raise TypeError(
-            f"{name} is a nested tensor: a stream is a dense tensor. Pad it, and pass a mask by args_route."
+            f"{name} is a nested tensor: a stream is a dense tensor. Pad it, and pass a mask by "
+            f"args_route."
         )
     if not x.is_floating_point():
         raise TypeError(f"{name} is {x.dtype}, but a stream is floating-point")

@@ -1,9 +1,10 @@
 """What each step of a sequence costs under each execution: a rehearsal, after which all is as it was.
 
-Inside `rehearsing`, stand-ins take the places of parameters, buffers and inputs. `Rehearsal.chain` goes through the
-steps once. Of each kind of step, a `_Stage` runs the first under every execution, in calls of its own, and measures
-bytes and seconds; steps of the same kind cost the same. `Rehearsal.peak` runs the whole sequence. With fake tensors
-the same code counts bytes, and times are estimated.
+Inside `rehearsing`, stand-ins take the places of parameters, buffers and inputs. `Rehearsal.chain`
+goes through the steps once. Of each kind of step, a `_Stage` runs the first under every execution,
+in calls of its own, and measures bytes and seconds; steps of the same kind cost the same.
+`Rehearsal.peak` runs the whole sequence. With fake tensors the same code counts bytes, and times
+are estimated.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def _alias(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
         alias = tensor.detach()
     else:
         device = "cpu" if tensor.is_meta else tensor.device
-        alias = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        alias = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+        )
     return alias.requires_grad_(tensor.requires_grad)
 
 
@@ -88,8 +91,11 @@ def _swap(stack: contextlib.ExitStack, net: Program, mode: FakeTensorMode | None
         for held in cast(list[dict[str, Any]], [own, module._parameters, module._buffers]):
             stack.callback(_put_back, held, dict(held))
             for name, tensor in held.items():
-                # As in replays, attributes count among the buffers; a fake operation writes to no real one.
-                if isinstance(tensor, Tensor) and (held is not own or not (mode or tensor.requires_grad)):
+                # As in replays, attributes count among the buffers; a fake operation writes to no
+                # real one.
+                if isinstance(tensor, Tensor) and (
+                    held is not own or not (mode or tensor.requires_grad)
+                ):
                     if tensor not in stand_ins:
                         stand_ins[tensor] = _stand_in(stack, tensor, mode)
                     held[name] = stand_ins[tensor]
@@ -123,7 +129,8 @@ class Rehearsal:
 
     Attributes:
         net, inputs, kwargs: the sequence and what it is given, stand-ins all.
-        mode: under which nothing is allocated, and times are estimated; None where tensors are real.
+        mode: under which nothing is allocated, and times are estimated; None where tensors are
+            real.
         filled: parameters whose gradient is there already.
         label: the device of the input that the stand-in is for.
     """
@@ -143,7 +150,9 @@ class Rehearsal:
     def chain(self) -> Chain:
         """Measures each kind of step once, in the order of the sequence, on the streams that reach it."""
         net = self.net
-        call = self.call(net._split(self.x) if isinstance(net, ReversibleSequence) else self.inputs, ["store"])
+        call = self.call(
+            net._split(self.x) if isinstance(net, ReversibleSequence) else self.inputs, ["store"]
+        )
         # Without a record, but with gradients: compiled branches are compiled for these.
         call.recording = False
         kinds: dict[Any, int] = {}
@@ -157,7 +166,9 @@ class Rehearsal:
             steps.append((number, part.target))
             call.step(0, part)
         with torch.no_grad():
-            result = net._merge(*call.start()) if isinstance(net, ReversibleSequence) else call.start()
+            result = (
+                net._merge(*call.start()) if isinstance(net, ReversibleSequence) else call.start()
+            )
         sizes = tuple(memory.size for memory in _memories(call))
         return Chain(
             sizes=sizes,
@@ -176,7 +187,9 @@ class Rehearsal:
         made = set(filled)
         gradients = []
         for part in reversed(self.parts):
-            new = {parameter for parameter in part.fn.parameters() if parameter.requires_grad} - made
+            new = {
+                parameter for parameter in part.fn.parameters() if parameter.requires_grad
+            } - made
             gradients.append(sum(parameter.numel() * parameter.element_size() for parameter in new))
             made |= new
         return tuple(gradients[::-1])
@@ -191,7 +204,11 @@ class Rehearsal:
             parameter.grad = torch.zeros_like(parameter)
         meter = self.meter()
         with meter.watch():
-            outputs = [leaf for leaf in _tensors_in(self.net(*self.inputs, **self.kwargs)) if leaf.requires_grad]
+            outputs = [
+                leaf
+                for leaf in _tensors_in(self.net(*self.inputs, **self.kwargs))
+                if leaf.requires_grad
+            ]
         ones = [leaf.detach().new_ones(()).expand_as(leaf) for leaf in outputs]
         with meter.watch(), _outside_autocast():
             torch.autograd.backward(outputs, ones)
@@ -215,7 +232,9 @@ class _Stage:
     def costs(self) -> dict[str, Cost]:
         """What the step costs under each execution that is another one here."""
         same = {"offload": not self.rehearsal.x.is_cuda, "select": compiled(self.part.fn)}
-        executions = [execution for execution in self.rehearsal.net._allowed if not same.get(execution)]
+        executions = [
+            execution for execution in self.rehearsal.net._allowed if not same.get(execution)
+        ]
         for execution in executions:
             self.run(execution)  # warm: workspaces, lazily made state, pools
         times = self.times(executions)
@@ -236,9 +255,15 @@ class _Stage:
         if root is not None:
             with _outside_autocast():
                 root.backward()
-        # In a longer call the state that backward has reached outlives this step: the call is held until here.
+        # In a longer call the state that backward has reached outlives this step: the call is held
+        # until here.
         del call
-        _clear([*self.part.fn.parameters(), *(leaf for leaf in _tensors_in(self.part.kwargs) if leaf.is_leaf)])
+        _clear(
+            [
+                *self.part.fn.parameters(),
+                *(leaf for leaf in _tensors_in(self.part.kwargs) if leaf.is_leaf),
+            ]
+        )
 
     def times(self, executions: Sequence[str]) -> dict[str, int]:
         """Nanoseconds of forward and backward: of runs in turn, the least disturbed."""
@@ -258,7 +283,12 @@ class _Stage:
                 break
         times = {execution: min(measured) for execution, measured in found.items()}
         # What does all of another's work and more takes no less: what says otherwise is noise.
-        less_work = {"select": "store", "checkpoint": "store", "offload": "checkpoint", "invert": "checkpoint"}
+        less_work = {
+            "select": "store",
+            "checkpoint": "store",
+            "offload": "checkpoint",
+            "invert": "checkpoint",
+        }
         for execution in executions[1:]:
             times[execution] = max(times[execution], times[less_work[execution]])
         return times
@@ -266,7 +296,13 @@ class _Stage:
     def estimate(self, execution: str) -> int:
         with _FakeMeter() as traffic, FlopCounterMode(display=False) as flops:
             self.run(execution)
-        return int(1e9 * (flops.get_total_flops() / _FLOPS_PER_SECOND + traffic.written * 3 / _BYTES_PER_SECOND))
+        return int(
+            1e9
+            * (
+                flops.get_total_flops() / _FLOPS_PER_SECOND
+                + traffic.written * 3 / _BYTES_PER_SECOND
+            )
+        )
 
     def cost(self, execution: str, nanoseconds: int) -> Cost:
         meter = self.rehearsal.meter()
@@ -275,13 +311,16 @@ class _Stage:
             before = _memories(call)
             call.step(0, self.part)
             after = _memories(call)[2 * self.part.target :][:2]
-            # Holds the graph and not the streams. A node that Python made is held by its output alone.
+            # Holds the graph and not the streams. A node that Python made is held by its output
+            # alone.
             graph = _spring(call.start())
             call.__exit__()
             torch.clear_autocast_cache()
             if self.rehearsal.mode is None:
                 _settle(self.rehearsal.x.device)
-        keeps = sum(1 << part for part, memory in enumerate(before) if memory.size and memory.alive())
+        keeps = sum(
+            1 << part for part, memory in enumerate(before) if memory.size and memory.alive()
+        )
         shared = sum(memory.size for memory in (*before, *after) if memory.alive())
         own = max(0, meter.held - shared)
         del call, graph
@@ -371,11 +410,23 @@ def _kind(part: Part, values: Sequence[Any]) -> Any:
     for name, module in part.fn.named_modules(remove_duplicate=False):
         settings = {key: value for key, value in sorted(vars(module).items()) if key[:1] != "_"}
         settings |= module._parameters | module._buffers
-        hooks = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)
-        work.append((name, type(module), tuple(settings), _describe(list(settings.values())), hooks))
+        hooks = (
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._backward_hooks),
+        )
+        work.append(
+            (name, type(module), tuple(settings), _describe(list(settings.values())), hooks)
+        )
     leaves = pytree.tree_leaves(values)
     strides = tuple(leaf.stride() for leaf in leaves)
-    return tuple(work), part.target, part.source, strides, _describe([*leaves, *pytree.tree_leaves(part.kwargs)])
+    return (
+        tuple(work),
+        part.target,
+        part.source,
+        strides,
+        _describe([*leaves, *pytree.tree_leaves(part.kwargs)]),
+    )
 
 
 def _describe(value: Any) -> Any:
@@ -386,7 +437,9 @@ def _describe(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return tuple(_describe(item) for item in value)
-    return getattr(value if callable(value) else type(value), "__qualname__", type(value).__qualname__)
+    return getattr(
+        value if callable(value) else type(value), "__qualname__", type(value).__qualname__
+    )
 
 
 class _FakeMeter(TorchDispatchMode):

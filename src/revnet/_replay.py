@@ -98,7 +98,9 @@ class AutocastState:
 
     def _read(self) -> list[tuple[bool, torch.dtype, bool]]:
         cache = torch.is_autocast_cache_enabled()
-        return [(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t), cache) for t in self.types]
+        return [
+            (torch.is_autocast_enabled(t), torch.get_autocast_dtype(t), cache) for t in self.types
+        ]
 
     def restored(self) -> contextlib.AbstractContextManager[Any] | None:
         """A context with the recorded state; None where that is the present one."""
@@ -111,7 +113,11 @@ class AutocastState:
             for device_type, state, now in zip(self.types, self.state, present, strict=True):
                 if now != state:
                     enabled, dtype, cache = state
-                    stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+                    stack.enter_context(
+                        torch.autocast(
+                            device_type, dtype=dtype, enabled=enabled, cache_enabled=cache
+                        )
+                    )
             yield
 
 
@@ -138,15 +144,17 @@ def _is_dtensor(tensor: Tensor | None) -> bool:
 
 
 def _swapped_by_fsdp(recorded: Any, present: Any) -> bool:
-    # FSDP2 exchanges sharded for gathered parameters between the calls. A sharded one is a DTensor; with tensor
-    # parallelism the gathered one is, too, but on fewer dimensions of the mesh.
+    # FSDP2 exchanges sharded for gathered parameters between the calls. A sharded one is a DTensor;
+    # with tensor parallelism the gathered one is, too, but on fewer dimensions of the mesh.
     if _is_dtensor(recorded) and _is_dtensor(present):
-        return bool(recorded.device_mesh != present.device_mesh or recorded.placements != present.placements)
+        return bool(
+            recorded.device_mesh != present.device_mesh or recorded.placements != present.placements
+        )
     return _is_dtensor(recorded) or _is_dtensor(present)
 
 
-# Until torch 2.13, FSDP2 does not cast the inputs and outputs of a module that is called between its pre- and its
-# post-backward (fixed in pytorch #159359). That is where replays happen.
+# Until torch 2.13, FSDP2 does not cast the inputs and outputs of a module that is called between
+# its pre- and its post-backward (fixed in pytorch #159359). That is where replays happen.
 _FSDP_REPLAYS_UNCAST = torch.__version__ < torch.torch_version.TorchVersion("2.13")
 
 
@@ -159,12 +167,15 @@ def _fsdp_casts(modules: list[nn.Module]) -> Iterator[None]:
         if policy.cast_forward_inputs and policy.param_dtype is not None:
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda _, args, kwargs, dtype=policy.param_dtype: _cast((args, kwargs), dtype), with_kwargs=True
+                    lambda _, args, kwargs, dtype=policy.param_dtype: _cast((args, kwargs), dtype),
+                    with_kwargs=True,
                 )
             )
         if policy.output_dtype is not None:
             handles.append(
-                module.register_forward_hook(lambda _, args, out, dtype=policy.output_dtype: _cast(out, dtype))
+                module.register_forward_hook(
+                    lambda _, args, out, dtype=policy.output_dtype: _cast(out, dtype)
+                )
             )
     try:
         yield
@@ -179,7 +190,11 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 def _sharded_by_fsdp(modules: Sequence[nn.Module]) -> list[nn.Module]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+    return (
+        []
+        if fsdp is None
+        else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+    )
 
 
 def cast_to_low_precision(modules: Sequence[nn.Module]) -> bool:
@@ -189,7 +204,8 @@ def cast_to_low_precision(modules: Sequence[nn.Module]) -> bool:
     return not dtypes.union(policy.output_dtype for policy in policies).isdisjoint(LOW_PRECISION)
 
 
-# Replays exclude one another, since they set modules and global generators back: backward may run in several threads.
+# Replays exclude one another, since they set modules and global generators back: backward may run
+# in several threads.
 REPLAYING = threading.RLock()
 
 # Types of the usual attributes of a module, none of them a tensor.
@@ -199,9 +215,10 @@ _NO_TENSORS = frozenset(map(type, (None, True, 0, 0.0, "", (), [], {}, OrderedDi
 class ModuleState:
     """Parameters, buffers and training flags of a branch as its call saw them.
 
-    Made before the call, completed by `settle` after it. Tensors without gradient that are plain attributes count among
-    the buffers. Buffers that the call changed stay as copies of their value before it, those that it made as what
-    stood in their place, all others as references with their version.
+    Made before the call, completed by `settle` after it. Tensors without gradient that are plain
+    attributes count among the buffers. Buffers that the call changed stay as copies of their value
+    before it, those that it made as what stood in their place, all others as references with their
+    version.
     """
 
     __slots__ = ("modules", "training", "found", "parameters", "buffers", "written")
@@ -211,12 +228,13 @@ class ModuleState:
         self.training = [module.training for module in modules]
         # Owner, name, parameter, its version, and whether it requires a gradient.
         self.parameters: list[tuple[dict[str, Any], str, Tensor, int, bool]] = []
-        # Owner, name, buffer (or what stood in its place), its version unless the call changed it, and what a replay
-        # starts from if it may write.
+        # Owner, name, buffer (or what stood in its place), its version unless the call changed it,
+        # and what a replay starts from if it may write.
         self.buffers: list[tuple[dict[str, Any], str, Any, int | None, Tensor | None]] = []
         # The attributes of each module, until `settle`: they may hold the graph.
         self.found: list[dict[str, Any]] = []
-        # The attributes of each module in which the call set some, such as a loss: a replay's would hold its graph.
+        # The attributes of each module in which the call set some, such as a loss: a replay's would
+        # hold its graph.
         self.written: list[dict[str, Any]] = []
         for module in modules:
             own = module.__dict__
@@ -231,7 +249,13 @@ class ModuleState:
             (owner, name, buffer, None, None)
             if (buffer := owner[name]) is None or (not is_lazy(buffer) and buffer.is_inference())
             # A lazy module gives it memory in its first call.
-            else (owner, name, buffer, buffer._version, buffer if is_lazy(buffer) else buffer.detach().clone())
+            else (
+                owner,
+                name,
+                buffer,
+                buffer._version,
+                buffer if is_lazy(buffer) else buffer.detach().clone(),
+            )
             for name in names
         ]
 
@@ -252,13 +276,15 @@ class ModuleState:
             self.buffers += [
                 (own, name, before, None, None)
                 for name, x in _tensors(own)
-                if not x.requires_grad and not isinstance(before := found.get(name, _ABSENT), Tensor)
+                if not x.requires_grad
+                and not isinstance(before := found.get(name, _ABSENT), Tensor)
             ]
         self.found = []
         if not self.buffers:
             return
-        # Batch norm writes its statistics without a new version. Where a counter tells, all buffers of the module are
-        # taken to have moved; where nothing tells, a replay in training mode still writes to copies only.
+        # Batch norm writes its statistics without a new version. Where a counter tells, all buffers
+        # of the module are taken to have moved; where nothing tells, a replay in training mode
+        # still writes to copies only.
         moved = {
             id(owner)
             for owner, name, buffer, version, _ in self.buffers
@@ -273,7 +299,9 @@ class ModuleState:
                 name,
                 buffer,
                 version,
-                buffer if id(owner) in training and before is not None and buffer.is_floating_point() else None,
+                buffer
+                if id(owner) in training and before is not None and buffer.is_floating_point()
+                else None,
             )
             for owner, name, buffer, version, before in self.buffers
         ]
@@ -282,7 +310,8 @@ class ModuleState:
         """The modules as the call found them inside, as they are now afterwards; None where that is the same.
 
         Raises:
-            ReversibleError: a parameter, or a buffer that the call left alone, was changed in place since.
+            ReversibleError: a parameter, or a buffer that the call left alone, was changed in place
+                since.
         """
         plain = [module.training for module in self.modules] == self.training
         for owner, name, parameter, version, flag in self.parameters:
@@ -362,8 +391,9 @@ def _set_training(modules: list[nn.Module], flags: list[bool]) -> None:
 
 def _changed(where: str, kind: str, name: str) -> str:
     return (
-        f"{where}: {kind} {name!r} was changed in place between forward and backward, so the forward pass cannot be "
-        "replayed. Call backward before the optimizer's step (or any other in-place write)."
+        f"{where}: {kind} {name!r} was changed in place between forward and backward, so the "
+        f"forward pass cannot be replayed. Call backward before the optimizer's step (or any other "
+        f"in-place write)."
     )
 
 
@@ -379,7 +409,8 @@ class KeywordState:
     def _copy(self, value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
             value = _detached(value)
-            # One of inference mode has no version: autograd saves none, and nothing outside of that mode writes to it.
+            # One of inference mode has no version: autograd saves none, and nothing outside of that
+            # mode writes to it.
             if not value.is_inference():
                 self.versions.append((value, value._version, name))
             return value
@@ -402,8 +433,8 @@ def _copy_containers(value: Any) -> Any:
 def _detached(tensor: Tensor) -> Tensor:
     """The tensor without its graph.
 
-    A replay needs the value alone. The graph of a tensor made by an earlier step of the same call would hold that call,
-    and the call this tensor: a cycle through C++ that nothing collects.
+    A replay needs the value alone. The graph of a tensor made by an earlier step of the same call
+    would hold that call, and the call this tensor: a cycle through C++ that nothing collects.
     """
     return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
@@ -436,9 +467,9 @@ class Deterministic(nn.Module):
     Args:
         net: any module.
 
-    `forward(*args, record_rng=False, set_rng=False, **kwargs)`: with `record_rng`, the state of the CPU generator and
-    of the generators of the devices of the tensors in `args` is kept; with `set_rng`, the call draws from the kept
-    state and leaves the generators as it found them.
+    `forward(*args, record_rng=False, set_rng=False, **kwargs)`: with `record_rng`, the state of the
+    CPU generator and of the generators of the devices of the tensors in `args` is kept; with
+    `set_rng`, the call draws from the kept state and leaves the generators as it found them.
 
     Raises:
         ReversibleError: `set_rng` before any `record_rng`.
@@ -452,18 +483,24 @@ class Deterministic(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recorded": None}
 
-    def forward(self, *args: Any, record_rng: bool = False, set_rng: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, record_rng: bool = False, set_rng: bool = False, **kwargs: Any
+    ) -> Any:
         if record_rng:
             self._recorded = RandomState(devices_of(args))
         if not set_rng:
             return self.net(*args, **kwargs)
         if self._recorded is None:
-            raise ReversibleError("Deterministic: set_rng=True, but no call was made with record_rng=True before.")
+            raise ReversibleError(
+                "Deterministic: set_rng=True, but no call was made with record_rng=True before."
+            )
         with self._recorded.restored():
             return self.net(*args, **kwargs)
 
 
 def devices_of(tensors: Sequence[Any]) -> list[torch.device]:
     """The accelerator devices among `tensors`, each once."""
-    found = {t.device for t in tensors if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta")}
+    found = {
+        t.device for t in tensors if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta")
+    }
     return list(found)

@@ -6,7 +6,9 @@ from typing import Any
 Routes = Mapping[str, Sequence[tuple[bool, bool]]]
 
 
-def route_args(router: Routes, args: Mapping[str, Any], depth: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def route_args(
+    router: Routes, args: Mapping[str, Any], depth: int
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Returns, for each of `depth` blocks, the keyword arguments of `f` and of `g`.
 
     Args:
@@ -39,12 +41,14 @@ def check_routes(args_route: Routes, depth: int) -> None:
     for key, route in args_route.items():
         if len(route) != depth:
             raise ValueError(
-                f"args_route[{key!r}] has {len(route)} pairs for {depth} blocks: give one (to_f, to_g) pair per block, "
-                f"such as {key}=((True, False),) * {depth}"
+                f"args_route[{key!r}] has {len(route)} pairs for {depth} blocks: give one (to_f, "
+                f"to_g) pair per block, such as {key}=((True, False),) * {depth}"
             )
         for i, pair in enumerate(route):
             if not isinstance(pair, Sequence) or len(pair) != 2:
-                raise ValueError(f"args_route[{key!r}][{i}] is {pair!r}: give a pair (to_f, to_g) of booleans")
+                raise ValueError(
+                    f"args_route[{key!r}][{i}] is {pair!r}: give a pair (to_f, to_g) of booleans"
+                )
 
 
 def check_keywords(args_route: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
@@ -54,5 +58,6 @@ def check_keywords(args_route: Mapping[str, Any], kwargs: Mapping[str, Any]) -> 
         routes = ", ".join(map(repr, args_route)) or "none"
         raise TypeError(
             f"no route for keyword {', '.join(map(repr, lost))} (routes: {routes}): "
-            f"add it to args_route, as in args_route={{{lost[0]!r}: ((True, False), ...)}} with one pair per block"
+            f"add it to args_route, as in args_route={{{lost[0]!r}: ((True, False), ...)}} with "
+            f"one pair per block"
         )

@@ -57,7 +57,9 @@ class ReversibleBlock(Program):
         super().__init__(2, "float", "invert")
         for name, branch in (("f", f), ("g", g)):
             if not isinstance(branch, nn.Module):
-                raise TypeError(f"branch {name} is {type(branch).__name__}, but a branch is an nn.Module")
+                raise TypeError(
+                    f"branch {name} is {type(branch).__name__}, but a branch is an nn.Module"
+                )
         self.f = f
         self.g = g
         self.register_load_state_dict_pre_hook(_unwrap_deterministic)
@@ -82,7 +84,9 @@ class ReversibleBlock(Program):
             del x1, x2
             # The keywords may have gone through hooks of the block.
             for (index, part), keywords in zip(parts, (f_args, g_args), strict=True):
-                call.step(index, part if keywords is part.kwargs else part._replace(kwargs=dict(keywords)))
+                call.step(
+                    index, part if keywords is part.kwargs else part._replace(kwargs=dict(keywords))
+                )
             y1, y2 = call.start()
             return y1, y2
         y1, y2, *_ = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
@@ -103,7 +107,9 @@ class ReversibleBlock(Program):
         return ""
 
 
-def _unwrap_deterministic(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+def _unwrap_deterministic(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
     """Accept checkpoints of classes that wrap each branch, with keys `f.net.…` where ours are `f.…`."""
     expected = {prefix + key for key in module.state_dict()}
     for branch in ("f", "g"):
@@ -111,7 +117,11 @@ def _unwrap_deterministic(module: nn.Module, state_dict: dict[str, Any], prefix:
         wrapped = f"{start}net."
         found = [key for key in state_dict if key.startswith(start)]
         renamed = {key: start + key[len(wrapped) :] for key in found if key.startswith(wrapped)}
-        if len(renamed) == len(found) and not expected.issuperset(found) and expected.issuperset(renamed.values()):
+        if (
+            len(renamed) == len(found)
+            and not expected.issuperset(found)
+            and expected.issuperset(renamed.values())
+        ):
             for old, new in renamed.items():
                 state_dict[new] = state_dict.pop(old)
 
@@ -140,7 +150,10 @@ class _Blocks(Program):
         raise NotImplementedError
 
     def _parts(
-        self, streams: Sequence[Any], kwargs: Mapping[str, Any], dropped: Collection[int] | None = None
+        self,
+        streams: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        dropped: Collection[int] | None = None,
     ) -> Parts:
         check_keywords(self.args_route, kwargs)
         routed = route_args(self.args_route, kwargs, self._depth)
@@ -176,24 +189,27 @@ class ReversibleSequence(_Blocks):
     Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
 
     Args:
-        blocks: `(f, g)` pairs of modules that map a stream to a tensor of its shape (or to `(tensor, aux)`).
+        blocks: `(f, g)` pairs of modules that map a stream to a tensor of its shape (or to
+            `(tensor, aux)`).
         args_route: for each keyword of the forward pass, one pair `(to_f, to_g)` per block.
         layer_dropout: probability with which each block is skipped in training (stochastic depth).
         split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`.
         merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams.
         dim: dimension of `"chunk"` and `"concat"`.
-        streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to stored execution in
-            every bit; `"float"` holds the tensors themselves; `"auto"` is fixed under autocast and for bfloat16 and
-            float16 inputs, float otherwise.
-        execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"` keeps one stream
-            per step; or one of them per step (`f` and `g` of each block in turn).
-        preserve_rng_state: whether a replay repeats the randomness of the call. torch's global generators are repeated;
-            Python's `random`, NumPy and a branch's own `torch.Generator` are not.
-        determinism_check: `"default"` compares shape, dtype, device and strides of what a replay saves with what the
-            forward saved; `"none"` does not; `"exact"` compares 64-bit checksums of the state (with float streams, of
-            the branch outputs of steps whose input is kept) and may synchronise. It finds what is not repeated.
-        context_fn: as in `torch.utils.checkpoint`: returns a pair of contexts, for the forward and for the replay of
-            each branch.
+        streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to
+            stored execution in every bit; `"float"` holds the tensors themselves; `"auto"` is fixed
+            under autocast and for bfloat16 and float16 inputs, float otherwise.
+        execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"`
+            keeps one stream per step; or one of them per step (`f` and `g` of each block in turn).
+        preserve_rng_state: whether a replay repeats the randomness of the call. torch's global
+            generators are repeated; Python's `random`, NumPy and a branch's own `torch.Generator`
+            are not.
+        determinism_check: `"default"` compares shape, dtype, device and strides of what a replay
+            saves with what the forward saved; `"none"` does not; `"exact"` compares 64-bit
+            checksums of the state (with float streams, of the branch outputs of steps whose input
+            is kept) and may synchronise. It finds what is not repeated.
+        context_fn: as in `torch.utils.checkpoint`: returns a pair of contexts, for the forward and
+            for the replay of each branch.
 
     Raises:
         ValueError: a route of another length than `blocks`, or an unknown option.
@@ -242,8 +258,8 @@ class ReversibleSequence(_Blocks):
             **kwargs: passed to the branches that `args_route` names.
 
         Returns:
-            A tensor of the dtype of `x`, of its shape unless `split` and `merge` say otherwise; `(y, aux)` if branches
-            returned extra outputs, `aux` a dict from branch to output.
+            A tensor of the dtype of `x`, of its shape unless `split` and `merge` say otherwise;
+            `(y, aux)` if branches returned extra outputs, `aux` a dict from branch to output.
         """
         y1, y2, *aux = self.run(*self._split(x), **kwargs)
         y = self._merge(y1, y2)
@@ -256,7 +272,9 @@ class ReversibleSequence(_Blocks):
             return x, x
         size = x.shape[self.dim]
         if size % 2:
-            raise ValueError(f"split='chunk' halves dimension {self.dim} of x, whose size {size} is odd")
+            raise ValueError(
+                f"split='chunk' halves dimension {self.dim} of x, whose size {size} is odd"
+            )
         x1, x2 = x.chunk(2, self.dim)
         return x1, x2
 
@@ -281,7 +299,8 @@ class ReversibleSequence(_Blocks):
     def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The streams before the first block, `(x1, x2)`, from those after the last.
 
-        Exact up to rounding in floating point. Randomness is not repeated: call it in `eval()`, or without dropout.
+        Exact up to rounding in floating point. Randomness is not repeated: call it in `eval()`, or
+        without dropout.
         """
         _check_streams(y1, y2)
         x1, x2 = self._undo((y1, y2), self._parts((y1, y2), kwargs, dropped=()))
@@ -360,7 +379,12 @@ class SequentialSequence(_Blocks):
 def _runs_only_steps(block: nn.Module) -> bool:
     """Whether calling a block would run its steps and nothing else: no hooks, say."""
     own = "forward" in vars(block) or block._compiled_call_impl is not None
-    return type(block) is ReversibleBlock and not own and not hooked((block,)) and not has_any_global_hook()
+    return (
+        type(block) is ReversibleBlock
+        and not own
+        and not hooked((block,))
+        and not has_any_global_hook()
+    )
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:

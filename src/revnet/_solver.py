@@ -1,9 +1,10 @@
 """The fastest executions of a chain of steps whose peak stays within a budget.
 
-Every constraint has one form: what the steps before step k keep, plus what step k needs at its worst moment, fits. So a
-search from the first step to the last only has to remember the bytes kept so far, the time so far, and which of the
-present stream tensors are kept already: a tensor that several steps keep exists once. Of two ways to reach the same
-state, one that neither keeps less nor is faster is dropped.
+Every constraint has one form: what the steps before step k keep, plus what step k needs at its
+worst moment, fits. So a search from the first step to the last only has to remember the bytes kept
+so far, the time so far, and which of the present stream tensors are kept already: a tensor that
+several steps keep exists once. Of two ways to reach the same state, one that neither keeps less nor
+is faster is dropped.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ _EFFORT = 100_000
 class Cost(NamedTuple):
     """What one step costs under one execution.
 
-    A stream has two parts, the value that branches read and what else it is held as: bits 2i and 2i + 1 of a mask stand
-    for those of stream i.
+    A stream has two parts, the value that branches read and what else it is held as: bits 2i and 2i
+    + 1 of a mask stand for those of stream i.
 
     Attributes:
         own: bytes kept until backward, without parts of streams.
         keeps: mask of the parts of the streams before the step that it keeps.
-        peak: bytes at the worst moment of a call of this one step, its streams and their gradients included.
+        peak: bytes at the worst moment of a call of this one step, its streams and their gradients
+            included.
         time: nanoseconds of forward and backward.
     """
 
@@ -81,11 +83,13 @@ class Chain:
         return above[::-1]
 
 
-# Which part of a plan a step belongs to. Backward walks through the steps that are not stored, down from the state that
-# is kept where a run of stored steps begins, or from the end.
+# Which part of a plan a step belongs to. Backward walks through the steps that are not stored, down
+# from the state that is kept where a run of stored steps begins, or from the end.
 _FIRST = 0  # stored, like all before it
 _WALKED = 1  # not stored
-_BETWEEN = 2  # stored, between steps that are not: the state that the walk above has reached is alive
+_BETWEEN = (
+    2  # stored, between steps that are not: the state that the walk above has reached is alive
+)
 _LAST = 3  # stored, like all after it
 
 
@@ -125,7 +129,9 @@ def _moves(chain: Chain, step: tuple[int, int], state: _State) -> Iterator[_Move
             yield _move(chain, target, state, execution, cost, place)
 
 
-def _move(chain: Chain, target: int, state: _State, execution: str, cost: Cost, place: int) -> _Move:
+def _move(
+    chain: Chain, target: int, state: _State, execution: str, cost: Cost, place: int
+) -> _Move:
     everything = chain.streams(*range(len(chain.sizes) // 2))
     kept, marked = state.kept, 0
     if execution == "store" and state.place == _WALKED:
@@ -151,13 +157,24 @@ def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
     state = _State(chain.given, _FIRST)
     moves: list[_Move] = []
     peak = 0
-    for k, (step, execution, made) in enumerate(zip(chain.steps, executions, chain.made(), strict=True)):
+    for k, (step, execution, made) in enumerate(
+        zip(chain.steps, executions, chain.made(), strict=True)
+    ):
         impossible = _LAST if k < last else _BETWEEN
-        move = next(m for m in _moves(chain, step, state) if m.execution == execution and m.state.place != impossible)
+        move = next(
+            m
+            for m in _moves(chain, step, state)
+            if m.execution == execution and m.state.place != impossible
+        )
         peak = max(peak, sum(move.kept for move in moves) + move.need + made)
         moves.append(move)
         state = move.state
-    return Solution(tuple(executions), tuple(move.kept for move in moves), peak, sum(move.time for move in moves))
+    return Solution(
+        tuple(executions),
+        tuple(move.kept for move in moves),
+        peak,
+        sum(move.time for move in moves),
+    )
 
 
 def _prices(chain: Chain) -> Tensor:
@@ -181,8 +198,9 @@ def _real() -> Iterator[None]:
 def solve(chain: Chain, budget: int) -> Solution | None:
     """The fastest plan whose peak is within `budget` bytes, or None if there is none.
 
-    Where there are more than `_EFFORT` ways to follow, over all steps, those are followed that some price of a byte
-    makes cheapest: the plan fits, and is slower than the fastest by about a step's time at most.
+    Where there are more than `_EFFORT` ways to follow, over all steps, those are followed that some
+    price of a byte makes cheapest: the plan fits, and is slower than the fastest by about a step's
+    time at most.
     """
     return _search(chain, budget, max(64, _EFFORT // len(chain.steps)))
 
@@ -194,9 +212,11 @@ def minimum(chain: Chain) -> int:
     return found.peak
 
 
-# Ways to reach one state: bytes kept, rising, and time so far, falling (without a budget, the peak so far).
+# Ways to reach one state: bytes kept, rising, and time so far, falling (without a budget, the peak
+# so far).
 _Front = tuple[Tensor, Tensor]
-# For each way to reach one state: which of these, the state before and the execution, it came by, and the way to there.
+# For each way to reach one state: which of these, the state before and the execution, it came by,
+# and the way to there.
 _Past = tuple[list[tuple[_State, str]], Tensor, Tensor]
 
 
@@ -216,9 +236,14 @@ def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
                 if budget is None:
                     worth = value.maximum(kept + need)
                 else:
-                    worth = value[: int(torch.searchsorted(kept, budget - need, right=True))] + move.time
+                    worth = (
+                        value[: int(torch.searchsorted(kept, budget - need, right=True))]
+                        + move.time
+                    )
                 if len(worth):
-                    ways[move.state].append((state, move.execution, kept[: len(worth)] + move.kept, worth))
+                    ways[move.state].append(
+                        (state, move.execution, kept[: len(worth)] + move.kept, worth)
+                    )
         found = {state: _best(some, prices, width) for state, some in ways.items()}
         fronts = {state: front for state, (front, _) in found.items()}
         history.append({state: past for state, (_, past) in found.items()})
@@ -234,9 +259,13 @@ def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
     return simulate(chain, executions[::-1])
 
 
-def _best(ways: list[tuple[_State, str, Tensor, Tensor]], prices: Tensor, width: int) -> tuple[_Front, _Past]:
+def _best(
+    ways: list[tuple[_State, str, Tensor, Tensor]], prices: Tensor, width: int
+) -> tuple[_Front, _Past]:
     """Those ways to a state of which no other keeps less and is faster, `width` of them or fewer."""
-    kept, value = (torch.cat(column) for column in ([way[2] for way in ways], [way[3] for way in ways]))
+    kept, value = (
+        torch.cat(column) for column in ([way[2] for way in ways], [way[3] for way in ways])
+    )
     source = torch.repeat_interleave(torch.tensor([len(way[2]) for way in ways]))
     label = torch.cat([torch.arange(len(way[2])) for way in ways])
     order = value.argsort(stable=True)

@@ -21,12 +21,12 @@ class Step(nn.Module):
     """`streams[target] = coupling.combine(streams[target], fn(*streams[source], **kwargs))`.
 
     Args:
-        fn: the branch: a module (or any callable) that reads the source streams and returns the update of the target,
-            or `(update, aux)`. It must not change its inputs in place. None hands on the source itself (nothing, where
-            there is none).
+        fn: the branch: a module (or any callable) that reads the source streams and returns the
+            update of the target, or `(update, aux)`. It must not change its inputs in place. None
+            hands on the source itself (nothing, where there is none).
         target: index of the stream that is updated.
-        source: index of the stream that `fn` reads, or several; by default stream 1, and none where `fn` is None. A
-            step that reads its target cannot be undone, and keeps it.
+        source: index of the stream that `fn` reads, or several; by default stream 1, and none where
+            `fn` is None. A step that reads its target cannot be undone, and keeps it.
         coupling: the rule of the update; `Additive()` by default.
     """
 
@@ -45,11 +45,18 @@ class Step(nn.Module):
         self.source = (source,) if isinstance(source, int) else tuple(source)
         self.coupling = Additive() if coupling is None else coupling
         if fn is not None and not callable(fn):
-            raise TypeError(f"Step: fn is {type(fn).__name__}, but a branch is a module or another callable")
+            raise TypeError(
+                f"Step: fn is {type(fn).__name__}, but a branch is a module or another callable"
+            )
         if not isinstance(self.coupling, Coupling):
-            raise TypeError(f"Step: coupling is {self.coupling!r}, which is not a Coupling: did you leave out the ()?")
+            raise TypeError(
+                f"Step: coupling is {self.coupling!r}, which is not a Coupling: did you leave out "
+                f"the ()?"
+            )
         if min((target, *self.source)) < 0:
-            raise ValueError(f"Step: target {target}, source {self.source}: streams are counted from 0")
+            raise ValueError(
+                f"Step: target {target}, source {self.source}: streams are counted from 0"
+            )
 
     def forward(self, *sources: Any, **kwargs: Any) -> Any:
         """The output of the branch as the coupling takes it."""
@@ -72,7 +79,8 @@ class Part(NamedTuple):
     kwargs: dict[str, Any]
 
 
-# A stream under way is a pair: its value, which branches read and gradients flow through, and how it is held.
+# A stream under way is a pair: its value, which branches read and gradients flow through, and how
+# it is held.
 Stream = tuple[Any, Any]
 
 
@@ -108,8 +116,9 @@ class FloatArithmetic:
 class FixedArithmetic:
     """Steps on fixed-point streams, which are held as the values that branches read and integers left over.
 
-    A target is multiplied by a ratio n/d of integers without loss: the remainder of its division by d goes to an
-    information buffer, and what the multiplication by n leaves open is filled from there.
+    A target is multiplied by a ratio n/d of integers without loss: the remainder of its division by
+    d goes to an information buffer, and what the multiplication by n leaves open is filled from
+    there.
 
     Reference: Maclaurin et al. 2015, arXiv:1502.03492; MacKay et al. 2018, arXiv:1810.10999.
     """
@@ -121,11 +130,15 @@ class FixedArithmetic:
         self.monitor = monitor
 
     def open(self, value: Any, index: int = -1) -> Stream:
-        held = Held(*tree_unzip(lambda leaf: fixed_encode(leaf, self.fixed, self.monitor, index), value))
+        held = Held(
+            *tree_unzip(lambda leaf: fixed_encode(leaf, self.fixed, self.monitor, index), value)
+        )
         return held.value, held
 
     def undoes(self, coupling: Coupling) -> bool:
-        return coupling.rearranges or (coupling.linear and (not coupling.scales or coupling.least_scale is not None))
+        return coupling.rearranges or (
+            coupling.linear and (not coupling.scales or coupling.least_scale is not None)
+        )
 
     def combine(self, coupling: Coupling, stream: Stream, out: Any, index: int) -> Stream:
         value, held = stream
@@ -136,14 +149,17 @@ class FixedArithmetic:
 
             held = _added(held, value, fitting(value, coupling.increment(out)), add)
             return _stream(held).value, held
-        # The gradient is that of the rule on floats; the value, below, that of the fixed-point numbers.
+        # The gradient is that of the rule on floats; the value, below, that of the fixed-point
+        # numbers.
         like = coupling.combine(value, out)
         if not self.undoes(coupling):
             return self.open(like, index)
         with torch.no_grad():
             if coupling.rearranges:
                 return like, _moved(held, lambda part: coupling.combine(part, out), like)
-            held = multiply(held, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index)
+            held = multiply(
+                held, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index
+            )
 
             def add(held: Held, increment: Tensor) -> Held:
                 return self.fixed.add(held, increment, self.monitor, index)
@@ -155,7 +171,9 @@ class FixedArithmetic:
     def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
         value = _stream(held).value
         if coupling.rearranges:
-            held = _moved(held, lambda part: coupling.invert(part, out), coupling.invert(value, out))
+            held = _moved(
+                held, lambda part: coupling.invert(part, out), coupling.invert(value, out)
+            )
         else:
             held = _added(held, value, coupling.increment(out), self.fixed.subtract)
             if coupling.scales:
@@ -188,7 +206,9 @@ def branch_output(out: Any, target: Any) -> tuple[Any, Any]:
     """
     if not isinstance(out, tuple) or len(out) != 2:
         return out, None
-    if not isinstance(target, Tensor) and pytree.tree_structure(out) == pytree.tree_structure(target):
+    if not isinstance(target, Tensor) and pytree.tree_structure(out) == pytree.tree_structure(
+        target
+    ):
         return out, None
     return out
 
@@ -220,7 +240,10 @@ def _added(held: Any, value: Any, increment: Any, add: Callable[[Held, Tensor], 
     """Held, read as this value, after `add` of each of its tensors and its increment."""
     stream = Held(
         *tree_unzip(
-            lambda value, residual, leaf: add(Held(value, residual), leaf), value, _stream(held).residual, increment
+            lambda value, residual, leaf: add(Held(value, residual), leaf),
+            value,
+            _stream(held).residual,
+            increment,
         )
     )
     return replace(held, stream=stream) if isinstance(held, Remembering) else stream
@@ -228,4 +251,6 @@ def _added(held: Any, value: Any, increment: Any, add: Callable[[Held, Tensor], 
 
 def _moved(held: Any, move: Callable[[Any], Any], value: Any) -> Any:
     """Held, read as this value, its integers moved likewise."""
-    return held.map(move, value) if isinstance(held, Remembering) else Held(value, move(held.residual))
+    return (
+        held.map(move, value) if isinstance(held, Remembering) else Held(value, move(held.residual))
+    )

@@ -1,7 +1,8 @@
 """How a stream is held: as floating point, or as fixed-point numbers that add and subtract without loss.
 
-`Fixed` exists in three implementations of one arithmetic, equal in every bit: plain torch operations (the reference), a
-Triton kernel (`_kernels.py`), and for the CPU a variant that works in place, in few passes. Compilers see one operator.
+`Fixed` exists in three implementations of one arithmetic, equal in every bit: plain torch
+operations (the reference), a Triton kernel (`_kernels.py`), and for the CPU a variant that works in
+place, in few passes. Compilers see one operator.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from ._monitor import RangeMonitor, is_fake, key_of
 
-# Magnitudes below 2^39 units: what a float32 of 24 and a bfloat16 of 8 significant bits leave over then fits 16 and 32
-# bits. Formats whose units are finer than 2^-24 keep 15 integer bits, and leave twice the bits over.
+# Magnitudes below 2^39 units: what a float32 of 24 and a bfloat16 of 8 significant bits leave over
+# then fits 16 and 32 bits. Formats whose units are finer than 2^-24 keep 15 integer bits, and leave
+# twice the bits over.
 _MAGNITUDE_BITS = 39
 _INTEGER_BITS = 15
 # Sums are taken in float64, of whose 53 bits one stays free.
@@ -47,21 +49,24 @@ class Held(NamedTuple):
 class Fixed:
     """Streams held as integers, value = integer × 2^-fraction_bits, so that subtracting undoes adding in every bit.
 
-    A branch output is rounded to the nearest multiple of 2^-fraction_bits (ties to even) and added as an integer. NaN,
-    infinity, and sums that reach `limit` become NaN, which no later addition removes: nothing wraps around.
+    A branch output is rounded to the nearest multiple of 2^-fraction_bits (ties to even) and added
+    as an integer. NaN, infinity, and sums that reach `limit` become NaN, which no later addition
+    removes: nothing wraps around.
 
-    The integer is held in two parts: its value in the type that branches read, and what that rounding left over, in
-    int16 (float32 and float64 streams) or int32 (bfloat16 and float16), or int32 and int64 with more than 24
-    fraction bits. Reading a stream is then free, and an addition moves little more memory than one of floats.
+    The integer is held in two parts: its value in the type that branches read, and what that
+    rounding left over, in int16 (float32 and float64 streams) or int32 (bfloat16 and float16), or
+    int32 and int64 with more than 24 fraction bits. Reading a stream is then free, and an addition
+    moves little more memory than one of floats.
 
     Args:
-        fraction_bits: from 0 to 37. The rounding error of an addition is at most 2^-(fraction_bits + 1). The default,
-            24, rounds as float32 does for numbers around one, and holds ±32,768.
+        fraction_bits: from 0 to 37. The rounding error of an addition is at most 2^-(fraction_bits
+            + 1). The default, 24, rounds as float32 does for numbers around one, and holds ±32,768.
 
     Raises:
         TypeError, ValueError: fraction bits that are no such integer.
 
-    Reference: MacKay et al. 2018, "Reversible Recurrent Neural Networks" (arXiv:1810.10999), section 4.2.
+    Reference: MacKay et al. 2018, "Reversible Recurrent Neural Networks" (arXiv:1810.10999),
+    section 4.2.
     """
 
     fraction_bits: int = DEFAULT_FRACTION_BITS
@@ -71,7 +76,9 @@ class Fixed:
         if not isinstance(bits, int) or isinstance(bits, bool):
             raise TypeError(f"Fixed(fraction_bits={bits!r}): expected an integer")
         if not 0 <= bits <= _LARGEST_FRACTION:
-            raise ValueError(f"Fixed(fraction_bits={bits}): expected 0 to {_LARGEST_FRACTION} fraction bits")
+            raise ValueError(
+                f"Fixed(fraction_bits={bits}): expected 0 to {_LARGEST_FRACTION} fraction bits"
+            )
 
     @property
     def limit(self) -> float:
@@ -98,17 +105,21 @@ class Fixed:
         """Return x rounded to the format; x: any floating dtype and shape, strides as an elementwise operation on x."""
         return self._combine(None, x, 1, monitor, step)
 
-    def add(self, held: Held, increment: Tensor, monitor: RangeMonitor | None = None, step: int = 0) -> Held:
+    def add(
+        self, held: Held, increment: Tensor, monitor: RangeMonitor | None = None, step: int = 0
+    ) -> Held:
         """Return `held + increment`, the increment rounded to the format.
 
         Args:
             held: a stream of this format, any shape and strides.
             increment: floating point, of held's shape or broadcast to it.
-            monitor: told, without synchronisation, about sums that leave the range and increments that vanish.
+            monitor: told, without synchronisation, about sums that leave the range and increments
+                that vanish.
             step: the number that the monitor reports.
 
         Returns:
-            The stream, in the dtypes of held and with the strides of an elementwise operation on its value.
+            The stream, in the dtypes of held and with the strides of an elementwise operation on
+            its value.
         """
         return self._combine(held, increment, 1, monitor, step)
 
@@ -127,25 +138,46 @@ class Fixed:
         return self._split(torch.where(known, counts.double() * self.unit, math.nan), dtype)[0]
 
     def _combine(
-        self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
+        self,
+        held: Held | None,
+        increment: Tensor,
+        sign: int,
+        monitor: RangeMonitor | None,
+        step: int,
     ) -> Held:
         tensors = (increment,) if held is None else (*held, increment)
         if _fusible(tensors):
             if monitor is not None and held is not None:
                 monitor.sample(increment, self.unit, step)
             return self._fused(held, increment, sign, monitor, step)
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag and _are_plain(tensors):
-            # One operator that the compiler does not look into: what it fused with float64 it would vectorise in
-            # another way, and so evaluate a branch in backward with other roundings than in forward.
-            value, residual, found = _operator(*(held or (None, None)), increment, sign, self.fraction_bits, step)
+        if (
+            torch.compiler.is_dynamo_compiling()
+            and not torch.compiler._is_exporting_flag
+            and _are_plain(tensors)
+        ):
+            # One operator that the compiler does not look into: what it fused with float64 it would
+            # vectorise in another way, and so evaluate a branch in backward with other roundings
+            # than in forward.
+            value, residual, found = _operator(
+                *(held or (None, None)), increment, sign, self.fraction_bits, step
+            )
             if monitor is not None:
                 monitor.note(found)
             return Held(value, residual)
         return self._reference(held, increment, sign, monitor, step)
 
-    def _fused(self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int) -> Held:
+    def _fused(
+        self,
+        held: Held | None,
+        increment: Tensor,
+        sign: int,
+        monitor: RangeMonitor | None,
+        step: int,
+    ) -> Held:
         value = increment if held is None else held.value
-        new = Held(torch.empty_like(value), torch.empty_like(value, dtype=self.residual_dtype(value.dtype)))
+        new = Held(
+            torch.empty_like(value), torch.empty_like(value, dtype=self.residual_dtype(value.dtype))
+        )
         if value.numel() == 0 or is_fake(value):
             return new
         if held is not None:
@@ -158,19 +190,27 @@ class Fixed:
         return new
 
     def _reference(
-        self, held: Held | None, increment: Tensor, sign: int, monitor: RangeMonitor | None, step: int
+        self,
+        held: Held | None,
+        increment: Tensor,
+        sign: int,
+        monitor: RangeMonitor | None,
+        step: int,
     ) -> Held:
         """What the fused implementations equal in every bit. All sums are exact: of fewer than 53 bits."""
         added = torch.round(increment.double() / self.unit) * (sign * self.unit)
         if held is None:
             total, known = 0.0 + added, None
         else:
-            # held comes first in every operation: the first operand decides the strides of the result.
+            # held comes first in every operation: the first operand decides the strides of the
+            # result.
             known = ~held.value.isnan()
             total = held.value.double() + held.residual.double() * self.unit + added
         new, inside = self._split(total, increment.dtype if held is None else held.value.dtype)
         if monitor is not None:
-            monitor.observe(~inside if known is None else known & ~inside, total.abs().to(torch.float32), step)
+            monitor.observe(
+                ~inside if known is None else known & ~inside, total.abs().to(torch.float32), step
+            )
         return new
 
     def _split(self, total: Tensor, dtype: torch.dtype) -> tuple[Held, Tensor]:
@@ -179,32 +219,58 @@ class Fixed:
         total = torch.where(inside, total, math.nan)
         value = read = total if dtype == torch.float64 else total.to(torch.float32).to(dtype)
         if torch.compiler.is_compiling() and dtype != torch.float64:
-            # Where it differentiates, inductor leaves out what lies between two float64, and with it the rounding.
+            # Where it differentiates, inductor leaves out what lies between two float64, and with
+            # it the rounding.
             read = value.view(torch.int16 if value.itemsize == 2 else torch.int32).view(dtype)
         rest = (total - read.double()) / self.unit
         return Held(value, torch.where(inside, rest, 0.0).to(self.residual_dtype(dtype))), inside
 
     def _launched(
-        self, held: Held | None, increment: Tensor, new: Held, sign: int, monitor: RangeMonitor | None, step: int
+        self,
+        held: Held | None,
+        increment: Tensor,
+        new: Held,
+        sign: int,
+        monitor: RangeMonitor | None,
+        step: int,
     ) -> bool:
         launch = _launcher()
         finding = None if monitor is None else monitor.prepare(new.value.device).key
-        bits, bound, key = self.fraction_bits, _bound(self.fraction_bits, new.value.dtype), key_of(step)
+        bits, bound, key = (
+            self.fraction_bits,
+            _bound(self.fraction_bits, new.value.dtype),
+            key_of(step),
+        )
         return launch is not None and launch(held, increment, new, finding, sign, bits, bound, key)
 
     def _combine_into(
-        self, held: Held | None, increment: Tensor, new: Held, sign: int, monitor: RangeMonitor | None, step: int
+        self,
+        held: Held | None,
+        increment: Tensor,
+        new: Held,
+        sign: int,
+        monitor: RangeMonitor | None,
+        step: int,
     ) -> None:
         """The reference, written to memory that exists."""
-        for into, part in zip(new, self._reference(held, increment, sign, monitor, step), strict=True):
+        for into, part in zip(
+            new, self._reference(held, increment, sign, monitor, step), strict=True
+        ):
             into.copy_(part)
 
     def _combine_in_cache(
-        self, held: Held | None, increment: Tensor, new: Held, sign: int, monitor: RangeMonitor | None, step: int
+        self,
+        held: Held | None,
+        increment: Tensor,
+        new: Held,
+        sign: int,
+        monitor: RangeMonitor | None,
+        step: int,
     ) -> None:
         """Combine on the CPU in place, piece by piece, with as few passes as possible.
 
-        A reduction per piece shows that every number is in range; a piece where it does not is left to the reference.
+        A reduction per piece shows that every number is in range; a piece where it does not is left
+        to the reference.
         """
         scale, bound = 1.0 / self.unit, _bound(self.fraction_bits, new.value.dtype)
         size = increment.numel()
@@ -212,8 +278,11 @@ class Fixed:
         pieces = [(increment, *new, *(held or ()))]
         if size > length or not new.value.is_contiguous():
             flat = [x.as_strided((size,), (1,)) for x in pieces[0]]
-            pieces = [tuple(x[start : start + length] for x in flat) for start in range(0, size, length)]
-        # In one piece: the C library gives two back to the system, and each call would fault their pages in again.
+            pieces = [
+                tuple(x[start : start + length] for x in flat) for start in range(0, size, length)
+            ]
+        # In one piece: the C library gives two back to the system, and each call would fault their
+        # pages in again.
         total, other = torch.empty((2, *pieces[0][0].shape), dtype=torch.float64)
         for addend, value, residual, *before in pieces:
             if value.shape != total.shape:
@@ -231,8 +300,9 @@ class Fixed:
             residual.copy_(total.sub_(other.copy_(value), alpha=scale))
 
 
-# Elements per thread and piece. Smaller pieces stay in a level-2 cache but cost more in calls than that saves; this
-# bounds the scratch memory and stays in a level-3 cache. A multiple of the length that torch gives to a thread.
+# Elements per thread and piece. Smaller pieces stay in a level-2 cache but cost more in calls than
+# that saves; this bounds the scratch memory and stays in a level-3 cache. A multiple of the length
+# that torch gives to a thread.
 _PIECE = 262144
 
 
@@ -276,8 +346,12 @@ def _fusible(tensors: Iterable[Tensor]) -> bool:
             return False
         if not x.is_cpu and (not x.is_cuda or _launcher() is None):
             return False
-    # Looking for a mode that traces takes longer than all of the above: first whether there is any mode at all.
-    if not torch._C._len_torch_dispatch_stack() and not torch._ops._len_torch_dispatch_stack_pre_dispatch():
+    # Looking for a mode that traces takes longer than all of the above: first whether there is any
+    # mode at all.
+    if (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()
+    ):
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is None or proxies.get_proxy_mode() is None
@@ -295,29 +369,43 @@ def _launcher() -> Callable[..., bool] | None:
 def fitting_fraction_bits(magnitude: float) -> int | None:
     """Return the largest number of fraction bits with which a stream holds this magnitude, None where none does."""
     formats = (Fixed(bits) for bits in range(_LARGEST_FRACTION, -1, -1))
-    return next((fixed.fraction_bits for fixed in formats if magnitude + fixed.unit < fixed.limit), None)
+    return next(
+        (fixed.fraction_bits for fixed in formats if magnitude + fixed.unit < fixed.limit), None
+    )
 
 
 @torch.library.custom_op(
     "revnet::combine",
     mutates_args=(),
-    schema="(Tensor? value, Tensor? residual, Tensor increment, int sign, int fraction_bits, int step)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor? value, Tensor? residual, Tensor increment, int sign, int fraction_bits,"
+    " int step) -> (Tensor, Tensor, Tensor)",
 )
 def _operator(
-    value: Tensor | None, residual: Tensor | None, increment: Tensor, sign: int, fraction_bits: int, step: int
+    value: Tensor | None,
+    residual: Tensor | None,
+    increment: Tensor,
+    sign: int,
+    fraction_bits: int,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Fixed._combine` for compilers; returns also what the monitor is to be told."""
     found = torch.zeros(1, dtype=torch.int64, device=increment.device)
     fixed, monitor = Fixed(fraction_bits), RangeMonitor.writing_to(found)
     held = None if value is None or residual is None else Held(value, residual)
     fused = _fusible((increment, *(held or ())))
-    return *(fixed._fused if fused else fixed._reference)(held, increment, sign, monitor, step), found
+    return *(fixed._fused if fused else fixed._reference)(
+        held, increment, sign, monitor, step
+    ), found
 
 
 @_operator.register_fake
 def _(
-    value: Tensor | None, residual: Tensor | None, increment: Tensor, sign: int, fraction_bits: int, step: int
+    value: Tensor | None,
+    residual: Tensor | None,
+    increment: Tensor,
+    sign: int,
+    fraction_bits: int,
+    step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     value = increment if value is None else value
     residual = torch.empty_like(value, dtype=Fixed(fraction_bits).residual_dtype(value.dtype))
@@ -327,7 +415,12 @@ def _(
 class _FixedAdd(torch.autograd.Function):
     @staticmethod
     def forward(
-        value: Tensor, residual: Tensor, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int
+        value: Tensor,
+        residual: Tensor,
+        increment: Tensor,
+        fixed: Fixed,
+        monitor: RangeMonitor | None,
+        step: int,
     ) -> Held:
         return fixed.add(Held(value, residual), increment, monitor, step)
 
@@ -345,8 +438,13 @@ class _FixedAdd(torch.autograd.Function):
         return grad, None, increment, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        batched = (_batch_first(x, dim, info.batch_size) for x, dim in zip(args[:3], in_dims[:3], strict=True))
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        batched = (
+            _batch_first(x, dim, info.batch_size)
+            for x, dim in zip(args[:3], in_dims[:3], strict=True)
+        )
         return tuple(_FixedAdd.apply(*batched, *args[3:])), (0, 0)
 
 
@@ -385,18 +483,25 @@ class _FixedEncode(torch.autograd.Function):
         return grads[0], None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return tuple(_FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])), (0, 0)
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return tuple(
+            _FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])
+        ), (0, 0)
 
 
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def fixed_add(held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = 0) -> Held:
+def fixed_add(
+    held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = 0
+) -> Held:
     """Return `fixed.add(held, increment)`, differentiable: the gradient passes straight through.
 
-    The gradient of the value goes unchanged to held's value and, in its dtype, to the increment; nothing is saved.
+    The gradient of the value goes unchanged to held's value and, in its dtype, to the increment;
+    nothing is saved.
 
     Args:
         held: a stream of this format.
@@ -409,13 +514,17 @@ def fixed_add(held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor
         increment = increment.expand(held.value.shape)
     if torch.compiler._is_exporting_flag:
         new = fixed.add(held, increment, monitor, step)
-        return Held(straight_through(held.value + increment.to(held.value.dtype), new.value), new.residual)
+        return Held(
+            straight_through(held.value + increment.to(held.value.dtype), new.value), new.residual
+        )
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     add = _FixedAdd if transformed else _FixedAddNow
     return Held(*add.apply(*held, increment, fixed, monitor, step))
 
 
-def fixed_encode(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1) -> Held:
+def fixed_encode(
+    x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1
+) -> Held:
     """Return `fixed.encode(x)`, differentiable straight through."""
     if torch.compiler._is_exporting_flag:
         held = fixed.encode(x, monitor, step)
@@ -428,7 +537,8 @@ def straight_through(like: Tensor, value: Tensor) -> Tensor:
     return value.detach() + (like - like.detach()) if torch.is_grad_enabled() else value
 
 
-# The multipliers of SplitMix64 (Steele et al. 2014), and its increment as the step from one index to the next.
+# The multipliers of SplitMix64 (Steele et al. 2014), and its increment as the step from one index
+# to the next.
 _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 _INDEX = -0x61C8864680B583EB
 _PIECE_OF_CHECKSUM = 1 << 22
@@ -437,9 +547,9 @@ _PIECE_OF_CHECKSUM = 1 << 22
 def checksum(x: Tensor) -> Tensor:
     """Return a 64-bit checksum of the bits and places of x's elements, int64 of no dimension, on x's device.
 
-    Each element's bits are mixed with its index by a bijection of 64 bits and the results are added: one changed
-    element always changes the sum, any other change with probability 1 - 2^-64. Independent of strides, and equal on
-    every device.
+    Each element's bits are mixed with its index by a bijection of 64 bits and the results are
+    added: one changed element always changes the sum, any other change with probability 1 - 2^-64.
+    Independent of strides, and equal on every device.
 
     Args:
         x: integers or floating point, any shape.

@@ -1,14 +1,16 @@
 """Sequences as one differentiable operation, for `torch.compile` and for the transforms of `torch.func`.
 
-Neither allows saved-tensor hooks, on which the engine rests. Here a run of steps that are not stored is one
-`torch.autograd.Function` that saves the streams after its last step and the tensors that its branches read. Its
-backward walks down: it evaluates each branch once with `torch.func.vjp`, undoes the step with the result, and pulls the
-gradient through. Stored steps between such runs are ordinary operations: what stays of them, autograd or the compiler
-decides. Every other execution rebuilds, because what else it would keep is not the graph's to promise.
+Neither allows saved-tensor hooks, on which the engine rests. Here a run of steps that are not
+stored is one `torch.autograd.Function` that saves the streams after its last step and the tensors
+that its branches read. Its backward walks down: it evaluates each branch once with
+`torch.func.vjp`, undoes the step with the result, and pulls the gradient through. Stored steps
+between such runs are ordinary operations: what stays of them, autograd or the compiler decides.
+Every other execution rebuilds, because what else it would keep is not the graph's to promise.
 
-A second evaluation is right only for branches that are functions of their tensors. What draws random numbers, moves
-statistics, has hooks or returns more than its update is found beforehand (`_inspect`): a compiled graph then breaks,
-and the engine runs between its parts; under a transform all steps are ordinary operations, whose activations stay.
+A second evaluation is right only for branches that are functions of their tensors. What draws
+random numbers, moves statistics, has hooks or returns more than its update is found beforehand
+(`_inspect`): a compiled graph then breaks, and the engine runs between its parts; under a transform
+all steps are ordinary operations, whose activations stay.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ Arithmetic = FloatArithmetic | FixedArithmetic
 
 def active() -> bool:
     """Whether hooks on saved tensors are out of reach: in a traced graph, or under a transform of `torch.func`."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None or inspecting()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or inspecting()
+    )
 
 
 def run_traced(
@@ -51,18 +57,24 @@ def run_traced(
         parts: the steps, each with its index in the program.
         streams: the streams before them.
         arithmetic: how streams are held.
-        executions: of the program's steps. Where one is `"store"`, activations are kept; any other rebuilds them.
+        executions: of the program's steps. Where one is `"store"`, activations are kept; any other
+            rebuilds them.
         engine: does the same outside a graph.
         blocks: modules around the branches, which are not called here.
         obstacle: why the steps should be left to the engine, if they should.
     """
     if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
         arithmetic = FixedArithmetic(arithmetic.fixed, _prepared(arithmetic.monitor, list(streams)))
-    again = [part for index, part in parts if executions[index] != "store"] if torch.is_grad_enabled() else []
+    again = (
+        [part for index, part in parts if executions[index] != "store"]
+        if torch.is_grad_enabled()
+        else []
+    )
     rebuild = _rebuilds(again, streams, blocks, obstacle)
     if rebuild is None:
         return outside(engine)
-    # Steps that begin with a run have it encode the streams: compiled transforms take the operator only inside.
+    # Steps that begin with a run have it encode the streams: compiled transforms take the operator
+    # only inside.
     encode = not rebuild or executions[parts[0][0]] == "store"
     states = [arithmetic.open(stream) if encode else (stream, None) for stream in streams]
     aux: dict[str, Any] = {}
@@ -82,15 +94,18 @@ def run_traced(
     return (*values, aux) if aux else values
 
 
-def _rebuilds(again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str) -> bool | None:
+def _rebuilds(
+    again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str
+) -> bool | None:
     """Whether backward evaluates these steps again; None where only the engine can do so, outside the graph."""
-    # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in any graph.
+    # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in
+    # any graph.
     exporting = torch.compiler._is_exporting_flag
     hooks = hooked(blocks)
     if hooks and (exporting or not torch.compiler.is_dynamo_compiling()):
         raise ReversibleError(
-            "a block has hooks, which do not run under torch.func, torch.export and functions that trace. Put them on "
-            "its branches, or on the sequence."
+            "a block has hooks, which do not run under torch.func, torch.export and functions that "
+            "trace. Put them on its branches, or on the sequence."
         )
     if exporting:
         return False
@@ -106,10 +121,14 @@ def _rebuilds(again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn
     return not reason(again, streams, blocks)
 
 
-def _stored(index: int, part: Part, states: Sequence[Stream], arithmetic: Arithmetic) -> tuple[Stream, Any]:
+def _stored(
+    index: int, part: Part, states: Sequence[Stream], arithmetic: Arithmetic
+) -> tuple[Stream, Any]:
     """The target after an ordinary step, and the extra output of its branch."""
     target = states[part.target]
-    out, extra = branch_output(part.fn(*(states[i][0] for i in part.source), **part.kwargs), target[0])
+    out, extra = branch_output(
+        part.fn(*(states[i][0] for i in part.source), **part.kwargs), target[0]
+    )
     try:
         return arithmetic.combine(part.coupling, target, out, index), extra
     except (TypeError, ValueError) as error:
@@ -123,12 +142,16 @@ def outside(engine: Callable[[], Any]) -> Any:
     return call(engine)
 
 
-def _replayable(parts: Sequence[Part], streams: list[Any], blocks: list[nn.Module], obstacle: str) -> bool:
+def _replayable(
+    parts: Sequence[Part], streams: list[Any], blocks: list[nn.Module], obstacle: str
+) -> bool:
     """Whether the graph may evaluate the steps again; asked while it is traced."""
     from ._outside import comptime, inspect, verdict
 
     # A plain tuple is the same to every version of the tracer.
-    steps = [(part.name, part.fn, part.coupling, part.target, part.source, part.kwargs) for part in parts]
+    steps = [
+        (part.name, part.fn, part.coupling, part.target, part.source, part.kwargs) for part in parts
+    ]
     comptime(inspect)
     del steps
     return not verdict()
@@ -146,7 +169,10 @@ def _prepared(monitor: RangeMonitor | None, streams: list[Any]) -> RangeMonitor 
 def _forward_mode() -> bool:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())
+    return any(
+        level.key() == torch._C._functorch.TransformType.Jvp
+        for level in retrieve_all_functorch_interpreters()
+    )
 
 
 class _Slot(NamedTuple):
@@ -194,7 +220,8 @@ class _Evaluation(NamedTuple):
     """A step whose tensors are slots."""
 
     part: Part
-    # Its index in the program; parameters and buffers by name; those of all its slots that take a gradient.
+    # Its index in the program; parameters and buffers by name; those of all its slots that take a
+    # gradient.
     place: int
     state: tuple[tuple[str, int], ...]
     differentiated: tuple[int, ...]
@@ -213,7 +240,9 @@ class _Program(NamedTuple):
     autocast: tuple[tuple[str, bool, torch.dtype], tuple[str, bool, torch.dtype]]
 
 
-def _reversibly(parts: Sequence[tuple[int, Part]], states: list[Stream], arithmetic: Arithmetic) -> list[Stream]:
+def _reversibly(
+    parts: Sequence[tuple[int, Part]], states: list[Stream], arithmetic: Arithmetic
+) -> list[Stream]:
     """The streams after the steps, as one operation whose backward rebuilds them."""
     table = _Tensors()
     streams = tuple([table.add(value) for value, _ in states])
@@ -227,7 +256,8 @@ def _reversibly(parts: Sequence[tuple[int, Part]], states: list[Stream], arithme
     steps = []
     for index, part in parts:
         state = []
-        # Every name of a tensor, but one of a module: functional_call would not find its way back from a second.
+        # Every name of a tensor, but one of a module: functional_call would not find its way back
+        # from a second.
         for prefix, module in part.fn.named_modules():
             # What named_parameters and named_buffers list; those take far longer to trace.
             for tensors in (module._parameters, module._buffers):
@@ -240,14 +270,20 @@ def _reversibly(parts: Sequence[tuple[int, Part]], states: list[Stream], arithme
         for slot in used:
             if slot not in differentiated and _takes_gradient(table.tensors[slot]):
                 differentiated.append(slot)
-        steps.append(_Evaluation(Part(*part[:5], kwargs), index, tuple(state), tuple(differentiated)))
+        steps.append(
+            _Evaluation(Part(*part[:5], kwargs), index, tuple(state), tuple(differentiated))
+        )
     autocast = (_autocast("cpu"), _autocast(states[0][0].device.type))
     program = _Program(tuple(steps), streams, residuals, fixed, monitor, autocast)
     # Under the compiler, a Function none of whose tensors takes a gradient fails.
     walk = _Walk.apply if any(map(_takes_gradient, table.tensors)) else _up
     outputs = walk(program, *table.tensors)
     values = outputs[: len(streams)]
-    held = values if fixed is None else [Held(*parts) for parts in zip(values, outputs[len(streams) :], strict=True)]
+    held = (
+        values
+        if fixed is None
+        else [Held(*parts) for parts in zip(values, outputs[len(streams) :], strict=True)]
+    )
     return list(zip(values, held, strict=True))
 
 
@@ -266,12 +302,17 @@ def _takes_gradient(tensor: Tensor) -> bool:
         return False
     # Under nested transforms a tensor does not say whether an outer one differentiates it.
     return tensor.requires_grad or (
-        not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
 def _autocast(device_type: str) -> tuple[str, bool, torch.dtype]:
-    return device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return (
+        device_type,
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+    )
 
 
 def _autocasting(device_type: str, enabled: bool, dtype: torch.dtype) -> torch.autocast:
@@ -284,7 +325,9 @@ def _without_autocast(state: tuple[str, bool, torch.dtype]) -> torch.autocast:
     return torch.autocast(device_type, dtype=dtype, enabled=False)
 
 
-def _increment(step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]) -> Callable[..., Tensor]:
+def _increment(
+    step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]
+) -> Callable[..., Tensor]:
     """What a step adds to its target, as a function of its sources and of its tensors that take a gradient."""
 
     def increment(*inputs: Tensor) -> Tensor:
@@ -298,13 +341,18 @@ def _increment(step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]) -> 
 
 
 def _evaluated(
-    step: _Evaluation, target: Tensor, sources: Sequence[Tensor], tensors: Sequence[Tensor], swap: bool = True
+    step: _Evaluation,
+    target: Tensor,
+    sources: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    swap: bool = True,
 ) -> Tensor:
     """What a step adds to its target; its modules have these tensors already, unless told to `swap` them in."""
     fn, kwargs = step.part.fn, _filled(step.part.kwargs, tensors)
     if swap:
         state = {name: tensors[slot] for name, slot in step.state}
-        # Every name of a shared tensor is among the state: looking for them again would take long to trace.
+        # Every name of a shared tensor is among the state: looking for them again would take long
+        # to trace.
         out = functional_call(fn, state, tuple(sources), kwargs, tie_weights=False)
     else:
         out = fn(*sources, **kwargs)
@@ -334,13 +382,18 @@ class _Walk(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.modes is not None and ctx.modes != _modes(ctx.program):
             raise ReversibleError(
-                "a module of a branch was switched between training and evaluation after the forward pass: its backward"
-                " would evaluate another function. Switch after the backward pass."
+                "a module of a branch was switched between training and evaluation after the "
+                "forward pass: its backward would evaluate another function. Switch after the "
+                "backward pass."
             )
-        transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+        transformed = (
+            not torch.compiler.is_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is not None
+        )
         if not transformed or _followed((*ctx.saved_tensors, *grads)):
             return _down(ctx.program, ctx.saved_tensors, grads)
-        # A transform has the backward pass recorded, in case that another one follows it, and with it all activations.
+        # A transform has the backward pass recorded, in case that another one follows it, and with
+        # it all activations.
         with torch.no_grad():
             return _down(ctx.program, ctx.saved_tensors, grads)
 
@@ -357,14 +410,20 @@ def _up(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
     for step in program.steps:
         i = step.part.target
         sources = [values[j] for j in step.part.source]
-        # A graph is traced while the modules have their tensors: to swap them in is a quarter of the tracer's work.
-        added = _evaluated(step, values[i], sources, tensors, swap=not torch.compiler.is_dynamo_compiling())
+        # A graph is traced while the modules have their tensors: to swap them in is a quarter of
+        # the tracer's work.
+        added = _evaluated(
+            step, values[i], sources, tensors, swap=not torch.compiler.is_dynamo_compiling()
+        )
         if fixed is None:
             values[i] = values[i] + added.to(values[i].dtype)
         else:
-            values[i], residuals[i] = fixed.add(Held(values[i], residuals[i]), added, program.monitor, step.place)
-    # Copies, because an output that is an input as well would be a view of it, and because torch 2.11 loses the
-    # gradient of an output that has a second name in the graph, as `y.contiguous()` in a branch may give it.
+            values[i], residuals[i] = fixed.add(
+                Held(values[i], residuals[i]), added, program.monitor, step.place
+            )
+    # Copies, because an output that is an input as well would be a view of it, and because torch
+    # 2.11 loses the gradient of an output that has a second name in the graph, as `y.contiguous()`
+    # in a branch may give it.
     return tuple([x.clone() for x in (*values, *residuals)])
 
 
@@ -383,7 +442,9 @@ def _followed(tensors: Sequence[Tensor]) -> bool:
     return False
 
 
-def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def _down(
+    program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
     """The gradients of the operation's tensors, from what its forward saved and the gradients of the last streams."""
     fixed = program.fixed
     count = len(program.streams)
@@ -392,15 +453,20 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
     residuals, tensors = list(saved[count:kept]), saved[kept:]
     stream_grads = list(grads[:count])
     if torch.compiler.is_compiling():
-        # The values, but known only with the gradients: a branch that reads what it read in forward would otherwise
-        # be one operation with that, and its activations would stay. Copied, as the choice has the gradient's strides.
-        chosen = [torch.where(grad.isnan(), x, x) for x, grad in zip(values, stream_grads, strict=True)]
+        # The values, but known only with the gradients: a branch that reads what it read in forward
+        # would otherwise be one operation with that, and its activations would stay. Copied, as the
+        # choice has the gradient's strides.
+        chosen = [
+            torch.where(grad.isnan(), x, x) for x, grad in zip(values, stream_grads, strict=True)
+        ]
         values = [torch.empty_like(x).copy_(same) for x, same in zip(values, chosen, strict=True)]
     collected: list[Tensor | None] = [None] * len(tensors)
     for step in program.steps[::-1]:
         i = step.part.target
         with _autocasting(*program.autocast[0]), _autocasting(*program.autocast[1]):
-            inputs = [values[j] for j in step.part.source] + [tensors[slot] for slot in step.differentiated]
+            inputs = [values[j] for j in step.part.source] + [
+                tensors[slot] for slot in step.differentiated
+            ]
             evaluated: Any = vjp(_increment(step, values[i], tensors), *inputs)
         added, pull = evaluated
         if fixed is None:
@@ -410,7 +476,8 @@ def _down(program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]) -
         else:
             # The same numbers, and differentiable.
             values[i], residuals[i] = fixed_add(Held(values[i], residuals[i]), -added, fixed)
-        # A graph is traced with the caller's autocast on, which would cast these products once more.
+        # A graph is traced with the caller's autocast on, which would cast these products once
+        # more.
         with _without_autocast(program.autocast[0]), _without_autocast(program.autocast[1]):
             pulled = pull(stream_grads[i].to(added.dtype))
         for j, grad in zip(step.part.source, pulled, strict=False):

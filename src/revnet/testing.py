@@ -16,25 +16,33 @@ from ._errors import ReversibleError
 __all__ = ["check_gradients", "check_inverse"]
 
 
-def check_inverse(program: nn.Module, *inputs: Any, tolerance: float | None = None, **kwargs: Any) -> float:
+def check_inverse(
+    program: nn.Module, *inputs: Any, tolerance: float | None = None, **kwargs: Any
+) -> float:
     """The relative error with which `program.inverse` gives back what the forward pass was given.
 
     Args:
-        program: a `Coupling`, for which `inputs` are a target and a branch output; or a module with `forward` and
-            `inverse`, such as `revnet.Reversible`, for which they are its streams.
+        program: a `Coupling`, for which `inputs` are a target and a branch output; or a module with
+            `forward` and `inverse`, such as `revnet.Reversible`, for which they are its streams.
         inputs: tensors, or trees of tensors, floating-point.
-        tolerance: largest relative error of a tensor; by default 1000 times the precision of its dtype,
-            and a tenth at most.
+        tolerance: largest relative error of a tensor; by default 1000 times the precision of its
+            dtype, and a tenth at most.
         **kwargs: keywords of both directions.
 
     Returns:
-        The largest relative error: the norm of the difference in units of the norm of what was given.
+        The largest relative error: the norm of the difference in units of the norm of what was
+        given.
 
     Raises:
-        ReversibleError: an error above the tolerance, an input changed in place, another structure, shape or dtype.
+        ReversibleError: an error above the tolerance, an input changed in place, another structure,
+            shape or dtype.
     """
     before = _leaves(inputs)
-    name = ("target", "branch output").__getitem__ if isinstance(program, Coupling) else "stream {}".format
+    name = (
+        ("target", "branch output").__getitem__
+        if isinstance(program, Coupling)
+        else "stream {}".format
+    )
     with torch.no_grad():
         if isinstance(program, Coupling):
             target, out = inputs
@@ -48,12 +56,14 @@ def check_inverse(program: nn.Module, *inputs: Any, tolerance: float | None = No
     worst = 0.0
     for i, (given, back) in enumerate(zip(before, found, strict=True)):
         if pytree.tree_structure(given) != pytree.tree_structure(back):
-            raise ReversibleError(f"{name(i)} came back with another structure: inverse returns what forward takes")
+            raise ReversibleError(
+                f"{name(i)} came back with another structure: inverse returns what forward takes"
+            )
         for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(back), strict=True):
             if a.shape != b.shape or a.dtype != b.dtype:
                 raise ReversibleError(
-                    f"{name(i)} is {tuple(a.shape)} {a.dtype}, but came back as {tuple(b.shape)} {b.dtype}: the "
-                    "inverse undoes shape and dtype, too"
+                    f"{name(i)} is {tuple(a.shape)} {a.dtype}, but came back as {tuple(b.shape)} "
+                    f"{b.dtype}: the inverse undoes shape and dtype, too"
                 )
             worst = max(worst, _error(f"{name(i)} came back with a", b, a, tolerance, 1000, _LOSSY))
     return worst
@@ -64,22 +74,25 @@ def check_gradients(
 ) -> float:
     """The relative error of the gradients of `program` against stored execution of the same program.
 
-    Every output counts: the gradient is that of a weighted sum over all elements of all of them. The `.grad` of
-    parameters, buffers and generators are left as they were.
+    Every output counts: the gradient is that of a weighted sum over all elements of all of them.
+    The `.grad` of parameters, buffers and generators are left as they were.
 
     Args:
-        program: `revnet.Reversible` or a sequence, in the mode and with the execution to be checked.
+        program: `revnet.Reversible` or a sequence, in the mode and with the execution to be
+            checked.
         streams: tensors, or trees of tensors, floating-point; they get gradients as well.
-        tolerance: largest relative error of a gradient. By default zero with fixed streams, else 10,000 times the
-            precision of the dtype, and a tenth at most.
+        tolerance: largest relative error of a gradient. By default zero with fixed streams, else
+            10,000 times the precision of the dtype, and a tenth at most.
         seed: of the randomness of each pass.
-        **kwargs: keywords of the forward pass; floating-point tensors that require a gradient get one.
+        **kwargs: keywords of the forward pass; floating-point tensors that require a gradient get
+            one.
 
     Returns:
         The largest relative error among the gradients of streams, keywords and parameters.
 
     Raises:
-        ReversibleError: a wrong gradient, a branch that gives another result when called again, or a changed input.
+        ReversibleError: a wrong gradient, a branch that gives another result when called again, or
+            a changed input.
     """
     outputs, expected = _pass(program, "store", streams, kwargs, seed)
     again, repeated = _pass(program, "store", streams, kwargs, seed)
@@ -88,8 +101,8 @@ def check_gradients(
     for i, (a, b) in enumerate(zip(again, outputs, strict=True)):
         if not torch.equal(a, b):
             raise ReversibleError(
-                f"output {i} differs between execution={program.execution!r} and 'store': a branch reads what its own "
-                "calls change, such as a counter. Keep such state in buffers."
+                f"output {i} differs between execution={program.execution!r} and 'store': a branch "
+                f"reads what its own calls change, such as a counter. Keep such state in buffers."
             )
     exact = program._arithmetic(*_floating(streams)).exact  # type: ignore[operator]
     return _compare(actual, expected, 0.0 if exact and tolerance is None else tolerance)
@@ -101,8 +114,14 @@ def _pass(
     """The outputs of one pass, and the gradients by name."""
     leaves, given = _leaves(streams, differentiable=True), _leaves(kwargs)
     wanted = {f"stream {i}": leaf for i, leaf in enumerate(_floating(leaves))}
-    wanted |= {f"keyword tensor {i}": leaf for i, leaf in enumerate(_floating(given)) if leaf.requires_grad}
-    wanted |= {f"parameter {name}": value for name, value in program.named_parameters() if value.requires_grad}
+    wanted |= {
+        f"keyword tensor {i}": leaf for i, leaf in enumerate(_floating(given)) if leaf.requires_grad
+    }
+    wanted |= {
+        f"parameter {name}": value
+        for name, value in program.named_parameters()
+        if value.requires_grad
+    }
     devices = {leaf.device.index or 0 for leaf in _floating(leaves) if leaf.device.type == "cuda"}
     with _executed(program, execution), torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(seed)
@@ -116,7 +135,10 @@ def _pass(
 @contextlib.contextmanager
 def _executed(program: nn.Module, execution: Any) -> Iterator[None]:
     """Inside with another execution; afterwards with its own again, and with the buffers as they were."""
-    own, buffers = program.execution, [(buffer, buffer.detach().clone()) for buffer in program.buffers()]
+    own, buffers = (
+        program.execution,
+        [(buffer, buffer.detach().clone()) for buffer in program.buffers()],
+    )
     program.execution = execution
     try:
         yield
@@ -137,29 +159,39 @@ def _run(program: nn.Module, streams: Any, kwargs: Any) -> Any:
 
 
 _IN_PLACE = (
-    "{} changed {} in place. What a step reads is needed to rebuild the activations: work on a copy, or use the "
-    "out-of-place operation."
+    "{} changed {} in place. What a step reads is needed to rebuild the activations: work on a "
+    "copy, or use the out-of-place operation."
 )
 
 
-def _compare(actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: Any) -> float:
+def _compare(
+    actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tolerance: Any
+) -> float:
     worst = 0.0
     for name, right in expected.items():
         found = actual[name]
         if (right is None) != (found is None):
-            raise ReversibleError(f"{name} has {'no' if found is None else 'a'} gradient, unlike stored execution")
+            raise ReversibleError(
+                f"{name} has {'no' if found is None else 'a'} gradient, unlike stored execution"
+            )
         if right is not None and found is not None:
-            worst = max(worst, _error(f"the gradient of {name} has a", found, right, tolerance, 10_000, _WRONG))
+            worst = max(
+                worst,
+                _error(f"the gradient of {name} has a", found, right, tolerance, 10_000, _WRONG),
+            )
     return worst
 
 
-def _deterministic(outputs: list[Tensor], again: list[Tensor], expected: Any, repeated: Any) -> None:
+def _deterministic(
+    outputs: list[Tensor], again: list[Tensor], expected: Any, repeated: Any
+) -> None:
     pairs = zip([*outputs, *expected.values()], [*again, *repeated.values()], strict=True)
     if not all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs):
         raise ReversibleError(
-            "two stored runs with the same seed differ, so no replay can be right. Draw from torch's global "
-            "generators, not from Python's, NumPy's or an own one; keep state in buffers; and on a GPU ask for "
-            "deterministic kernels with torch.use_deterministic_algorithms(True)."
+            "two stored runs with the same seed differ, so no replay can be right. Draw from "
+            "torch's global generators, not from Python's, NumPy's or an own one; keep state in "
+            "buffers; and on a GPU ask for deterministic kernels with "
+            "torch.use_deterministic_algorithms(True)."
         )
 
 
@@ -175,43 +207,59 @@ def _leaves(tree: Any, differentiable: bool = False) -> Any:
     return pytree.tree_map_only(
         Tensor,
         lambda leaf: (
-            leaf.detach().clone().requires_grad_(leaf.requires_grad or (differentiable and leaf.is_floating_point()))
+            leaf.detach()
+            .clone()
+            .requires_grad_(leaf.requires_grad or (differentiable and leaf.is_floating_point()))
         ),
         tree,
     )
 
 
 def _floating(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [
+        leaf
+        for leaf in pytree.tree_leaves(tree)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
 
 
 def _weighted(out: Tensor) -> Tensor:
     """A scalar in which every element counts differently and not linearly."""
     wide = out.double()
-    weight = torch.arange(1, out.numel() + 1, dtype=wide.dtype, device=out.device).view(out.shape).cos()
+    weight = (
+        torch.arange(1, out.numel() + 1, dtype=wide.dtype, device=out.device).view(out.shape).cos()
+    )
     return (weight * (wide + 0.1 * wide.square())).sum()
 
 
 _LOSSY = (
-    "If it is of the order of one, the inverse does not match: undo the operations of forward in reverse order, with "
-    "the same branch output, in eval() or without randomness. If it is small, the rule loses digits: leave "
-    "approximate=False, so that steps keep their targets, or give it as scale and increment and use streams='fixed'."
+    "If it is of the order of one, the inverse does not match: undo the operations of forward in "
+    "reverse order, with the same branch output, in eval() or without randomness. If it is small, "
+    "the rule loses digits: leave approximate=False, so that steps keep their targets, or give it "
+    "as scale and increment and use streams='fixed'."
 )
 _WRONG = (
-    "With float streams, rounding errors of the rebuilt activations grow with depth: use streams='fixed', or keep the "
-    "targets of some steps with execution='checkpoint'. With fixed streams, a branch draws from Python's or NumPy's "
-    "generator, or reads state that is not a buffer: determinism_check='exact' names it. If a coupling sets "
-    "approximate or rearranges, check it with check_inverse."
+    "With float streams, rounding errors of the rebuilt activations grow with depth: use "
+    "streams='fixed', or keep the targets of some steps with execution='checkpoint'. With fixed "
+    "streams, a branch draws from Python's or NumPy's generator, or reads state that is not a "
+    "buffer: determinism_check='exact' names it. If a coupling sets approximate or rearranges, "
+    "check it with check_inverse."
 )
 
 
-def _error(what: str, actual: Tensor, expected: Tensor, tolerance: float | None, precisions: int, hint: str) -> float:
+def _error(
+    what: str, actual: Tensor, expected: Tensor, tolerance: float | None, precisions: int, hint: str
+) -> float:
     """The relative error, within the tolerance, by default so many times the precision of the dtype."""
     difference = (actual.double() - expected.double()).norm().item()
     scale = expected.double().norm().item()
     error = float(difference / scale if scale else difference)
     # In bfloat16 the multiple alone would be more than the tensor itself.
-    allowed = min(precisions * torch.finfo(expected.dtype).eps, 0.1) if tolerance is None else tolerance
+    allowed = (
+        min(precisions * torch.finfo(expected.dtype).eps, 0.1) if tolerance is None else tolerance
+    )
     if not error <= allowed:
-        raise ReversibleError(f"{what} relative error of {error:.2g}, more than {allowed:.2g}. {hint}")
+        raise ReversibleError(
+            f"{what} relative error of {error:.2g}, more than {allowed:.2g}. {hint}"
+        )
     return error

@@ -47,12 +47,18 @@ class Case:
             model = Transformer(replace(self.shape, dropout=0.0), streams=self.streams)
         torch.nn.init.normal_(model.head.weight, std=0.02)
         # Autocast has no rules for a device that computes nothing.
-        return model.bfloat16() if self.device.type == "meta" and self.dtype == "bfloat16" else model
+        return (
+            model.bfloat16() if self.device.type == "meta" and self.dtype == "bfloat16" else model
+        )
 
     def example(self) -> tuple[Tensor, Tensor]:
         """Prefix and tokens of one batch."""
-        prefix = torch.ones(self.batch, self.shape.prefix_length, dtype=torch.int64, device=self.device)
-        return prefix, torch.randint(self.shape.vocab, (self.batch, self.shape.length), device=self.device)
+        prefix = torch.ones(
+            self.batch, self.shape.prefix_length, dtype=torch.int64, device=self.device
+        )
+        return prefix, torch.randint(
+            self.shape.vocab, (self.batch, self.shape.length), device=self.device
+        )
 
     def precision(self) -> torch.autocast:
         """The autocast of `dtype`."""
@@ -65,7 +71,9 @@ class Case:
         x, keywords = model.embed(prefix, tokens[:, :-1])
         try:
             with self.precision():
-                found: list[revnet.Plan] = revnet.plan(model.layers, x.detach(), cast(Any, budgets), **keywords)
+                found: list[revnet.Plan] = revnet.plan(
+                    model.layers, x.detach(), cast(Any, budgets), **keywords
+                )
                 return found
         except (revnet.ReversibleError, ValueError) as error:
             raise UserError(str(error)) from error
@@ -79,7 +87,10 @@ class Case:
         if device.type == "cuda":
             where = torch.cuda.get_device_name(device)
         tokens = shape.prefix_length - 1 + shape.length
-        return f"depth {shape.depth}, width {shape.width}, {tokens} tokens, batch {self.batch}, {self.dtype}, {where}"
+        return (
+            f"depth {shape.depth}, width {shape.width}, {tokens} tokens, batch {self.batch}, "
+            f"{self.dtype}, {where}"
+        )
 
 
 def find_case(
@@ -100,7 +111,9 @@ def find_case(
     if run is not None:
         for name, value in (("width", width), ("tokens", tokens)):
             if value is not None:
-                raise UserError(f"--{name} {value}: {run} has its own; leave it out, or leave out the run")
+                raise UserError(
+                    f"--{name} {value}: {run} has its own; leave it out, or leave out the run"
+                )
         config = Run.open(run).read_json("config.json")
         how = dtype or config["dtype"], streams or config["streams"]
         case = Case(Shape(**config["shape"]), batch or config["batch"], place, *how)
@@ -111,5 +124,9 @@ def find_case(
     if width % (4 * heads):
         raise UserError(f"--width {width} is not a multiple of {4 * heads}")
     return Case(
-        Shape(depth, width, heads, 2, 1, VOCAB, tokens, 1), batch or 4, place, dtype or DTYPES[0], streams or STREAMS[0]
+        Shape(depth, width, heads, 2, 1, VOCAB, tokens, 1),
+        batch or 4,
+        place,
+        dtype or DTYPES[0],
+        streams or STREAMS[0],
     )

@@ -24,11 +24,13 @@ KEPT = 2
 class Checkpoints:
     """The folder `checkpoints` of a run, with one folder per saved step.
 
-    A checkpoint is written to a hidden folder, which gets its name when every rank has written its part.
+    A checkpoint is written to a hidden folder, which gets its name when every rank has written its
+    part.
 
     Args:
         path: The folder.
-        group: A process group of its own, on the CPU: writing must not wait for the training's collectives.
+        group: A process group of its own, on the CPU: writing must not wait for the training's
+            collectives.
     """
 
     def __init__(self, path: Path, group: dist.ProcessGroup) -> None:
@@ -52,10 +54,14 @@ class Checkpoints:
         if step == self._last:
             return
         # The next optimizer step writes to tensors on the CPU while they are still being saved.
-        state = pytree.tree_map_only(Tensor, lambda x: x.clone() if x.device.type == "cpu" else x, state)
+        state = pytree.tree_map_only(
+            Tensor, lambda x: x.clone() if x.device.type == "cpu" else x, state
+        )
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            found: Any = async_save(state, checkpoint_id=self.path / f".step-{step:08}", process_group=self._group)
+            found: Any = async_save(
+                state, checkpoint_id=self.path / f".step-{step:08}", process_group=self._group
+            )
         self._last, self._writing = step, getattr(found, "upload_completion", found)
         if self._first:
             self._published.clear()
@@ -80,7 +86,9 @@ class Checkpoints:
             with writing(self.path):
                 written.result()
         except CheckpointException as error:
-            raise MachineError(f"cannot write {self.path}: {error}. What was saved before is as it was.") from error
+            raise MachineError(
+                f"cannot write {self.path}: {error}. What was saved before is as it was."
+            ) from error
         if self._first:
             self._published.wait()
 
@@ -89,7 +97,9 @@ class Checkpoints:
         found: list[Any] = [self.steps()]
         dist.broadcast_object_list(found, src=0, group=self._group)
         if not found[0]:
-            raise UserError(f"{self.path.parent} has no checkpoint yet: start it anew with another --out")
+            raise UserError(
+                f"{self.path.parent} has no checkpoint yet: start it anew with another --out"
+            )
         step: int = found[0][-1]
         self._last = step
         folder = self.path / f"step-{step:08}"
@@ -97,7 +107,8 @@ class Checkpoints:
             load(state, checkpoint_id=folder, process_group=self._group)
         except (CheckpointException, OSError, RuntimeError) as error:
             raise UserError(
-                f"{folder} is damaged ({str(error).splitlines()[0]}). Remove it to resume from the one before."
+                f"{folder} is damaged ({str(error).splitlines()[0]}). Remove it to resume from the "
+                f"one before."
             ) from error
         return step
 

@@ -39,11 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}", USER_ERROR)
     except (MemoryError, RuntimeError) as error:
         message = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message:
+        if (
+            isinstance(error, MemoryError)
+            or "out of memory" in message
+            or "can't allocate memory" in message
+        ):
             advice = "try a smaller --batch, --depth or --width, or --execution invert"
-            return _fail(f"out of memory: {advice}. What was saved before is as it was.", MACHINE_ERROR)
+            return _fail(
+                f"out of memory: {advice}. What was saved before is as it was.", MACHINE_ERROR
+            )
         if "compiler found" in message or "working triton" in message:
-            return _fail(f"--compile: {str(error).splitlines()[0]}. Install one, or leave --compile out.", USER_ERROR)
+            return _fail(
+                f"--compile: {str(error).splitlines()[0]}. Install one, or leave --compile out.",
+                USER_ERROR,
+            )
         raise
 
 
@@ -59,7 +68,9 @@ class _Help(argparse.HelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="revnet", description="Train reversible transformers, and see what it saves.")
+    top = argparse.ArgumentParser(
+        prog="revnet", description="Train reversible transformers, and see what it saves."
+    )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_sample(commands)
@@ -68,9 +79,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: argparse._SubParsersAction, name: str, usage: str, line: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, usage: str, line: str
+) -> argparse.ArgumentParser:
     return commands.add_parser(
-        name, help=line, description=line, usage=f"revnet {name} {usage}", formatter_class=_Help, allow_abbrev=False
+        name,
+        help=line,
+        description=line,
+        usage=f"revnet {name} {usage}",
+        formatter_class=_Help,
+        allow_abbrev=False,
     )
 
 
@@ -84,17 +102,37 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         group = about["group"]
         if group not in groups:
             groups[group] = command.add_argument_group(group)
-        add, line, flag = groups[group].add_argument, about["help"], "--" + item.name.replace("_", "-")
+        add, line, flag = (
+            groups[group].add_argument,
+            about["help"],
+            "--" + item.name.replace("_", "-"),
+        )
         if item.name == "data":
             add("data", nargs="*", metavar="DATA", help=line)
-            add(flag, dest="more_data", action="append", default=[], metavar="DATA", help="the same, as an option")
+            add(
+                flag,
+                dest="more_data",
+                action="append",
+                default=[],
+                metavar="DATA",
+                help="the same, as an option",
+            )
         elif item.type == "bool":
             add(flag, action="store_true", default=argparse.SUPPRESS, help=line)
         else:
             kind = {"int": int, "float": float, "str": str}[str(item.type)]
             choices = about["choices"] or None
-            add(flag, type=kind, default=argparse.SUPPRESS, metavar=about["metavar"], choices=choices, help=line)
-    groups["run"].add_argument("--resume", metavar="RUN", help="continue a run where it was saved last")
+            add(
+                flag,
+                type=kind,
+                default=argparse.SUPPRESS,
+                metavar=about["metavar"],
+                choices=choices,
+                help=line,
+            )
+    groups["run"].add_argument(
+        "--resume", metavar="RUN", help="continue a run where it was saved last"
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -104,7 +142,10 @@ def _train(options: argparse.Namespace) -> int:
     given["data"] += given["more_data"]
     if not given["data"]:
         del given["data"]
-    return train({item.name: given[item.name] for item in fields(TrainConfig) if item.name in given}, options.resume)
+    return train(
+        {item.name: given[item.name] for item in fields(TrainConfig) if item.name in given},
+        options.resume,
+    )
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
@@ -112,14 +153,30 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     command = _command(commands, "sample", 'RUN ["CAPTION" ...] [options]', line)
     command.set_defaults(run=_sample)
     command.add_argument("run_path", metavar="RUN", help="folder of the run")
-    command.add_argument("captions", nargs="*", metavar="CAPTION", help="captions or beginnings of texts (the run's)")
-    command.add_argument("--out", metavar="FILE", help="PNG of the images (RUN/sample.png), or file for the text")
-    command.add_argument("--each", type=int, default=8, metavar="N", help="images for each caption (8)")
-    command.add_argument("--length", type=int, metavar="N", help="bytes of a text (the run's context)")
-    command.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (0.8)")
-    command.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (all)")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest, up to P (1)")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed draws the same (0)")
+    command.add_argument(
+        "captions", nargs="*", metavar="CAPTION", help="captions or beginnings of texts (the run's)"
+    )
+    command.add_argument(
+        "--out", metavar="FILE", help="PNG of the images (RUN/sample.png), or file for the text"
+    )
+    command.add_argument(
+        "--each", type=int, default=8, metavar="N", help="images for each caption (8)"
+    )
+    command.add_argument(
+        "--length", type=int, metavar="N", help="bytes of a text (the run's context)"
+    )
+    command.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest (0.8)"
+    )
+    command.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (all)"
+    )
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the likeliest, up to P (1)"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed draws the same (0)"
+    )
     command.add_argument("--no-cache", action="store_true", help="compute every token from scratch")
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
 
@@ -127,34 +184,66 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
 def _sample(options: argparse.Namespace) -> int:
     from revnet.app.sample import Sampling, sample
 
-    how = Sampling(options.temperature, options.top_k, options.top_p, options.seed, not options.no_cache)
-    print(sample(options.run_path, options.captions, options.out, options.each, options.length, options.device, how))
+    how = Sampling(
+        options.temperature, options.top_k, options.top_p, options.seed, not options.no_cache
+    )
+    print(
+        sample(
+            options.run_path,
+            options.captions,
+            options.out,
+            options.each,
+            options.length,
+            options.device,
+            how,
+        )
+    )
     return 0
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
-    line = "Compare stored, checkpointed, planned and reversible execution of one network on this machine."
+    line = (
+        "Compare stored, checkpointed, planned and reversible execution of one network on this "
+        "machine."
+    )
     command = _command(commands, "compare", "[RUN] [options]", line)
     command.set_defaults(run=_compare)
     _add_case(command)
-    command.add_argument("--memory", default="25%", metavar="SIZE", help="budget of the plan, as 8GiB or 25%% (25%%)")
     command.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="timed steps of each; the median counts (5)"
+        "--memory", default="25%", metavar="SIZE", help="budget of the plan, as 8GiB or 25%% (25%%)"
     )
-    command.add_argument("--out", metavar="FILE", help="compare.png, or FILE.md for a table with its plot")
+    command.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="N",
+        help="timed steps of each; the median counts (5)",
+    )
+    command.add_argument(
+        "--out", metavar="FILE", help="compare.png, or FILE.md for a table with its plot"
+    )
 
 
 def _add_case(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_path", nargs="?", metavar="RUN", help="a run whose network to take")
     command.add_argument("--depth", type=int, metavar="N", help="blocks (12, or the run's)")
-    command.add_argument("--width", type=int, metavar="N", help="features per token (24 x depth, rounded up to 32)")
+    command.add_argument(
+        "--width", type=int, metavar="N", help="features per token (24 x depth, rounded up to 32)"
+    )
     command.add_argument("--tokens", type=int, metavar="N", help="tokens of an example (256)")
-    command.add_argument("--batch", type=int, metavar="N", help="examples per step (4, or the run's)")
+    command.add_argument(
+        "--batch", type=int, metavar="N", help="examples per step (4, or the run's)"
+    )
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
     command.add_argument(
-        "--dtype", metavar="T", choices=DTYPES, help=f"{' or '.join(DTYPES)} ({DTYPES[0]}, or the run's)"
+        "--dtype",
+        metavar="T",
+        choices=DTYPES,
+        help=f"{' or '.join(DTYPES)} ({DTYPES[0]}, or the run's)",
     )
-    command.add_argument("--streams", metavar="S", choices=STREAMS, help=f"{', '.join(STREAMS)} (auto, or the run's)")
+    command.add_argument(
+        "--streams", metavar="S", choices=STREAMS, help=f"{', '.join(STREAMS)} (auto, or the run's)"
+    )
 
 
 def _case(options: argparse.Namespace, device: str) -> Case:
@@ -175,10 +264,18 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     command = _command(commands, "plan", "[RUN] [options]", line)
     command.set_defaults(run=_plan)
     _add_case(command)
-    command.add_argument("--memory", metavar="SIZE", help="budget for activations, as 8GiB or 25%% (what is free)")
-    command.add_argument("--device-memory", metavar="SIZE", help="or all of a device, which also holds AdamW's state")
-    command.add_argument("--meta", action="store_true", help="allocate and compute nothing; times follow from FLOPs")
-    command.add_argument("--out", metavar="PNG", help="plan.png; the plan is saved beside it as JSON")
+    command.add_argument(
+        "--memory", metavar="SIZE", help="budget for activations, as 8GiB or 25%% (what is free)"
+    )
+    command.add_argument(
+        "--device-memory", metavar="SIZE", help="or all of a device, which also holds AdamW's state"
+    )
+    command.add_argument(
+        "--meta", action="store_true", help="allocate and compute nothing; times follow from FLOPs"
+    )
+    command.add_argument(
+        "--out", metavar="PNG", help="plan.png; the plan is saved beside it as JSON"
+    )
 
 
 def _plan(options: argparse.Namespace) -> int:

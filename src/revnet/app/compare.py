@@ -55,7 +55,12 @@ def measure(case: Case, budget: str, repeats: int) -> list[Row]:
     oracle = _gradient(exact)
     del exact
     (planned,) = case.plans(model, [budget])
-    executions = {"stored": "stored", "checkpointed": "checkpointed", "planned": planned, "reversible": "invert"}
+    executions = {
+        "stored": "stored",
+        "checkpointed": "checkpointed",
+        "planned": planned,
+        "reversible": "invert",
+    }
     rows = {}
     for name, execution in executions.items():
         with executed(model, execution):
@@ -105,10 +110,14 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     path = Path(out or "compare.png")
     check_least("repeats", repeats, 1)
     if path.suffix not in (".md", ".png"):
-        raise UserError(f"--out {path}: give a file that ends in .md, for the table and the plot, or in .png")
+        raise UserError(
+            f"--out {path}: give a file that ends in .md, for the table and the plot, or in .png"
+        )
     depths = sorted({max(1, case.shape.depth * quarters // 4) for quarters in (1, 2, 3, 4)})
     rows: list[Row] = []
-    for depth in track(depths, "measuring", console=console, transient=True, disable=not console.is_interactive):
+    for depth in track(
+        depths, "measuring", console=console, transient=True, disable=not console.is_interactive
+    ):
         rows += measure(case.of_depth(depth), budget, repeats)
     full = [row for row in rows if row.depth == depths[-1]]
     console.print(_table(str(case), full))
@@ -117,7 +126,11 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     if path.suffix == ".md":
         with replacing(path) as file:
             file.write(_markdown(str(case), full, plot_path.name).encode())
-    console.print(f"Saved {path if path == plot_path else f'{path} and {plot_path}'}", soft_wrap=True, markup=False)
+    console.print(
+        f"Saved {path if path == plot_path else f'{path} and {plot_path}'}",
+        soft_wrap=True,
+        markup=False,
+    )
     return 0
 
 
@@ -154,10 +167,14 @@ def _markdown(title: str, rows: list[Row], picture: str) -> str:
     lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *_cells(rows)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     note = (
-        "Kept: activations that wait for the backward pass; peak: the most that forward and backward take beyond "
-        f"parameters and gradients. Checkpointed: each block by torch.utils.checkpoint. {CAPTION}"
+        "Kept: activations that wait for the backward pass; peak: the most that forward and "
+        f"backward take beyond parameters and gradients. Checkpointed: each block by "
+        f"torch.utils.checkpoint. {CAPTION}"
     )
-    return f"{title}, torch {torch.__version__}\n\n{table}\n\n{note}\n\n![Memory and time against depth]({picture})\n"
+    return (
+        f"{title}, torch {torch.__version__}\n\n{table}\n\n{note}\n\n"
+        f"![Memory and time against depth]({picture})\n"
+    )
 
 
 def _plot(path: Path, rows: list[Row], title: str) -> None:

@@ -12,7 +12,12 @@ from revnet.app.errors import UserError, check_least
 
 
 def option(
-    default: Any, group: str, line: str, metavar: str = "", choices: Sequence[str] = (), own: bool = False
+    default: Any,
+    group: str,
+    line: str,
+    metavar: str = "",
+    choices: Sequence[str] = (),
+    own: bool = False,
 ) -> Any:
     """A field with its default, help group, help line, and name of its value; `own` may differ when a run resumes."""
     metadata = {"group": group, "help": line, "metavar": metavar, "choices": choices, "own": own}
@@ -29,7 +34,9 @@ PARALLEL = ("ddp", "fsdp")
 class TrainConfig:
     """What a run is. What is None at first follows from the data or from another option; see `resolve`."""
 
-    data: list[str] = option(["digits"], "data", "digits (default), icons, stdlib, folder of images, texts", "DATA")
+    data: list[str] = option(
+        ["digits"], "data", "digits (default), icons, stdlib, folder of images, texts", "DATA"
+    )
     image_size: int = option(32, "data", "side that your images are scaled to, in pixels (32)", "N")
     patch: int = option(2, "data", "side of the patch that is one token of your images (2)", "N")
     codes: int = option(512, "data", "different patches, learned from your images (512)", "N")
@@ -39,26 +46,46 @@ class TrainConfig:
     depth: int = option(None, "model", "the dial: blocks; width, heads and rate follow (4)", "N")
     width: int = option(None, "model", "features per token (24 x depth, rounded up to 32)", "N")
     heads: int = option(None, "model", "attention heads (width / 32; width / 64 from 512 on)", "N")
-    dropout: float = option(None, "model", "share of branches' outputs to drop (0.1; of texts 0)", "P")
+    dropout: float = option(
+        None, "model", "share of branches' outputs to drop (0.1; of texts 0)", "P"
+    )
 
-    steps: int = option(None, "training", "optimizer steps (digits 800, texts 4000, otherwise 2000)", "N", own=True)
+    steps: int = option(
+        None, "training", "optimizer steps (digits 800, texts 4000, otherwise 2000)", "N", own=True
+    )
     batch: int = option(None, "training", "examples per step (32; of texts 8)", "N")
     lr: float = option(None, "training", "peak learning rate (0.8 / width)", "X")
     seed: int = option(0, "training", "seed of everything that is random (0)", "N")
 
-    execution: str = option(EXECUTIONS[0], "machine", ", ".join(EXECUTIONS), "E", EXECUTIONS, own=True)
-    memory: str = option(None, "machine", "plan for this much memory of the blocks, as 8GiB", "SIZE", own=True)
-    streams: str = option("auto", "machine", "float; fixed, which is exact; auto: fixed in bfloat16", "S", STREAMS)
+    execution: str = option(
+        EXECUTIONS[0], "machine", ", ".join(EXECUTIONS), "E", EXECUTIONS, own=True
+    )
+    memory: str = option(
+        None, "machine", "plan for this much memory of the blocks, as 8GiB", "SIZE", own=True
+    )
+    streams: str = option(
+        "auto", "machine", "float; fixed, which is exact; auto: fixed in bfloat16", "S", STREAMS
+    )
     dtype: str = option("float32", "machine", "float32, or bfloat16 by autocast", "T", DTYPES)
-    device: str = option("auto", "machine", "auto (an accelerator if there is one), cpu, cuda, cuda:1", "D", own=True)
+    device: str = option(
+        "auto", "machine", "auto (an accelerator if there is one), cpu, cuda, cuda:1", "D", own=True
+    )
     compile: bool = option(False, "machine", "compile the branches", own=True)
 
-    parallel: str = option("ddp", "machine", "on several ranks: ddp, or fsdp, which shards", "P", PARALLEL, own=True)
-    rank_timeout: int = option(600, "machine", "seconds until a silent rank counts as lost (600)", "S", own=True)
+    parallel: str = option(
+        "ddp", "machine", "on several ranks: ddp, or fsdp, which shards", "P", PARALLEL, own=True
+    )
+    rank_timeout: int = option(
+        600, "machine", "seconds until a silent rank counts as lost (600)", "S", own=True
+    )
 
     out: str = option(None, "run", "folder of the run (the next free runs/NAME-NUMBER)", "DIR")
-    validate_every: int = option(None, "run", "steps between validations (steps / 20)", "N", own=True)
-    save_every: int = option(None, "run", "steps between checkpoints and samples (steps / 4)", "N", own=True)
+    validate_every: int = option(
+        None, "run", "steps between validations (steps / 20)", "N", own=True
+    )
+    save_every: int = option(
+        None, "run", "steps between checkpoints and samples (steps / 4)", "N", own=True
+    )
     tensorboard: bool = option(False, "run", "log for TensorBoard too", own=True)
 
     def __post_init__(self) -> None:
@@ -85,7 +112,9 @@ class TrainConfig:
         values["validate_every"] = values["validate_every"] or max(1, steps // 20)
         values["save_every"] = values["save_every"] or max(1, steps // 4)
         if values["width"] % (4 * values["heads"]):
-            raise UserError(f"--width {values['width']} is not a multiple of 4 x --heads {values['heads']}")
+            raise UserError(
+                f"--width {values['width']} is not a multiple of 4 x --heads {values['heads']}"
+            )
         return TrainConfig(**values)
 
 

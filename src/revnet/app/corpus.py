@@ -26,7 +26,9 @@ def standard_library() -> list[Path]:
     """The modules of the standard library as Python source, without its tests, which not every system has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    return sorted(
+        path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)
+    )
 
 
 def find_texts(paths: list[Path]) -> list[Path]:
@@ -34,7 +36,9 @@ def find_texts(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
+            inside = sorted(
+                file for file in path.rglob("*") if file.is_file() and not hidden(file, path)
+            )
             found += [file for file in inside if not _is_binary(file)]
         else:
             found.append(path)
@@ -74,7 +78,10 @@ class Corpus:
         }
         if len(documents) == 1:
             path, _, end = documents[0]
-            self._documents = {"train": [(path, 0, end * 9 // 10)], "held_out": [(path, end * 9 // 10, end)]}
+            self._documents = {
+                "train": [(path, 0, end * 9 // 10)],
+                "held_out": [(path, end * 9 // 10, end)],
+            }
         self._ends = {
             name: list(accumulate(end - start for _, start, end in several))
             for name, several in self._documents.items()
@@ -84,7 +91,9 @@ class Corpus:
                 raise UserError(f"the {name.replace('_', '-')} text has only {ends[-1]:,} bytes: "
                                 f"it needs twice --context {length}")  # fmt: skip
         beginnings = [0, *self._ends["held_out"][:-1]][:3]
-        self._show = [self._read("held_out", start, 32).decode(errors="replace") for start in beginnings]
+        self._show = [
+            self._read("held_out", start, 32).decode(errors="replace") for start in beginnings
+        ]
         self._fingerprint = hashlib.sha256("".join(sorted(different)).encode()).hexdigest()
 
     @property
@@ -108,7 +117,12 @@ class Corpus:
     @property
     def spec(self) -> dict[str, Any]:
         """What sampling needs, as JSON."""
-        return {"kind": "text", "name": self.name, "show": self._show, "fingerprint": self._fingerprint}
+        return {
+            "kind": "text",
+            "name": self.name,
+            "show": self._show,
+            "fingerprint": self._fingerprint,
+        }
 
     def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
         """`START` (n, 1) and bytes (n, length); each example begins where its draw says, within its own stretch."""

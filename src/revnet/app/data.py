@@ -38,7 +38,13 @@ class Words:
         """Takes the `most` frequent words, and a length that holds every caption up to `longest` tokens."""
         captions = list(captions)
         counts = Counter(word for caption in captions for word in split_words(caption))
-        words = cls([word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]], longest)
+        words = cls(
+            [
+                word
+                for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+            ],
+            longest,
+        )
         words.length = min(longest, 1 + max(len(words._tokens(caption)) for caption in captions))
         return words
 
@@ -51,7 +57,9 @@ class Words:
         tokens: list[int] = []
         for word in split_words(caption):
             known = self._ids.get(word)
-            tokens += [known] if known is not None else [FIRST_BYTE + byte for byte in word.encode()]
+            tokens += (
+                [known] if known is not None else [FIRST_BYTE + byte for byte in word.encode()]
+            )
         return tokens
 
     def encode(self, captions: Sequence[str]) -> Array:
@@ -85,7 +93,8 @@ class Patches:
     def learn(cls, images: Array, patch: int, vocab: int, seed: int = 0) -> Patches:
         """A code book of the patches of `images` (n, height, width, channels), uint8.
 
-        It is lossless where there are no more than `vocab` different patches, otherwise their k-means centres.
+        It is lossless where there are no more than `vocab` different patches, otherwise their
+        k-means centres.
         """
         pieces = cut(images, patch)
         distinct = np.unique(pieces.reshape(-1, pieces.shape[-1]), axis=0)
@@ -93,8 +102,14 @@ class Patches:
             from sklearn.cluster import MiniBatchKMeans
 
             sample = pieces.reshape(-1, pieces.shape[-1])
-            sample = sample[np.random.default_rng(seed).permutation(len(sample))[:100_000]].astype(np.float32)
-            means = MiniBatchKMeans(vocab, random_state=seed, n_init=1, batch_size=4096).fit(sample).cluster_centers_
+            sample = sample[np.random.default_rng(seed).permutation(len(sample))[:100_000]].astype(
+                np.float32
+            )
+            means = (
+                MiniBatchKMeans(vocab, random_state=seed, n_init=1, batch_size=4096)
+                .fit(sample)
+                .cluster_centers_
+            )
             distinct = np.unique(means.round().clip(0, 255).astype(np.uint8), axis=0)
         _, height, width, channels = images.shape
         return cls(distinct.reshape(-1, patch, patch, channels), height // patch, width // patch)
@@ -107,17 +122,23 @@ class Patches:
     def encode(self, images: Array) -> Array:
         """images (n, height, width, channels), uint8 -> (n, rows * columns), int64."""
         squares = (self._flat**2).sum(axis=1)
-        # |piece - code|² without |piece|², which is the same for every code; of all images at once it may be gigabytes.
+        # |piece - code|² without |piece|², which is the same for every code; of all images at once
+        # it may be gigabytes.
         several = (
-            squares - 2 * pieces.astype(np.float32) @ self._flat.T for pieces in cut(images, self.codes.shape[1])
+            squares - 2 * pieces.astype(np.float32) @ self._flat.T
+            for pieces in cut(images, self.codes.shape[1])
         )
         return np.stack([distance.argmin(axis=-1).astype(np.int64) for distance in several])
 
     def decode(self, tokens: Array) -> Array:
         """tokens (n, rows * columns) -> (n, height, width, channels), uint8."""
         patch, channels = self.codes.shape[2:]
-        grid = self.codes[tokens].reshape(len(tokens), self.rows, self.columns, patch, patch, channels)
-        return grid.transpose(0, 1, 3, 2, 4, 5).reshape(len(tokens), self.rows * patch, self.columns * patch, channels)
+        grid = self.codes[tokens].reshape(
+            len(tokens), self.rows, self.columns, patch, patch, channels
+        )
+        return grid.transpose(0, 1, 3, 2, 4, 5).reshape(
+            len(tokens), self.rows * patch, self.columns * patch, channels
+        )
 
 
 def cut(images: Array, patch: int) -> Array:
@@ -217,14 +238,21 @@ class Images:
     def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
         """Captions and images as tokens."""
         numbers = self.splits[split][indices]
-        captions = [self.captions[i][int(draw * len(self.captions[i]))] for i, draw in zip(numbers, draws, strict=True)]
-        return self.words.encode(captions), self.patches.encode(np.stack([self.load(i) for i in numbers]))
+        captions = [
+            self.captions[i][int(draw * len(self.captions[i]))]
+            for i, draw in zip(numbers, draws, strict=True)
+        ]
+        return self.words.encode(captions), self.patches.encode(
+            np.stack([self.load(i) for i in numbers])
+        )
 
 
 def image_codecs(spec: dict[str, Any]) -> tuple[Words, Patches]:
     """The codecs that `Images.spec` describes."""
     codes = np.array(spec["codes"], dtype=np.uint8)
-    return Words(spec["words"], spec["caption_length"]), Patches(codes, spec["rows"], spec["columns"])
+    return Words(spec["words"], spec["caption_length"]), Patches(
+        codes, spec["rows"], spec["columns"]
+    )
 
 
 def codecs(
@@ -250,26 +278,36 @@ def split(keys: Sequence[str], share: float = 0.05, most: int = 1000) -> dict[st
     """Holds out some of the examples, never one of two with the same key.
 
     Args:
-        keys: One for each example, a digest of its content. Which are held out follows from them alone.
+        keys: One for each example, a digest of its content. Which are held out follows from them
+            alone.
         share: How much is held out; at least one key, and none of a single key.
         most: How many keys are held out at most.
     """
     different = sorted(set(keys))
-    held_out = set(different[: min(most, max(1, round(share * len(different))))]) if len(different) > 1 else set()
+    held_out = (
+        set(different[: min(most, max(1, round(share * len(different))))])
+        if len(different) > 1
+        else set()
+    )
     return {
         "train": np.array([i for i, key in enumerate(keys) if key not in held_out], dtype=np.int64),
         "held_out": np.array([i for i, key in enumerate(keys) if key in held_out], dtype=np.int64),
     }
 
 
-def step_batch(data: Data, step: int, size: int, seed: int, rank: int = 0, world: int = 1) -> tuple[Array, Array]:
+def step_batch(
+    data: Data, step: int, size: int, seed: int, rank: int = 0, world: int = 1
+) -> tuple[Array, Array]:
     """The training examples of one step; a pure function, so that a resumed run reads what it would have read.
 
-    The `size` examples of a step are dealt to the ranks; each epoch visits every example once, in its own order.
+    The `size` examples of a step are dealt to the ranks; each epoch visits every example once, in
+    its own order.
     """
     count = data.counts["train"]
     places = np.arange(step * size, (step + 1) * size)
-    indices = np.array([_order(count, seed, int(place) // count)[place % count] for place in places])
+    indices = np.array(
+        [_order(count, seed, int(place) // count)[place % count] for place in places]
+    )
     draws = np.random.default_rng([seed, step]).random(size)
     return data.batch("train", indices[rank::world], draws[rank::world])
 

@@ -14,5 +14,7 @@ def find_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"there is no device {name!r} here: {str(error).splitlines()[0]}"
+        ) from error
     return torch.device(name)

@@ -54,7 +54,9 @@ def _reader() -> tuple[Any, float]:
     images, labels = _real()
     split = _split()
     reader = SVC(C=10, gamma="scale").fit(_features(images[split["train"]]), labels[split["train"]])
-    return reader, float(reader.score(_features(images[split["held_out"]]), labels[split["held_out"]]))
+    return reader, float(
+        reader.score(_features(images[split["held_out"]]), labels[split["held_out"]])
+    )
 
 
 def share_read(images: Array, digits: Array) -> tuple[float, float]:
@@ -65,7 +67,8 @@ def share_read(images: Array, digits: Array) -> tuple[float, float]:
         digits: (n,), what the captions said.
 
     Returns:
-        The share of `images` that it reads as the caption says, and of the real held-out digits that it reads right.
+        The share of `images` that it reads as the caption says, and of the real held-out digits
+        that it reads right.
     """
     reader, accuracy = _reader()
     return float((reader.predict(_features(images)) == digits).mean()), accuracy

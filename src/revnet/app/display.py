@@ -49,7 +49,10 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
 
@@ -61,16 +64,27 @@ class Display:
         """Progress after `step` steps; in a pipe one line every ten seconds."""
         self._progress.start_task(self._task)
         self._progress.update(
-            self._task, completed=step, found=f"[bold]{bits:.3f}[/] bits/token [dim]{rate:,.0f} tokens/s"
+            self._task,
+            completed=step,
+            found=f"[bold]{bits:.3f}[/] bits/token [dim]{rate:,.0f} tokens/s",
         )
-        if not self.console.is_interactive and (last or time.monotonic() - self._printed >= PLAIN_SECONDS):
+        if not self.console.is_interactive and (
+            last or time.monotonic() - self._printed >= PLAIN_SECONDS
+        ):
             self._printed = time.monotonic()
-            self.say(f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s")
+            self.say(
+                f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s"
+            )
 
 
 def memory_table(rows: Sequence[MemoryRow]) -> Table:
     """Activation memory of each execution, the run's own last."""
-    table = Table(title="Activation memory of one training step", title_justify="left", title_style="bold", box=SIMPLE)
+    table = Table(
+        title="Activation memory of one training step",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE,
+    )
     table.add_column("execution")
     for name in ("kept for backward", "peak", "peak / stored"):
         table.add_column(name, justify="right")
@@ -78,7 +92,9 @@ def memory_table(rows: Sequence[MemoryRow]) -> Table:
     for row in rows:
         about = "about " if row.estimated else ""
         name = f"[bold]{row.name}[/] (this run)" if row is rows[-1] else row.name
-        table.add_row(name, about + size(row.kept), about + size(row.peak), f"{row.peak / stored:.2f}")
+        table.add_row(
+            name, about + size(row.kept), about + size(row.peak), f"{row.peak / stored:.2f}"
+        )
     return table
 
 

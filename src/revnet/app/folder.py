@@ -29,7 +29,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from None
+        raise UserError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from None
 
 
 def read_image(path: Path, side: int, grey: bool) -> Array:
@@ -43,15 +45,21 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
                 raise ValueError("its pixels are floats, without a known white")
             if picture.mode.startswith("I"):
                 # 16 bits, which Pillow would cut at 255, to white.
-                picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+                picture = Image.fromarray(
+                    (np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8)
+                )
             if "A" in picture.getbands() or "transparency" in picture.info:
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            picture = ImageOps.fit(picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX)
+            picture = ImageOps.fit(
+                picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX
+            )
     except Image.DecompressionBombError as error:
         raise DataError(f"the image {path} is too large: {error}") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"the image {path} cannot be decoded: {error}. Replace it, or remove it.") from error
+        raise DataError(
+            f"the image {path} cannot be decoded: {error}. Replace it, or remove it."
+        ) from error
     return np.asarray(picture).reshape(side, side, 1 if grey else 3)
 
 
@@ -61,17 +69,25 @@ def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
     captions = _from_table(folder, table, images) if table else _from_files(folder, images)
     missing = [path for path, several in zip(images, captions, strict=True) if not several]
     if missing:
-        where = f"a row in {table.name}" if table else f"a file {missing[0].with_suffix('.txt').name}"
-        raise UserError(f"{_count(missing, 'image')} without a caption, such as {missing[0]}: it needs {where}")
+        where = (
+            f"a row in {table.name}" if table else f"a file {missing[0].with_suffix('.txt').name}"
+        )
+        raise UserError(
+            f"{_count(missing, 'image')} without a caption, such as {missing[0]}: it needs {where}"
+        )
     return captions
 
 
 def _from_files(folder: Path, images: list[Path]) -> list[list[str]]:
     wanted = {path.with_suffix(".txt"): path for path in images}
-    alone = sorted(path for path in folder.rglob("*.txt") if path not in wanted and not hidden(path, folder))
+    alone = sorted(
+        path for path in folder.rglob("*.txt") if path not in wanted and not hidden(path, folder)
+    )
     if alone:
-        raise UserError(f"{_count(alone, 'caption file')} without an image, such as {alone[0]}: a folder of images "
-                        "holds only captions as .txt")  # fmt: skip
+        raise UserError(
+            f"{_count(alone, 'caption file')} without an image, such as {alone[0]}: "
+            "a folder of images holds only captions as .txt"
+        )
     return [_lines(text) if (text := path.with_suffix(".txt")).is_file() else [] for path in images]
 
 
@@ -102,8 +118,10 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
                 if None in row:
-                    raise UserError(f"{table}, row {number}: has more columns than the first row: put a caption with "
-                                    'commas between "quotes"')  # fmt: skip
+                    raise UserError(
+                        f"{table}, row {number}: has more columns than the first row: "
+                        'put a caption with commas between "quotes"'
+                    )
                 yield number, row
         except csv.Error as error:
             raise UserError(f"{table} is not a table: {error}") from error
@@ -124,16 +142,25 @@ def _count(things: list[Path], name: str) -> str:
 
 def find_images(folder: Path) -> list[Path]:
     """All images of a folder and its subfolders, in order."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = (
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
     return sorted(path for path in files if not hidden(path, folder))
 
 
 def load(
-    folder: Path, images: list[Path], side: int, patch: int, vocab: int, grey: bool, spec: dict[str, Any] | None
+    folder: Path,
+    images: list[Path],
+    side: int,
+    patch: int,
+    vocab: int,
+    grey: bool,
+    spec: dict[str, Any] | None,
 ) -> Images:
     """Images of `folder`, scaled to `side` pixels; equal files are in the same split.
 
-    The code book is learned from up to 2,000 of them; the others are only read when their turn comes.
+    The code book is learned from up to 2,000 of them; the others are only read when their turn
+    comes.
     """
     if side % patch:
         raise UserError(f"--image-size {side} is not a multiple of --patch {patch}")
@@ -141,9 +168,14 @@ def load(
     read: Callable[[int], Array] = partial(_read, images, side, grey)
     splits = split([hashlib.sha256(path.read_bytes()).hexdigest() for path in images])
     if not len(splits["held_out"]):
-        raise UserError(f"{folder} holds {_count(images, 'image')}, all alike: at least two different ones are needed")
+        raise UserError(
+            f"{folder} holds {_count(images, 'image')}, all alike: at least two different ones are "
+            f"needed"
+        )
     sample = np.random.default_rng(0).permutation(splits["train"])[:CODE_BOOK_IMAGES]
-    words, patches = codecs(spec, captions, lambda: np.stack([read(i) for i in sample]), patch, vocab)
+    words, patches = codecs(
+        spec, captions, lambda: np.stack([read(i) for i in sample]), patch, vocab
+    )
     return Images(
         name=folder.resolve().name,
         captions=captions,

@@ -1,6 +1,7 @@
 """Material Design Icons: 7,000 icons with names such as "book clock outline", drawn from a font file.
 
-The font (Apache License 2.0) and its list of names are files of the Python package qtawesome; nothing of it is run.
+The font (Apache License 2.0) and its list of names are files of the Python package qtawesome;
+nothing of it is run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def _files() -> tuple[Path, Path]:
     if found is None or found.origin is None:
         raise UserError("the icons come with the package qtawesome: pip install 'revnet[icons]'")
     fonts = Path(found.origin).parent / "fonts"
-    found_fonts, found_names = (sorted(fonts.glob(f"materialdesignicons6-*.{kind}")) for kind in ("ttf", "json"))
+    found_fonts, found_names = (
+        sorted(fonts.glob(f"materialdesignicons6-*.{kind}")) for kind in ("ttf", "json")
+    )
     if not found_fonts or not found_names:
         raise UserError(f"there is no materialdesignicons6 font in {fonts}: install qtawesome 1.4")
     return found_fonts[-1], found_names[-1]
@@ -44,7 +47,9 @@ def _draw() -> tuple[list[str], Array]:
     images = []
     for name in names:
         page = Image.new("L", (SIZE, SIZE), "white")
-        ImageDraw.Draw(page).text((SIZE / 2, SIZE / 2), chr(int(codes[name], 16)), fill=0, font=font, anchor="mm")
+        ImageDraw.Draw(page).text(
+            (SIZE / 2, SIZE / 2), chr(int(codes[name], 16)), fill=0, font=font, anchor="mm"
+        )
         images.append(np.asarray(page))
     return names, np.stack(images)[..., None]
 
@@ -61,7 +66,12 @@ def hold_out(names: list[str], images: Array, count: int) -> dict[str, Array]:
     held_out: list[int] = []
     for i in np.random.default_rng(0).permutation(len(names)):
         alone = combinations[words[i]] == 1 and drawings[images[i].tobytes()] == 1
-        if len(held_out) < count and len(words[i]) > 1 and alone and all(left[word] > 1 for word in words[i]):
+        if (
+            len(held_out) < count
+            and len(words[i]) > 1
+            and alone
+            and all(left[word] > 1 for word in words[i])
+        ):
             held_out.append(int(i))
             left.subtract(words[i])
     return {"train": np.setdiff1d(np.arange(len(names)), held_out), "held_out": np.array(held_out)}

@@ -27,7 +27,8 @@ class Shape:
         prefix_vocab: Different prefix (caption) tokens; id 0 is padding.
         prefix_length: Prefix tokens before the first predicted token, at least 1.
         vocab: Different predicted tokens.
-        rows, columns: The grid of image tokens in raster order; a text of length n has n rows and 1 column.
+        rows, columns: The grid of image tokens in raster order; a text of length n has n rows and 1
+            column.
         dropout: Share of each branch's output that is dropped in training.
         ngrams: The most tokens, one and those before it, that are embedded together.
     """
@@ -57,8 +58,9 @@ class Shape:
 def rotary_table(shape: Shape) -> Tensor:
     """Cosines and sines for each slot: (2, slots, width // heads), float32.
 
-    Half of each head turns with the row and half with the column of a token. Prefix tokens stand on the diagonal before
-    the image, and so do all tokens of a text, which makes this the ordinary one-dimensional embedding for text.
+    Half of each head turns with the row and half with the column of a token. Prefix tokens stand on
+    the diagonal before the image, and so do all tokens of a text, which makes this the ordinary
+    one-dimensional embedding for text.
 
     Reference: Su et al. 2021, arXiv:2104.09864.
     """
@@ -132,10 +134,15 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb)
         if cache is not None:
             if self in cache:
-                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (k, v), strict=True))
+                k, v = (
+                    torch.cat([old, new], dim=2)
+                    for old, new in zip(cache[self], (k, v), strict=True)
+                )
             cache[self] = k, v
         # One slot sees all that the cache holds; more than one after a cache come with a mask.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and slots > 1)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and slots > 1
+        )
         return self.dropout(self.out(y.transpose(1, 2).reshape(batch, slots, width)))
 
 
@@ -174,7 +181,11 @@ class Transformer(nn.Module):
         only_attention = ((True, False),) * shape.depth
         self.layers = revnet.ReversibleSequence(
             [(Attention(shape), FeedForward(shape)) for _ in range(shape.depth)],
-            args_route={"rotary_pos_emb": only_attention, "mask": only_attention, "cache": only_attention},
+            args_route={
+                "rotary_pos_emb": only_attention,
+                "mask": only_attention,
+                "cache": only_attention,
+            },
             **sequence_options,
         )
         self.norm = nn.LayerNorm(shape.width)
@@ -216,7 +227,9 @@ class Transformer(nn.Module):
             mask = (key <= query) & (seen | (key == query))
         return x[:, done:], {"rotary_pos_emb": self.rotary[:, done:slots], "mask": mask}
 
-    def forward(self, prefix: Tensor, tokens: Tensor, cache: dict[Any, Any] | None = None) -> Tensor:
+    def forward(
+        self, prefix: Tensor, tokens: Tensor, cache: dict[Any, Any] | None = None
+    ) -> Tensor:
         """Logits of the token after each slot from the last prefix slot on.
 
         Args:

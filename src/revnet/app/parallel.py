@@ -1,7 +1,7 @@
 """`torchrun … -m revnet train`: the same training on several ranks, by DDP or FSDP2.
 
-Every rank runs the same program. What it writes besides checkpoints, all but the first rank write to a folder that goes
-with them, and what it shows only the first rank shows.
+Every rank runs the same program. What it writes besides checkpoints, all but the first rank write
+to a folder that goes with them, and what it shows only the first rank shows.
 """
 
 from __future__ import annotations
@@ -78,17 +78,22 @@ class ParallelTraining(Training):
     def __init__(self, config: TrainConfig, data: Data, run: Run) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
         if config.batch % world:
-            raise UserError(f"--batch is {config.batch}, which {world} ranks cannot share: take a multiple of {world}")
+            raise UserError(
+                f"--batch is {config.batch}, which {world} ranks cannot share: take a multiple of "
+                f"{world}"
+            )
         super().__init__(config, data, run)
         self._rank, self._world = rank, world
         if config.memory:
             self._find_plan()
         self._net: Any = self.model
         if config.parallel == "fsdp":
-            # Of this device, because FSDP2 would move the weights to an accelerator that --device leaves alone; of this
-            # group, because one that the mesh made would wait for a lost rank for half an hour.
+            # Of this device, because FSDP2 would move the weights to an accelerator that --device
+            # leaves alone; of this group, because one that the mesh made would wait for a lost rank
+            # for half an hour.
             mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.type)  # type: ignore[arg-type]
-            # By branch, so that the parts of a report that call branches directly find their weights.
+            # By branch, so that the parts of a report that call branches directly find their
+            # weights.
             for block in self.model.layers.blocks:
                 for branch in block.children():
                     fully_shard(branch, mesh=mesh)
@@ -102,7 +107,11 @@ class ParallelTraining(Training):
     def _find_plan(self) -> None:
         """The plan that the run has, or one that all ranks make together, before the network is sharded."""
         path = _folder(self.run) / "plan.json"
-        if _from_first(lambda: path.exists() and self.run.read_json("config.json")["memory"] == self.config.memory):
+        if _from_first(
+            lambda: (
+                path.exists() and self.run.read_json("config.json")["memory"] == self.config.memory
+            )
+        ):
             self.model.layers.execution = revnet.Plan.load(path)
         else:
             super().plan(new=True)
@@ -112,7 +121,9 @@ class ParallelTraining(Training):
 
     def read_batch(self, step: int) -> tuple[Array, Array]:
         """This rank's training examples of a step."""
-        return step_batch(self.data, step, self.config.batch, self.config.seed, self._rank, self._world)
+        return step_batch(
+            self.data, step, self.config.batch, self.config.seed, self._rank, self._world
+        )
 
     def loss(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         """Bits per token of this rank's examples."""
@@ -176,8 +187,15 @@ class ParallelTraining(Training):
         state = self._state()
         self.step = self.checkpoints.load(state)
         if self.step >= self.config.steps:
-            raise UserError(f"the run has taken all of its {self.step} steps: ask for more with --steps")
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            raise UserError(
+                f"the run has taken all of its {self.step} steps: ask for more with --steps"
+            )
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
         self.run.forget_after(self.step)
 
     def _state(self) -> dict[str, Any]:
@@ -220,7 +238,10 @@ def train(given: dict[str, Any], resumed: str | None) -> int:
     """Trains as `revnet.app.train.train` does, on all ranks; returns this rank's exit code."""
     first = int(os.environ["RANK"]) == 0
     try:
-        with _ranks(given, resumed) as attempt, tempfile.TemporaryDirectory(prefix="revnet-") as scratch:
+        with (
+            _ranks(given, resumed) as attempt,
+            tempfile.TemporaryDirectory(prefix="revnet-") as scratch,
+        ):
             return _train(given, resumed, attempt, Path(scratch))
     except DataError:
         raise
@@ -248,7 +269,8 @@ def train(given: dict[str, Any], resumed: str | None) -> int:
 def _is_lost(error: RuntimeError) -> bool:
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out")
+        sign in text
+        for sign in ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out")
     )
 
 
@@ -260,15 +282,22 @@ def _ranks(given: dict[str, Any], resumed: str | None) -> Iterator[int]:
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     attempt = _attempt(store, rank, world, timeout)
     saved = Run.open(resumed).read_json("config.json") if resumed else {}
-    cuda = ({"device": config.device} | saved | given)["device"] != "cpu" and torch.cuda.is_available()
+    cuda = ({"device": config.device} | saved | given)[
+        "device"
+    ] != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # torchrun keeps its store through restarts, and with it the addresses of ranks that are gone.
     store = PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
     )
-    # A branch that ends in a linear layer returns a view; couplings work out of place, so no hook is lost.
+    # A branch that ends in a linear layer returns a view; couplings work out of place, so no hook
+    # is lost.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     try:
         yield attempt
@@ -282,7 +311,8 @@ def _ranks(given: dict[str, Any], resumed: str | None) -> Iterator[int]:
 def _attempt(store: Store, rank: int, world: int, timeout: timedelta) -> int:
     """The number of this start of all ranks, on which they agree.
 
-    TORCHELASTIC_RESTART_COUNT is each host's own: a host whose ranks are stopped because others failed counts nothing.
+    TORCHELASTIC_RESTART_COUNT is each host's own: a host whose ranks are stopped because others
+    failed counts nothing.
     """
     end, known = time.monotonic() + timeout.total_seconds(), 0
     if rank == 0:
@@ -312,10 +342,11 @@ def _train(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Pa
         stop = training.agreed(told)
         parameters = sum(parameter.numel() for parameter in training.model.parameters())
         display.say(
-            f"[bold]{escape(data.name)}[/]: {data.counts['train']:,} examples, {data.counts['held_out']:,} held out. "
-            f"Depth {config.depth}, width {config.width}, {parameters:,} parameters by {config.parallel.upper()} on "
-            f"{world} ranks of {training.device.type}. "
-            f"{f'From step {training.step}. ' if training.step else ''}Run folder [bold]{escape(str(run.path))}[/]."
+            f"[bold]{escape(data.name)}[/]: {data.counts['train']:,} examples, "
+            f"{data.counts['held_out']:,} held out. Depth {config.depth}, width {config.width}, "
+            f"{parameters:,} parameters by {config.parallel.upper()} on {world} ranks of "
+            f"{training.device.type}. {f'From step {training.step}. ' if training.step else ''}Run "
+            f"folder [bold]{escape(str(run.path))}[/]."
         )
         loop(training, display, stop)
         training.save()
@@ -323,7 +354,8 @@ def _train(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Pa
         training.draw_loss()
         if training.step < config.steps:
             display.say(
-                f"Stopped at step {training.step}. Continue with: revnet train --resume {escape(str(run.path))}"
+                f"Stopped at step {training.step}. Continue with: revnet train --resume "
+                f"{escape(str(run.path))}"
             )
             return INTERRUPTED
         report.samples(training)
@@ -331,7 +363,9 @@ def _train(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Pa
     return 0
 
 
-def _make(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Path) -> ParallelTraining:
+def _make(
+    given: dict[str, Any], resumed: str | None, attempt: int, scratch: Path
+) -> ParallelTraining:
     """The training that was asked for; after a restart by torchrun, the one that was under way."""
     first = dist.get_rank() == 0
 
@@ -345,7 +379,10 @@ def _make(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Pat
 
     if resumed is None and attempt > 1:
         if given.get("out") is None:
-            raise UserError("torchrun restarted the ranks, but without --out they cannot know which run was theirs")
+            raise UserError(
+                "torchrun restarted the ranks, but without --out they cannot know which run was "
+                "theirs"
+            )
         run = Path(given["out"])
         if _from_first(lambda: bool(list((run / "checkpoints").glob("step-*")))):
             resumed, given = given["out"], {}

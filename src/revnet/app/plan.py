@@ -24,12 +24,15 @@ def plan(case: Case, memory: str | None, device_memory: str | None, out: str | N
     Args:
         case: The network and its batch.
         memory: The budget for activations, as for `revnet.plan`.
-        device_memory: The size of a device that holds parameters, gradients and AdamW's averages besides, as "80GiB".
+        device_memory: The size of a device that holds parameters, gradients and AdamW's averages
+            besides, as "80GiB".
         out: A PNG; the plan itself is saved as JSON beside it.
     """
     path = Path(out or "plan.png")
     if path.suffix != ".png":
-        raise UserError(f"--out {path}: give a file that ends in .png; the plan is saved beside it as .json")
+        raise UserError(
+            f"--out {path}: give a file that ends in .png; the plan is saved beside it as .json"
+        )
     model = case.network()
     budget: str | int | None = memory
     if device_memory is not None:
@@ -37,13 +40,16 @@ def plan(case: Case, memory: str | None, device_memory: str | None, out: str | N
         state = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
         if state >= whole:
             raise UserError(
-                f"parameters, gradients and AdamW's averages alone take {state / 2**30:,.2f} GiB of "
-                f"{device_memory}: take a smaller --depth or --width, or shard them"
+                f"parameters, gradients and AdamW's averages alone take {state / 2**30:,.2f} GiB "
+                f"of {device_memory}: take a smaller --depth or --width, or shard them"
             )
         print(f"{state / 2**30:,.2f} GiB for parameters, gradients and AdamW's averages")
         budget = whole - state
     elif memory is None and case.device.type == "meta":
-        raise UserError("--meta plans for another device: say what it has with --device-memory, or give --memory")
+        raise UserError(
+            "--meta plans for another device: say what it has with --device-memory, or give "
+            "--memory"
+        )
     chosen, *curve = case.plans(model, [budget, *CURVE])
     print(f"{case}\n{chosen}")
     _plot(path, chosen, curve, str(case))
@@ -63,9 +69,20 @@ def _bytes(size: str) -> int:
 def _plot(path: Path, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str) -> None:
     plot = figure(6.5, 4.0)
     axes = plot.add_subplot()
-    axes.plot([p.peak_bytes / 2**20 for p in curve], [p.slowdown for p in curve], marker="o", markersize=4)
-    axes.plot(chosen.peak_bytes / 2**20, chosen.slowdown, "*", markersize=14, color="#c0392b", label="this plan")
-    axes.set(xlabel="peak activation memory (MiB)", ylabel="predicted time / stored", xlim=(0, None))
+    axes.plot(
+        [p.peak_bytes / 2**20 for p in curve], [p.slowdown for p in curve], marker="o", markersize=4
+    )
+    axes.plot(
+        chosen.peak_bytes / 2**20,
+        chosen.slowdown,
+        "*",
+        markersize=14,
+        color="#c0392b",
+        label="this plan",
+    )
+    axes.set(
+        xlabel="peak activation memory (MiB)", ylabel="predicted time / stored", xlim=(0, None)
+    )
     axes.set_title(title, fontsize=8)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -32,10 +32,22 @@ def loss_plot(path: Path, rows: Sequence[dict[str, Any]], unit: str) -> None:
     if training:
         axes.plot(*zip(*training, strict=True), color="#9ab8d8", linewidth=1, label="training")
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), color="#c0392b", marker="o", markersize=3, label="held out")
-        axes.annotate(f"{held_out[-1][1]:.3f}", held_out[-1], (6, 0), textcoords="offset points", va="center")
+        axes.plot(
+            *zip(*held_out, strict=True),
+            color="#c0392b",
+            marker="o",
+            markersize=3,
+            label="held out",
+        )
+        axes.annotate(
+            f"{held_out[-1][1]:.3f}", held_out[-1], (6, 0), textcoords="offset points", va="center"
+        )
     # The first steps fall from the loss of equal odds; they would flatten everything after them.
-    later = [bits for step, bits in training + held_out if step > training[-1][0] * 0.05] if training else []
+    later = (
+        [bits for step, bits in training + held_out if step > training[-1][0] * 0.05]
+        if training
+        else []
+    )
     if later:
         axes.set_ylim(min(later) - 0.1, max(later) + 0.1)
     axes.set(xlabel="step", ylabel=f"bits per {unit}")
@@ -52,7 +64,8 @@ def sample_grid(path: Path, captions: Sequence[str], groups: Sequence[tuple[str,
     Args:
         path: The PNG.
         captions: One per row.
-        groups: Columns that stand together: a heading, and images (rows, columns, height, width, channels), uint8.
+        groups: Columns that stand together: a heading, and images (rows, columns, height, width,
+            channels), uint8.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -63,11 +76,20 @@ def sample_grid(path: Path, captions: Sequence[str], groups: Sequence[tuple[str,
     left = 14 + max(round(font.getlength(caption)) for caption in captions)
     top = 26 if any(heading for heading, _ in groups) else gap
     columns = sum(images.shape[1] for _, images in groups)
-    size = (left + columns * (wide + gap) + (len(groups) - 1) * apart, top + len(captions) * (high + gap))
+    size = (
+        left + columns * (wide + gap) + (len(groups) - 1) * apart,
+        top + len(captions) * (high + gap),
+    )
     page = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(page)
     for i, caption in enumerate(captions):
-        pen.text((left - 8, top + i * (high + gap) + high / 2), caption, fill="black", font=font, anchor="rm")
+        pen.text(
+            (left - 8, top + i * (high + gap) + high / 2),
+            caption,
+            fill="black",
+            font=font,
+            anchor="rm",
+        )
     x = left
     for heading, images in groups:
         pen.text((x, top / 2), heading, fill="#666666", font=font, anchor="lm")

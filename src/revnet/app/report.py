@@ -88,8 +88,9 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
     if own_digits and isinstance(data, Images):
         found |= judge_digits(training, data)
         display.say(
-            f"\n[bold]{found['read_as_captioned']:.1%}[/] of {JUDGED} generated digits are read as their caption says, "
-            f"by a classifier that reads {found['classifier_accuracy']:.1%} of real held-out digits right."
+            f"\n[bold]{found['read_as_captioned']:.1%}[/] of {JUDGED} generated digits are read as "
+            f"their caption says, by a classifier that reads {found['classifier_accuracy']:.1%} of "
+            f"real held-out digits right."
         )
     elif isinstance(data, Images):
         found |= judge_captions(training, data)
@@ -99,12 +100,15 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
                 f"\nA held-out image is likelier under its own caption than under another one in "
                 f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs."
             )
-        display.say(f"Held-out captions beside the nearest training image: {escape(str(run.path / 'held_out.png'))}")
+        display.say(
+            f"Held-out captions beside the nearest training image: "
+            f"{escape(str(run.path / 'held_out.png'))}"
+        )
     else:
         found |= judge_text(training)
         display.say(
-            f"\n[bold]{found['held_out_bits']:.3f}[/] bits per byte of {found['held_out_bytes']:,} held-out bytes, "
-            f"{training.shape.length} at a time."
+            f"\n[bold]{found['held_out_bits']:.3f}[/] bits per byte of {found['held_out_bytes']:,} "
+            f"held-out bytes, {training.shape.length} at a time."
         )
     run.write_json("result.json", found)
     words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if own_digits)
@@ -131,7 +135,10 @@ def judge_captions(training: Training, data: Images) -> dict[str, float]:
     differ = (other != prefix).any(axis=1)
     own, others = (_bits(training, captions, tokens) for captions in (prefix, other))
     likelier = own[differ] < others[differ]
-    return {"own_caption_likelier": float(likelier.mean()) if len(likelier) else 0.0, "pairs": int(differ.sum())}
+    return {
+        "own_caption_likelier": float(likelier.mean()) if len(likelier) else 0.0,
+        "pairs": int(differ.sum()),
+    }
 
 
 def judge_text(training: Training) -> dict[str, float]:
@@ -149,7 +156,9 @@ def _bits(training: Training, prefix: Array, tokens: Array) -> Array:
     for start in range(0, len(tokens), training.config.batch):
         part = slice(start, start + training.config.batch)
         with training.precision():
-            found.append(example_bits(training.model, *training.tensors((prefix[part], tokens[part]))).cpu())
+            found.append(
+                example_bits(training.model, *training.tensors((prefix[part], tokens[part]))).cpu()
+            )
     training.model.train()
     return torch.cat(found).numpy()
 

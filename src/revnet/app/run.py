@@ -27,7 +27,9 @@ def writing(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror}. What was saved before is as it was.") from error
+        raise MachineError(
+            f"cannot write {path}: {error.strerror}. What was saved before is as it was."
+        ) from error
 
 
 @contextmanager
@@ -59,10 +61,17 @@ class Run:
     @classmethod
     def create(cls, out: str | None, name: str) -> Run:
         """A new folder; by default the first unused runs/NAME-NUMBER."""
-        path = Path(out) if out else next(p for i in count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
+        path = (
+            Path(out)
+            if out
+            else next(p for i in count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
+        )
         try:
             if (path / "config.json").exists():
-                raise UserError(f"{path} already holds a run: choose another --out, or continue it with --resume")
+                raise UserError(
+                    f"{path} already holds a run: choose another --out, or continue it with "
+                    f"--resume"
+                )
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
@@ -121,8 +130,9 @@ class Run:
             return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
             raise UserError(
-                f"{path} is damaged ({str(error).splitlines()[0]}). Nothing was changed; `revnet sample` still works "
-                "with weights.safetensors, but the training has to start anew with another --out."
+                f"{path} is damaged ({str(error).splitlines()[0]}). Nothing was changed; `revnet "
+                f"sample` still works with weights.safetensors, but the training has to start anew "
+                f"with another --out."
             ) from error
 
     def read_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
@@ -131,7 +141,9 @@ class Run:
 
         path = self.path / "weights.safetensors"
         if not path.exists():
-            raise UserError(f"{self.path} has no weights yet: they are saved with the first checkpoint")
+            raise UserError(
+                f"{self.path} has no weights yet: they are saved with the first checkpoint"
+            )
         try:
             return load_file(path, device=str(device))
         except Exception as error:
@@ -150,7 +162,9 @@ class Run:
         try:
             return [json.loads(line) for line in lines if line.endswith("\n")]
         except ValueError as error:
-            raise UserError(f"cannot read {path}: {error}. Remove it to go on without it.") from error
+            raise UserError(
+                f"cannot read {path}: {error}. Remove it to go on without it."
+            ) from error
 
     def forget_after(self, step: int) -> None:
         """Removes the rows of metrics.jsonl that a resumed run will write again."""

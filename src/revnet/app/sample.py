@@ -39,13 +39,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
-            raise UserError("--temperature and --top-k are at least 0, and --top-p is above 0 and at most 1")
+            raise UserError(
+                "--temperature and --top-k are at least 0, and --top-p is above 0 and at most 1"
+            )
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"--seed is {self.seed}, which is not an integer of 64 bits")
 
 
 @torch.no_grad()
-def generate(model: Transformer, prefix: Tensor, tokens: Tensor, length: int, how: Sampling) -> Tensor:
+def generate(
+    model: Transformer, prefix: Tensor, tokens: Tensor, length: int, how: Sampling
+) -> Tensor:
     """Continues `tokens` (batch, n), int64, to (batch, length)."""
     training = model.training
     model.eval()
@@ -68,13 +72,19 @@ def draw(logits: Tensor, how: Sampling, generator: torch.Generator) -> Tensor:
         ordered[:, how.top_k :] = 0
     # A token stays if those before it do not reach top_p: the likeliest always stays.
     ordered[ordered.cumsum(dim=-1) - ordered >= how.top_p] = 0
-    # The largest of p / Exp(1) is a draw from p. The noise comes from the CPU: alike on every device.
+    # The largest of p / Exp(1) is a draw from p. The noise comes from the CPU: alike on every
+    # device.
     noise = torch.empty(ordered.shape).exponential_(generator=generator).to(ordered.device)
     return order.gather(1, (ordered / noise).argmax(dim=-1, keepdim=True))[:, 0]
 
 
 def images_of(
-    model: Transformer, words: Words, patches: Patches, captions: Sequence[str], each: int, how: Sampling
+    model: Transformer,
+    words: Words,
+    patches: Patches,
+    captions: Sequence[str],
+    each: int,
+    how: Sampling,
 ) -> Array:
     """`each` images for every caption: (captions, each, height, width, channels), uint8."""
     device = model.rotary.device
@@ -105,24 +115,40 @@ def load_model(run: Run, device: torch.device) -> Transformer:
 
 
 def sample(
-    run_path: str, captions: Sequence[str], out: str | None, each: int, length: int | None, device: str, how: Sampling
+    run_path: str,
+    captions: Sequence[str],
+    out: str | None,
+    each: int,
+    length: int | None,
+    device: str,
+    how: Sampling,
 ) -> str:
     """Draws images for every caption and saves them as a grid, or continues every prompt; says what to print."""
     if each < 1 or (length is not None and length < 1):
         raise UserError("--each and --length are at least 1")
     # What is not UTF-8 on the command line comes as half of a surrogate pair.
-    captions = [caption.encode(errors="surrogateescape").decode(errors="replace") for caption in captions]
+    captions = [
+        caption.encode(errors="surrogateescape").decode(errors="replace") for caption in captions
+    ]
     run = Run.open(run_path)
     spec = run.read_json("data.json")
     model = load_model(run, find_device(device))
     if spec["kind"] == "text":
         length = model.shape.length if length is None else length
         if length > model.shape.length:
-            raise UserError(f"--length {length} is more than the run's context of {model.shape.length} bytes")
+            raise UserError(
+                f"--length {length} is more than the run's context of {model.shape.length} bytes"
+            )
         for prompt in captions:
             if len(prompt.encode()) >= length:
-                size = f"--length {length}" if length < model.shape.length else f"the run's context of {length} bytes"
-                raise UserError(f"there is nothing to add to {prompt!r}, which is as long as {size}")
+                size = (
+                    f"--length {length}"
+                    if length < model.shape.length
+                    else f"the run's context of {length} bytes"
+                )
+                raise UserError(
+                    f"there is nothing to add to {prompt!r}, which is as long as {size}"
+                )
         text = "\n\n".join(texts_of(model, captions or spec["show"], length, how))
         if out is None:
             return text

@@ -28,7 +28,10 @@ def load(config: TrainConfig, spec: dict[str, Any] | None = None) -> tuple[Data,
     paths = [Path(name) for name in names]
     for path in paths:
         if not path.exists():
-            raise UserError(f"there is no file or folder {path} (and the data sets are digits, icons and stdlib)")
+            raise UserError(
+                f"there is no file or folder {path} (and the data sets are digits, icons and "
+                f"stdlib)"
+            )
     images = [image for path in paths if path.is_dir() for image in folder.find_images(path)]
     images += [path for path in paths if path.suffix.lower() in folder.SUFFIXES]
     if images:

@@ -62,9 +62,15 @@ class Training:
         self.step = 0
         torch.manual_seed(config.seed)
         self.shape = Shape(
-            depth=config.depth, width=config.width, heads=config.heads, dropout=config.dropout, **data.shape
+            depth=config.depth,
+            width=config.width,
+            heads=config.heads,
+            dropout=config.dropout,
+            **data.shape,
         )
-        self.model = Transformer(self.shape, execution=config.execution, streams=config.streams).to(self.device)
+        self.model = Transformer(self.shape, execution=config.execution, streams=config.streams).to(
+            self.device
+        )
         if config.compile:
             for module in self.model.modules():
                 if isinstance(module, Attention | FeedForward):
@@ -96,13 +102,17 @@ class Training:
 
     def tensors(self, batch: tuple[Array, Array]) -> tuple[Tensor, Tensor]:
         """A batch on the device."""
-        prefix, tokens = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in batch)
+        prefix, tokens = (
+            torch.from_numpy(array).to(self.device, non_blocking=True) for array in batch
+        )
         return prefix, tokens
 
     @contextmanager
     def precision(self) -> Iterator[None]:
         """The run's autocast."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"
+        ):
             yield
 
     def eager(self) -> AbstractContextManager[Any]:
@@ -116,7 +126,8 @@ class Training:
 
     def take_step(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         """One optimizer step; the loss before it."""
-        # Randomness that follows from the step alone needs no saving, and nothing between two steps can disturb it.
+        # Randomness that follows from the step alone needs no saving, and nothing between two steps
+        # can disturb it.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
@@ -144,7 +155,9 @@ class Training:
             batch = self.tensors(self.data.batch("held_out", part, np.zeros(len(part))))
             total += float(self.loss(*batch)) * len(part)
         found = {"held_out_bits": total / len(numbers)}
-        if self.config.streams == "float" or (self.config.streams == "auto" and self.config.dtype == "float32"):
+        if self.config.streams == "float" or (
+            self.config.streams == "auto" and self.config.dtype == "float32"
+        ):
             with self.precision():
                 found["reconstruction_error"] = reconstruction_error(self.model, *batch)
         self.model.train()
@@ -152,7 +165,9 @@ class Training:
 
     def log(self, row: dict[str, Any]) -> None:
         """Adds the step and its time to a row and writes it to metrics.jsonl, and for TensorBoard where asked."""
-        self.run.log({"step": self.step, "seconds": round(time.perf_counter() - self._start, 1)} | row)
+        self.run.log(
+            {"step": self.step, "seconds": round(time.perf_counter() - self._start, 1)} | row
+        )
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, self.step)
@@ -165,7 +180,9 @@ class Training:
     def check(self) -> None:
         """Raises where saving would replace what is good by weights that are not numbers."""
         if not self.is_finite():
-            advice = f"try a smaller --lr than {self.config.lr:g}. What was saved before is as it was."
+            advice = (
+                f"try a smaller --lr than {self.config.lr:g}. What was saved before is as it was."
+            )
             raise UserError(f"weights are not numbers any more at step {self.step}: {advice}")
 
     def save(self) -> None:
@@ -183,7 +200,9 @@ class Training:
         state = self.run.read_checkpoint(self.device)
         self.step = state["step"]
         if self.step >= self.config.steps:
-            raise UserError(f"{self.run.path} has taken all of its {self.step} steps: ask for more with --steps")
+            raise UserError(
+                f"{self.run.path} has taken all of its {self.step} steps: ask for more with --steps"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.forget_after(self.step)
@@ -203,14 +222,18 @@ def _board(run: Run) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--tensorboard needs its package: pip install 'revnet[tensorboard]'") from None
+        raise UserError(
+            "--tensorboard needs its package: pip install 'revnet[tensorboard]'"
+        ) from None
     return SummaryWriter(run.path / "tensorboard")
 
 
 T = TypeVar("T", bound=Training)
 
 
-def start(given: dict[str, Any], make: type[T], create: Callable[[str | None, str], Run] = Run.create) -> T:
+def start(
+    given: dict[str, Any], make: type[T], create: Callable[[str | None, str], Run] = Run.create
+) -> T:
     """A new training from the options that were `given`."""
     config = TrainConfig(**given)
     find_device(config.device)
@@ -221,11 +244,15 @@ def start(given: dict[str, Any], make: type[T], create: Callable[[str | None, st
     if config.memory:
         training.plan(new=True)
     run.write_json("data.json", data.spec)
-    run.write_json("config.json", asdict(config) | {"out": str(run.path), "shape": asdict(training.shape)})
+    run.write_json(
+        "config.json", asdict(config) | {"out": str(run.path), "shape": asdict(training.shape)}
+    )
     return training
 
 
-def resume(path: str, given: dict[str, Any], make: type[T], find: Callable[[str], Run] = Run.open) -> T:
+def resume(
+    path: str, given: dict[str, Any], make: type[T], find: Callable[[str], Run] = Run.open
+) -> T:
     """The training that was saved in a run's folder; the options `given` may change only what is not learned."""
     run = find(path)
     saved = run.read_json("config.json")
@@ -237,7 +264,9 @@ def resume(path: str, given: dict[str, Any], make: type[T], find: Callable[[str]
     spec = run.read_json("data.json")
     data, _ = sources.load(config, spec)
     if data.spec["fingerprint"] != spec["fingerprint"]:
-        raise UserError(f"the data of {path} has changed since it was started: {' '.join(config.data)}")
+        raise UserError(
+            f"the data of {path} has changed since it was started: {' '.join(config.data)}"
+        )
     training = make(config, data, run)
     training.resume()
     if config.memory:
@@ -259,7 +288,9 @@ def plan(training: Training, new: bool) -> None:
     x, keywords = training.model.embed(prefix, tokens[:, :-1])
     try:
         with training.precision():
-            found = revnet.plan(training.model.layers, x.detach(), training.config.memory, **keywords)
+            found = revnet.plan(
+                training.model.layers, x.detach(), training.config.memory, **keywords
+            )
     except (revnet.ReversibleError, ValueError) as error:
         raise UserError(f"--memory {training.config.memory}: {error}") from error
     training.model.layers.execution = found
@@ -285,9 +316,11 @@ def _train(given: dict[str, Any], resumed: str | None) -> int:
     with Display(config.steps, data.unit) as display, interruptible() as stop:
         parameters = sum(parameter.numel() for parameter in training.model.parameters())
         display.say(
-            f"[bold]{escape(data.name)}[/]: {data.counts['train']:,} examples, {data.counts['held_out']:,} held out. "
-            f"Depth {config.depth}, width {config.width}, {parameters:,} parameters on {training.device}. "
-            f"{f'From step {training.step}. ' if resumed else ''}Run folder [bold]{escape(str(run.path))}[/]."
+            f"[bold]{escape(data.name)}[/]: {data.counts['train']:,} examples, "
+            f"{data.counts['held_out']:,} held out. Depth {config.depth}, width {config.width}, "
+            f"{parameters:,} parameters on {training.device}. "
+            f"{f'From step {training.step}. ' if resumed else ''}Run folder "
+            f"[bold]{escape(str(run.path))}[/]."
         )
         memory = report.memory(training)
         if not resumed:
@@ -297,7 +330,8 @@ def _train(given: dict[str, Any], resumed: str | None) -> int:
         training.draw_loss()
         if stop():
             display.say(
-                f"Stopped at step {training.step}. Continue with: revnet train --resume {escape(str(run.path))}"
+                f"Stopped at step {training.step}. Continue with: revnet train --resume "
+                f"{escape(str(run.path))}"
             )
             return INTERRUPTED
     report.close(training, display, memory)
@@ -319,10 +353,14 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
             if step % LOG_EVERY == 0 or step == 1 or last:
                 bits = float(loss)
                 if not math.isfinite(bits):
-                    raise UserError(f"the loss is {bits} at step {step}: try a smaller --lr than {config.lr:g}")
+                    raise UserError(
+                        f"the loss is {bits} at step {step}: try a smaller --lr than {config.lr:g}"
+                    )
                 rate = tokens / (time.perf_counter() - since)
                 since, tokens = time.perf_counter(), 0
-                training.log({"bits": bits, "lr": training.learning_rate(), "tokens_per_second": round(rate)})
+                training.log(
+                    {"bits": bits, "lr": training.learning_rate(), "tokens_per_second": round(rate)}
+                )
                 display.step(step, bits, rate, last)
             if step % config.validate_every == 0 or last:
                 training.log(training.validate())
