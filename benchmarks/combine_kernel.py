@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revnet._monitor import RangeMonitor
-from revnet._streams import Fixed, Held
+from revnet._streams.fixed import Fixed, Held
+from revnet._streams.monitor import RangeMonitor
 
 FORMATS = (Fixed(), Fixed(37))
 # value, increment: fp32 streams under bf16 autocast; pure bf16; pure fp32.

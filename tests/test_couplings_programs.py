@@ -27,8 +27,8 @@ from revnet import (
     ReversibleSequence,
     Step,
 )
-from revnet._buffer import Remembering, divide, multiply
-from revnet._monitor import RangeMonitor
+from revnet._streams.buffer import BufferedStream, divide, multiply
+from revnet._streams.monitor import RangeMonitor
 
 KINDS = ["float", "fixed"]
 
@@ -533,7 +533,7 @@ def test_multiplying_integers_loses_nothing(
     assert held.stream.value[0].isnan()
     for (scale, least), before in zip(reversed(scales), reversed(befores), strict=True):
         held = divide(held, scale, least, fixed)
-        assert isinstance(held, Remembering) == isinstance(before, Remembering)
+        assert isinstance(held, BufferedStream) == isinstance(before, BufferedStream)
         for a, b in zip(pytree.tree_leaves(held), pytree.tree_leaves(before), strict=True):
             assert torch.equal(a[1:], b[1:])
     assert held.residual.equal(start.residual)

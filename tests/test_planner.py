@@ -42,8 +42,8 @@ from revnet import (
     measure_memory,
     plan,
 )
-from revnet._execution import format_bytes, parse_bytes
-from revnet._solver import Chain, Cost, minimum, simulate, solve
+from revnet._planning.solver import Chain, Cost, minimum, simulate, solve
+from revnet._sizes import format_bytes, parse_bytes
 
 EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
 BUDGETS = ["minimum", "3%", "10%", "20%", "35%", "50%", "70%", "90%", "stored"]
@@ -172,7 +172,7 @@ def test_a_hurried_search_loses_little(seed: int, monkeypatch: pytest.MonkeyPatc
         budget = round(least + share * (stored - least))
         found = []
         for effort in (10**6, 1):
-            monkeypatch.setattr("revnet._solver._EFFORT", effort)
+            monkeypatch.setattr("revnet._planning.solver._EFFORT", effort)
             found.append(solve(chain, budget))
         thorough, hurried = found
         assert hurried.peak <= budget

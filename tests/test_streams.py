@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from revnet import _streams
-from revnet._monitor import RangeMonitor
-from revnet._streams import (
+from revnet._streams.fixed import (
     Fixed,
     Float,
     Held,
@@ -31,6 +30,7 @@ from revnet._streams import (
     fixed_add,
     fixed_encode,
 )
+from revnet._streams.monitor import RangeMonitor
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
 # Function.

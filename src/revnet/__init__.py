@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from ._couplings import Leapfrog as Leapfrog
     from ._couplings import Midpoint as Midpoint
     from ._couplings import Momentum as Momentum
-    from ._decisions import remember as remember
     from ._errors import ReversibleError as ReversibleError
-    from ._execution import Plan as Plan
     from ._memory import MemoryReport as MemoryReport
     from ._memory import measure_memory as measure_memory
-    from ._planner import plan as plan
+    from ._plan import Plan as Plan
+    from ._planning.planner import plan as plan
     from ._program import Reversible as Reversible
-    from ._replay import Deterministic as Deterministic
     from ._routing import route_args as route_args
     from ._sequence import ReversibleBlock as ReversibleBlock
     from ._sequence import ReversibleSequence as ReversibleSequence
     from ._sequence import SequentialSequence as SequentialSequence
-    from ._steps import Step as Step
-    from ._streams import Fixed as Fixed
-    from ._streams import Float as Float
+    from ._state.call_state import Deterministic as Deterministic
+    from ._state.decisions import remember as remember
+    from ._step import Step as Step
+    from ._streams.fixed import Fixed as Fixed
+    from ._streams.fixed import Float as Float
 
 # Loaded on first use, so that `revnet --help` does not wait for what it does not need.
 _MODULES = {
@@ -33,23 +33,23 @@ _MODULES = {
     "Affine": "_couplings",
     "Bijection": "_couplings",
     "Coupling": "_couplings",
-    "Deterministic": "_replay",
-    "Fixed": "_streams",
-    "Float": "_streams",
+    "Deterministic": "_state.call_state",
+    "Fixed": "_streams.fixed",
+    "Float": "_streams.fixed",
     "Leapfrog": "_couplings",
     "MemoryReport": "_memory",
     "Midpoint": "_couplings",
     "Momentum": "_couplings",
-    "Plan": "_execution",
+    "Plan": "_plan",
     "Reversible": "_program",
     "ReversibleBlock": "_sequence",
     "ReversibleError": "_errors",
     "ReversibleSequence": "_sequence",
     "SequentialSequence": "_sequence",
-    "Step": "_steps",
+    "Step": "_step",
     "measure_memory": "_memory",
-    "plan": "_planner",
-    "remember": "_decisions",
+    "plan": "_planning.planner",
+    "remember": "_state.decisions",
     "route_args": "_routing",
 }
 

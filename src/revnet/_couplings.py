@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._trees import tree_map
+
 
 class Coupling(nn.Module):
     """How a step updates its target stream with the output of its branch, and how that is undone.
@@ -322,29 +324,6 @@ def _scaled(target: Any, scale: Any, apply: Callable[[Tensor, Any], Tensor]) -> 
 def _number(fraction: Fraction) -> float:
     # What float(fraction) is, which torch 2.11 cannot trace.
     return fraction.numerator / fraction.denominator
-
-
-def tree_map(fn: Any, tree: Any, *rest: Any) -> Any:
-    """`fn` over the tensors of equally structured trees; the usual tree, one tensor, costs nothing extra."""
-    if isinstance(tree, Tensor):
-        return fn(tree, *rest)
-    return pytree.tree_map(fn, tree, *rest)
-
-
-def tree_unzip(fn: Any, tree: Any, *rest: Any) -> tuple[Any, ...]:
-    """The trees of first, second ... members of the tuples that `fn` gives for each tensor of `tree`."""
-    if isinstance(tree, Tensor):
-        return tuple(fn(tree, *rest))
-    leaves, spec = pytree.tree_flatten(tree)
-    found = [fn(*leaves) for leaves in zip(leaves, *map(pytree.tree_leaves, rest), strict=True)]
-    return tuple(pytree.tree_unflatten(list(members), spec) for members in zip(*found, strict=True))
-
-
-def tree_leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return pytree.tree_leaves(tree)
 
 
 def fitting(target: Any, out: Any) -> Any:

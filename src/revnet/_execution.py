@@ -1,242 +1,62 @@
-"""How each step is executed: what stays of it until backward. Plans are executions that fit a budget."""
+"""How each step is executed: what stays of it until backward, and how its target comes back."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from ._errors import ReversibleError
-
-EXECUTIONS = ("store", "select", "checkpoint", "offload", "invert")
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
-_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+from dataclasses import dataclass
 
 
-def parse_bytes(size: int | float | str) -> int:
-    """The number of bytes that `size` says: a number, or text such as "8GiB" or "1.5 GB".
-
-    Raises:
-        ValueError: text that is no size, or a number that is negative or no number.
-    """
-    if isinstance(size, str):
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", size)
-        unit = _UNITS.get(match[2].upper()) if match else None
-        if match is None or unit is None:
-            raise ValueError(
-                f"{size!r} is not a size: write bytes, or a number and a unit, as in '8GiB' or "
-                f"'800 MB'"
-            )
-        size = float(match[1]) * unit
-    if not math.isfinite(size) or size < 0:
-        raise ValueError(f"{size!r} is not a size: a number of bytes is finite and not negative")
-    return int(size)
-
-
-def format_bytes(size: int) -> str:
-    """`size` in the largest binary unit of which it has at least one."""
-    amount, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(amount) < 1024:
-            break
-        amount, unit = amount / 1024, larger
-    return f"{size} B" if unit == "B" else f"{amount:.2f} {unit}"
-
-
-@dataclass(frozen=True, repr=False)
-class Plan:
-    """One execution per step, chosen for a memory budget by `revnet.plan`, with what it is predicted to cost.
+@dataclass(frozen=True)
+class Execution:
+    """One way to execute a step.
 
     Attributes:
-        executions: per step of the sequence, in order.
-        names: per step, the block and branch.
-        kept_bytes: per step, what stays of it on the device from its forward to its backward. A
-            stream tensor that several steps keep counts for the first of them.
-        peak_bytes: predicted peak of one forward and backward, above what was held before.
-        seconds: predicted time of one forward and backward.
-        stored_seconds: the same for stored execution.
-        budget: bytes that were asked for.
-        shape, dtype, device: of the input that the plan was made for.
-        estimated: whether times follow from counts of floating-point operations, not from
-            measurements.
+        name: what users call it.
+        rebuilds: whether backward evaluates the branch again, so that its activations are freed.
+        keeps_results: keep the results of matrix products and attention, and replay the rest.
+        keeps_target: keep the target stream instead of undoing the step.
+        on_host: keep that target in pinned host memory.
+        prefetch: how many steps ahead of backward a target starts on its way from the host.
     """
 
-    executions: tuple[str, ...]
-    names: tuple[str, ...]
-    kept_bytes: tuple[int, ...]
-    peak_bytes: int
-    seconds: float
-    stored_seconds: float
-    budget: int
-    shape: tuple[int, ...]
-    dtype: str
-    device: str
-    estimated: bool = False
-
-    @property
-    def slowdown(self) -> float:
-        """Predicted time relative to stored execution."""
-        return self.seconds / self.stored_seconds if self.stored_seconds else 1.0
-
-    def check_input(self, x: Tensor) -> None:
-        """Raise unless `x` needs no more memory than the input that the plan was made for.
-
-        Raises:
-            ReversibleError: `x` is larger in some dimension, has another number of them, or a wider
-                dtype.
-        """
-        wider = x.element_size() > getattr(torch, self.dtype).itemsize
-        if (
-            wider
-            or x.dim() != len(self.shape)
-            or any(n > limit for n, limit in zip(x.shape, self.shape, strict=True))
-        ):
-            raise ReversibleError(
-                f"the input is {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, larger than "
-                f"{self.shape} {self.dtype}, for which the plan of {format_bytes(self.budget)} was "
-                f"made. Make a plan with this input: net.execution = revnet.plan(net, x, budget)."
-            )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to `path` as JSON, entirely or not at all."""
-        path = Path(path)
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """The plan that `save` wrote to `path`.
-
-        Raises:
-            ValueError: the file holds something else.
-        """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if found.pop("format", None) != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT!r}")
-            fields: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in found.items()
-            }
-            loaded = cls(**fields)
-            loaded._check()
-            return loaded
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a plan: {error}") from error
-
-    def _check(self) -> None:
-        """Raise unless all fields are of their types and lengths; data alone can do no harm, but can be wrong."""
-        texts = *self.executions, *self.names, self.dtype, self.device
-        counts = *self.kept_bytes, *self.shape, self.peak_bytes, self.budget
-        times = self.seconds, self.stored_seconds
-        lists = self.executions, self.names, self.kept_bytes, self.shape
-        fields = (
-            (lists, (tuple,)),
-            (texts, (str,)),
-            (counts, (int,)),
-            (times, (int, float)),
-            ((self.estimated,), (bool,)),
-        )
-        for values, types in fields:
-            if not all(type(value) in types for value in values):
-                raise ValueError("a field is of another type")
-        if not all(0 <= number < math.inf for number in (*counts, *times)):
-            raise ValueError("a number is negative, infinite or none")
-        if not len(resolve(self.executions, len(self.names))) == len(self.kept_bytes) > 0:
-            raise ValueError("executions, names and kept_bytes differ in length, or are empty")
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype {self.dtype!r} is none of torch's floating-point types")
-
-    def __repr__(self) -> str:
-        return (
-            f"Plan({len(self.executions)} steps, {format_bytes(self.peak_bytes)} of "
-            f"{format_bytes(self.budget)}, {self.slowdown:.3f} × stored)"
-        )
-
-    def __str__(self) -> str:
-        """A table: the figures, then for each run of steps what is kept."""
-        source = "estimated from FLOPs" if self.estimated else "measured"
-        lines = [
-            f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: "
-            f"{len(self.executions)} steps",
-            f"budget          {format_bytes(self.budget):>12}",
-            f"predicted peak  {format_bytes(self.peak_bytes):>12}",
-            f"predicted time  {f'{1000 * self.seconds:.3g} ms':>12}   {self.slowdown:.3f} × stored "
-            f"({source})",
-        ]
-        lines += ["", f"{'steps':<28}{'execution':<12}{'kept per step':>14}{'kept in all':>14}"]
-        for steps, execution, kept in self._rows():
-            each = "–" if len(set(kept)) > 1 else format_bytes(kept[0])
-            lines.append(f"{steps:<28}{execution:<12}{each:>14}{format_bytes(sum(kept)):>14}")
-        return "\n".join(lines)
-
-    def _rows(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Runs of blocks that are executed alike, a row for each of their branches."""
-        steps = list(zip(self.names, self.executions, self.kept_bytes, strict=True))
-        blocks = [
-            list(block) for _, block in groupby(steps, key=lambda step: _NUMBER.findall(step[0]))
-        ]
-        rows = []
-        for _alike, run in groupby(
-            blocks, key=lambda block: [(_NUMBER.sub("", name), how) for name, how, _ in block]
-        ):
-            for branch in zip(*run, strict=True):
-                names, executions, kept = zip(*branch, strict=True)
-                numbers = [
-                    number for name in (names[0], names[-1]) for number in _NUMBER.findall(name)[:1]
-                ]
-                rows.append(
-                    (_NUMBER.sub("–".join(dict.fromkeys(numbers)), names[0]), executions[0], kept)
-                )
-        return rows
+    name: str
+    rebuilds: bool = True
+    keeps_results: bool = False
+    keeps_target: bool = False
+    on_host: bool = False
+    prefetch: int = 0
 
 
-_FORMAT = "revnet plan 1"
-_NUMBER = re.compile(r"[0-9]+")
+STORE = Execution("store", rebuilds=False)
+OFFLOAD = Execution("offload", keeps_target=True, on_host=True, prefetch=2)
+
+_BY_NAME = {
+    execution.name: execution
+    for execution in (
+        STORE,
+        Execution("select", keeps_results=True),
+        Execution("checkpoint", keeps_target=True),
+        OFFLOAD,
+        Execution("invert"),
+    )
+}
+EXECUTIONS = tuple(_BY_NAME)
 
 
 def resolve(
-    execution: str | Sequence[str] | Plan, steps: int, allowed: Sequence[str] = EXECUTIONS
-) -> list[str]:
-    """One execution per step.
+    execution: str | Sequence[str], steps: int, allowed: Sequence[str] = EXECUTIONS
+) -> list[Execution]:
+    """Return one execution per step.
 
     Args:
-        execution: the name of one for all steps, one name per step, or a plan.
+        execution: the name of one for all steps, or one name per step.
         steps: number of steps.
         allowed: the names that may be given.
 
     Raises:
         ValueError: a name is unknown here, or the number of names is not the number of steps.
     """
-    if isinstance(execution, Plan):
-        names = list(execution.executions)
-        if len(names) != steps:
-            raise ValueError(
-                f"the plan was made for {len(names)} steps, but this sequence has {steps}: a plan "
-                f"fits one depth. Make one with revnet.plan(net, x, budget)."
-            )
-    else:
-        names = [execution] * steps if isinstance(execution, str) else list(execution)
+    names = [execution] * steps if isinstance(execution, str) else list(execution)
     for name in names:
         if name not in allowed:
             raise ValueError(f"execution {name!r} is not one of {', '.join(map(repr, allowed))}")
@@ -244,4 +64,4 @@ def resolve(
         raise ValueError(
             f"execution names {len(names)} steps, but there are {steps}: two per block, f before g"
         )
-    return names
+    return [_BY_NAME[name] for name in names]

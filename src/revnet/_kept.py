@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._errors import ReversibleError
-from ._replay import RandomState, modules_of
+from ._state.call_state import RandomState, modules_of
 
 
 class _Keep(torch.autograd.Function):
@@ -230,7 +230,7 @@ def unrecorded(results: Results) -> Iterator[None]:
         results.paused = paused
 
 
-class Recording(TorchDispatchMode):
+class RecordResults(TorchDispatchMode):
     """Runs a branch and keeps results."""
 
     def __init__(self, results: Results, devices: Sequence[torch.device]) -> None:
@@ -287,7 +287,7 @@ def arguments(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-class Playing(TorchDispatchMode):
+class ReplayResults(TorchDispatchMode):
     """Runs a branch again with the kept results in place of its expensive operations."""
 
     def __init__(self, results: Results, name: str) -> None:

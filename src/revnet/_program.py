@@ -11,21 +11,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ._couplings import tree_leaves
+from ._compiled.function import active, outside, run_traced
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
-from ._execution import EXECUTIONS, Plan, resolve
-from ._monitor import OutOfRange, RangeMonitor
-from ._replay import LOW_PRECISION, cast_to_low_precision
+from ._execution import EXECUTIONS, resolve
+from ._plan import Plan
 from ._routing import check_keywords
-from ._steps import FixedArithmetic, FloatArithmetic, Part, Step, undo
-from ._streams import Fixed, Float, fitting_fraction_bits
-from ._traced import active, outside, run_traced
+from ._state.call_state import LOW_PRECISION, cast_to_low_precision
+from ._step import BoundStep, Step
+from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
+from ._streams.fixed import Fixed, Float, fitting_fraction_bits
+from ._streams.monitor import OutOfRange, RangeMonitor
+from ._trees import tree_leaves
 
 Execution = str | Sequence[str] | Plan
 Streams = str | Fixed | Float
 # The steps of one pass, each with its index in the program: some may be left out.
-Parts = Sequence[tuple[int, Part]]
+BoundSteps = Sequence[tuple[int, BoundStep]]
 
 
 class Program(nn.Module):
@@ -58,21 +60,21 @@ class Program(nn.Module):
         self._monitor = RangeMonitor()
         self.execution = execution
 
-    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
+    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
         """The steps of one pass, after a look at what it is given."""
         raise NotImplementedError
 
     @property
-    def _draws(self) -> bool:
+    def _random_depth(self) -> bool:
         """Whether the steps of a pass are drawn at random."""
         return False
 
     @property
-    def _doors(self) -> Sequence[nn.Module]:
+    def _called_blocks(self) -> Sequence[nn.Module]:
         """Modules that a pass enters by their `__call__`."""
         return ()
 
-    def _through(self, call: Call, parts: Parts) -> Sequence[Any]:
+    def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
         """Apply the steps to the streams of a call; returns the streams, if not as the last step left them."""
         for index, part in parts:
             call.step(index, part)
@@ -81,7 +83,7 @@ class Program(nn.Module):
     def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The streams after one pass, followed by a dict of the branches' extra outputs if there are any."""
         again = partial(self._run, streams, kwargs)
-        if self._draws and torch.compiler.is_dynamo_compiling():
+        if self._random_depth and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
         parts = self._parts(streams, kwargs)
         leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
@@ -90,10 +92,18 @@ class Program(nn.Module):
         if active():
             obstacle = ""
             if self._options.context_fn is not None or self._options.determinism_check == "exact":
-                obstacle = "context_fn and determinism_check='exact' take effect only in engine replays"
+                obstacle = (
+                    "context_fn and determinism_check='exact' take effect only in engine replays"
+                )
             return tuple(
                 run_traced(
-                    parts, streams, arithmetic, self._executions, again, self._doors, obstacle
+                    parts,
+                    streams,
+                    arithmetic,
+                    self._executions,
+                    again,
+                    self._called_blocks,
+                    obstacle,
                 )
             )
         with Call(streams, arithmetic, self._options, self._executions) as call:
@@ -101,7 +111,7 @@ class Program(nn.Module):
             self._monitor.flush()
             return (*outputs, call.aux) if call.aux else outputs
 
-    def _undo(self, streams: Sequence[Any], parts: Parts) -> tuple[Any, ...]:
+    def _undo(self, streams: Sequence[Any], parts: BoundSteps) -> tuple[Any, ...]:
         """The streams before the steps, from those after them."""
         found = list(streams)
         for _, part in reversed(parts):
@@ -130,7 +140,7 @@ class Program(nn.Module):
         # One stream in low precision is enough for wrong gradients.
         low = any(leaf.dtype in LOW_PRECISION for leaf in leaves)
         low = low or torch.is_autocast_enabled(leaves[0].device.type)
-        low = low or (not active() and cast_to_low_precision(self._doors))
+        low = low or (not active() and cast_to_low_precision(self._called_blocks))
         return (
             Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
         )
@@ -187,7 +197,8 @@ class Program(nn.Module):
 
     @execution.setter
     def execution(self, execution: Execution) -> None:
-        self._executions = resolve(execution, self._count, self._allowed)
+        names = execution.for_steps(self._count) if isinstance(execution, Plan) else execution
+        self._executions = resolve(names, self._count, self._allowed)
         self._execution = execution
 
     def extra_repr(self) -> str:
@@ -286,7 +297,7 @@ class Reversible(Program):
         """
         return self._undo(streams, self._parts(streams, kwargs))
 
-    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
+    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
         if len(streams) < self._width:
             raise ValueError(f"got {len(streams)} streams, but the steps refer to {self._width}")
         if not any(map(tree_leaves, streams)):
@@ -302,7 +313,7 @@ class Reversible(Program):
             step = steps[place]
             keywords = {key: value for key, value in routed.items() if self.args_route[key][i]}
             parts.append(
-                (i, Part(f"step {i}", step, step.coupling, step.target, step.source, keywords))
+                (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, keywords))
             )
         return parts
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
+from ._compiled.function import active
+from ._compiled.purity import hooked
 from ._couplings import Additive
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn
 from ._execution import EXECUTIONS
-from ._inspect import hooked
-from ._program import Execution, Parts, Program, Streams, check_stream
+from ._program import BoundSteps, Execution, Program, Streams, check_stream
 from ._routing import Routes, check_keywords, check_routes, route_args
-from ._steps import Part
-from ._traced import active
+from ._step import BoundStep
 
 _ADDITIVE = Additive()
 
@@ -29,14 +29,14 @@ def _residual(
     first: int = 0,
     name: str = "",
     updates: tuple[int, int] = (0, 1),
-) -> Parts:
+) -> BoundSteps:
     """The steps of a block, counted from `first`: each branch updates one stream and reads the other."""
     f, g = branches
     f_args, g_args = keywords
     a, b = updates
     return [
-        (first, Part(f"{name}branch f", f, _ADDITIVE, a, (b,), dict(f_args))),
-        (first + 1, Part(f"{name}branch g", g, _ADDITIVE, b, (a,), dict(g_args))),
+        (first, BoundStep(f"{name}branch f", f, _ADDITIVE, a, (b,), dict(f_args))),
+        (first + 1, BoundStep(f"{name}branch g", g, _ADDITIVE, b, (a,), dict(g_args))),
     ]
 
 
@@ -99,7 +99,7 @@ class ReversibleBlock(Program):
         x1, x2 = self._undo((y1, y2), self._parts((y1, y2), {"f_args": f_args, "g_args": g_args}))
         return x1, x2
 
-    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> Parts:
+    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
         _check_streams(*streams)
         return _residual((self.f, self.g), (kwargs.get("f_args", {}), kwargs.get("g_args", {})))
 
@@ -154,23 +154,23 @@ class _Blocks(Program):
         streams: Sequence[Any],
         kwargs: Mapping[str, Any],
         dropped: Collection[int] | None = None,
-    ) -> Parts:
+    ) -> BoundSteps:
         check_keywords(self.args_route, kwargs)
         routed = route_args(self.args_route, kwargs, self._depth)
         if dropped is None:
             dropped = self._dropped()
-        parts: list[tuple[int, Part]] = []
+        parts: list[tuple[int, BoundStep]] = []
         for i, (branches, keywords) in enumerate(zip(self._branches, routed, strict=True)):
             if i not in dropped:
                 parts += _residual(branches, keywords, 2 * i, f"{self._name} {i}, ", self._updates)
         return parts
 
     @property
-    def _draws(self) -> bool:
+    def _random_depth(self) -> bool:
         return self.training and self.layer_dropout > 0.0
 
     def _dropped(self) -> Collection[int]:
-        if not self._draws:
+        if not self._random_depth:
             return ()
         draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
@@ -311,11 +311,11 @@ class ReversibleSequence(_Blocks):
         return [(block.f, block.g) for block in cast(Iterable[ReversibleBlock], self.blocks)]
 
     @property
-    def _doors(self) -> Sequence[nn.Module]:
+    def _called_blocks(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
-    def _through(self, call: Call, parts: Parts) -> Sequence[Any]:
-        doors, streams = self._doors, ()
+    def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
+        doors, streams = self._called_blocks, ()
         for i in range(0, len(parts), 2):
             block = parts[i : i + 2]
             (first, f), (_, g) = block

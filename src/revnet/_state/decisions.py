@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from ._errors import ReversibleError
+from .._errors import ReversibleError
 
 
 class _Active(threading.local):

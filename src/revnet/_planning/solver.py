@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ._engine import _PREFETCH
+from .._execution import OFFLOAD
 
 # Ways that a search may follow, over all steps.
 _EFFORT = 100_000
@@ -145,7 +145,7 @@ def _move(
     if execution == "offload":
         # It is back while backward is in one of the steps above, whichever that is.
         need = max(cost.peak for kind in chain.kinds for cost in kind.values())
-        need += _PREFETCH * chain.size(chain.streams(target))
+        need += OFFLOAD.prefetch * chain.size(chain.streams(target))
     more = marked + cost.own + chain.size(cost.keeps & ~kept)
     after = _State((kept | cost.keeps) & ~chain.streams(target), place)
     return _Move(execution, after, more, need, cost.time)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._monitor import RangeMonitor, is_fake, key_of
+from .monitor import RangeMonitor, is_fake, key_of
 
 # Magnitudes below 2^39 units: what a float32 of 24 and a bfloat16 of 8 significant bits leave over
 # then fits 16 and 32 bits. Formats whose units are finer than 2^-24 keep 15 integer bits, and leave
@@ -360,7 +360,7 @@ def _fusible(tensors: Iterable[Tensor]) -> bool:
 @cache
 def _launcher() -> Callable[..., bool] | None:
     try:
-        from ._kernels import launch
+        from .cuda import launch
     except ImportError:
         return None
     return launch

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._couplings import tree_map, tree_unzip
-from ._monitor import RangeMonitor
-from ._streams import Fixed, Held
+from .._trees import tree_map, tree_unzip
+from .fixed import Fixed, Held
+from .monitor import RangeMonitor
 
 # The denominator of factors that are tensors, and what a buffer may hold.
 _DENOMINATOR = 2**24
@@ -41,7 +41,7 @@ class _Past:
 
 
 @dataclass(eq=False, frozen=True)
-class Remembering:
+class BufferedStream:
     """A held stream that was multiplied: the stream, a buffer for each number, and the buffers that are full."""
 
     stream: Held
@@ -49,28 +49,30 @@ class Remembering:
     full: list[Any]
     past: _Past | None
 
-    def map(self, fn: Callable[[Any], Any], value: Any) -> Remembering:
+    def map(self, fn: Callable[[Any], Any], value: Any) -> BufferedStream:
         """The same with another value, and `fn` of each tree of integers."""
         full = [fn(buffer) for buffer in self.full]
-        return Remembering(Held(value, fn(self.stream.residual)), fn(self.buffer), full, self.past)
+        return BufferedStream(
+            Held(value, fn(self.stream.residual)), fn(self.buffer), full, self.past
+        )
 
 
-def _unflatten(children: Any, past: Any) -> Remembering:
+def _unflatten(children: Any, past: Any) -> BufferedStream:
     stream, buffer, full = children
-    return Remembering(stream, buffer, full, past)
+    return BufferedStream(stream, buffer, full, past)
 
 
 pytree.register_pytree_node(
-    Remembering,
+    BufferedStream,
     lambda held: ([held.stream, held.buffer, held.full], held.past),
     _unflatten,
-    serialized_type_name="revnet._buffer.Remembering",
+    serialized_type_name="revnet._buffer.BufferedStream",
 )
 
 
 def multiply(
     held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int
-) -> Remembering:
+) -> BufferedStream:
     """A held stream times `scale`.
 
     Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by
@@ -84,8 +86,8 @@ def multiply(
         monitor: told where a product leaves the range, or a factor its bounds; `step` is the number
             it reports.
     """
-    if not isinstance(held, Remembering):
-        held = Remembering(held, tree_map(_empty, held.residual), [], None)
+    if not isinstance(held, BufferedStream):
+        held = BufferedStream(held, tree_map(_empty, held.residual), [], None)
     numerators, denominator, least = _ratio(scale, least)
     bound, buffer, full = 0 if held.past is None else held.past.bound, held.buffer, held.full
     begun = _after(bound, least, denominator) > _LARGEST
@@ -106,12 +108,12 @@ def multiply(
         return fixed.held(count, known & inside, stream.value.dtype), buffer
 
     stream, buffer = _over(times, numerators, held.stream, buffer)
-    return Remembering(
+    return BufferedStream(
         stream, buffer, full, _Past(_after(bound, least, denominator), begun, held.past)
     )
 
 
-def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
+def divide(held: BufferedStream, scale: Any, least: Any, fixed: Fixed) -> Any:
     """What `multiply` was given."""
     numerators, denominator, least = _ratio(scale, least)
 
@@ -126,7 +128,7 @@ def divide(held: Remembering, scale: Any, least: Any, fixed: Fixed) -> Any:
     assert past is not None, "divided more often than multiplied"
     if past.begun:
         *full, buffer = full
-    return stream if past.before is None else Remembering(stream, buffer, full, past.before)
+    return stream if past.before is None else BufferedStream(stream, buffer, full, past.before)
 
 
 def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:

@@ -12,7 +12,7 @@ from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
 from torch.utils import _pytree as pytree
 
-from ._inspect import forget, reason
+from .purity import forget, reason
 
 _found: list[str] = []
 _told: list[bool] = []

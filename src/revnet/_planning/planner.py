@@ -19,11 +19,12 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 
-from ._errors import ReversibleError
-from ._execution import Plan, format_bytes, parse_bytes
-from ._program import Program
-from ._rehearsal import Rehearsal, rehearsing
-from ._solver import Solution, minimum, simulate, solve
+from .._errors import ReversibleError
+from .._plan import Plan
+from .._program import Program
+from .._sizes import format_bytes, parse_bytes
+from .costs import Rehearsal, rehearsing
+from .solver import Solution, minimum, simulate, solve
 
 Budget = int | str | None
 

@@ -1,83 +1,21 @@
-"""The primitive: one lifting step, and what it does to streams as they are held."""
+"""What a step does to streams as they are held, and how that is undone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from ._buffer import Remembering, divide, multiply
-from ._couplings import Additive, Coupling, fitting, tree_map, tree_unzip
-from ._errors import ReversibleError
-from ._monitor import RangeMonitor
-from ._streams import Fixed, Held, fixed_add, fixed_encode, straight_through
-
-
-class Step(nn.Module):
-    """`streams[target] = coupling.combine(streams[target], fn(*streams[source], **kwargs))`.
-
-    Args:
-        fn: the branch: a module (or any callable) that reads the source streams and returns the
-            update of the target, or `(update, aux)`. It must not change its inputs in place. None
-            hands on the source itself (nothing, where there is none).
-        target: index of the stream that is updated.
-        source: index of the stream that `fn` reads, or several; by default stream 1, and none where
-            `fn` is None. A step that reads its target cannot be undone, and keeps it.
-        coupling: the rule of the update; `Additive()` by default.
-    """
-
-    def __init__(
-        self,
-        fn: Callable[..., Any] | None,
-        target: int = 0,
-        source: int | Sequence[int] | None = None,
-        coupling: Coupling | None = None,
-    ) -> None:
-        super().__init__()
-        if source is None:
-            source = () if fn is None else 1
-        self.fn = fn
-        self.target = target
-        self.source = (source,) if isinstance(source, int) else tuple(source)
-        self.coupling = Additive() if coupling is None else coupling
-        if fn is not None and not callable(fn):
-            raise TypeError(
-                f"Step: fn is {type(fn).__name__}, but a branch is a module or another callable"
-            )
-        if not isinstance(self.coupling, Coupling):
-            raise TypeError(
-                f"Step: coupling is {self.coupling!r}, which is not a Coupling: did you leave out "
-                f"the ()?"
-            )
-        if min((target, *self.source)) < 0:
-            raise ValueError(
-                f"Step: target {target}, source {self.source}: streams are counted from 0"
-            )
-
-    def forward(self, *sources: Any, **kwargs: Any) -> Any:
-        """The output of the branch as the coupling takes it."""
-        if self.fn is not None:
-            return self.coupling.receive(self.fn(*sources, **kwargs))
-        return sources[0] if sources else None
-
-    def extra_repr(self) -> str:
-        return f"target={self.target}, source={self.source}"
-
-
-class Part(NamedTuple):
-    """A step of one call: `streams[target] = coupling.combine(streams[target], fn(*streams[source], **kwargs))`."""
-
-    name: str
-    fn: Any
-    coupling: Coupling
-    target: int
-    source: tuple[int, ...]
-    kwargs: dict[str, Any]
-
+from .._couplings import Coupling, fitting
+from .._errors import ReversibleError
+from .._step import branch_output
+from .._trees import tree_map, tree_unzip
+from .buffer import BufferedStream, divide, multiply
+from .fixed import Fixed, Held, fixed_add, fixed_encode, straight_through
+from .monitor import RangeMonitor
 
 # A stream under way is a pair: its value, which branches read and gradients flow through, and how
 # it is held.
@@ -90,7 +28,7 @@ class FloatArithmetic:
     # Whether what is undone comes back in every bit.
     exact = False
 
-    def open(self, value: Any) -> Stream:
+    def encode(self, value: Any) -> Stream:
         """The stream that starts as `value`; differentiable."""
         return value, value
 
@@ -129,7 +67,7 @@ class FixedArithmetic:
         self.fixed = fixed
         self.monitor = monitor
 
-    def open(self, value: Any, index: int = -1) -> Stream:
+    def encode(self, value: Any, index: int = -1) -> Stream:
         held = Held(
             *tree_unzip(lambda leaf: fixed_encode(leaf, self.fixed, self.monitor, index), value)
         )
@@ -153,7 +91,7 @@ class FixedArithmetic:
         # numbers.
         like = coupling.combine(value, out)
         if not self.undoes(coupling):
-            return self.open(like, index)
+            return self.encode(like, index)
         with torch.no_grad():
             if coupling.rearranges:
                 return like, _moved(held, lambda part: coupling.combine(part, out), like)
@@ -199,20 +137,6 @@ def undo(
     streams[target] = coupling.invert(streams[target], branch_output(out, streams[target])[0])
 
 
-def branch_output(out: Any, target: Any) -> tuple[Any, Any]:
-    """What a branch returned, as `(update, aux)`; aux is None where there is none.
-
-    A pair is `(update, aux)` unless the target itself is one.
-    """
-    if not isinstance(out, tuple) or len(out) != 2:
-        return out, None
-    if not isinstance(target, Tensor) and pytree.tree_structure(out) == pytree.tree_structure(
-        target
-    ):
-        return out, None
-    return out
-
-
 class _Valued(torch.autograd.Function):
     """The second of two tensors of equal shape, with the gradient of the first."""
 
@@ -232,7 +156,7 @@ class _Valued(torch.autograd.Function):
 
 
 def _stream(held: Any) -> Held:
-    stream: Held = held.stream if isinstance(held, Remembering) else held
+    stream: Held = held.stream if isinstance(held, BufferedStream) else held
     return stream
 
 
@@ -246,11 +170,13 @@ def _added(held: Any, value: Any, increment: Any, add: Callable[[Held, Tensor], 
             increment,
         )
     )
-    return replace(held, stream=stream) if isinstance(held, Remembering) else stream
+    return replace(held, stream=stream) if isinstance(held, BufferedStream) else stream
 
 
 def _moved(held: Any, move: Callable[[Any], Any], value: Any) -> Any:
     """Held, read as this value, its integers moved likewise."""
     return (
-        held.map(move, value) if isinstance(held, Remembering) else Held(value, move(held.residual))
+        held.map(move, value)
+        if isinstance(held, BufferedStream)
+        else Held(value, move(held.residual))
     )

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
-from ._buffer import Remembering
-from ._couplings import fitting
-from ._errors import ReversibleError
-from ._inspect import hooked, inspecting, reason
-from ._monitor import RangeMonitor
-from ._steps import FixedArithmetic, FloatArithmetic, Part, Stream, branch_output
-from ._streams import Fixed, Held, fixed_add
+from .._couplings import fitting
+from .._errors import ReversibleError
+from .._execution import Execution
+from .._step import BoundStep, branch_output
+from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._streams.buffer import BufferedStream
+from .._streams.fixed import Fixed, Held, fixed_add
+from .._streams.monitor import RangeMonitor
+from .purity import hooked, inspecting, reason
 
 Arithmetic = FloatArithmetic | FixedArithmetic
 
@@ -43,10 +45,10 @@ def active() -> bool:
 
 
 def run_traced(
-    parts: Sequence[tuple[int, Part]],
+    parts: Sequence[tuple[int, BoundStep]],
     streams: Sequence[Any],
     arithmetic: Arithmetic,
-    executions: Sequence[str],
+    executions: Sequence[Execution],
     engine: Callable[[], Any],
     blocks: Sequence[nn.Module] = (),
     obstacle: str = "",
@@ -66,7 +68,7 @@ def run_traced(
     if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
         arithmetic = FixedArithmetic(arithmetic.fixed, _prepared(arithmetic.monitor, list(streams)))
     again = (
-        [part for index, part in parts if executions[index] != "store"]
+        [part for index, part in parts if executions[index].rebuilds]
         if torch.is_grad_enabled()
         else []
     )
@@ -75,12 +77,12 @@ def run_traced(
         return outside(engine)
     # Steps that begin with a run have it encode the streams: compiled transforms take the operator
     # only inside.
-    encode = not rebuild or executions[parts[0][0]] == "store"
-    states = [arithmetic.open(stream) if encode else (stream, None) for stream in streams]
+    encode = not rebuild or not executions[parts[0][0]].rebuilds
+    states = [arithmetic.encode(stream) if encode else (stream, None) for stream in streams]
     aux: dict[str, Any] = {}
-    run: list[tuple[int, Part]] = []
+    run: list[tuple[int, BoundStep]] = []
     for index, part in parts:
-        if rebuild and executions[index] != "store":
+        if rebuild and executions[index].rebuilds:
             run.append((index, part))
             continue
         if run:
@@ -95,7 +97,7 @@ def run_traced(
 
 
 def _rebuilds(
-    again: Sequence[Part], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str
+    again: Sequence[BoundStep], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str
 ) -> bool | None:
     """Whether backward evaluates these steps again; None where only the engine can do so, outside the graph."""
     # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in
@@ -122,7 +124,7 @@ def _rebuilds(
 
 
 def _stored(
-    index: int, part: Part, states: Sequence[Stream], arithmetic: Arithmetic
+    index: int, part: BoundStep, states: Sequence[Stream], arithmetic: Arithmetic
 ) -> tuple[Stream, Any]:
     """The target after an ordinary step, and the extra output of its branch."""
     target = states[part.target]
@@ -137,16 +139,16 @@ def _stored(
 
 def outside(engine: Callable[[], Any]) -> Any:
     """Breaks the graph: what `engine` does is not compiled, except what compiles itself."""
-    from ._outside import call
+    from .dynamo import call
 
     return call(engine)
 
 
 def _replayable(
-    parts: Sequence[Part], streams: list[Any], blocks: list[nn.Module], obstacle: str
+    parts: Sequence[BoundStep], streams: list[Any], blocks: list[nn.Module], obstacle: str
 ) -> bool:
     """Whether the graph may evaluate the steps again; asked while it is traced."""
-    from ._outside import comptime, inspect, verdict
+    from .dynamo import comptime, inspect, verdict
 
     # A plain tuple is the same to every version of the tracer.
     steps = [
@@ -159,7 +161,7 @@ def _replayable(
 
 def _prepared(monitor: RangeMonitor | None, streams: list[Any]) -> RangeMonitor | None:
     """Allocates the monitor's memory while the graph is traced: its own would be gone after a call. None if untold."""
-    from ._outside import comptime, prepare, told
+    from .dynamo import comptime, prepare, told
 
     comptime(prepare)
     del streams
@@ -219,7 +221,7 @@ def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
 class _Evaluation(NamedTuple):
     """A step whose tensors are slots."""
 
-    part: Part
+    part: BoundStep
     # Its index in the program; parameters and buffers by name; those of all its slots that take a
     # gradient.
     place: int
@@ -241,7 +243,7 @@ class _Program(NamedTuple):
 
 
 def _reversibly(
-    parts: Sequence[tuple[int, Part]], states: list[Stream], arithmetic: Arithmetic
+    parts: Sequence[tuple[int, BoundStep]], states: list[Stream], arithmetic: Arithmetic
 ) -> list[Stream]:
     """The streams after the steps, as one operation whose backward rebuilds them."""
     table = _Tensors()
@@ -251,7 +253,7 @@ def _reversibly(
     if isinstance(arithmetic, FixedArithmetic):
         fixed, monitor = arithmetic.fixed, arithmetic.monitor
         # What a stored step left in a buffer, only the engine would read again.
-        helds = [held.stream if isinstance(held, Remembering) else held for _, held in states]
+        helds = [held.stream if isinstance(held, BufferedStream) else held for _, held in states]
         residuals = tuple([table.add(held.residual) for held in helds if held is not None])
     steps = []
     for index, part in parts:
@@ -271,7 +273,7 @@ def _reversibly(
             if slot not in differentiated and _takes_gradient(table.tensors[slot]):
                 differentiated.append(slot)
         steps.append(
-            _Evaluation(Part(*part[:5], kwargs), index, tuple(state), tuple(differentiated))
+            _Evaluation(BoundStep(*part[:5], kwargs), index, tuple(state), tuple(differentiated))
         )
     autocast = (_autocast("cpu"), _autocast(states[0][0].device.type))
     program = _Program(tuple(steps), streams, residuals, fixed, monitor, autocast)

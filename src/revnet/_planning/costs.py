@@ -23,16 +23,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._couplings import tree_leaves, tree_map
-from ._engine import Call
-from ._kept import compiled
-from ._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
-from ._monitor import RangeMonitor
-from ._program import Program
-from ._replay import RandomState, devices_of
-from ._sequence import ReversibleSequence, _Blocks
-from ._solver import Chain, Cost
-from ._steps import FixedArithmetic, Part
+from .._engine import Call
+from .._execution import resolve
+from .._kept import compiled
+from .._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
+from .._program import Program
+from .._sequence import ReversibleSequence, _Blocks
+from .._state.call_state import RandomState, devices_of
+from .._step import BoundStep
+from .._streams.arithmetic import FixedArithmetic
+from .._streams.monitor import RangeMonitor
+from .._trees import tree_leaves, tree_map
+from .solver import Chain, Cost
 
 # Of one kind, in the chain that is timed.
 _REPEATED = 3
@@ -180,7 +182,12 @@ class Rehearsal:
         )
 
     def call(self, streams: Sequence[Any], executions: Sequence[str]) -> Call:
-        return Call(streams, self.arithmetic, self.net._options, executions)
+        return Call(
+            streams,
+            self.arithmetic,
+            self.net._options,
+            resolve(executions, len(executions)),
+        )
 
     def gradients(self, filled: set[Tensor]) -> tuple[int, ...]:
         """Bytes of parameter gradients that each step makes: those not there before and not made by a later step."""
@@ -226,7 +233,7 @@ class _Stage:
     """One step in calls of its own, with the values of the streams that reach it."""
 
     rehearsal: Rehearsal
-    part: Part
+    part: BoundStep
     values: Sequence[Any]
 
     def costs(self) -> dict[str, Cost]:
@@ -404,7 +411,7 @@ def _memories(call: Call) -> list[_Memory]:
     return found
 
 
-def _kind(part: Part, values: Sequence[Any]) -> Any:
+def _kind(part: BoundStep, values: Sequence[Any]) -> Any:
     """Equal for steps that cost alike: those of branches that do the same work on the same streams."""
     work: list[Any] = []
     for name, module in part.fn.named_modules(remove_duplicate=False):

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._decisions import Decisions
-from ._kept import arguments, draws
+from .._kept import arguments, draws
+from .._state.decisions import Decisions
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -25,7 +25,7 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
     """The first obstacle to evaluating the steps twice, as a sentence without its end; empty if there is none.
 
     Args:
-        steps: as tuples in the order of `_traced.Part`.
+        steps: as tuples in the order of `_traced.BoundStep`.
         streams: the streams before them, of which only shape, strides, dtype and device count.
         blocks: modules around the branches, which the traced path does not call.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from ._errors import ReversibleError
+from .._errors import ReversibleError
 
 
 class RandomState:

@@ -13,7 +13,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ._streams import Held
+    from .fixed import Held
 
 
 @triton.jit

@@ -39,11 +39,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
-from ._couplings import tree_leaves, tree_map
-from ._decisions import Decisions
-from ._errors import ReversibleError
-from ._kept import Hosted, Playing, Recording, Results, Saved, compiled, unrecorded
-from ._replay import (
+from .._errors import ReversibleError
+from .._execution import STORE, Execution
+from .._kept import Hosted, RecordResults, ReplayResults, Results, Saved, compiled, unrecorded
+from .._state.call_state import (
     REPLAYING,
     AutocastState,
     KeywordState,
@@ -52,8 +51,11 @@ from ._replay import (
     devices_of,
     modules_of,
 )
-from ._steps import FixedArithmetic, FloatArithmetic, Part, Stream, branch_output
-from ._streams import checksum
+from .._state.decisions import Decisions
+from .._step import BoundStep, branch_output
+from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._streams.fixed import checksum
+from .._trees import tree_leaves, tree_map
 
 ContextFn = Callable[
     [], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
@@ -102,7 +104,7 @@ class _Layout:
 class _Record:
     """What the replay of one step needs."""
 
-    part: Part
+    part: BoundStep
     keywords: KeywordState
     modules: ModuleState
     layouts: list[Any]
@@ -212,9 +214,6 @@ class _Task:
 
 _NO_KEYWORDS = KeywordState({})
 
-# Steps ahead of backward at which an offloaded target starts on its way to the device.
-_PREFETCH = 2
-
 
 class _Stop(Exception):
     """Ends a replay at the last tensor that backward needs. An `Exception`: hooks with `always_call` see no others."""
@@ -235,7 +234,7 @@ class Call:
         streams: Sequence[Any],
         arithmetic: FloatArithmetic | FixedArithmetic,
         options: Options,
-        executions: Sequence[str],
+        executions: Sequence[Execution],
     ) -> None:
         self.arithmetic = arithmetic
         self.options = options
@@ -248,7 +247,7 @@ class Call:
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.devices = devices_of(leaves)
         self.autocast = AutocastState([device.type for device in self.devices])
-        self.streams: list[Stream] = [arithmetic.open(value) for value in streams]
+        self.streams: list[Stream] = [arithmetic.encode(value) for value in streams]
         # Of the streams as a block gave them.
         self.versions: list[int] = []
         self.aux: dict[str, Any] = {}
@@ -267,7 +266,7 @@ class Call:
         self.known: dict[int, Saved | list[Stream]] = {}
         self.tasks: dict[int, _Task] = {}
         self.running = False
-        self.offloads = "offload" in executions
+        self.prefetch = max((execution.prefetch for execution in executions), default=0)
         self.top = -1
 
     # Forward
@@ -287,15 +286,15 @@ class Call:
         # positions.
         if self.recording and self.records and self.records[-1] is not None:
             self._skip()
-        self.streams = [self.arithmetic.open(value) for value in streams]
+        self.streams = [self.arithmetic.encode(value) for value in streams]
 
-    def step(self, index: int, part: Part) -> None:
+    def step(self, index: int, part: BoundStep) -> None:
         """Apply step `index` of the sequence to the streams."""
         execution = self.executions[index]
-        if execution == "select" and compiled(part.fn):
-            execution = "store"
+        if execution.keeps_results and compiled(part.fn):
+            execution = STORE
         sources = [self.streams[i][0] for i in part.source]
-        if not self.recording or execution == "store":
+        if not self.recording or not execution.rebuilds:
             if self.recording:
                 self._skip()
             self.random = None
@@ -309,8 +308,8 @@ class Call:
             layouts=[tree_map(_Layout, value) for value in sources],
             target_layout=tree_map(_Layout, self.streams[part.target][0]),
             kept=self._keep(execution, part),
-            results=Results(execution == "select", self.capturing)
-            if execution == "select" or self.capturing
+            results=Results(execution.keeps_results, self.capturing)
+            if execution.keeps_results or self.capturing
             else None,
             random=self._generators(),
             decisions=Decisions(part.name),
@@ -327,13 +326,13 @@ class Call:
             handles.sources = []
 
     def _record(
-        self, index: int, part: Part, record: _Record, handles: _Handles, sources: list[Any]
+        self, index: int, part: BoundStep, record: _Record, handles: _Handles, sources: list[Any]
     ) -> None:
         """Run a step so that it can be replayed."""
         context = None
         if self.options.context_fn is not None:
             context, record.context = self.options.context_fn()
-        recording = None if record.results is None else Recording(record.results, self.devices)
+        recording = None if record.results is None else RecordResults(record.results, self.devices)
         versions = [tensor._version for tensor in handles.sources]
         with saved_tensors_hooks(handles.pack, handles.unpack):
             with record.decisions, _all(context, recording):
@@ -404,16 +403,16 @@ class Call:
         # through C++.
         self.streams, self.aux, self.random = [], {}, None
 
-    def _keep(self, execution: str, part: Part) -> Saved | Hosted | None:
+    def _keep(self, execution: Execution, part: BoundStep) -> Saved | Hosted | None:
         """The target before a step, where the step is not undone."""
         held = self.streams[part.target][1]
         if (
-            execution == "offload"
+            execution.on_host
             and all(leaf.is_cuda for leaf in tree_leaves(held))
             and not self.capturing
         ):
             return Hosted(held)
-        undone = execution not in ("checkpoint", "offload") and part.target not in part.source
+        undone = not execution.keeps_target and part.target not in part.source
         return None if undone and self.arithmetic.undoes(part.coupling) else Saved(held)
 
     def _append(self, record: _Record) -> _Handles:
@@ -433,7 +432,7 @@ class Call:
         if self.records and self.records[-1] is not None:
             self.known[len(self.records)] = Saved([held for _, held in self.streams])
 
-    def _combine(self, index: int, part: Part, out: Any) -> None:
+    def _combine(self, index: int, part: BoundStep, out: Any) -> None:
         """Update the target with what the branch returned, its extra output put aside."""
         if isinstance(out, tuple):
             out, aux = branch_output(out, self.streams[part.target][0])
@@ -536,8 +535,8 @@ class Call:
         """Catch what step k saved; `undo` it in the state as well."""
         record = self.records[k]
         assert record is not None, "a stored step lies above the state kept before it"
-        if undo and self.offloads:
-            for lower in self.records[max(0, k - _PREFETCH) : k]:
+        if undo and self.prefetch:
+            for lower in self.records[max(0, k - self.prefetch) : k]:
                 if lower is not None and isinstance(lower.kept, Hosted):
                     lower.kept.prefetch()
         part, target = record.part, record.part.target
@@ -615,7 +614,9 @@ class Call:
         playing: contextlib.AbstractContextManager[Any] | None = None
         if record.results is not None:
             playing = (
-                unrecorded(record.results) if self.running else Playing(record.results, part.name)
+                unrecorded(record.results)
+                if self.running
+                else ReplayResults(record.results, part.name)
             )
         try:
             with (

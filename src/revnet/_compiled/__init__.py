@@ -1,0 +1,1 @@
+"""Sequences as one differentiable operation, for `torch.compile` and `torch.func`."""

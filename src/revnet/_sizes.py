@@ -1,0 +1,40 @@
+"""Sizes in bytes as text, and back."""
+
+from __future__ import annotations
+
+import math
+import re
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+def parse_bytes(size: int | float | str) -> int:
+    """The number of bytes that `size` says: a number, or text such as "8GiB" or "1.5 GB".
+
+    Raises:
+        ValueError: text that is no size, or a number that is negative or no number.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", size)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ValueError(
+                f"{size!r} is not a size: write bytes, or a number and a unit, as in '8GiB' or "
+                f"'800 MB'"
+            )
+        size = float(match[1]) * unit
+    if not math.isfinite(size) or size < 0:
+        raise ValueError(f"{size!r} is not a size: a number of bytes is finite and not negative")
+    return int(size)
+
+
+def format_bytes(size: int) -> str:
+    """`size` in the largest binary unit of which it has at least one."""
+    amount, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(amount) < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{size} B" if unit == "B" else f"{amount:.2f} {unit}"

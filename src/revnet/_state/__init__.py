@@ -1,0 +1,1 @@
+"""What a replay must see again, one file for each kind of state."""
