@@ -15,7 +15,7 @@ Rivals that are compiled, block by block, each with another `activation_memory_b
 of compiled branches, each compiled with one of these settings, whichever plan is predicted to be
 the fastest. `graph` has the same rivals meet the network in parts that are each one graph, rebuilt
 or, the last of them, stored with one of these settings; whichever mixture was the fastest of those
-whose peak, measured, is at or below the rival's. BoundSteps take long to compile: `--warm` compiles
+whose peak, measured, is at or below the rival's. Parts take long to compile: `--warm` compiles
 several at a time, in processes of their own that leave what they compiled in caches on disk.
 """
 
@@ -99,7 +99,7 @@ def _half_quartiles(values: list[float]) -> float:
 
 
 @dataclass
-class BoundStep:
+class Part:
     """Ways that ran in turn: rivals, with the plans for the peak of each, and plans along the
     curve, by streams.
     """
@@ -254,7 +254,7 @@ def plans_for(
     return [next(found) if budget in possible else None for budget in budgets]
 
 
-# BoundSteps that are each one graph
+# Parts that are each one graph
 
 
 def parts_of(
@@ -366,7 +366,7 @@ def mib(arm: Arm) -> str:
     return f"{size:.0f}" if size >= 100 else f"{size:.3g}"
 
 
-def table(parts: list[BoundStep]) -> list[str]:
+def table(parts: list[Part]) -> list[str]:
     streams = list(
         dict.fromkeys(name for part in parts for plans in part.plans.values() for name in plans)
     )
@@ -438,7 +438,7 @@ def curve_table(streams: str, arms: list[Arm], stored: Arm) -> list[str]:
     ]
 
 
-def plot(parts: list[BoundStep], title: str, path: Path) -> None:
+def plot(parts: list[Part], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -501,16 +501,16 @@ class Comparison:
         self.examine(arm, self.expected)
         return arm
 
-    def finish(self, part: BoundStep) -> BoundStep:
+    def finish(self, part: Part) -> Part:
         race(part.arms(), self.x, self.options.rounds, self.options.seconds)
         return part
 
-    def eager(self) -> Iterator[BoundStep]:
+    def eager(self) -> Iterator[Part]:
         rivals = eager_rivals(self.pairs, self.options.device)
         for rival in rivals:
             self.examine(rival, self.expected)
         self.say("rivals measured")
-        part = BoundStep(rivals[0], rivals, {rival.name: {} for rival in rivals})
+        part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
         for streams in self.options.streams:
             net = self.net(self.pairs, streams)
             found = plans_for(net, self.x, [*(rival.peak for rival in rivals), *CURVE])
@@ -532,7 +532,7 @@ class Comparison:
             compiled = torch.compile(apart(block, setting))
             return self.arm(f"activation_memory_budget {setting}", loop(self.pairs, compiled))
 
-    def graph(self) -> Iterator[BoundStep]:
+    def graph(self) -> Iterator[Part]:
         import torch._dynamo.config
 
         torch._dynamo.config.recompile_limit = 64
@@ -552,7 +552,7 @@ class Comparison:
             self.say(f"{len(jobs)} graphs compiled beforehand")
         rivals = [self.budgeted(setting) for setting in settings]
         self.say("rivals measured")
-        part = BoundStep(rivals[0], rivals, {rival.name: {} for rival in rivals})
+        part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
         for streams in self.options.streams:
             inverted = parts_of(self.pairs, self.options.part, streams, "invert", 1.0)
             count = len(inverted)
@@ -577,7 +577,7 @@ class Comparison:
             part.curve[streams] = sorted(raced.values(), key=lambda arm: arm.peak)
         yield self.finish(part)
 
-    def compiled(self) -> Iterator[BoundStep]:
+    def compiled(self) -> Iterator[Part]:
         import torch._dynamo.config
 
         # Branches meet several modes of autograd, and all must stay compiled.
@@ -585,7 +585,7 @@ class Comparison:
         settings = self.options.settings
         rivals = [self.budgeted(setting) for setting in settings]
         self.say("rivals measured")
-        part = BoundStep(rivals[0], rivals, {rival.name: {} for rival in rivals})
+        part = Part(rivals[0], rivals, {rival.name: {} for rival in rivals})
         for streams in self.options.streams:
             found: dict[int, list[Choice]] = defaultdict(list)
             budgets = [rival.peak for rival in rivals]
@@ -671,7 +671,7 @@ def main() -> None:
         comparison = Comparison(shape, options)
         report += ["", f"## {comparison.title}"]
         for kind in kinds:
-            parts: list[BoundStep] = []
+            parts: list[Part] = []
             lines: list[str] = []
             for part in getattr(comparison, kind)():
                 parts.append(part)

@@ -84,7 +84,7 @@ def test_without_gradients_it_is_operation_by_operation_the_plain_loop(
 
 
 def test_the_forward_does_operation_by_operation_the_plain_loop():
-    """RecordResults may detach and view, which is free, but computes nothing."""
+    """Recording may detach and view, which is free, but computes nothing."""
     pairs = build([(with_dropout(Attention), with_dropout(Mlp))] * 3, 8)
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
     x1, x2 = randn(2, 6, 8, seed=3), randn(2, 6, 8, seed=4)

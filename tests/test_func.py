@@ -280,12 +280,12 @@ def test_statistics_move_once() -> None:
 
 
 def test_inspection_leaves_a_branch_as_it_was() -> None:
-    class BufferedStream(cases.Mlp):
+    class Remembering(cases.Mlp):
         def forward(self, x: Tensor) -> Tensor:
             self.last = x
             return super().forward(x)
 
-    net, stored = networks(BufferedStream)
+    net, stored = networks(Remembering)
     x = tokens()
     assert_near(
         grad(loss_of(net), 1)(parameters_of(net), x),
