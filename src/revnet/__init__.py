@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from ._sequence import ReversibleBlock as ReversibleBlock
     from ._sequence import ReversibleSequence as ReversibleSequence
     from ._sequence import SequentialSequence as SequentialSequence
-    from ._state.call_state import Deterministic as Deterministic
     from ._state.decisions import remember as remember
+    from ._state.decisions import replaying as replaying
+    from ._state.random import Deterministic as Deterministic
     from ._step import Step as Step
     from ._streams.fixed import Fixed as Fixed
     from ._streams.fixed import Float as Float
@@ -33,7 +34,7 @@ _MODULES = {
     "Affine": "_couplings",
     "Bijection": "_couplings",
     "Coupling": "_couplings",
-    "Deterministic": "_state.call_state",
+    "Deterministic": "_state.random",
     "Fixed": "_streams.fixed",
     "Float": "_streams.fixed",
     "Leapfrog": "_couplings",
@@ -50,6 +51,7 @@ _MODULES = {
     "measure_memory": "_memory",
     "plan": "_planning.planner",
     "remember": "_state.decisions",
+    "replaying": "_state.decisions",
     "route_args": "_routing",
 }
 

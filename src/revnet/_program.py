@@ -17,7 +17,7 @@ from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
 from ._plan import Plan
 from ._routing import check_keywords
-from ._state.call_state import LOW_PRECISION, cast_to_low_precision
+from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._step import BoundStep, Step
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
 from ._streams.fixed import Fixed, Float, fitting_fraction_bits
@@ -140,7 +140,7 @@ class Program(nn.Module):
         # One stream in low precision is enough for wrong gradients.
         low = any(leaf.dtype in LOW_PRECISION for leaf in leaves)
         low = low or torch.is_autocast_enabled(leaves[0].device.type)
-        low = low or (not active() and cast_to_low_precision(self._called_blocks))
+        low = low or (not active() and casts_to_low_precision(self._called_blocks))
         return (
             Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
         )

@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .._engine import Call
 from .._execution import resolve
-from .._kept import compiled
 from .._memory import _CpuMeter, _CudaMeter, _storages, _tensors_in
 from .._program import Program
 from .._sequence import ReversibleSequence, _Blocks
-from .._state.call_state import RandomState, devices_of
+from .._state.branch import is_compiled
+from .._state.random import RandomState, devices_of
 from .._step import BoundStep
 from .._streams.arithmetic import FixedArithmetic
 from .._streams.monitor import RangeMonitor
@@ -238,7 +238,7 @@ class _Stage:
 
     def costs(self) -> dict[str, Cost]:
         """What the step costs under each execution that is another one here."""
-        same = {"offload": not self.rehearsal.x.is_cuda, "select": compiled(self.part.fn)}
+        same = {"offload": not self.rehearsal.x.is_cuda, "select": is_compiled(self.part.fn)}
         executions = [
             execution for execution in self.rehearsal.net._allowed if not same.get(execution)
         ]

@@ -1,1 +1,16 @@
-"""What a replay must see again, one file for each kind of state."""
+"""What a replay must see again, one file for each kind of state (rule 6 of the engine).
+
+`call_state` composes the kinds. Each follows one protocol: record before the call, settle after it,
+check and restore before a replay, verify after it.
+
+    objects      containers and plain objects, copied to any depth with one memo
+    tensors      tensors without gradient, copied only where somebody writes to them
+    branch       the modules of a step: the one visitor
+    modules      attributes, buffers, parameters and keywords of a step
+    fsdp         what FSDP2 exchanges between call and replay
+    random       generators
+    environment  autocast, TF32 and the kernels of attention: settings of the process
+    decisions    what `revnet.remember` was given
+    results      results of single operations
+    undo         takes back what a replay changed
+"""

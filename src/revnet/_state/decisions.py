@@ -13,14 +13,20 @@ from .._errors import ReversibleError
 class _Active(threading.local):
     """The calls and replays under way in this thread, outermost first."""
 
-    tapes: tuple[Decisions, ...] = ()
+    decisions: tuple[Decisions, ...] = ()
 
 
 _active = _Active()
 
 
 class Decisions:
-    """What one call of a branch decided, and how far a replay has read it."""
+    """What one call of a step decided, and how far a replay has read it.
+
+    Attributes:
+        tensors: the decisions in their order.
+        place: the number of the next decision in a replay, None while the call runs.
+        name: what errors call the step.
+    """
 
     __slots__ = ("tensors", "place", "name")
 
@@ -30,35 +36,60 @@ class Decisions:
         self.name = name
 
     def __enter__(self) -> None:
-        """Inside, `remember` keeps what it is given, or after `rewound` returns what was kept."""
-        _active.tapes = (*_active.tapes, self)
+        """Let `remember` keep what it is given, or in a replay return what was kept."""
+        _active.decisions = (*_active.decisions, self)
 
     def __exit__(self, *exception: object) -> None:
-        _active.tapes = _active.tapes[:-1]
-        self.place = None
-
-    def rewound(self) -> Decisions:
-        """This, to be read from the start."""
-        self.place = 0
-        return self
+        _active.decisions = _active.decisions[:-1]
 
     def pass_on(self, decision: Tensor) -> Tensor:
+        """Keep a decision, or return the one that was kept."""
         if self.place is None:
             # A copy: the branch may go on to write to its tensor.
             self.tensors.append(decision.clone())
             return decision
-        if self.place == len(self.tensors) or self.tensors[self.place].shape != decision.shape:
-            raise ReversibleError(
-                f"{self.name}: decision {self.place}, {tuple(decision.shape)}, was not made in the "
-                f"forward pass. A branch calls revnet.remember as often and with the same shapes "
-                f"each time."
-            )
+        if self.place == len(self.tensors):
+            raise self._error(decision)
+        kept = self.tensors[self.place]
+        if kept.shape != decision.shape or kept.dtype is not decision.dtype:
+            raise self._error(decision)
         self.place += 1
-        return self.tensors[self.place - 1].clone()
+        return kept.clone()
+
+    def _error(self, decision: Tensor) -> ReversibleError:
+        return ReversibleError(
+            f"{self.name}: decision {self.place}, {tuple(decision.shape)}, was not made in the "
+            "forward pass. A branch calls revnet.remember as often and with the same shapes each "
+            "time."
+        )
+
+
+class _Replays(threading.local):
+    """How many replays run in this thread, one inside the other."""
+
+    depth = 0
+
+
+replays = _Replays()
+
+
+def replaying() -> bool:
+    """Return whether the caller runs inside a replay, that is, a recomputation in backward.
+
+    A replay finds the modules as the call found them and leaves no trace in them. What is to count
+    evaluations, or to record activations once, keeps its state outside of the modules of the branch
+    and asks.
+
+    Example:
+        >>> calls = {"forward": 0, "replay": 0}
+        >>> def count():
+        ...     calls["replay" if replaying() else "forward"] += 1
+    """
+    return replays.depth > 0
 
 
 def remember(decision: Tensor) -> Tensor:
-    """`decision`; in a replay, what it was in the forward pass.
+    """Return `decision`; in a replay, what it was in the forward pass.
 
     Float streams are rebuilt with rounding errors, which may tip a comparison: a token is then
     routed to another expert in the replay, and its gradient is wrong. Remembered, the route is that
@@ -82,6 +113,6 @@ def remember(decision: Tensor) -> Tensor:
             "afterwards."
         )
     if not torch.compiler.is_compiling():
-        for tape in _active.tapes:
-            decision = tape.pass_on(decision)
+        for decisions in _active.decisions:
+            decision = decisions.pass_on(decision)
     return decision

@@ -1,0 +1,275 @@
+"""The backward pass: walks down to the step whose tensors autograd asks for, and replays it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from .._errors import ReversibleError
+from .._kept import Hosted, Saved
+from .._state.undo import Undo
+from .._step import branch_output
+from .._streams.arithmetic import Stream
+from .._torch import after_backward, current_backward
+from .._trees import tree_map
+from . import checksums
+from .hooks import PackHook, RecomputeHook, Saving, same_tensor
+from .tape import Layout, Recomputed, Record, Tape
+
+
+class _Lock:
+    """Lets one replay run at a time, since replays restore modules and global generators.
+
+    Backward may run in several threads.
+    """
+
+    lock = threading.RLock()
+
+    @classmethod
+    def renew(cls) -> None:
+        """Forget who holds it: in a forked child no replay is under way."""
+        cls.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_Lock.renew)
+
+
+def recover(tape: Tape, hook: PackHook, number: int) -> Saving:
+    """Return the tensor that was saved under a number, and the version that it has now."""
+    with _Lock.lock:
+        backward = current_backward()
+        collected = hook.recomputed.get(backward)
+        # Another thread may have been here.
+        if collected is None or number not in collected:
+            try:
+                recomputed = tape.backwards.get(backward) or _begin(tape, backward)
+                collected = _walk(tape, recomputed, hook)
+            except BaseException:
+                tape.backwards.pop(backward, None)
+                raise
+            if backward != -1:
+                hook.recomputed[backward] = collected
+        return collected.pop(number)
+
+
+def _begin(tape: Tape, backward: int) -> Recomputed:
+    recomputed = Recomputed()
+    if backward == -1:
+        return recomputed
+    tape.backwards[backward] = recomputed
+    reference = weakref.ref(tape)
+
+    def forget() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.backwards.pop(backward, None)
+            for hook_reference in alive.hooks:
+                if (hook := hook_reference()) is not None:
+                    hook.forget(backward)
+
+    after_backward(forget)
+    return recomputed
+
+
+def _nearest(tape: Tape, recomputed: Recomputed, step: int) -> tuple[int, list[Stream]]:
+    """Return the lowest state from which `step` can be reached, and its position (rule 2)."""
+    candidates = [position for position in tape.saved_states if position >= step]
+    running = len(tape.records) - 1 if tape.running is not None else None
+    if running is not None:
+        candidates.append(running)
+    if recomputed.position is not None and recomputed.position >= step:
+        candidates.append(recomputed.position)
+    if not candidates:
+        raise ReversibleError(
+            f"{tape.name(step)}: backward went through this part of the graph before, and what it "
+            "needs is freed. Give retain_graph=True to the first backward."
+        )
+    position = min(candidates)
+    if position == recomputed.position:
+        return position, recomputed.state
+    if position == running:
+        return position, tape.running_state()
+    if position not in recomputed.loaded:
+        saved = tape.saved_states[position]
+        # Loaded once per backward: an enclosing checkpoint gives a saved tensor only once.
+        if isinstance(saved, Saved):
+            saved = [(None, encoded) for encoded in saved.load()]
+        recomputed.loaded[position] = saved
+    return position, recomputed.loaded[position]
+
+
+def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Saving]:
+    """Restore the state before a step; return what its call saved, by number."""
+    step = hook.number
+    position, state = _nearest(tape, recomputed, step)
+    state = list(state)
+    recomputed.position, recomputed.state = None, []
+    collected: dict[int, Saving] = {}
+    # Backward has gradients off already, unless it is to be differentiated itself.
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        for k in range(position - 1, step, -1):
+            _revisit(tape, k, state, None, undo=True)
+        _revisit(tape, step, state, collected, undo=position > step)
+    recomputed.position, recomputed.state = step, state
+    tape.release(recomputed, step, state)
+    return collected
+
+
+def _revisit(
+    tape: Tape, k: int, state: list[Stream], collected: dict[int, Saving] | None, undo: bool
+) -> None:
+    """Collect what step k saved; take its update back in the state where `undo` says so."""
+    record = tape.records[k]
+    assert record is not None, "a stored step lies above the state saved before it"
+    if undo and tape.prefetch:
+        for lower in tape.records[max(0, k - tape.prefetch) : k]:
+            if lower is not None and isinstance(lower.kept, Hosted):
+                lower.kept.prefetch()
+    kept = record.kept is not None
+    if kept and undo:
+        assert record.kept is not None
+        state[record.step.target] = (None, record.kept.load())
+    if kept and collected is None:
+        return
+    record.state.check()
+    restoring = Undo()
+    # Twice, because an interrupt may come in the middle of the first.
+    try:
+        try:
+            keywords = record.state.restore(restoring)
+            replay = _Replay(tape, record, state, collected, keywords)
+            if undo and not kept:
+                replay.invert()
+            else:
+                replay.collect(compare=undo and record.checksums is not None)
+            restoring.finished = not replay.stopped
+        finally:
+            restoring.run()
+    finally:
+        restoring.run()
+
+
+class _Replay:
+    """One evaluation of a step in backward (rule 1).
+
+    Args:
+        tape: the tape of the call.
+        record: the record of the step.
+        state: the streams after the step, which become those before it.
+        collected: where the tensors that the step saved go, by number; None where only the streams
+            are needed.
+        keywords: those of the branch.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        record: Record,
+        state: list[Stream],
+        collected: dict[int, Saving] | None,
+        keywords: dict[str, Any],
+    ) -> None:
+        self.tape = tape
+        self.record = record
+        self.state = state
+        self.collected = collected
+        self.keywords = keywords
+        self.running = tape.running is not None
+        self.compare = tape.options.determinism_check != "none"
+        self.stopped = False
+        self.mark: Any = None
+
+    def invert(self) -> None:
+        """Replay the branch and undo the step with its output."""
+        step, arithmetic = self.record.step, self.tape.arithmetic
+        out = self._branch(early=False)
+        with self._rule(plays=step.coupling.linear):
+            encoded = self.state[step.target][1]
+            self.state[step.target] = arithmetic.invert(step.coupling, encoded, out)
+        if arithmetic.exact:
+            checksums.compare(self.record, 0, self.state[step.target][1])
+        self._collect_rule(out)
+
+    def collect(self, compare: bool) -> None:
+        """Replay the branch for what it saved alone, up to the last tensor where that is safe.
+
+        Args:
+            compare: whether to compare its output with that of the forward pass.
+        """
+        early = not compare and not self.running and self.record.stops
+        out = self._branch(early)
+        if compare:
+            checksums.compare(self.record, 1, out)
+        if not self.stopped:
+            self._collect_rule(out)
+
+    def _branch(self, early: bool) -> Any:
+        """Return the output of the branch, called as in forward; None if it was stopped early."""
+        record, step = self.record, self.record.step
+        early = early and record.saved_by_branch == len(record.saved)
+        hook = RecomputeHook(record, 0, self.collected, self.compare, self.running, early)
+        sources = self._sources()
+        try:
+            with (
+                torch.enable_grad(),
+                record.state.replaying(self.running),
+                saved_tensors_hooks(hook.pack, same_tensor),
+            ):
+                out = step.fn(*sources, **self.keywords)
+        except Exception:
+            # The branch may have put another exception in its place.
+            if not hook.stopped:
+                raise
+            self.stopped = True
+            return None
+        hook.check(record.saved_by_branch)
+        if self.compare and not self.running:
+            record.state.verify()
+        self.mark = record.state.mark()
+        return branch_output(out, record.target_layout)[0]
+
+    def _sources(self) -> list[Any]:
+        """Return what the branch reads; a stream that it reads twice is one tensor again."""
+        record = self.record
+        sources: list[Any] = []
+        for place, (layouts, i) in enumerate(zip(record.layouts, record.step.source, strict=True)):
+            first = record.shared[place]
+            sources.append(sources[first] if first < place else self._read(self.state[i], layouts))
+        return sources
+
+    def _read(self, stream: Stream, layouts: Any) -> Any:
+        """Return the value of a stream as a step saw it: new leaves of the same layout."""
+        value, encoded = stream
+        if value is None:
+            value = self.tape.arithmetic.read(encoded)
+        if isinstance(layouts, Layout):
+            return layouts.apply(value)
+        return tree_map(Layout.apply, layouts, value)
+
+    def _rule(self, plays: bool) -> Any:
+        if self.record.state.quiet:
+            return contextlib.nullcontext()
+        return self.record.state.replaying_rule(self.mark, plays)
+
+    def _collect_rule(self, out: Any) -> None:
+        """Collect what the rule of the step saved (rule 10)."""
+        record = self.record
+        saved = record.saved_by_branch
+        if self.collected is None or self.running or saved == len(record.saved):
+            return
+        hook = RecomputeHook(record, saved, self.collected, self.compare)
+        value = self._read(self.state[record.step.target], record.target_layout)
+        with (
+            self._rule(plays=True),
+            torch.enable_grad(),
+            saved_tensors_hooks(hook.pack, same_tensor),
+        ):
+            # What an arithmetic does around the rule saves nothing.
+            record.step.coupling.combine(value, out)
+        hook.check(len(record.saved))

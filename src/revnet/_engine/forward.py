@@ -1,0 +1,263 @@
+"""The forward pass: runs the steps under hooks, and records what their replays need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from .._errors import ReversibleError
+from .._execution import STORE, Execution
+from .._kept import Hosted, Saved
+from .._state.branch import is_compiled
+from .._state.call_state import StepState
+from .._state.environment import Environment
+from .._state.random import RandomState, devices_of
+from .._state.results import Results
+from .._step import BoundStep, branch_output
+from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._torch import is_capturing, is_faking, records_operators
+from .._trees import tree_leaves, tree_map
+from .backward import recover
+from .checksums import tree_checksum
+from .hooks import PackHook, may_stop_at_last_save, tensors_in
+from .tape import Layout, Options, Record, Tape
+
+
+class Call:
+    """One forward pass over streams.
+
+    Args:
+        streams: the streams before the first step: tensors, or trees of tensors.
+        arithmetic: how streams are held, and what a step does to them.
+        options: see `Options`.
+        executions: the execution of every step of the sequence.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Any],
+        arithmetic: FloatArithmetic | FixedArithmetic,
+        options: Options,
+        executions: Sequence[Execution],
+    ) -> None:
+        self.arithmetic = arithmetic
+        self.options = options
+        self.executions = executions
+        # Where operators are noted down the recomputation would be, too, and draw new random
+        # numbers: run as a plain loop there.
+        self.recording = torch.is_grad_enabled() and not records_operators()
+        leaves = [leaf for value in streams for leaf in tree_leaves(value)]
+        self.devices = devices_of(leaves)
+        self.environment = Environment([device.type for device in self.devices])
+        self.streams: list[Stream] = [arithmetic.encode(value) for value in streams]
+        # Versions of the streams as a block returned them.
+        self.versions: list[int] = []
+        self.aux: dict[str, Any] = {}
+        self.capturing = bool(self.devices) and is_capturing()
+        self.fake = is_faking()
+        # The generators after the last step, while nobody else can have drawn since.
+        self.random: RandomState | None = None
+        prefetch = max((execution.prefetch for execution in executions), default=0)
+        self.tape = Tape(arithmetic, options, prefetch)
+
+    def enter(self, *streams: Any) -> None:
+        """Continue from a block's inputs, which a hook may have replaced (rule 9)."""
+        self._check_unwritten()
+        self.environment = Environment([device.type for device in self.devices])
+        if all(
+            _same(value, given) for (value, _), given in zip(self.streams, streams, strict=True)
+        ):
+            self.streams = [
+                (value, encoded) for value, (_, encoded) in zip(streams, self.streams, strict=True)
+            ]
+            return
+        # A hook on the block put other streams in: below this point state cannot be found by
+        # walking. As after a stored step, the state before it and after it are two positions.
+        if self.recording and self.tape.follows_rebuilt():
+            self.tape.add_barrier(self.streams)
+        self.streams = [self.arithmetic.encode(value) for value in streams]
+
+    def step(self, index: int, step: BoundStep, execution: Execution | None = None) -> None:
+        """Apply a step to the streams.
+
+        Args:
+            index: of the step in the sequence.
+            step: the step.
+            execution: that of the sequence by default.
+        """
+        execution = execution or self.executions[index]
+        if execution.keeps_results and is_compiled(step.fn):
+            execution = STORE
+        sources = [self.streams[i][0] for i in step.source]
+        if not self.recording or not execution.rebuilds:
+            if self.recording:
+                self.tape.add_barrier(self.streams)
+            self.random = None
+            self._combine(index, step, step.fn(*sources, **step.kwargs))
+            return
+        record = Record(
+            step=step._replace(kwargs={}) if step.kwargs else step,
+            state=self._state(step, execution),
+            layouts=[tree_map(Layout, value) for value in sources],
+            shared=_shared(sources),
+            target_layout=tree_map(Layout, self.streams[step.target][0]),
+            kept=self._keep(execution, step),
+            saved=[],
+        )
+        tape = self.tape
+        hook = PackHook(record, len(tape.records), partial(recover, tape), tape.name)
+        tape.append(record, hook)
+        hook.read(sources)
+        tape.running = self.streams
+        try:
+            self._run(index, step, record, hook, sources)
+        finally:
+            tape.running = None
+            # Autograd holds the hooks as long as what they packed.
+            hook.sources = []
+
+    def _state(self, step: BoundStep, execution: Execution) -> StepState:
+        results = None
+        if execution.keeps_results or self.capturing:
+            results = Results(execution.keeps_results, self.capturing)
+        random = None
+        if self.options.preserve_rng_state and not self.capturing and not self.fake:
+            random = self.random or RandomState(self.devices)
+        return StepState(step, self.environment, random, results, self.options.context_fn)
+
+    def _run(
+        self, index: int, step: BoundStep, record: Record, hook: PackHook, sources: list[Any]
+    ) -> None:
+        """Run a step so that it can be replayed."""
+        state = record.state
+        versions = [tensor._version for tensor in hook.sources]
+        with saved_tensors_hooks(hook.pack, hook.unpack):
+            with state.recording(self.devices):
+                out = step.fn(*sources, **step.kwargs)
+            record.saved_by_branch = len(record.saved)
+            if versions != [tensor._version for tensor in hook.sources]:
+                raise ReversibleError(
+                    f"{step.name} changed its input in place. The stream it reads is needed to "
+                    "rebuild the activations: work on a copy, or use the out-of-place operation."
+                )
+            if self.options.determinism_check == "exact":
+                target, encoded = self.streams[step.target]
+                update = branch_output(out, target)[0]
+                record.checksums = tree_checksum(encoded), tree_checksum(update)
+            with state.recording_rule(self.devices):
+                self._combine(index, step, out)
+        if record.kept is not None:
+            record.stops = may_stop_at_last_save(tensors_in(out))
+        if state.random is None:
+            state.settle(None)
+        else:
+            self.random = RandomState(self.devices)
+            state.settle(self.random)
+
+    def start(self) -> list[Any]:
+        """Return the streams before the next step, as branches read them."""
+        self.versions = self._versions()
+        return [value for value, _ in self.streams]
+
+    def finish(self, *streams: Any) -> Sequence[Any]:
+        """Return the streams after the last step, as its block gave them.
+
+        From now on the tape lives as long as its hooks.
+        """
+        self._check_unwritten()
+        tape = self.tape
+        tape.save_state(self.streams)
+        tape.top = len(tape.records) - 1
+        for k, record in enumerate(tape.records):
+            if record is None or record.checksums is None:
+                continue
+            if not all(self._exact(i, k) for i in record.step.source):
+                record.checksums = None
+        return streams or self.start()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        # These hold the graph.
+        self.streams, self.aux, self.random = [], {}, None
+
+    def _versions(self) -> list[int]:
+        """Return the versions of the streams, where the last step is undone from them."""
+        if not self.tape.follows_rebuilt():
+            return []
+        return [leaf._version for value, _ in self.streams for leaf in tree_leaves(value)]
+
+    def _check_unwritten(self) -> None:
+        if self.versions and self.versions != self._versions():
+            raise ReversibleError(
+                f"{self.tape.name(len(self.tape.records) - 1)}: a hook changed the streams that "
+                "this step left in place. They are needed to rebuild the activations: return other "
+                "tensors from the hook instead."
+            )
+        self.versions = []
+
+    def _exact(self, stream: int, k: int) -> bool:
+        """Check whether the walk finds this stream in the very bits that it had before step k."""
+        for record in self.tape.records[k + 1 :]:
+            if record is None:
+                break
+            if record.step.target == stream:
+                return self.arithmetic.exact or record.kept is not None
+        return True
+
+    def _keep(self, execution: Execution, step: BoundStep) -> Saved | Hosted | None:
+        """Keep the target before a step, where the step is not undone."""
+        encoded = self.streams[step.target][1]
+        on_host = execution.on_host and not self.capturing
+        if on_host and all(leaf.is_cuda for leaf in tree_leaves(encoded)):
+            return Hosted(encoded)
+        undone = not execution.keeps_target and step.target not in step.source
+        return None if undone and self.arithmetic.undoes(step.coupling) else Saved(encoded)
+
+    def _combine(self, index: int, step: BoundStep, out: Any) -> None:
+        """Update the target with what the branch returned, its extra output put aside."""
+        if isinstance(out, tuple):
+            out, aux = branch_output(out, self.streams[step.target][0])
+            if aux is not None:
+                self.aux[step.name] = aux
+        try:
+            self.streams[step.target] = self.arithmetic.combine(
+                step.coupling, self.streams[step.target], out, index
+            )
+        except (TypeError, ValueError) as error:
+            raise ReversibleError(f"{step.name} {error}") from error
+
+
+def _shared(sources: list[Any]) -> list[int]:
+    """Return for each source the first place that holds the same object."""
+    if len(sources) < 2:
+        return [0] * len(sources)
+    places: dict[int, int] = {}
+    return [places.setdefault(id(source), place) for place, source in enumerate(sources)]
+
+
+def _same(mine: Any, given: Any) -> bool:
+    """Check whether a block received the stream that the step before left, perhaps rewrapped."""
+    if mine is given:
+        return True
+    if not isinstance(mine, Tensor):
+        mine, spec = pytree.tree_flatten(mine)
+        given, given_spec = pytree.tree_flatten(given)
+        return bool(spec == given_spec) and all(
+            _same(a, b) for a, b in zip(mine, given, strict=True)
+        )
+    return (
+        isinstance(given, Tensor)
+        and mine.dtype is given.dtype
+        and mine.shape == given.shape
+        and mine.stride() == given.stride()
+        and mine.data_ptr() == given.data_ptr()
+        and mine._version == given._version
+    )

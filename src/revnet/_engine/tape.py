@@ -1,0 +1,171 @@
+"""What forward leaves for backward: the records of the steps, and stream states between them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .._kept import Hosted, Saved
+from .._state.call_state import ContextFn, StepState
+from .._step import BoundStep
+from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._trees import tree_map
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a sequence asks of its calls: see `revnet.ReversibleSequence`."""
+
+    preserve_rng_state: bool = True
+    determinism_check: str = "default"
+    context_fn: ContextFn | None = None
+
+
+class Layout:
+    """Shape, strides, dtype and `requires_grad` of a tensor that a step read (rule 6)."""
+
+    __slots__ = ("shape", "stride", "dtype", "requires_grad")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.dtype = tensor.dtype
+        self.requires_grad = tensor.requires_grad
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` as the step saw it: a new leaf of the same layout."""
+        tensor = tensor.detach()
+        if tensor.dtype is not self.dtype:
+            tensor = tensor.to(self.dtype)
+        if tensor.stride() != self.stride:
+            tensor = self._laid_out(tensor)
+        return tensor.requires_grad_(self.requires_grad)
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        if tensor.numel() == 0:
+            return tensor.new_empty_strided(self.shape, self.stride)
+        # An expanded dimension has stride 0 and cannot be written to: fill one slice, expand that.
+        pairs = zip(self.shape, self.stride, strict=True)
+        base = [1 if step == 0 else size for size, step in pairs]
+        slices = tuple(slice(0, size) for size in base)
+        tensor = tensor.new_empty_strided(base, self.stride).copy_(tensor[slices])
+        return tensor.expand(self.shape)
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """What the replay of one step needs.
+
+    Attributes:
+        step: the step, without its keywords, which may hold the graph.
+        state: what the call saw.
+        layouts: of the sources, as trees.
+        shared: by place among the sources, the first place that holds the same stream.
+        target_layout: of the target.
+        kept: the target before the step, where the step is not undone.
+        saved: for each tensor that the call saved its shape, strides, dtype and device; where it
+            passes through the parameter, or None.
+        saved_by_branch: how many of these the branch saved; the rule saved the rest.
+        stops: whether a replay may stop inside the operator that saves last.
+        checksums: under determinism_check="exact", of the target before the step and of the
+            branch's output.
+    """
+
+    step: BoundStep
+    state: StepState
+    layouts: list[Any]
+    shared: list[int]
+    target_layout: Any
+    kept: Saved | Hosted | None
+    saved: list[Any]
+    saved_by_branch: int = 0
+    stops: bool = False
+    checksums: tuple[Tensor, Tensor] | None = None
+
+
+class Recomputed:
+    """The stream state that one backward call has reached (rule 3)."""
+
+    __slots__ = ("position", "state", "loaded")
+
+    def __init__(self) -> None:
+        self.position: int | None = None
+        self.state: list[Stream] = []
+        self.loaded: dict[int, list[Stream]] = {}
+
+
+def no_hook() -> None:
+    """Dead weak reference that stands for the hook of a stored step, which has none."""
+
+
+class Tape:
+    """What backward needs of one forward pass; alive as long as one of its pack hooks.
+
+    Args:
+        arithmetic: how streams are held, and what a step does to them.
+        options: see `Options`.
+        prefetch: how many steps ahead a target starts on its way from the host.
+    """
+
+    def __init__(
+        self, arithmetic: FloatArithmetic | FixedArithmetic, options: Options, prefetch: int
+    ) -> None:
+        self.arithmetic = arithmetic
+        self.options = options
+        self.prefetch = prefetch
+        self.records: list[Record | None] = []
+        self.hooks: list[Callable[[], Any]] = []
+        # Position p is the state before step p.
+        self.saved_states: dict[int, Saved | list[Stream]] = {}
+        self.backwards: dict[int, Recomputed] = {}
+        # The streams before the step that runs now: its branch may differentiate by itself.
+        self.running: list[Stream] | None = None
+        self.top = -1
+
+    def append(self, record: Record, hook: Any) -> None:
+        """Add the record of a step, and the hook under which it runs."""
+        self.records.append(record)
+        self.hooks.append(weakref.ref(hook))
+
+    def add_barrier(self, streams: list[Stream]) -> None:
+        """Insert a barrier: backward never recomputes across a stored step."""
+        self.save_state(streams)
+        self.records.append(None)
+        self.hooks.append(no_hook)
+
+    def save_state(self, streams: list[Stream]) -> None:
+        """Save the present state as a place to walk from, unless the last step was stored."""
+        if self.follows_rebuilt():
+            self.saved_states[len(self.records)] = Saved([encoded for _, encoded in streams])
+
+    def follows_rebuilt(self) -> bool:
+        """Check whether the last step is one that backward rebuilds."""
+        return bool(self.records) and self.records[-1] is not None
+
+    def name(self, step: int) -> str:
+        """Return what errors call a step."""
+        record = self.records[step]
+        return record.step.name if record is not None else f"step {step}"
+
+    def running_state(self) -> list[Stream]:
+        """Return the streams before the step that runs now."""
+        assert self.running is not None
+        return [(None, tree_map(Tensor.detach, encoded)) for _, encoded in self.running]
+
+    def release(self, recomputed: Recomputed, step: int, state: list[Stream]) -> None:
+        """Free every saved state that no pending step needs (rule 4)."""
+        if self.running is not None:
+            return
+        while self.top > step and self.hooks[self.top]() is None:
+            self.top -= 1
+        if self.top > step:
+            return
+        for states in (self.saved_states, recomputed.loaded):
+            for position in [position for position in states if position > step]:
+                del states[position]
+        self.saved_states[step] = list(state)
+        del self.records[step + 1 :]

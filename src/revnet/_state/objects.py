@@ -1,0 +1,469 @@
+"""Containers and plain objects as they were, and copies of them for a replay.
+
+What a step reaches through keywords and attributes is a graph of containers: lists, dicts, sets,
+dataclasses, plain objects, of any depth, that may share parts or hold themselves. `Objects` takes
+it down, each container and each tensor once. `Copies` builds from it what a replay reads: a
+container that nobody changed is handed out itself, any other as a copy, so that identity between
+them is that of the call and the originals are never touched.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import cache
+from operator import is_
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+
+from .tensors import TensorState
+
+# Types of which a value never changes, or is handed out as it is.
+ATOMS = frozenset(
+    [
+        *map(type, (None, True, 0, 0.0, 0j, "", b"", ..., NotImplemented, range(0), slice(0))),
+        *(type, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+    ]
+)
+
+# A container of more leaves is kept by reference: to copy it in each call would cost more than the
+# step.
+LARGEST = 1000
+
+_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
+_BUILTIN: tuple[Any, ...] = (dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque)
+_BASES = frozenset([*_BUILTIN, object, Generic, types.SimpleNamespace])
+# Classes of these packages hold locks, threads or memory that no copy of `__dict__` shares rightly.
+_FOREIGN = frozenset({"asyncio", "concurrent", "logging", "multiprocessing", "threading", "torch"})
+_FOREIGN |= {"weakref"}
+_PYTHON_CLASS = 1 << 9
+
+
+@cache
+def is_container(kind: Any) -> bool:
+    """Check whether objects of a type are what their items and attributes are, and nothing else.
+
+    So are the built-in containers and the classes that were written in Python on top of them or of
+    nothing, unless they say themselves how they are to be pickled.
+    """
+    if kind in _BASES:
+        return kind not in (object, Generic)
+    if issubclass(kind, enum.Enum | Tensor | nn.Module | type):
+        return False
+    if kind.__module__.partition(".")[0] in _FOREIGN:
+        return False
+    for base in kind.__mro__:
+        if base in _BASES:
+            continue
+        if not base.__flags__ & _PYTHON_CLASS:
+            return False
+        if "__reduce__" in vars(base) or "__reduce_ex__" in vars(base):
+            return False
+    return True
+
+
+@cache
+def _slots(kind: Any) -> tuple[str, ...]:
+    names: list[str] = []
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                private = name.startswith("__") and not name.endswith("__")
+                names.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(names)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots included."""
+    found = dict(value.__dict__) if hasattr(value, "__dict__") else {}
+    for name in _slots(type(value)):
+        try:
+            found[name] = object.__getattribute__(value, name)
+        except AttributeError:
+            continue
+    return found
+
+
+def _contents(value: Any) -> tuple[list[Any] | None, list[Any], dict[str, Any]]:
+    """Return the keys of a mapping, the items of a container, and its attributes."""
+    kind = type(value)
+    attributes = {} if kind in _BUILTIN else _attributes(value)
+    if isinstance(value, OrderedDict):
+        # Its own order is not the one that `dict` sees.
+        keys = list(OrderedDict.keys(value))
+        return keys, [dict.__getitem__(value, key) for key in keys], attributes
+    if isinstance(value, dict):
+        return list(dict.keys(value)), list(dict.values(value)), attributes
+    base = next((base for base in _SEQUENCES if isinstance(value, base)), None)
+    if base is not None:
+        return None, list(base.__iter__(value)), attributes
+    return None, [], attributes
+
+
+class Container:
+    """One container as it was.
+
+    It keeps the identity of the container and no reference: what the container holds later may be
+    a graph that holds this record, a cycle through C++ that nothing collects.
+
+    Attributes:
+        identity: the `id` of the container.
+        keys: of a mapping.
+        items, attributes: their values: atoms themselves, `Container`, `TensorState` or `Large` for
+            others.
+        changed: whether the call changed it.
+    """
+
+    __slots__ = ("identity", "kind", "keys", "items", "attributes", "changed", "options")
+
+    def __init__(self, original: Any) -> None:
+        self.identity = id(original)
+        self.kind = type(original)
+        self.changed = False
+        self.keys: list[Any] | None = None
+        self.items: list[Any] = []
+        self.attributes: dict[str, Any] = {}
+        # What a copy needs beside its contents.
+        self.options: Any = None
+        if isinstance(original, deque):
+            self.options = original.maxlen
+        elif isinstance(original, defaultdict):
+            self.options = original.default_factory
+
+    def matches(self, keys: list[Any] | None, items: list[Any], attributes: dict[str, Any]) -> bool:
+        """Check that these are the contents that were recorded."""
+        if len(items) != len(self.items) or attributes.keys() != self.attributes.keys():
+            return False
+        if keys is not None and (self.keys is None or not all(map(is_, keys, self.keys))):
+            return False
+        if issubclass(self.kind, set | frozenset):
+            # A set has no order of its own, and its items compare by value.
+            return {_identity(item) for item in items} == {_identity(item) for item in self.items}
+        return all(map(stands_for, self.items, items)) and all(
+            stands_for(value, attributes[name]) for name, value in self.attributes.items()
+        )
+
+    def parts(self) -> Iterator[Any]:
+        """Go through the containers and tensors that it holds."""
+        for part in (*self.items, *self.attributes.values()):
+            if part.__class__ is Container or part.__class__ is TensorState:
+                yield part
+
+
+class Large:
+    """A container that is kept by reference, as it was: its identity and its length."""
+
+    __slots__ = ("original", "length")
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.length = _length(original)
+
+    def same(self) -> bool:
+        """Check that as many items are in it as then."""
+        return _length(self.original) == self.length
+
+
+def _length(value: Any) -> int:
+    _, items, attributes = _contents(value)
+    return len(items) + len(attributes)
+
+
+def _identity(value: Any) -> int:
+    if value.__class__ is Container:
+        identity: int = value.identity
+        return identity
+    return id(value.original if value.__class__ in (TensorState, Large) else value)
+
+
+def stands_for(recorded: Any, present: Any) -> bool:
+    """Check whether a recorded value stands for this object, whatever is in it now."""
+    if recorded is present:
+        return True
+    if recorded.__class__ is Container:
+        return bool(recorded.identity == id(present))
+    if recorded.__class__ is TensorState or recorded.__class__ is Large:
+        return present is not None and recorded.original is present
+    return False
+
+
+class _TooLargeError(Exception):
+    """A container has more leaves than are copied."""
+
+
+class Objects:
+    """The containers and tensors that some values reach, each once."""
+
+    __slots__ = ("containers", "tensors", "large", "_left")
+
+    def __init__(self) -> None:
+        self.containers: dict[int, Container] = {}
+        self.tensors: dict[int, TensorState] = {}
+        self.large: dict[int, Large] = {}
+        self._left = 0
+
+    def take(self, value: Any, keyword: bool = False) -> Any:
+        """Return what stands for a value; `value` itself where that never changes.
+
+        Args:
+            value: anything.
+            keyword: whether the step was given it, so that nobody writes to its tensors.
+
+        Raises:
+            TypeError: a keyword that can be read only once, or of which no copy can be made.
+        """
+        if type(value) in ATOMS:
+            return value
+        if isinstance(value, Tensor):
+            return self._tensor(value, keyword)
+        if not is_container(type(value)):
+            if keyword:
+                _check_readable(value)
+            return value
+        known = self.containers.get(id(value)) or self.large.get(id(value))
+        if known is not None:
+            return known
+        self._left = LARGEST
+        before = len(self.containers), len(self.tensors)
+        try:
+            return self._take(value, keyword)
+        except _TooLargeError:
+            for found, length in zip((self.containers, self.tensors), before, strict=True):
+                for key in list(found)[length:]:  # type: ignore[call-overload]
+                    del found[key]  # type: ignore[attr-defined]
+            large = self.large[id(value)] = Large(value)
+            return large
+
+    def _take(self, value: Any, keyword: bool) -> Any:
+        if type(value) in ATOMS:
+            return value
+        if isinstance(value, Tensor):
+            return self._tensor(value, keyword)
+        if not is_container(type(value)):
+            if keyword:
+                _check_readable(value)
+            return value
+        known = self.containers.get(id(value)) or self.large.get(id(value))
+        if known is not None:
+            return known
+        keys, items, attributes = _contents(value)
+        self._left -= len(items) + len(attributes)
+        if self._left < 0:
+            raise _TooLargeError
+        plain = ATOMS.issuperset(map(type, items)) and ATOMS.issuperset(
+            map(type, attributes.values())
+        )
+        if plain and type(value) in (tuple, frozenset):
+            return value
+        # Entered before its items, which may hold it.
+        container = self.containers[id(value)] = Container(value)
+        container.keys = keys
+        container.items, container.attributes = items, attributes
+        if not plain:
+            container.items = [self._take(item, keyword) for item in items]
+            container.attributes = {
+                name: self._take(item, keyword) for name, item in attributes.items()
+            }
+        return container
+
+    def _tensor(self, tensor: Tensor, keyword: bool) -> Any:
+        state = self.tensors.get(id(tensor))
+        if state is None:
+            state = self.tensors[id(tensor)] = TensorState(tensor, keyword)
+        elif keyword:
+            state.keyword = True
+        else:
+            state.protect()
+        return state
+
+    def containing(self, parts: Sequence[Any]) -> list[Container]:
+        """Return the containers that hold one of these parts, directly or through others."""
+        holders: dict[int, list[Container]] = {}
+        for container in self.containers.values():
+            for part in container.parts():
+                holders.setdefault(id(part), []).append(container)
+        found: dict[int, Container] = {}
+        waiting = list(parts)
+        while waiting:
+            for holder in holders.get(id(waiting.pop()), ()):
+                if id(holder) not in found:
+                    found[id(holder)] = holder
+                    waiting.append(holder)
+        return list(found.values())
+
+    def locate(self, values: Iterable[tuple[Any, Any]]) -> dict[int, Any]:
+        """Return the originals of the containers that hold what they held, by `id` of the record.
+
+        Args:
+            values: pairs of a recorded value and of what is in its place now.
+        """
+        originals: dict[int, Any] = {}
+        changed: set[int] = set()
+        waiting = list(values)
+        while waiting:
+            recorded, present = waiting.pop()
+            if recorded.__class__ is not Container or recorded.identity != id(present):
+                continue
+            if id(recorded) in originals or id(recorded) in changed:
+                continue
+            keys, items, attributes = _contents(present)
+            if not recorded.matches(keys, items, attributes):
+                changed.add(id(recorded))
+                continue
+            originals[id(recorded)] = present
+            if issubclass(recorded.kind, set | frozenset):
+                present_items = {id(item): item for item in items}
+                items = [present_items[_identity(item)] for item in recorded.items]
+            waiting += zip(recorded.items, items, strict=True)
+            waiting += ((value, attributes[name]) for name, value in recorded.attributes.items())
+        return originals
+
+    def settle(self, values: Iterable[tuple[Any, Any]]) -> None:
+        """Note which containers and tensors the call changed.
+
+        Args:
+            values: pairs of a recorded value and of what is in its place after the call.
+        """
+        if self.containers:
+            originals = self.locate(values)
+            for container in self.containers.values():
+                container.changed = id(container) not in originals
+        for state in self.tensors.values():
+            state.settle()
+
+
+def _check_readable(value: Any) -> None:
+    if isinstance(value, Iterator) or (
+        isinstance(value, Mapping | Sequence | Set) and type(value) not in ATOMS
+    ):
+        raise TypeError(type(value).__name__)
+
+
+class Copies:
+    """What one replay reads in place of the recorded values.
+
+    Args:
+        objects: as the call found them.
+        replaced: by `id` of the state, the tensors that it reads in place of others.
+        originals: by `id` of the record, the containers that hold what they held. Afterwards, of
+            these, those that a replay reads themselves.
+    """
+
+    __slots__ = ("originals", "_made", "_replaced")
+
+    def __init__(
+        self, objects: Objects, replaced: dict[int, Tensor], originals: dict[int, Any]
+    ) -> None:
+        self._replaced = replaced
+        self._made: dict[int, Any] = {}
+        self.originals = originals
+        if objects.containers:
+            stale: list[Any] = [
+                container
+                for container in objects.containers.values()
+                if container.changed or id(container) not in originals
+            ]
+            stale += [state for state in objects.tensors.values() if id(state) in replaced]
+            for container in (*stale, *objects.containing(stale)):
+                originals.pop(id(container), None)
+
+    def replaces(self, value: Any) -> bool:
+        """Check whether a replay reads something else than the original."""
+        if value.__class__ is Container:
+            return id(value) not in self.originals
+        return id(value) in self._replaced
+
+    def make(self, value: Any) -> Any:
+        """Return what the replay reads in place of a recorded value."""
+        kind = value.__class__
+        if kind is TensorState:
+            return self._replaced.get(id(value), value.tensor)
+        if kind is Large:
+            return value.original
+        if kind is not Container:
+            return value
+        if id(value) in self.originals:
+            return self.originals[id(value)]
+        if id(value) not in self._made:
+            self._build(value)
+        return self._made[id(value)]
+
+    def _build(self, container: Container) -> None:
+        kind = container.kind
+        if issubclass(kind, tuple | frozenset):
+            items = [self.make(item) for item in container.items]
+            # One of its items may hold it, and have built it.
+            if id(container) in self._made:
+                return
+            base: Any = tuple if issubclass(kind, tuple) else frozenset
+            copy = self._made[id(container)] = base.__new__(kind, items)
+        else:
+            copy = self._made[id(container)] = _blank(container)
+            items = [self.make(item) for item in container.items]
+            _fill(copy, container, items)
+        for name, item in container.attributes.items():
+            # Also where the class is frozen.
+            object.__setattr__(copy, name, self.make(item))
+
+
+def _blank(container: Container) -> Any:
+    kind = container.kind
+    if issubclass(kind, deque):
+        copy: Any = deque.__new__(kind)
+        deque.__init__(copy, (), container.options)
+        return copy
+    if issubclass(kind, types.SimpleNamespace):
+        return types.SimpleNamespace.__new__(kind)
+    for base in _BUILTIN:
+        if issubclass(kind, base):
+            copy = base.__new__(kind)
+            if issubclass(kind, defaultdict):
+                defaultdict.__init__(copy, container.options)
+            return copy
+    return object.__new__(kind)
+
+
+def _fill(copy: Any, container: Container, items: list[Any]) -> None:
+    """Give a new container its items, past the methods of its class."""
+    if isinstance(copy, OrderedDict):
+        for key, item in zip(container.keys or (), items, strict=True):
+            OrderedDict.__setitem__(copy, key, item)
+    elif isinstance(copy, dict):
+        dict.update(copy, zip(container.keys or (), items, strict=True))
+    elif isinstance(copy, list):
+        list.extend(copy, items)
+    elif isinstance(copy, set):
+        set.update(copy, items)
+    elif isinstance(copy, deque):
+        deque.extend(copy, items)
+
+
+def refill(container: Container, originals: dict[int, Any]) -> None:
+    """Give an original its recorded contents again, after a replay that ended midway.
+
+    Args:
+        container: one of those that nobody changed.
+        originals: by `id` of the record, all of those.
+    """
+
+    def original(value: Any) -> Any:
+        if value.__class__ is Container:
+            return originals[id(value)]
+        return value.original if value.__class__ in (TensorState, Large) else value
+
+    present, items = originals[id(container)], [original(item) for item in container.items]
+    if isinstance(present, list | set | dict | deque):
+        bases: tuple[Any, ...] = (list, set, OrderedDict, dict, deque)
+        next(base for base in bases if isinstance(present, base)).clear(present)
+        _fill(present, container, items)
+    if container.attributes:
+        for name in _attributes(present).keys() - container.attributes.keys():
+            object.__delattr__(present, name)
+        for name, item in container.attributes.items():
+            object.__setattr__(present, name, original(item))

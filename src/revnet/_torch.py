@@ -1,0 +1,99 @@
+"""The private parts of torch that the library rests on, each in one place.
+
+Every function says what breaks without it. All were seen in torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+# Identifies the backward call that runs in this thread, -1 outside of one. Without it two backward
+# calls would share what they recomputed (rule 3 of the engine).
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+# The node of the graph that backward runs in this thread. Without it a Function that reads its
+# saved tensors twice would cost a replay for each time.
+current_node: Callable[[], Any] = torch._C._current_autograd_node
+
+# Where a tensor's memory starts, without a copy of memory that is shared until it is written to.
+# Without it no copy could be postponed until the first write (see `_state/tensors.py`).
+data_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+
+# A tensor that shares its memory with another until one of both is written to.
+lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` when the backward call that runs in this thread ends.
+
+    Without it recomputed state would outlive a backward call that did not reach the first step.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def records_operators() -> bool:
+    """Check whether operators are being noted down, by make_fx or jit.trace.
+
+    Without it the recomputation would be noted down as well, and draw other random numbers.
+    """
+    return torch._C._is_tracing() or get_proxy_mode() is not None
+
+
+def is_faking() -> bool:
+    """Check for FakeTensorMode, under which nothing is drawn and generators cannot be read."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_capturing() -> bool:
+    """Check whether the current CUDA stream is being captured into a graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def is_transformed() -> bool:
+    """Check whether a transform of torch.func is at work, which allows no saved-tensor hooks."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_exporting() -> bool:
+    """Check whether torch.export is at work.
+
+    Read as an attribute, since torch 2.11 takes the function for true in any graph.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
+def saved_tensor_hooks() -> Any:
+    """Return the innermost pair of hooks on saved tensors, None where there is none.
+
+    Without it a block could not tell that a wrapper, such as a checkpoint, stands around it.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return the identity of a tensor's memory, whichever view of it this is."""
+    try:
+        identity: int = tensor.untyped_storage()._cdata
+    except NotImplementedError:  # A sparse tensor has none of its own.
+        identity = id(tensor)
+    return identity
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Check for a distributed tensor without importing torch.distributed.tensor."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def are_plain(tensors: Iterable[Any]) -> bool:
+    """Check that no tensor is of a subclass, such as a distributed or a fake one."""
+    return all(type(x) in _PLAIN for x in tensors)
