@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,16 @@ from revnet import ReversibleSequence
 
 # What torch itself does not do here is said in the docs, and expected in the tests.
 OLD_TORCH = torch.__version__ < "2.12"
+
+_noted: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def noted(module: nn.Module) -> list[Any]:
+    """Return a list for what a module notes in each evaluation.
+
+    It lies outside of the module, because a replay leaves no trace in the module itself.
+    """
+    return _noted.setdefault(module, [])
 
 
 class Mlp(nn.Module):

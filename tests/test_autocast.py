@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Mlp, build, randn
+from cases import Mlp, build, noted, randn
 from oracle import assert_same_gradients, gradients_of, relative_error, stored_copy
 from revnet import ReversibleSequence
 
@@ -21,13 +21,12 @@ class Rounded(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         whole = torch.randint(-1, 2, (width, width), generator=generator).float()
         self.linear = nn.Linear(width, width, bias=False)
-        self.seen: list[torch.dtype] = []
         with torch.no_grad():
             self.linear.weight.copy_(whole * (1 + 2**-12))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
-        self.seen.append(out.dtype)
+        noted(self).append(out.dtype)
         return out.relu()
 
 
@@ -57,7 +56,9 @@ def test_the_replay_runs_in_the_forwards_autocast(inside: bool):
     for name, value in found[1].items():
         assert torch.equal(found[0][name], value), name
     assert all(
-        branch.seen == [torch.bfloat16] * 2 for block in net.blocks for branch in (block.f, block.g)
+        noted(branch) == [torch.bfloat16] * 2
+        for block in net.blocks
+        for branch in (block.f, block.g)
     )
 
 
@@ -72,7 +73,9 @@ def test_a_forward_without_autocast_is_replayed_without_it():
         found.append({"x": x.grad, **gradients_of(module)})
     assert_same_gradients(*found, tolerance=1e-6)
     assert all(
-        branch.seen == [torch.float32] * 2 for block in net.blocks for branch in (block.f, block.g)
+        noted(branch) == [torch.float32] * 2
+        for block in net.blocks
+        for branch in (block.f, block.g)
     )
 
 
@@ -139,7 +142,9 @@ def test_the_replay_runs_in_the_forwards_autocast_on_cuda(dtype: torch.dtype):
         found.append({"out": out.detach(), "x": x.grad, **gradients_of(module)})
     for name, value in found[1].items():
         assert torch.equal(found[0][name], value), name
-    assert all(branch.seen == [dtype] * 2 for block in net.blocks for branch in (block.f, block.g))
+    assert all(
+        noted(branch) == [dtype] * 2 for block in net.blocks for branch in (block.f, block.g)
+    )
 
 
 @pytest.mark.gpu

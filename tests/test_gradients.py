@@ -5,6 +5,7 @@ asked for them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -663,14 +664,12 @@ class Fails(Exception):
 
 
 class FailsOnce(Mlp):
-    """Raises in the evaluations for which True is planned; those planned are crossed off a list
-    that replays share.
-    """
+    """Raises in the evaluations for which True is planned, by an iterator that replays share."""
 
-    planned: list[bool] | None = None
+    planned: Iterator[bool] = iter(())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.planned and self.planned.pop(0):
+        if next(self.planned, False):
             raise Fails
         return super().forward(x)
 
@@ -683,7 +682,7 @@ def test_an_exception_in_a_replay_and_then_a_second_try(place: tuple[int, str]):
     torch.manual_seed(0)
     wanted = torch.autograd.grad(weighted(oracle(expected)), [expected, *oracle.parameters()])
     torch.manual_seed(0)
-    getattr(net.blocks[place[0]], place[1]).planned = [False, True]
+    getattr(net.blocks[place[0]], place[1]).planned = iter([False, True])
     loss = weighted(net(x))
     state, flags = torch.get_rng_state(), [m.training for m in net.modules()]
     with pytest.raises(Fails):
@@ -702,7 +701,7 @@ def test_an_exception_in_a_replay_and_then_a_second_try(place: tuple[int, str]):
 def test_an_exception_in_a_forward_and_then_a_second_try():
     pairs = build([(FailsOnce, with_dropout(Mlp))] * 4, 8)
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
-    net.blocks[2].f.planned = [True]
+    net.blocks[2].f.planned = iter([True])
     with pytest.raises(Fails):
         net(randn(2, 6, 8, requires_grad=True))
     x = randn(2, 6, 8, requires_grad=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from cases import Case, Linear, Mlp, build, every, named, randn, with_dropout
+from cases import Case, Linear, Mlp, build, every, named, noted, randn, with_dropout
 from oracle import (
     Evaluations,
     OperationLog,
@@ -575,10 +575,9 @@ class Observes(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width)
-        self.seen: list[dict] = []
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        self.seen.append(
+        noted(self).append(
             {
                 "layout": (x.shape, x.stride(), x.dtype, x.device),
                 "gradient": (
@@ -614,7 +613,7 @@ def test_a_replay_sees_the_surroundings_of_the_forward(options: dict, needs: boo
         loss.backward()
     for block in net.blocks:
         for branch in (block.f, block.g):
-            forward, replay = branch.seen
+            forward, replay = noted(branch)
             assert replay == forward
 
 

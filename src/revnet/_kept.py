@@ -48,12 +48,35 @@ class Saved:
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
-            raise ReversibleError(
-                "a stream that the sequence returned, and from which backward rebuilds the "
-                "activations, was changed in place. Change a copy: `y = y.clone()`."
-            ) from error
+            raise ReversibleError(_WRITTEN) from error
         leaves = [next(tensors) if other is None else other[0] for other in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
+
+
+class Referenced:
+    """Tensors kept by reference, past all hooks, and checked by their versions."""
+
+    __slots__ = ("leaves", "spec", "versions")
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.spec = pytree.tree_flatten(tree)
+        self.leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [leaf._version for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def load(self) -> Any:
+        """Return the tensors, after a check that nobody wrote to them."""
+        if self.versions != self._versions():
+            raise ReversibleError(_WRITTEN)
+        return pytree.tree_unflatten(self.leaves, self.spec)
+
+
+_WRITTEN = (
+    "a stream that the sequence returned, and from which backward rebuilds the activations, was "
+    "changed in place. Change a copy: `y = y.clone()`."
+)
 
 
 class Hosted:

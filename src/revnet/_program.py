@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -28,6 +29,16 @@ Execution = str | Sequence[str] | Plan
 Streams = str | Fixed | Float
 # The steps of one pass, each with its index in the program: some may be left out.
 BoundSteps = Sequence[tuple[int, BoundStep]]
+
+
+@dataclass
+class Settings:
+    """What a program was told to do. The blocks of a sequence share those of the sequence."""
+
+    options: Options
+    streams: Streams = "auto"
+    execution: Execution = "invert"
+    executions: list[Any] = field(default_factory=list)
 
 
 class Program(nn.Module):
@@ -55,7 +66,7 @@ class Program(nn.Module):
                 f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'"
             )
         self._count = steps
-        self._options = Options(preserve_rng_state, determinism_check, context_fn)
+        self._settings = Settings(Options(preserve_rng_state, determinism_check, context_fn))
         self.streams = streams
         self._monitor = RangeMonitor()
         self.execution = execution
@@ -91,7 +102,7 @@ class Program(nn.Module):
         arithmetic = self._arithmetic(*leaves)
         if active():
             obstacle = ""
-            if self._options.context_fn is not None or self._options.determinism_check == "exact":
+            if self._settings.options.replays_specially:
                 obstacle = (
                     "context_fn and determinism_check='exact' take effect only in engine replays"
                 )
@@ -106,10 +117,14 @@ class Program(nn.Module):
                     obstacle,
                 )
             )
-        with Call(streams, arithmetic, self._options, self._executions) as call:
+        with self._call(streams, arithmetic) as call:
             outputs = tuple(call.finish(*self._through(call, parts)))
             self._monitor.flush()
             return (*outputs, call.aux) if call.aux else outputs
+
+    def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
+        """Return the call in which a pass over these streams runs."""
+        return Call(streams, arithmetic, self._settings.options, self._executions)
 
     def _undo(self, streams: Sequence[Any], parts: BoundSteps) -> tuple[Any, ...]:
         """The streams before the steps, from those after them."""
@@ -120,8 +135,8 @@ class Program(nn.Module):
 
     def _check_plan(self, x: Tensor) -> None:
         """Raise where the input is larger than that for which the plan in force was made."""
-        if isinstance(self._execution, Plan) and torch.is_grad_enabled():
-            self._execution.check_input(x)
+        if isinstance(self.execution, Plan) and torch.is_grad_enabled():
+            self.execution.check_input(x)
 
     def _arithmetic(self, *leaves: Tensor) -> FloatArithmetic | FixedArithmetic:
         """How this call holds its streams, after a look at what earlier calls found."""
@@ -184,22 +199,27 @@ class Program(nn.Module):
     @property
     def streams(self) -> Streams:
         """How streams are held. Switches at any time."""
-        return self._streams
+        return self._settings.streams
 
     @streams.setter
     def streams(self, streams: Streams) -> None:
-        self._streams = _streams(streams)
+        self._settings.streams = _streams(streams)
 
     @property
     def execution(self) -> Execution:
         """What stays of each step until backward; see `revnet.plan`. Switches at any time."""
-        return self._execution
+        return self._settings.execution
 
     @execution.setter
     def execution(self, execution: Execution) -> None:
         names = execution.for_steps(self._count) if isinstance(execution, Plan) else execution
-        self._executions = resolve(names, self._count, self._allowed)
-        self._execution = execution
+        self._settings.executions = resolve(names, self._count, self._allowed)
+        self._settings.execution = execution
+
+    @property
+    def _executions(self) -> list[Any]:
+        """One execution for each step."""
+        return self._settings.executions
 
     def extra_repr(self) -> str:
         streams = repr(self.streams)

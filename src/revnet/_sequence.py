@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,10 +16,13 @@ from ._compiled.purity import hooked
 from ._couplings import Additive
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn
-from ._execution import EXECUTIONS
-from ._program import BoundSteps, Execution, Program, Streams, check_stream
+from ._execution import EXECUTIONS, STORE
+from ._program import BoundSteps, Execution, Program, Settings, Streams, check_stream
 from ._routing import Routes, check_keywords, check_routes, route_args
 from ._step import BoundStep
+from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
+from ._streams.fixed import Held
+from ._torch import saved_tensor_hooks
 
 _ADDITIVE = Additive()
 
@@ -40,8 +44,21 @@ def _residual(
     ]
 
 
-# Where a block finds the call, and its steps, in which a sequence enters it by its `__call__`.
-_door = threading.local()
+# Where a block finds the call, its steps, and the hooks on saved tensors around the call, when a
+# sequence enters it by its `__call__`.
+_entered = threading.local()
+
+# What fixed streams hold beside their values, by `id` of the value: a wrapper around a block hands
+# on the value alone when it runs the block again.
+_residuals: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+
+def _remember_residuals(call: Call) -> None:
+    for value, encoded in call.streams:
+        if isinstance(encoded, Held) and isinstance(value, Tensor):
+            key = id(value)
+            reference = weakref.ref(value, lambda _, key=key: _residuals.pop(key, None))
+            _residuals[key] = reference, encoded.residual
 
 
 class ReversibleBlock(Program):
@@ -54,7 +71,9 @@ class ReversibleBlock(Program):
     """
 
     def __init__(self, f: nn.Module, g: nn.Module) -> None:
-        super().__init__(2, "float", "invert")
+        # The settings of the sequence of which this is a block, and the index of its first step.
+        self._place: tuple[Settings, int] | None = None
+        super().__init__(2, "auto", "invert")
         for name, branch in (("f", f), ("g", g)):
             if not isinstance(branch, nn.Module):
                 raise TypeError(
@@ -77,16 +96,22 @@ class ReversibleBlock(Program):
             `(y1, y2)`; as part of a sequence, and alone, their activations are rebuilt in backward.
         """
         # In a graph, sequences take the steps themselves.
-        entered = None if active() else vars(_door).pop("entered", None)
+        entered = None if active() else vars(_entered).pop("call", None)
         if entered is not None:
-            call, parts = entered
+            call, steps, hooks = entered
+            # A checkpoint around the block has hooks of its own, or switches gradients off.
+            within = call.recording and (
+                saved_tensor_hooks() != hooks or not torch.is_grad_enabled()
+            )
             call.enter(x1, x2)
+            if within:
+                _remember_residuals(call)
             del x1, x2
             # The keywords may have gone through hooks of the block.
-            for (index, part), keywords in zip(parts, (f_args, g_args), strict=True):
-                call.step(
-                    index, part if keywords is part.kwargs else part._replace(kwargs=dict(keywords))
-                )
+            for (index, step), keywords in zip(steps, (f_args, g_args), strict=True):
+                if keywords is not step.kwargs:
+                    step = step._replace(kwargs=dict(keywords))
+                call.step(index, step, within)
             y1, y2 = call.start()
             return y1, y2
         y1, y2, *_ = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
@@ -98,6 +123,30 @@ class ReversibleBlock(Program):
         """The streams before the block, from those after it; differentiable. Randomness is not repeated."""
         x1, x2 = self._undo((y1, y2), self._parts((y1, y2), {"f_args": f_args, "g_args": g_args}))
         return x1, x2
+
+    @property
+    def _executions(self) -> list[Any]:
+        if self._place is None:
+            return super()._executions
+        settings, first = self._place
+        return settings.executions[first : first + 2]
+
+    def _take_place(self, settings: Settings, first: int) -> None:
+        """Do from now on what a sequence does, however the block is called."""
+        self._settings = settings
+        self._place = settings, first
+
+    def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
+        again = self._place is not None and saved_tensor_hooks() is not None
+        if not again:
+            return super()._call(streams, arithmetic)
+        # A wrapper around the block runs it again, and manages what it saves.
+        call = Call(streams, arithmetic, self._settings.options, [STORE, STORE])
+        for i, (value, encoded) in enumerate(call.streams):
+            known = _residuals.get(id(streams[i]))
+            if known is not None and isinstance(encoded, Held):
+                call.streams[i] = value, Held(value, known[1])
+        return call
 
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
         _check_streams(*streams)
@@ -248,7 +297,10 @@ class ReversibleSequence(_Blocks):
         self.split = split
         self.merge = merge
         self.dim = dim
-        self.blocks = nn.ModuleList(ReversibleBlock(f, g) for f, g in pairs)
+        own = [ReversibleBlock(f, g) for f, g in pairs]
+        for i, block in enumerate(own):
+            block._take_place(self._settings, 2 * i)
+        self.blocks = nn.ModuleList(own)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
         """The merged streams after the last block.
@@ -329,11 +381,11 @@ class ReversibleSequence(_Blocks):
                 continue
             # What else runs in the block may draw random numbers.
             call.random = None
-            _door.entered = call, block
+            _entered.call = call, block, saved_tensor_hooks()
             try:
                 streams = door(*(streams or call.start()), f.kwargs, g.kwargs)
             finally:
-                vars(_door).pop("entered", None)
+                vars(_entered).pop("call", None)
             call.random = None
         return streams
 

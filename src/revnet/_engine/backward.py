@@ -12,7 +12,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._errors import ReversibleError
-from .._kept import Hosted, Saved
+from .._kept import Hosted
 from .._state.undo import Undo
 from .._step import branch_output
 from .._streams.arithmetic import Stream
@@ -98,7 +98,7 @@ def _nearest(tape: Tape, recomputed: Recomputed, step: int) -> tuple[int, list[S
     if position not in recomputed.loaded:
         saved = tape.saved_states[position]
         # Loaded once per backward: an enclosing checkpoint gives a saved tensor only once.
-        if isinstance(saved, Saved):
+        if not isinstance(saved, list):
             saved = [(None, encoded) for encoded in saved.load()]
         recomputed.loaded[position] = saved
     return position, recomputed.loaded[position]

@@ -83,21 +83,22 @@ class Call:
             self.tape.add_barrier(self.streams)
         self.streams = [self.arithmetic.encode(value) for value in streams]
 
-    def step(self, index: int, step: BoundStep, execution: Execution | None = None) -> None:
+    def step(self, index: int, step: BoundStep, within: bool = False) -> None:
         """Apply a step to the streams.
 
         Args:
             index: of the step in the sequence.
             step: the step.
-            execution: that of the sequence by default.
+            within: whether a wrapper, such as a checkpoint, stands between the sequence and the
+                step. The step is stored then, and the wrapper manages what it saves.
         """
-        execution = execution or self.executions[index]
+        execution = STORE if within else self.executions[index]
         if execution.keeps_results and is_compiled(step.fn):
             execution = STORE
         sources = [self.streams[i][0] for i in step.source]
         if not self.recording or not execution.rebuilds:
             if self.recording:
-                self.tape.add_barrier(self.streams)
+                self.tape.add_barrier(self.streams, within)
             self.random = None
             self._combine(index, step, step.fn(*sources, **step.kwargs))
             return

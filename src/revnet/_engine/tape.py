@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._kept import Hosted, Saved
+from .._kept import Hosted, Referenced, Saved
 from .._state.call_state import ContextFn, StepState
 from .._step import BoundStep
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
@@ -23,6 +23,11 @@ class Options:
     preserve_rng_state: bool = True
     determinism_check: str = "default"
     context_fn: ContextFn | None = None
+
+    @property
+    def replays_specially(self) -> bool:
+        """Whether something here takes effect in the replays of the engine alone."""
+        return self.context_fn is not None or self.determinism_check == "exact"
 
 
 class Layout:
@@ -120,7 +125,7 @@ class Tape:
         self.records: list[Record | None] = []
         self.hooks: list[Callable[[], Any]] = []
         # Position p is the state before step p.
-        self.saved_states: dict[int, Saved | list[Stream]] = {}
+        self.saved_states: dict[int, Saved | Referenced | list[Stream]] = {}
         self.backwards: dict[int, Recomputed] = {}
         # The streams before the step that runs now: its branch may differentiate by itself.
         self.running: list[Stream] | None = None
@@ -131,9 +136,17 @@ class Tape:
         self.records.append(record)
         self.hooks.append(weakref.ref(hook))
 
-    def add_barrier(self, streams: list[Stream]) -> None:
-        """Insert a barrier: backward never recomputes across a stored step."""
-        self.save_state(streams)
+    def add_barrier(self, streams: list[Stream], within: bool = False) -> None:
+        """Insert a barrier: backward never recomputes across a stored step.
+
+        Args:
+            streams: the present ones.
+            within: whether a wrapper stands between the sequence and the step. Its hooks must not
+                see what the engine saves, since they see nothing of it when it runs the step again.
+        """
+        if self.follows_rebuilt():
+            encoded = [encoded for _, encoded in streams]
+            self.saved_states[len(self.records)] = Referenced(encoded) if within else Saved(encoded)
         self.records.append(None)
         self.hooks.append(no_hook)
 

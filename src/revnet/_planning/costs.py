@@ -59,7 +59,8 @@ def rehearsing(net: Program, x: Any, kwargs: dict[str, Any]) -> Iterator[Rehears
             _set(stack, mode, "allow_non_fake_inputs", True)
             stack.enter_context(mode)
             # There is no state of a generator to compare.
-            _set(stack, net, "_options", replace(net._options, preserve_rng_state=False))
+            options = replace(net._settings.options, preserve_rng_state=False)
+            _set(stack, net._settings, "options", options)
         label = str(tree_leaves(given[0][0])[0].device)
         inputs, kwargs = pytree.tree_map_only(Tensor, lambda tensor: _alias(tensor, mode), given)
         filled = _swap(stack, net, mode)
@@ -185,7 +186,7 @@ class Rehearsal:
         return Call(
             streams,
             self.arithmetic,
-            self.net._options,
+            self.net._settings.options,
             resolve(executions, len(executions)),
         )
 

@@ -70,7 +70,7 @@ class StepState:
         self.environment = environment
         self.modules = ModuleState(step.fn, step.coupling, step.kwargs, step.name)
         self.random = random
-        self.random_after: RandomState | None = None
+        self.random_after: tuple[Any, ...] | None = None
         self.decisions = Decisions(step.name)
         self.results = results
         self.contexts = None if context_fn is None else context_fn()
@@ -111,8 +111,8 @@ class StepState:
         if self.random is not None and random_after is not None:
             if random_after.same(self.random):
                 self.random = None
-            else:
-                self.random_after = random_after
+            elif not self.modules.lazy:  # Such modules draw their parameters in their first call.
+                self.random_after = random_after.fingerprint()
 
     def check(self) -> None:
         """Raise where something was changed that no replay can undo."""
@@ -169,7 +169,8 @@ class StepState:
             self._player.check()
         if self.random_after is None or not self.quiet:
             return
-        if not self.random_after.now().same(self.random_after):
+        assert self.random is not None
+        if self.random.now().fingerprint() != self.random_after:
             raise ReversibleError(
                 f"{self.name}: the replay drew another number of random numbers than the forward "
                 "pass, so that its dropout masks, say, are others. Look for a condition on the "

@@ -90,7 +90,10 @@ class ModuleState:
                 found = {name: objects.take(value) for name, value in found.items()}
             self.owners.append(_Owner(module.__dict__, found, plain, True))
             if buffers := module._buffers:
+                # A module in evaluation mode writes to none, as a rule.
+                objects.eager = module.training
                 found = {name: objects.take(value) for name, value in buffers.items()}
+                objects.eager = True
                 self.owners.append(_Owner(buffers, found, False))
             if children := module._modules:
                 self.owners.append(_Owner(children, children.copy(), True))

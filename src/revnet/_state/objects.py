@@ -82,7 +82,7 @@ def _slots(kind: Any) -> tuple[str, ...]:
 def _attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots included."""
     found = dict(value.__dict__) if hasattr(value, "__dict__") else {}
-    for name in _slots(type(value)):
+    for name in _slots(value.__class__):
         try:
             found[name] = object.__getattribute__(value, name)
         except AttributeError:
@@ -200,12 +200,14 @@ class _TooLargeError(Exception):
 class Objects:
     """The containers and tensors that some values reach, each once."""
 
-    __slots__ = ("containers", "tensors", "large", "_left")
+    __slots__ = ("containers", "tensors", "large", "eager", "_left")
 
     def __init__(self) -> None:
         self.containers: dict[int, Container] = {}
         self.tensors: dict[int, TensorState] = {}
         self.large: dict[int, Large] = {}
+        # Whether tensors that earlier calls wrote to are copied at once.
+        self.eager = True
         self._left = 0
 
     def take(self, value: Any, keyword: bool = False) -> Any:
@@ -222,7 +224,7 @@ class Objects:
             return value
         if isinstance(value, Tensor):
             return self._tensor(value, keyword)
-        if not is_container(type(value)):
+        if not is_container(value.__class__):
             if keyword:
                 _check_readable(value)
             return value
@@ -245,7 +247,7 @@ class Objects:
             return value
         if isinstance(value, Tensor):
             return self._tensor(value, keyword)
-        if not is_container(type(value)):
+        if not is_container(value.__class__):
             if keyword:
                 _check_readable(value)
             return value
@@ -275,11 +277,11 @@ class Objects:
     def _tensor(self, tensor: Tensor, keyword: bool) -> Any:
         state = self.tensors.get(id(tensor))
         if state is None:
-            state = self.tensors[id(tensor)] = TensorState(tensor, keyword)
+            state = self.tensors[id(tensor)] = TensorState(tensor, keyword, self.eager)
         elif keyword:
             state.keyword = True
         else:
-            state.protect()
+            state.protect(self.eager)
         return state
 
     def containing(self, parts: Sequence[Any]) -> list[Container]:

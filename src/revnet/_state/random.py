@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ class RandomState:
     def same(self, other: RandomState) -> bool:
         """Check that no generator was drawn from in between."""
         return self.devices == other.devices and torch.equal(self.cpu, other.cpu)
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Return what tells this state from others, in a few bytes."""
+        # In one call, and without NumPy: a hash of the 5,056 bytes of the CPU's generator.
+        words = ctypes.string_at(self.cpu.data_ptr(), self.cpu.nbytes)
+        return hash(words), self.devices
 
     def now(self) -> RandomState:
         """Return the present state of the same generators."""

@@ -114,7 +114,7 @@ class RecordResults(TorchDispatchMode):
         kept = pytree.tree_map_only(Tensor, Tensor.detach, out)
         if func is torch.ops.aten.native_dropout.default:
             kept = (None, kept[1])
-        results.operations.append(_operation(func, args, kwargs))
+        results.operations.append(_operation(func, args))
         results.outputs.append(kept)
         drew = before is not None and not before.same(RandomState(self.devices))
         results.states.append(RandomState(self.devices) if drew else None)
@@ -163,7 +163,7 @@ class ReplayResults(TorchDispatchMode):
         if not results.keeps(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         self.count += 1
-        operation = _operation(func, args, kwargs or {})
+        operation = _operation(func, args)
         if i >= len(results.operations) or operation != results.operations[i]:
             forward = _text(results.operations[i]) if i < len(results.operations) else "none"
             raise ReversibleError(
@@ -195,9 +195,10 @@ class ReplayResults(TorchDispatchMode):
             )
 
 
-def _operation(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
+def _operation(func: Any, args: Any) -> tuple[Any, ...]:
     """Return an operator, with shapes and dtypes of the tensors that it is given."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    # What it writes to by `out` may have any shape before.
+    tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
     return func, *((tuple(x.shape), x.dtype) for x in tensors)
 
 

@@ -22,6 +22,9 @@ from .._torch import are_plain, data_address, is_capturing, lazy_clone, storage_
 # their address stays: memory that is shared until it is written to moves at the write.
 _written: dict[int, weakref.ref[Tensor]] = {}
 
+# Of elements. To copy fewer at once costs no more than to watch them, and leaves them in place.
+_SMALL = 512
+
 # Copies of tensors that were read by their address, which is taken for a write: attention kernels
 # read masks so. A copy serves until the tensor has another version or another address.
 _shadows: dict[int, tuple[weakref.ref[Tensor], Tensor, int, int]] = {}
@@ -47,7 +50,7 @@ class TensorState:
 
     __slots__ = ("tensor", "keyword", "attached", "copy", "version", "_address", "_original")
 
-    def __init__(self, tensor: Tensor, keyword: bool = False) -> None:
+    def __init__(self, tensor: Tensor, keyword: bool = False, eager: bool = True) -> None:
         self.keyword = keyword
         self.attached = tensor.grad_fn is not None
         self._original: Any = None
@@ -59,9 +62,9 @@ class TensorState:
         self._address: int | None = None
         # A tensor of inference mode has no version: nothing outside of that mode writes to it. A
         # lazy module gives its buffers memory in its first call.
-        self.version = None if tensor.is_inference() or is_lazy(tensor) else tensor._version
+        self.version = None if is_lazy(tensor) or tensor.is_inference() else tensor._version
         if not keyword:
-            self.protect()
+            self.protect(eager)
 
     @property
     def original(self) -> Tensor | None:
@@ -69,8 +72,12 @@ class TensorState:
         original: Tensor | None = self.tensor if self._original is None else self._original()
         return original
 
-    def protect(self) -> None:
-        """Keep the contents, unless it takes a gradient: then nobody may write to it."""
+    def protect(self, eager: bool = True) -> None:
+        """Keep the contents, unless it takes a gradient: then nobody may write to it.
+
+        Args:
+            eager: copy at once what an earlier call has written to.
+        """
         tensor = self.tensor
         if self.copy is not None or self.version is None or tensor.requires_grad:
             return
@@ -78,7 +85,9 @@ class TensorState:
         if shadow is not None and shadow[2:] == (tensor._version, data_address(tensor)):
             self.copy = shadow[1]
             return
-        if id(tensor) in _written or not are_plain((tensor,)) or is_capturing():
+        written = eager and id(tensor) in _written
+        small = tensor.is_cpu and tensor.numel() <= _SMALL
+        if written or small or not are_plain((tensor,)) or is_capturing():
             self.copy = _copied(tensor)
             return
         try:
@@ -92,7 +101,7 @@ class TensorState:
         """Note whether the call wrote to the tensor; give the copy back if it did not."""
         tensor, copy = self.tensor, self.copy
         if self.version is None:
-            if not tensor.is_inference() and not is_lazy(tensor) and not self.keyword:
+            if not is_lazy(tensor) and not tensor.is_inference() and not self.keyword:
                 # A lazy buffer has memory now; a replay starts from what it holds.
                 self.copy = _copied(tensor)
             return
@@ -105,8 +114,11 @@ class TensorState:
                 _shadows[id(tensor)] = reference, copy, self.version, data_address(tensor)
             else:
                 written = True
-        # A write may have left no version: what was written once counts as written in every call.
-        if written or id(tensor) in _written:
+        elif self._address is None and not written:
+            # A write may have left no version. To compare on other devices would wait for them:
+            # there, what was written once counts as written in every call.
+            written = not torch.equal(copy, tensor) if tensor.is_cpu else id(tensor) in _written
+        if written:
             _written[id(tensor)] = _until_freed(_written, tensor)
             self.version = None
         else:
