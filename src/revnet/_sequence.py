@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -56,9 +57,8 @@ _residuals: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 def _remember_residuals(call: Call) -> None:
     for value, encoded in call.streams:
         if isinstance(encoded, Held) and isinstance(value, Tensor):
-            key = id(value)
-            reference = weakref.ref(value, lambda _, key=key: _residuals.pop(key, None))
-            _residuals[key] = reference, encoded.residual
+            forget = partial(_residuals.pop, id(value))
+            _residuals[id(value)] = weakref.ref(value, forget), encoded.residual
 
 
 class ReversibleBlock(Program):

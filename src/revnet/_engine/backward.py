@@ -23,7 +23,7 @@ from .hooks import PackHook, RecomputeHook, Saving, same_tensor
 from .tape import Layout, Recomputed, Record, Tape
 
 
-class _Lock:
+class Lock:
     """Lets one replay run at a time, since replays restore modules and global generators.
 
     Backward may run in several threads.
@@ -37,12 +37,12 @@ class _Lock:
         cls.lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_Lock.renew)
+os.register_at_fork(after_in_child=Lock.renew)
 
 
 def recover(tape: Tape, hook: PackHook, number: int) -> Saving:
     """Return the tensor that was saved under a number, and the version that it has now."""
-    with _Lock.lock:
+    with Lock.lock:
         backward = current_backward()
         collected = hook.recomputed.get(backward)
         # Another thread may have been here.

@@ -23,7 +23,7 @@ from .._step import BoundStep, branch_output
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._torch import is_capturing, is_faking, records_operators
 from .._trees import tree_leaves, tree_map
-from .backward import recover
+from .backward import Lock, recover
 from .checksums import tree_checksum
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
 from .tape import Layout, Options, Record, Tape
@@ -65,6 +65,8 @@ class Call:
         self.random: RandomState | None = None
         prefetch = max((execution.prefetch for execution in executions), default=0)
         self.tape = Tape(arithmetic, options, prefetch)
+        # Where `pause` saved the state that the next pause replaces.
+        self.paused: int | None = None
 
     def enter(self, *streams: Any) -> None:
         """Continue from a block's inputs, which a hook may have replaced (rule 9)."""
@@ -175,12 +177,39 @@ class Call:
         tape = self.tape
         tape.save_state(self.streams)
         tape.top = len(tape.records) - 1
-        for k, record in enumerate(tape.records):
+        self._forget_checksums()
+        return streams or self.start()
+
+    def pause(self) -> list[Stream]:
+        """Return the streams for `resume`; until then the call can be read and walked as it is.
+
+        The state is saved here, and dropped by the next pause unless a barrier needs it. A paused
+        call holds no graph: whoever holds the streams does.
+        """
+        self._check_unwritten()
+        tape, before, position = self.tape, self.paused, len(self.tape.records)
+        with Lock.lock:
+            tape.save_state(self.streams)
+            tape.top = position - 1
+            if before is not None and before < position and tape.records[before] is not None:
+                tape.saved_states.pop(before, None)
+            self.paused = position
+            self._forget_checksums()
+        streams, self.streams, self.random = self.streams, [], None
+        return streams
+
+    def resume(self, streams: list[Stream]) -> None:
+        """Continue with the streams that `pause` returned; their values may be other tensors."""
+        self.streams = streams
+        self.environment = Environment([device.type for device in self.devices])
+
+    def _forget_checksums(self) -> None:
+        """Forget the checksums of steps that a walk reaches with rounding errors."""
+        for k, record in enumerate(self.tape.records):
             if record is None or record.checksums is None:
                 continue
             if not all(self._exact(i, k) for i in record.step.source):
                 record.checksums = None
-        return streams or self.start()
 
     def __enter__(self) -> Call:
         return self

@@ -130,11 +130,14 @@ class Tape:
         # The streams before the step that runs now: its branch may differentiate by itself.
         self.running: list[Stream] | None = None
         self.top = -1
+        # Behind the last record that is not freed.
+        self.end = 0
 
     def append(self, record: Record, hook: Any) -> None:
         """Add the record of a step, and the hook under which it runs."""
         self.records.append(record)
         self.hooks.append(weakref.ref(hook))
+        self.end = len(self.records)
 
     def add_barrier(self, streams: list[Stream], within: bool = False) -> None:
         """Insert a barrier: backward never recomputes across a stored step.
@@ -181,4 +184,7 @@ class Tape:
             for position in [position for position in states if position > step]:
                 del states[position]
         self.saved_states[step] = list(state)
-        del self.records[step + 1 :]
+        # A paused call may go on: later steps keep their numbers.
+        for k in range(step + 1, self.end):
+            self.records[k] = None
+        self.end = step + 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from functools import partial
+from operator import is_
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._couplings import Additive
@@ -36,18 +39,29 @@ def modules_of(fn: nn.Module, coupling: nn.Module | None = None) -> list[nn.Modu
     return found
 
 
+# By `id` of a module: a reference to it, the length of its `__dict__`, and its attributes where
+# they are numbers and the like, which hold nothing alive. Most modules have no others.
+_simple: dict[int, tuple[weakref.ref[nn.Module], int, dict[str, Any]]] = {}
+_SIMPLE = frozenset(map(type, (None, True, 0, 0.0, "", torch.float32, torch.device("cpu"))))
+
+
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that are neither parameters, buffers nor torch's own."""
+    """Return the attributes of a module that are neither parameters, buffers nor torch's own.
+
+    The same dict as the last time where nothing has changed: not to be written to.
+    """
     own = module.__dict__
-    return {name: own[name] for name in own.keys() - MACHINERY}
-
-
-def parameters_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Parameter]]:
-    """Go through the parameters of one module: their owner, name and the parameter."""
-    owner = module._parameters
-    for name, parameter in owner.items():
-        if parameter is not None:
-            yield owner, name, parameter
+    known = _simple.get(id(module))
+    if known is not None:
+        reference, size, found = known
+        same = len(own) == size and all(map(is_, map(own.get, found), found.values()))
+        if same and reference() is module:
+            return found
+    found = {name: own[name] for name in own.keys() - MACHINERY}
+    if _SIMPLE.issuperset(map(type, found.values())):
+        forget = partial(_simple.pop, id(module))
+        _simple[id(module)] = weakref.ref(module, forget), len(own), found
+    return found
 
 
 def is_compiled(fn: nn.Module) -> bool:

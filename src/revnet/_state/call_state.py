@@ -76,9 +76,14 @@ class StepState:
         self.contexts = None if context_fn is None else context_fn()
         self._player: ReplayResults | None = None
 
-    @contextlib.contextmanager
-    def recording(self, devices: Sequence[torch.device]) -> Iterator[None]:
+    def recording(self, devices: Sequence[torch.device]) -> Any:
         """Run the branch inside."""
+        if self.contexts is None and self.results is None:
+            return self.decisions
+        return self._recording(devices)
+
+    @contextlib.contextmanager
+    def _recording(self, devices: Sequence[torch.device]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.decisions)
             if self.contexts is not None:
@@ -124,17 +129,18 @@ class StepState:
         Returns:
             The keywords for the replay.
         """
-        undo.add(partial(setattr, replays, "depth", replays.depth))
+        undo.add(partial(self._leave, replays.depth, _active.decisions, self.decisions.place))
         replays.depth += 1
+        self.decisions.place = 0
+        self._player = None
         self.environment.restore(undo)
         keywords = self.modules.restore(undo)
         if self.random is not None:
             self.random.restore(undo)
-        undo.add(partial(setattr, _active, "decisions", _active.decisions))
-        undo.add(partial(setattr, self.decisions, "place", self.decisions.place))
-        self.decisions.place = 0
-        self._player = None
         return keywords
+
+    def _leave(self, depth: int, active: tuple[Decisions, ...], place: int | None) -> None:
+        replays.depth, _active.decisions, self.decisions.place = depth, active, place
 
     def replaying(self, running: bool) -> Any:
         """Run the branch inside.

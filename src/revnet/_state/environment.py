@@ -32,11 +32,11 @@ class Autocast:
 
     @staticmethod
     def read(device_types: Sequence[str]) -> Any:
-        cache = torch.is_autocast_cache_enabled()
-        return cache, [
+        states = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in device_types
         ]
+        return torch.is_autocast_cache_enabled(), states
 
     @staticmethod
     def write(value: Any) -> None:
@@ -56,46 +56,51 @@ class MatmulPrecision:
     set.
     """
 
-    PLACES = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
-
     @staticmethod
     def read(device_types: Sequence[str]) -> Any:
-        new = [torch._C._get_fp32_precision_getter(*place) for place in MatmulPrecision.PLACES]
+        backend = "mkldnn" if len(device_types) == 1 else "cuda"
+        products = _precision(backend, "matmul")
+        convolutions = _precision(backend, "conv")
         try:
-            return torch._C._get_float32_matmul_precision(), torch._C._get_cudnn_allow_tf32(), new
+            return backend, products, convolutions, _old_precision(), _old_convolutions()
         except RuntimeError:
-            return None, None, new
+            return backend, products, convolutions, None, None
 
     @staticmethod
     def write(value: Any) -> None:
-        matmul, convolutions, new = value
-        present = MatmulPrecision.read(())
-        if matmul is not None and matmul != present[0]:
-            torch._C._set_float32_matmul_precision(matmul)
-        if convolutions is not None and convolutions != present[1]:
-            torch._C._set_cudnn_allow_tf32(convolutions)
-        for place, precision in zip(MatmulPrecision.PLACES, new, strict=True):
-            if torch._C._get_fp32_precision_getter(*place) != precision:
-                torch._C._set_fp32_precision_setter(*place, precision)
+        backend, products, convolutions, old_products, old_convolutions = value
+        present = MatmulPrecision.read(("cpu",) if backend == "mkldnn" else ("cpu", backend))
+        if old_products is not None and old_products != present[3]:
+            torch._C._set_float32_matmul_precision(old_products)
+        if old_convolutions is not None and old_convolutions != present[4]:
+            torch._C._set_cudnn_allow_tf32(old_convolutions)
+        for kind, precision in (("matmul", products), ("conv", convolutions)):
+            if _precision(backend, kind) != precision:
+                torch._C._set_fp32_precision_setter(backend, kind, precision)
 
 
 class AttentionKernels:
     """The kernels that scaled_dot_product_attention may choose, as `sdpa_kernel` sets them."""
 
-    KINDS = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
-
     @staticmethod
     def read(device_types: Sequence[str]) -> Any:
-        enabled = [getattr(torch._C, f"_get_{k}_sdp_enabled")() for k in AttentionKernels.KINDS]
-        return enabled, torch._C._get_sdp_priority_order()
+        return [read() for read in _READ_KERNELS]
 
     @staticmethod
     def write(value: Any) -> None:
-        enabled, order = value
-        for kind, on in zip(AttentionKernels.KINDS, enabled, strict=True):
-            getattr(torch._C, f"_set_sdp_use_{kind}")(on)
-        torch._C._set_sdp_priority_order(order)
+        for write, choice in zip(_WRITE_KERNELS, value, strict=True):
+            write(choice)
 
+
+# Looked up once, since they are called in each replay.
+_precision = torch._C._get_fp32_precision_getter
+_old_precision = torch._C._get_float32_matmul_precision
+_old_convolutions = torch._C._get_cudnn_allow_tf32
+_KERNELS = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
+_READ_KERNELS = [getattr(torch._C, f"_get_{kernel}_sdp_enabled") for kernel in _KERNELS]
+_READ_KERNELS.append(torch._C._get_sdp_priority_order)
+_WRITE_KERNELS = [getattr(torch._C, f"_set_sdp_use_{kernel}") for kernel in _KERNELS]
+_WRITE_KERNELS.append(torch._C._set_sdp_priority_order)
 
 SETTINGS: tuple[type[Setting], ...] = (Autocast, MatmulPrecision, AttentionKernels)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -12,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from .._errors import ReversibleError
 from .._torch import is_dtensor, storage_id
 from . import fsdp
-from .branch import MACHINERY, attributes_of, modules_of, parameters_of
+from .branch import MACHINERY, attributes_of, modules_of
 from .objects import ATOMS, Container, Copies, Large, Objects, refill, stands_for
 from .tensors import TensorState, replacements
 from .undo import Undo
@@ -21,36 +22,27 @@ from .undo import Undo
 _ABSENT: Any = object()
 
 
-class _Owner:
+class _Owner(NamedTuple):
     """One dict that the step reads, such as the attributes or the buffers of a module."""
 
-    __slots__ = ("own", "found", "plain", "is_module", "size", "written")
+    own: dict[str, Any]
+    found: dict[str, Any]
+    # Whether nothing in it is a container or a tensor.
+    plain: bool
+    # Whether torch keeps its own things there, too.
+    is_module: bool
+    size: int
 
-    def __init__(
-        self, own: dict[str, Any], found: dict[str, Any], plain: bool, is_module: bool = False
-    ) -> None:
-        self.own = own
-        self.found = found
-        # Whether nothing in it is a container or a tensor.
-        self.plain = plain
-        # Whether torch keeps its own things there, too.
-        self.is_module = is_module
-        self.size = len(own)
-        # Whether the call set something in it: a replay would set it again.
-        self.written = False
-
-    def grown(self) -> bool:
-        """Check whether the dict has another number of entries."""
-        return len(self.own) != self.size
-
-    def differs(self) -> bool:
+    def changed(self) -> bool:
         """Check whether something in the dict is not what was found."""
         own, found = self.own, self.found
-        for name, value in found.items():
-            present = own.get(name, _ABSENT)
-            if present is not value and (self.plain or not stands_for(value, present)):
-                return True
-        return False
+        if len(own) != self.size:
+            return True
+        if all(map(is_, map(own.get, found), found.values())):
+            return False
+        return self.plain or not all(
+            stands_for(value, own.get(name, _ABSENT)) for name, value in found.items()
+        )
 
 
 class ModuleState:
@@ -69,6 +61,7 @@ class ModuleState:
         "modules",
         "objects",
         "owners",
+        "written",
         "kwargs",
         "parameters",
         "versions",
@@ -82,29 +75,32 @@ class ModuleState:
         self.modules = modules_of(fn, coupling)
         self.objects = objects = Objects()
         self.owners: list[_Owner] = []
-        self.parameters: list[tuple[dict[str, Any], str, Tensor]] = []
+        # Of these, the places of those in which the call set something: a replay would set it too.
+        self.written: set[int] = set()
+        parameters: list[tuple[dict[str, Any], str, Tensor]] = []
+        owners = self.owners
         for module in self.modules:
+            own = module.__dict__
             found = attributes_of(module)
             plain = ATOMS.issuperset(map(type, found.values()))
             if not plain:
                 found = {name: objects.take(value) for name, value in found.items()}
-            self.owners.append(_Owner(module.__dict__, found, plain, True))
-            if buffers := module._buffers:
+            owners.append(_Owner(own, found, plain, True, len(own)))
+            if buffers := own["_buffers"]:
                 # A module in evaluation mode writes to none, as a rule.
                 objects.eager = module.training
                 found = {name: objects.take(value) for name, value in buffers.items()}
                 objects.eager = True
-                self.owners.append(_Owner(buffers, found, False))
-            if children := module._modules:
-                self.owners.append(_Owner(children, children.copy(), True))
-            if module._parameters:
-                self.parameters += parameters_of(module)
-        self.versions = [parameter._version for _, _, parameter in self.parameters]
-        self.flags = [parameter.requires_grad for _, _, parameter in self.parameters]
-        self.lazy = any(type(p) is UninitializedParameter for _, _, p in self.parameters)
-        self.kwargs: dict[str, Any] = {}
-        if kwargs:
-            self.kwargs = self._keywords(kwargs, where)
+                owners.append(_Owner(buffers, found, False, False, len(buffers)))
+            if children := own["_modules"]:
+                owners.append(_Owner(children, children.copy(), True, False, len(children)))
+            if owner := own["_parameters"]:
+                parameters += [(owner, name, p) for name, p in owner.items() if p is not None]
+        self.parameters = parameters
+        self.versions = [p._version for _, _, p in parameters]
+        self.flags = [p.requires_grad for _, _, p in parameters]
+        self.lazy = any([p.__class__ is UninitializedParameter for _, _, p in parameters])
+        self.kwargs: dict[str, Any] = self._keywords(kwargs, where) if kwargs else {}
 
     def _keywords(self, kwargs: Mapping[str, Any], where: str) -> dict[str, Any]:
         found = {}
@@ -131,8 +127,7 @@ class ModuleState:
 
     def settle(self) -> None:
         """Note what the call changed."""
-        for owner in self.owners:
-            owner.written = len(owner.own) != owner.size or owner.differs()
+        self.written = {place for place, owner in enumerate(self.owners) if owner.changed()}
         if self.lazy:
             # A lazy module gives its parameters memory in its first call.
             self.versions = [parameter._version for _, _, parameter in self.parameters]
@@ -154,8 +149,13 @@ class ModuleState:
             ReversibleError: a parameter, a keyword tensor, or a tensor of a module that the call
                 left alone; or a container that is too large to be copied.
         """
-        for (owner, name, parameter), version in zip(self.parameters, self.versions, strict=True):
-            if parameter._version == version:
+        present = [parameter._version for _, _, parameter in self.parameters]
+        for (owner, name, parameter), now, version in (
+            zip(self.parameters, present, self.versions, strict=True)
+            if present != self.versions
+            else ()
+        ):
+            if now == version:
                 continue
             exchanged = fsdp.exchanged(parameter, owner.get(name))
             if not isinstance(parameter, nn.Parameter) or is_dtensor(parameter) or not exchanged:
@@ -195,18 +195,19 @@ class ModuleState:
         originals = objects.locate(self._values()) if objects.containers else {}
         copies = Copies(objects, replaced, originals)
         clean = []
-        for owner in self.owners:
-            changes = self._changes(owner, copies)
-            names = owner.own.keys() - owner.found.keys() if owner.grown() else set()
-            if owner.is_module:
-                names -= MACHINERY
-            if changes or names or owner.written:
-                undo.add(partial(_reset, owner.own, owner.own.copy()))
-                for name in names:
-                    del owner.own[name]
-                owner.own.update(changes)
-            else:
+        for place, owner in enumerate(self.owners):
+            changed = owner.changed()
+            if not changed and place not in self.written and not copies.any():
                 clean.append(owner)
+                continue
+            changes = self._changes(owner, copies)
+            if not changed and not changes and place not in self.written:
+                clean.append(owner)
+                continue
+            undo.add(partial(_reset, owner.own, owner.own.copy()))
+            for name in _extra(owner):
+                del owner.own[name]
+            owner.own.update(changes)
         undo.add(partial(_repair, undo, clean, objects, copies.originals))
         self._restore_parameters(undo)
         return {name: copies.make(value) for name, value in self.kwargs.items()}
@@ -226,14 +227,26 @@ class ModuleState:
         return changes
 
     def _restore_parameters(self, undo: Undo) -> None:
-        for (owner, name, parameter), flag in zip(self.parameters, self.flags, strict=True):
-            present = owner.get(name)
-            if present is not parameter and not fsdp.exchanged(parameter, present):
-                undo.add(partial(_put, owner, name, present if name in owner else _ABSENT))
+        present = [owner.get(name) for owner, name, _ in self.parameters]
+        flags = [parameter.requires_grad for _, _, parameter in self.parameters]
+        same = all(p is found for p, (_, _, found) in zip(present, self.parameters, strict=True))
+        if same and flags == self.flags:
+            return
+        for (owner, name, parameter), now, flag in zip(
+            self.parameters, present, self.flags, strict=True
+        ):
+            if now is not parameter and not fsdp.exchanged(parameter, now):
+                undo.add(partial(_put, owner, name, now if name in owner else _ABSENT))
                 owner[name] = parameter
             if parameter.requires_grad is not flag and parameter.is_leaf:
                 undo.add(partial(parameter.requires_grad_, not flag))
                 parameter.requires_grad_(flag)
+
+
+def _extra(owner: _Owner) -> set[str]:
+    """Return the names that were not found."""
+    extra = owner.own.keys() - owner.found.keys()
+    return extra - MACHINERY if owner.is_module else extra
 
 
 def _put(owner: dict[str, Any], name: str, value: Any) -> None:
@@ -255,10 +268,9 @@ def _repair(undo: Undo, clean: list[_Owner], objects: Objects, originals: dict[i
         return
     for owner in clean:
         own = owner.own
-        if not owner.grown() and not owner.differs():
+        if not owner.changed():
             continue
-        extra = own.keys() - owner.found.keys()
-        for name in extra - MACHINERY if owner.is_module else extra:
+        for name in _extra(owner):
             del own[name]
         for name, value in owner.found.items():
             if value.__class__ is Container:

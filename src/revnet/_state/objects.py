@@ -357,7 +357,7 @@ class Copies:
             these, those that a replay reads themselves.
     """
 
-    __slots__ = ("originals", "_made", "_replaced")
+    __slots__ = ("originals", "_made", "_replaced", "_stale")
 
     def __init__(
         self, objects: Objects, replaced: dict[int, Tensor], originals: dict[int, Any]
@@ -365,6 +365,7 @@ class Copies:
         self._replaced = replaced
         self._made: dict[int, Any] = {}
         self.originals = originals
+        self._stale = False
         if objects.containers:
             stale: list[Any] = [
                 container
@@ -372,8 +373,13 @@ class Copies:
                 if container.changed or id(container) not in originals
             ]
             stale += [state for state in objects.tensors.values() if id(state) in replaced]
+            self._stale = bool(stale)
             for container in (*stale, *objects.containing(stale)):
                 originals.pop(id(container), None)
+
+    def any(self) -> bool:
+        """Check whether there may be something to replace."""
+        return bool(self._replaced) or self._stale
 
     def replaces(self, value: Any) -> bool:
         """Check whether a replay reads something else than the original."""
