@@ -19,6 +19,7 @@ from ._execution import EXECUTIONS, resolve
 from ._plan import Plan
 from ._routing import check_keywords
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
+from ._state.modules import Memory
 from ._step import BoundStep, Step
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
 from ._streams.fixed import Fixed, Float, fitting_fraction_bits
@@ -69,6 +70,7 @@ class Program(nn.Module):
         self._settings = Settings(Options(preserve_rng_state, determinism_check, context_fn))
         self.streams = streams
         self._monitor = RangeMonitor()
+        self._memory = Memory()
         self.execution = execution
 
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
@@ -124,7 +126,8 @@ class Program(nn.Module):
 
     def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
         """Return the call in which a pass over these streams runs."""
-        return Call(streams, arithmetic, self._settings.options, self._executions)
+        options = self._settings.options
+        return Call(streams, arithmetic, options, self._executions, self._memory)
 
     def _undo(self, streams: Sequence[Any], parts: BoundSteps) -> tuple[Any, ...]:
         """The streams before the steps, from those after them."""

@@ -148,7 +148,6 @@ def _revisit(
                 replay.invert()
             else:
                 replay.collect(compare=undo and record.checksums is not None)
-            restoring.finished = not replay.stopped
         finally:
             restoring.run()
     finally:

@@ -17,6 +17,7 @@ from .._kept import Hosted, Saved
 from .._state.branch import is_compiled
 from .._state.call_state import StepState
 from .._state.environment import Environment
+from .._state.modules import Memory
 from .._state.random import RandomState, devices_of
 from .._state.results import Results
 from .._step import BoundStep, branch_output
@@ -37,6 +38,7 @@ class Call:
         arithmetic: how streams are held, and what a step does to them.
         options: see `Options`.
         executions: the execution of every step of the sequence.
+        memory: what earlier calls of the same program found.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class Call:
         arithmetic: FloatArithmetic | FixedArithmetic,
         options: Options,
         executions: Sequence[Execution],
+        memory: Memory | None = None,
     ) -> None:
         self.arithmetic = arithmetic
         self.options = options
         self.executions = executions
+        self.memory = Memory() if memory is None else memory
         # Where operators are noted down the recomputation would be, too, and draw new random
         # numbers: run as a plain loop there.
         self.recording = torch.is_grad_enabled() and not records_operators()
@@ -106,7 +110,7 @@ class Call:
             return
         record = Record(
             step=step._replace(kwargs={}) if step.kwargs else step,
-            state=self._state(step, execution),
+            state=self._state(index, step, execution),
             layouts=[tree_map(Layout, value) for value in sources],
             shared=_shared(sources),
             target_layout=tree_map(Layout, self.streams[step.target][0]),
@@ -125,14 +129,16 @@ class Call:
             # Autograd holds the hooks as long as what they packed.
             hook.sources = []
 
-    def _state(self, step: BoundStep, execution: Execution) -> StepState:
+    def _state(self, index: int, step: BoundStep, execution: Execution) -> StepState:
         results = None
         if execution.keeps_results or self.capturing:
             results = Results(execution.keeps_results, self.capturing)
         random = None
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
-        return StepState(step, self.environment, random, results, self.options.context_fn)
+        structure = self.memory.structure(index, step.fn, step.coupling)
+        context_fn = self.options.context_fn
+        return StepState(step, structure, self.environment, random, results, context_fn)
 
     def _run(
         self, index: int, step: BoundStep, record: Record, hook: PackHook, sources: list[Any]

@@ -45,10 +45,16 @@ _simple: dict[int, tuple[weakref.ref[nn.Module], int, dict[str, Any]]] = {}
 _SIMPLE = frozenset(map(type, (None, True, 0, 0.0, "", torch.float32, torch.device("cpu"))))
 
 
-def attributes_of(module: nn.Module) -> dict[str, Any]:
+def _is_simple(value: Any) -> bool:
+    return type(value) in _SIMPLE or (type(value) is tuple and all(map(_is_simple, value)))
+
+
+def attributes_of(module: nn.Module) -> tuple[dict[str, Any], bool]:
     """Return the attributes of a module that are neither parameters, buffers nor torch's own.
 
-    The same dict as the last time where nothing has changed: not to be written to.
+    Returns:
+        The attributes, in the same dict as the last time where nothing has changed (not to be
+        written to), and whether they are numbers and the like, of which no copy is needed.
     """
     own = module.__dict__
     known = _simple.get(id(module))
@@ -56,12 +62,13 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
         reference, size, found = known
         same = len(own) == size and all(map(is_, map(own.get, found), found.values()))
         if same and reference() is module:
-            return found
+            return found, True
     found = {name: own[name] for name in own.keys() - MACHINERY}
-    if _SIMPLE.issuperset(map(type, found.values())):
+    simple = all(map(_is_simple, found.values()))
+    if simple:
         forget = partial(_simple.pop, id(module))
         _simple[id(module)] = weakref.ref(module, forget), len(own), found
-    return found
+    return found, simple
 
 
 def is_compiled(fn: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from .._step import BoundStep
 from . import fsdp
 from .decisions import Decisions, _active, replays
 from .environment import Environment
-from .modules import ModuleState
+from .modules import ModuleState, Structure
 from .random import RandomState
 from .results import RecordResults, ReplayResults, Results, unrecorded
 from .undo import Undo
@@ -38,6 +38,7 @@ class StepState:
 
     Args:
         step: the step.
+        structure: its modules.
         environment: settings of the process.
         random: the generators before the call, None where they are not to be restored.
         results: the results that are to be kept, if any.
@@ -60,6 +61,7 @@ class StepState:
     def __init__(
         self,
         step: BoundStep,
+        structure: Structure,
         environment: Environment,
         random: RandomState | None,
         results: Results | None,
@@ -68,7 +70,7 @@ class StepState:
         self.name = step.name
         self.quiet = type(step.coupling) in _QUIET
         self.environment = environment
-        self.modules = ModuleState(step.fn, step.coupling, step.kwargs, step.name)
+        self.modules = ModuleState(structure, step.kwargs, step.name)
         self.random = random
         self.random_after: tuple[Any, ...] | None = None
         self.decisions = Decisions(step.name)

@@ -1,50 +1,52 @@
 """Settings of the process under which a step runs: autocast, TF32, the kernels of attention.
 
-A setting is a class with two static methods: `read` returns its value, `write` sets it. To have
-another one replayed, write such a class and name it in `SETTINGS`.
+A setting is a class with two static methods: `readers` returns what reads its values, `write` sets
+them. To have another one replayed, write such a class and name it in `SETTINGS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 
 from .undo import Undo
 
+Reader = Callable[[], Any]
+
 
 class Setting(Protocol):
     """One setting of the process."""
 
     @staticmethod
-    def read(device_types: Sequence[str]) -> Any:
-        """Return the present value, comparable by `==`."""
+    def readers(device_types: Sequence[str]) -> list[Reader]:
+        """Return what reads the present values, which compare by `==`."""
 
     @staticmethod
-    def write(value: Any) -> None:
-        """Set the value."""
+    def write(values: Sequence[Any], device_types: Sequence[str]) -> None:
+        """Set these values."""
 
 
 class Autocast:
     """Autocast of the CPU and of the device types in use."""
 
     @staticmethod
-    def read(device_types: Sequence[str]) -> Any:
-        states = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in device_types
-        ]
-        return torch.is_autocast_cache_enabled(), states
+    def readers(device_types: Sequence[str]) -> list[Reader]:
+        enabled = [partial(torch.is_autocast_enabled, kind) for kind in device_types]
+        dtypes = [partial(torch.get_autocast_dtype, kind) for kind in device_types]
+        return [torch.is_autocast_cache_enabled, *enabled, *dtypes]
 
     @staticmethod
-    def write(value: Any) -> None:
-        cache, states = value
-        for kind, enabled, dtype in states:
+    def write(values: Sequence[Any], device_types: Sequence[str]) -> None:
+        count = len(device_types)
+        for kind, enabled, dtype in zip(
+            device_types, values[1 : 1 + count], values[1 + count :], strict=True
+        ):
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(cache)
+        torch.set_autocast_cache_enabled(values[0])
         # A cast that was made under the other value belongs to the gradients made there.
         torch.clear_autocast_cache()
 
@@ -53,71 +55,92 @@ class MatmulPrecision:
     """TF32 in matrix products and convolutions, through the old and the new interface of torch.
 
     What is equal already is not written: torch refuses to read the old one once the new one was
-    set.
+    set, and its readers then return None here.
     """
 
-    @staticmethod
-    def read(device_types: Sequence[str]) -> Any:
-        backend = "mkldnn" if len(device_types) == 1 else "cuda"
-        products = _precision(backend, "matmul")
-        convolutions = _precision(backend, "conv")
-        try:
-            return backend, products, convolutions, _old_precision(), _old_convolutions()
-        except RuntimeError:
-            return backend, products, convolutions, None, None
+    PLACES = (("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
 
     @staticmethod
-    def write(value: Any) -> None:
-        backend, products, convolutions, old_products, old_convolutions = value
-        present = MatmulPrecision.read(("cpu",) if backend == "mkldnn" else ("cpu", backend))
-        if old_products is not None and old_products != present[3]:
-            torch._C._set_float32_matmul_precision(old_products)
-        if old_convolutions is not None and old_convolutions != present[4]:
-            torch._C._set_cudnn_allow_tf32(old_convolutions)
-        for kind, precision in (("matmul", products), ("conv", convolutions)):
-            if _precision(backend, kind) != precision:
-                torch._C._set_fp32_precision_setter(backend, kind, precision)
+    def readers(device_types: Sequence[str]) -> list[Reader]:
+        places = MatmulPrecision.PLACES
+        new = [partial(torch._C._get_fp32_precision_getter, *place) for place in places]
+        return [_old_products, _old_convolutions, *new]
+
+    @staticmethod
+    def write(values: Sequence[Any], device_types: Sequence[str]) -> None:
+        products, convolutions, *new = values
+        if products is not None and products != _old_products():
+            torch._C._set_float32_matmul_precision(products)
+        if convolutions is not None and convolutions != _old_convolutions():
+            torch._C._set_cudnn_allow_tf32(convolutions)
+        for place, precision in zip(MatmulPrecision.PLACES, new, strict=True):
+            if torch._C._get_fp32_precision_getter(*place) != precision:
+                torch._C._set_fp32_precision_setter(*place, precision)
+
+
+def _old_products() -> Any:
+    try:
+        return torch._C._get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _old_convolutions() -> Any:
+    try:
+        return torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:
+        return None
 
 
 class AttentionKernels:
     """The kernels that scaled_dot_product_attention may choose, as `sdpa_kernel` sets them."""
 
-    @staticmethod
-    def read(device_types: Sequence[str]) -> Any:
-        return [read() for read in _READ_KERNELS]
+    KINDS = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
 
     @staticmethod
-    def write(value: Any) -> None:
-        for write, choice in zip(_WRITE_KERNELS, value, strict=True):
-            write(choice)
+    def readers(device_types: Sequence[str]) -> list[Reader]:
+        read = [getattr(torch._C, f"_get_{kind}_sdp_enabled") for kind in AttentionKernels.KINDS]
+        return [*read, torch._C._get_sdp_priority_order]
 
+    @staticmethod
+    def write(values: Sequence[Any], device_types: Sequence[str]) -> None:
+        *enabled, order = values
+        for kind, on in zip(AttentionKernels.KINDS, enabled, strict=True):
+            getattr(torch._C, f"_set_sdp_use_{kind}")(on)
+        torch._C._set_sdp_priority_order(order)
 
-# Looked up once, since they are called in each replay.
-_precision = torch._C._get_fp32_precision_getter
-_old_precision = torch._C._get_float32_matmul_precision
-_old_convolutions = torch._C._get_cudnn_allow_tf32
-_KERNELS = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
-_READ_KERNELS = [getattr(torch._C, f"_get_{kernel}_sdp_enabled") for kernel in _KERNELS]
-_READ_KERNELS.append(torch._C._get_sdp_priority_order)
-_WRITE_KERNELS = [getattr(torch._C, f"_set_sdp_use_{kernel}") for kernel in _KERNELS]
-_WRITE_KERNELS.append(torch._C._set_sdp_priority_order)
 
 SETTINGS: tuple[type[Setting], ...] = (Autocast, MatmulPrecision, AttentionKernels)
+
+
+@cache
+def _readers(device_types: tuple[str, ...]) -> tuple[list[Reader], list[tuple[Any, int, int]]]:
+    """Return all readers, and for each setting the range of its own among them."""
+    readers: list[Reader] = []
+    ranges = []
+    for setting in SETTINGS:
+        start = len(readers)
+        readers += setting.readers(device_types)
+        ranges.append((setting, start, len(readers)))
+    return readers, ranges
 
 
 class Environment:
     """The settings of the process at one moment."""
 
-    __slots__ = ("device_types", "values")
+    __slots__ = ("device_types", "readers", "values")
 
     def __init__(self, device_types: Sequence[str]) -> None:
         self.device_types = tuple(dict.fromkeys(("cpu", *device_types)))
-        self.values = [setting.read(self.device_types) for setting in SETTINGS]
+        self.readers = _readers(self.device_types)[0]
+        self.values = [read() for read in self.readers]
 
     def restore(self, undo: Undo) -> None:
-        """Set every setting that has another value now, until `undo` runs."""
-        for setting, value in zip(SETTINGS, self.values, strict=True):
-            present = setting.read(self.device_types)
-            if present != value:
-                undo.add(partial(setting.write, present))
-                setting.write(value)
+        """Set every setting that has other values now, until `undo` runs."""
+        present = [read() for read in self.readers]
+        if present == self.values:
+            return
+        for setting, start, end in _readers(self.device_types)[1]:
+            if present[start:end] != self.values[start:end]:
+                undo.add(partial(setting.write, present[start:end], self.device_types))
+                setting.write(self.values[start:end], self.device_types)

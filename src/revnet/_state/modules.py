@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._errors import ReversibleError
 from .._torch import is_dtensor, storage_id
 from . import fsdp
 from .branch import MACHINERY, attributes_of, modules_of
-from .objects import ATOMS, Container, Copies, Large, Objects, refill, stands_for
+from .objects import Container, Copies, Large, Objects, refill, stands_for
 from .tensors import TensorState, replacements
 from .undo import Undo
 
@@ -23,26 +23,126 @@ _ABSENT: Any = object()
 
 
 class _Owner(NamedTuple):
-    """One dict that the step reads, such as the attributes or the buffers of a module."""
+    """A dict that holds containers or tensors: attributes or buffers of a module."""
 
     own: dict[str, Any]
     found: dict[str, Any]
-    # Whether nothing in it is a container or a tensor.
-    plain: bool
-    # Whether torch keeps its own things there, too.
-    is_module: bool
     size: int
 
     def changed(self) -> bool:
         """Check whether something in the dict is not what was found."""
         own, found = self.own, self.found
-        if len(own) != self.size:
-            return True
-        if all(map(is_, map(own.get, found), found.values())):
-            return False
-        return self.plain or not all(
-            stands_for(value, own.get(name, _ABSENT)) for name, value in found.items()
+        return len(own) != self.size or not all(
+            value is (present := own.get(name, _ABSENT)) or stands_for(value, present)
+            for name, value in found.items()
         )
+
+
+class Structure:
+    """The modules of a step, and of their dicts those that hold no containers and no tensors.
+
+    Most hold nothing but numbers, modules and parameters: they are compared all at once, and read
+    anew only where something is different.
+    """
+
+    __slots__ = (
+        "modules",
+        "dicts",
+        "sizes",
+        "founds",
+        "owns",
+        "names",
+        "values",
+        "others",
+        "buffered",
+        "parameters",
+        "parameter_owns",
+        "parameter_names",
+    )
+
+    def __init__(self, fn: nn.Module, coupling: nn.Module) -> None:
+        self.modules = modules_of(fn, coupling)
+        self.dicts: list[dict[str, Any]] = []
+        self.founds: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        # For each name the dict that has it, and its value.
+        self.owns: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        # Modules with other attributes, and modules with buffers.
+        self.others: list[nn.Module] = []
+        self.buffered: list[nn.Module] = []
+        self.parameters: list[Any] = []
+        self.parameter_owns: list[dict[str, Any]] = []
+        self.parameter_names: list[str] = []
+        for module in self.modules:
+            self._add(module)
+        self.sizes = list(map(len, self.dicts))
+
+    def _add(self, module: nn.Module) -> None:
+        own = module.__dict__
+        attributes, simple = attributes_of(module)
+        children, parameters, buffers = own["_modules"], own["_parameters"], own["_buffers"]
+        if simple:
+            self._hold(own, attributes)
+        else:
+            self.others.append(module)
+        self._hold(children, children.copy())
+        if buffers:
+            self.buffered.append(module)
+        self.dicts += (parameters, buffers)
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                self.parameters.append(parameter)
+                self.parameter_owns.append(parameters)
+                self.parameter_names.append(name)
+
+    def _hold(self, own: dict[str, Any], found: dict[str, Any]) -> None:
+        self.dicts.append(own)
+        self.founds.append((own, found))
+        self.owns += [own] * len(found)
+        self.names += found
+        self.values += found.values()
+
+    def same(self) -> bool:
+        """Check that every dict holds what it held, parameters apart."""
+        return list(map(len, self.dicts)) == self.sizes and all(
+            map(is_, map(_get, self.owns, self.names), self.values)
+        )
+
+    def same_parameters(self) -> bool:
+        """Check that the modules have these parameters."""
+        present = map(_get, self.parameter_owns, self.parameter_names)
+        return all(map(is_, present, self.parameters))
+
+    def put_back(self) -> None:
+        """Put into every dict what it held, where something is different."""
+        if not self.same():
+            for own, found in self.founds:
+                _set(own, found)
+
+
+class Memory:
+    """What earlier calls of the steps of a program found, by the number of the step.
+
+    It belongs to one program: a copy of that starts with none.
+    """
+
+    def __init__(self) -> None:
+        self._structures: dict[int, tuple[nn.Module, nn.Module, Structure]] = {}
+
+    def __reduce__(self) -> Any:
+        return Memory, ()
+
+    def structure(self, number: int, fn: nn.Module, coupling: nn.Module) -> Structure:
+        """Return the structure of a step, read anew where it has changed."""
+        known = self._structures.get(number)
+        if known is not None and known[0] is fn and known[1] is coupling:
+            structure = known[2]
+            if structure.same() and structure.same_parameters():
+                return structure
+        structure = Structure(fn, coupling)
+        self._structures[number] = fn, coupling, structure
+        return structure
 
 
 class ModuleState:
@@ -51,56 +151,35 @@ class ModuleState:
     A replay finds the same, in copies where somebody changed it, and leaves no trace.
 
     Args:
-        fn: the branch.
-        coupling: the rule of the step, a module as well.
+        structure: of the step.
         kwargs: the keywords.
         where: what errors call the step.
     """
 
-    __slots__ = (
-        "modules",
-        "objects",
-        "owners",
-        "written",
-        "kwargs",
-        "parameters",
-        "versions",
-        "flags",
-        "lazy",
-    )
+    __slots__ = ("structure", "objects", "owners", "kwargs", "versions", "flags", "lazy")
 
-    def __init__(
-        self, fn: nn.Module, coupling: nn.Module, kwargs: Mapping[str, Any], where: str
-    ) -> None:
-        self.modules = modules_of(fn, coupling)
+    def __init__(self, structure: Structure, kwargs: Mapping[str, Any], where: str) -> None:
+        self.structure = structure
         self.objects = objects = Objects()
         self.owners: list[_Owner] = []
-        # Of these, the places of those in which the call set something: a replay would set it too.
-        self.written: set[int] = set()
-        parameters: list[tuple[dict[str, Any], str, Tensor]] = []
-        owners = self.owners
-        for module in self.modules:
-            own = module.__dict__
-            found = attributes_of(module)
-            plain = ATOMS.issuperset(map(type, found.values()))
-            if not plain:
-                found = {name: objects.take(value) for name, value in found.items()}
-            owners.append(_Owner(own, found, plain, True, len(own)))
-            if buffers := own["_buffers"]:
-                # A module in evaluation mode writes to none, as a rule.
-                objects.eager = module.training
-                found = {name: objects.take(value) for name, value in buffers.items()}
-                objects.eager = True
-                owners.append(_Owner(buffers, found, False, False, len(buffers)))
-            if children := own["_modules"]:
-                owners.append(_Owner(children, children.copy(), True, False, len(children)))
-            if owner := own["_parameters"]:
-                parameters += [(owner, name, p) for name, p in owner.items() if p is not None]
-        self.parameters = parameters
-        self.versions = [p._version for _, _, p in parameters]
-        self.flags = [p.requires_grad for _, _, p in parameters]
-        self.lazy = any([p.__class__ is UninitializedParameter for _, _, p in parameters])
+        for module in structure.others:
+            found = objects.take_all(attributes_of(module)[0])
+            self.owners.append(_Owner(module.__dict__, found, len(module.__dict__)))
+        for module in structure.buffered:
+            # A module in evaluation mode writes to none, as a rule.
+            objects.eager = module.training
+            buffers = module._buffers
+            self.owners.append(_Owner(buffers, objects.take_all(buffers), len(buffers)))
+        objects.eager = True
+        self.versions = list(map(_version, structure.parameters))
+        self.flags = list(map(_requires_grad, structure.parameters))
+        self.lazy = UninitializedParameter in map(type, structure.parameters)
         self.kwargs: dict[str, Any] = self._keywords(kwargs, where) if kwargs else {}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every distinct module that the step may enter."""
+        return self.structure.modules
 
     def _keywords(self, kwargs: Mapping[str, Any], where: str) -> dict[str, Any]:
         found = {}
@@ -127,10 +206,9 @@ class ModuleState:
 
     def settle(self) -> None:
         """Note what the call changed."""
-        self.written = {place for place, owner in enumerate(self.owners) if owner.changed()}
         if self.lazy:
             # A lazy module gives its parameters memory in its first call.
-            self.versions = [parameter._version for _, _, parameter in self.parameters]
+            self.versions = list(map(_version, self.structure.parameters))
         objects = self.objects
         if objects.tensors or objects.containers:
             objects.settle(self._values())
@@ -138,9 +216,8 @@ class ModuleState:
     def _values(self) -> Iterator[tuple[Any, Any]]:
         """Go through what was found, and what is in its place now."""
         for owner in self.owners:
-            if not owner.plain:
-                for name, value in owner.found.items():
-                    yield value, owner.own.get(name)
+            for name, value in owner.found.items():
+                yield value, owner.own.get(name)
 
     def check(self, where: str) -> None:
         """Raise where a tensor was changed in place since, which no replay can undo.
@@ -149,17 +226,8 @@ class ModuleState:
             ReversibleError: a parameter, a keyword tensor, or a tensor of a module that the call
                 left alone; or a container that is too large to be copied.
         """
-        present = [parameter._version for _, _, parameter in self.parameters]
-        for (owner, name, parameter), now, version in (
-            zip(self.parameters, present, self.versions, strict=True)
-            if present != self.versions
-            else ()
-        ):
-            if now == version:
-                continue
-            exchanged = fsdp.exchanged(parameter, owner.get(name))
-            if not isinstance(parameter, nn.Parameter) or is_dtensor(parameter) or not exchanged:
-                raise ReversibleError(_changed(where, "parameter", name) + _INITIALISED)
+        if list(map(_version, self.structure.parameters)) != self.versions:
+            self._check_parameters(where)
         for state in self.objects.tensors.values():
             if state.changed():
                 raise ReversibleError(_changed(where, *self._label(state)))
@@ -170,6 +238,18 @@ class ModuleState:
                     "to be copied in each call, has another number of them now. Call backward "
                     "before it changes, or keep what changes in smaller containers."
                 )
+
+    def _check_parameters(self, where: str) -> None:
+        structure = self.structure
+        places = zip(structure.parameter_owns, structure.parameter_names, strict=True)
+        for (own, name), parameter, version in zip(
+            places, structure.parameters, self.versions, strict=True
+        ):
+            if parameter._version == version:
+                continue
+            exchanged = fsdp.exchanged(parameter, own.get(name))
+            if not isinstance(parameter, nn.Parameter) or is_dtensor(parameter) or not exchanged:
+                raise ReversibleError(_changed(where, "parameter", name) + _INITIALISED)
 
     def _label(self, state: TensorState) -> tuple[str, str]:
         """Return what kind of tensor this is, and its name."""
@@ -194,94 +274,93 @@ class ModuleState:
         replaced = replacements(objects.tensors.values()) if objects.tensors else {}
         originals = objects.locate(self._values()) if objects.containers else {}
         copies = Copies(objects, replaced, originals)
-        clean = []
-        for place, owner in enumerate(self.owners):
-            changed = owner.changed()
-            if not changed and place not in self.written and not copies.any():
-                clean.append(owner)
-                continue
-            changes = self._changes(owner, copies)
-            if not changed and not changes and place not in self.written:
-                clean.append(owner)
-                continue
-            undo.add(partial(_reset, owner.own, owner.own.copy()))
-            for name in _extra(owner):
-                del owner.own[name]
-            owner.own.update(changes)
-        undo.add(partial(_repair, undo, clean, objects, copies.originals))
+        structure = self.structure
+        if structure.same():
+            undo.add(structure.put_back)
+        else:
+            undo.add(partial(_reset, [(own, own.copy()) for own, _ in structure.founds]))
+            for own, found in structure.founds:
+                _set(own, found)
+        if self.owners:
+            self._restore_owners(copies, undo)
         self._restore_parameters(undo)
         return {name: copies.make(value) for name, value in self.kwargs.items()}
 
-    def _changes(self, owner: _Owner, copies: Copies) -> dict[str, Any]:
-        """Return what has to be put into a dict."""
-        changes = {}
-        own = owner.own
-        for name, value in owner.found.items():
-            present = own.get(name, _ABSENT)
-            if present is value:
+    def _restore_owners(self, copies: Copies, undo: Undo) -> None:
+        unchanged = []
+        for owner in self.owners:
+            if not owner.changed() and not any(map(copies.replaces, owner.found.values())):
+                unchanged.append(owner)
                 continue
-            if owner.plain:
-                changes[name] = value
-            elif not stands_for(value, present) or copies.replaces(value):
-                changes[name] = copies.make(value)
-        return changes
+            undo.add(partial(_reset, [(owner.own, owner.own.copy())]))
+            made = {}
+            for name, value in owner.found.items():
+                present = owner.own.get(name, _ABSENT)
+                # A tensor with a graph stays where it is.
+                kept = stands_for(value, present) and not copies.replaces(value)
+                made[name] = present if kept else copies.make(value)
+            _set(owner.own, made)
+        undo.add(partial(_put_back, unchanged, self.objects, copies.originals))
 
     def _restore_parameters(self, undo: Undo) -> None:
-        present = [owner.get(name) for owner, name, _ in self.parameters]
-        flags = [parameter.requires_grad for _, _, parameter in self.parameters]
-        same = all(p is found for p, (_, _, found) in zip(present, self.parameters, strict=True))
-        if same and flags == self.flags:
-            return
-        for (owner, name, parameter), now, flag in zip(
-            self.parameters, present, self.flags, strict=True
-        ):
-            if now is not parameter and not fsdp.exchanged(parameter, now):
-                undo.add(partial(_put, owner, name, now if name in owner else _ABSENT))
-                owner[name] = parameter
-            if parameter.requires_grad is not flag and parameter.is_leaf:
-                undo.add(partial(parameter.requires_grad_, not flag))
-                parameter.requires_grad_(flag)
+        structure = self.structure
+        parameters = structure.parameters
+        if not structure.same_parameters():
+            places = zip(structure.parameter_owns, structure.parameter_names, strict=True)
+            for (own, name), parameter in zip(places, parameters, strict=True):
+                present = own.get(name, _ABSENT)
+                if present is not parameter and not fsdp.exchanged(parameter, present):
+                    undo.add(partial(_put, own, name, present))
+                    own[name] = parameter
+        if list(map(_requires_grad, parameters)) != self.flags:
+            for parameter, flag in zip(parameters, self.flags, strict=True):
+                if parameter.requires_grad is not flag and parameter.is_leaf:
+                    undo.add(partial(parameter.requires_grad_, not flag))
+                    parameter.requires_grad_(flag)
 
 
-def _extra(owner: _Owner) -> set[str]:
-    """Return the names that were not found."""
-    extra = owner.own.keys() - owner.found.keys()
-    return extra - MACHINERY if owner.is_module else extra
+_get = dict.get
+_version = attrgetter("_version")
+_requires_grad = attrgetter("requires_grad")
 
 
-def _put(owner: dict[str, Any], name: str, value: Any) -> None:
-    if value is _ABSENT:
-        owner.pop(name, None)
-    else:
-        owner[name] = value
-
-
-def _reset(own: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in own.keys() - before.keys():
+def _set(own: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Let a dict hold this and nothing else, but for what torch keeps there for itself."""
+    for name in own.keys() - wanted.keys() - MACHINERY:
         del own[name]
-    own.update(before)
+    own.update(wanted)
 
 
-def _repair(undo: Undo, clean: list[_Owner], objects: Objects, originals: dict[int, Any]) -> None:
-    """Restore what a replay left behind that ended midway: the call itself left no trace there."""
-    if undo.finished:
-        return
-    for owner in clean:
-        own = owner.own
-        if not owner.changed():
-            continue
-        for name in _extra(owner):
+def _reset(dicts: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for own, before in dicts:
+        for name in own.keys() - before.keys():
             del own[name]
-        for name, value in owner.found.items():
-            if value.__class__ is Container:
-                own[name] = originals[id(value)]
-            elif value.__class__ is TensorState or value.__class__ is Large:
-                own[name] = value.original
-            else:
-                own[name] = value
-    for container in objects.containers.values():
-        if id(container) in originals:
-            refill(container, originals)
+        own.update(before)
+
+
+def _put(own: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        own.pop(name, None)
+    else:
+        own[name] = value
+
+
+def _put_back(owners: list[_Owner], objects: Objects, originals: dict[int, Any]) -> None:
+    """Take back what a replay did to dicts and containers that were as the call found them."""
+    for owner in owners:
+        if owner.changed():
+            found = {name: _present(value, originals) for name, value in owner.found.items()}
+            _set(owner.own, found)
+    if originals:
+        for container in objects.containers.values():
+            if id(container) in originals:
+                refill(container, originals)
+
+
+def _present(value: Any, originals: dict[int, Any]) -> Any:
+    if value.__class__ is Container:
+        return originals[id(value)]
+    return value.original if value.__class__ in (TensorState, Large) else value
 
 
 _INITIALISED = (

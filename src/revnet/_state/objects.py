@@ -210,6 +210,10 @@ class Objects:
         self.eager = True
         self._left = 0
 
+    def take_all(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return what stands for each of some values, by their names."""
+        return {name: self.take(value) for name, value in values.items()}
+
     def take(self, value: Any, keyword: bool = False) -> Any:
         """Return what stands for a value; `value` itself where that never changes.
 
@@ -357,7 +361,7 @@ class Copies:
             these, those that a replay reads themselves.
     """
 
-    __slots__ = ("originals", "_made", "_replaced", "_stale")
+    __slots__ = ("originals", "_made", "_replaced")
 
     def __init__(
         self, objects: Objects, replaced: dict[int, Tensor], originals: dict[int, Any]
@@ -365,7 +369,6 @@ class Copies:
         self._replaced = replaced
         self._made: dict[int, Any] = {}
         self.originals = originals
-        self._stale = False
         if objects.containers:
             stale: list[Any] = [
                 container
@@ -373,13 +376,8 @@ class Copies:
                 if container.changed or id(container) not in originals
             ]
             stale += [state for state in objects.tensors.values() if id(state) in replaced]
-            self._stale = bool(stale)
             for container in (*stale, *objects.containing(stale)):
                 originals.pop(id(container), None)
-
-    def any(self) -> bool:
-        """Check whether there may be something to replace."""
-        return bool(self._replaced) or self._stale
 
     def replaces(self, value: Any) -> bool:
         """Check whether a replay reads something else than the original."""
@@ -453,7 +451,7 @@ def _fill(copy: Any, container: Container, items: list[Any]) -> None:
 
 
 def refill(container: Container, originals: dict[int, Any]) -> None:
-    """Give an original its recorded contents again, after a replay that ended midway.
+    """Give an original its recorded contents again, where a replay changed them.
 
     Args:
         container: one of those that nobody changed.
@@ -465,7 +463,10 @@ def refill(container: Container, originals: dict[int, Any]) -> None:
             return originals[id(value)]
         return value.original if value.__class__ in (TensorState, Large) else value
 
-    present, items = originals[id(container)], [original(item) for item in container.items]
+    present = originals[id(container)]
+    if container.matches(*_contents(present)):
+        return
+    items = [original(item) for item in container.items]
     if isinstance(present, list | set | dict | deque):
         bases: tuple[Any, ...] = (list, set, OrderedDict, dict, deque)
         next(base for base in bases if isinstance(present, base)).clear(present)

@@ -13,12 +13,10 @@ class Undo:
     of `run` leaves it on the stack, so that a second `run` completes what the first began.
     """
 
-    __slots__ = ("calls", "finished")
+    __slots__ = ("calls",)
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], Any]] = []
-        # Whether the replay went to its end: if not, it may have left more behind than the call.
-        self.finished = False
 
     def add(self, call: Callable[[], Any]) -> None:
         """Register a call that may run before its change was made, and more than once."""
