@@ -210,7 +210,7 @@ def test_the_step_that_leaves_the_range_is_named(step: int, how: str) -> None:
 def test_layer_dropout_keeps_the_executions_of_the_steps_that_are_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from revnet import _traced
+    from revnet._compiled import function as _traced
 
     rebuilt: list[str] = []
     evaluation = _traced._Evaluation

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import revnet
+from cases import noted
 from oracle import assert_near, weighted
 from revnet import (
     Affine,
@@ -332,14 +333,13 @@ class Experts(nn.Module):
         self.expert = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
         self.gate = nn.Linear(6, 2)
         self.remember = remember
-        self.routes: list[Tensor] = []
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         probability = self.gate(x).softmax(-1)
         route = ((x.sum(-1, keepdim=True) * 1e14).sin() > 0).long()
         if self.remember:
             route = revnet.remember(route)
-        self.routes.append(route)
+        noted(self).append(route)
         out = torch.where(
             route == 0, self.expert[0](x), self.expert[1](x)
         ).tanh() * probability.gather(-1, route)
@@ -355,7 +355,7 @@ def test_routes_and_auxiliary_losses(kind: str, remember: bool):
     ).double()
     assert_as_stored(net, *leaves((20, 6), (20, 6)))
     for fn in experts:
-        forward, replay, *_ = fn.routes
+        forward, replay, *_ = noted(fn)
         assert torch.equal(forward, replay)
 
 
@@ -366,7 +366,7 @@ def test_without_remembering_float_streams_tip_these_routes():
         [Step(fn, i % 2, (i + 1) % 2) for i, fn in enumerate(experts)], streams="float"
     ).double()
     gradients(net, net, *leaves((20, 6), (20, 6)))
-    assert not all(torch.equal(*fn.routes) for fn in experts)
+    assert not all(torch.equal(*noted(fn)) for fn in experts)
 
 
 def test_remember_takes_decisions():

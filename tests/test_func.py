@@ -19,7 +19,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 import cases
 import oracle
 import revnet
-from revnet import _inspect, _traced
+from revnet._compiled import function as _traced
+from revnet._compiled import purity as _inspect
 
 # torch's own, from tracing any Function and any tensor with a history.
 pytestmark = [

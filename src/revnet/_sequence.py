@@ -127,7 +127,7 @@ class ReversibleBlock(Program):
     @property
     def _executions(self) -> list[Any]:
         if self._place is None:
-            return super()._executions
+            return self._settings.executions
         settings, first = self._place
         return settings.executions[first : first + 2]
 
