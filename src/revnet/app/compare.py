@@ -21,7 +21,7 @@ from revnet.app.errors import UserError, check_least
 from revnet.app.measure import executed, step_memory
 from revnet.app.model import Transformer, bits_per_token
 from revnet.app.plots import figure, save_figure
-from revnet.app.run import replacing
+from revnet.app.run import new_file
 
 CAPTION = "Ratios to stored execution. Error: of the gradient, relative to float64."
 EXECUTIONS = ("stored", "checkpointed", "planned", "reversible")
@@ -124,7 +124,7 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     plot_path = path.with_suffix(".png")
     _plot(plot_path, rows, str(case))
     if path.suffix == ".md":
-        with replacing(path) as file:
+        with new_file(path) as file:
             file.write(_markdown(str(case), full, plot_path.name).encode())
     console.print(
         f"Saved {path if path == plot_path else f'{path} and {plot_path}'}",

@@ -13,6 +13,12 @@ class MachineError(Exception):
     """The machine has no room, in memory or on the disk; the message says what is lost. Exit code 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def check_least(name: str, value: float, least: float) -> None:
     """Raise unless the number given as `--name` is `least` or more; not-a-number is neither."""
     if not value >= least:

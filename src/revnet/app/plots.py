@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revnet.app.data import Array
-from revnet.app.run import replacing
+from revnet.app.run import new_file
 
 
 def figure(width: float = 7.0, height: float = 4.0) -> Any:
@@ -19,7 +19,7 @@ def figure(width: float = 7.0, height: float = 4.0) -> Any:
 
 def save_figure(plot: Any, path: Path) -> None:
     """Writes a figure as PNG."""
-    with replacing(path) as file:
+    with new_file(path) as file:
         plot.savefig(file, format="png")
 
 
@@ -100,5 +100,5 @@ def sample_grid(path: Path, captions: Sequence[str], groups: Sequence[tuple[str,
                 page.paste(picture, (x, top + i * (high + gap)))
             x += wide + gap
         x += apart
-    with replacing(path) as file:
+    with new_file(path) as file:
         page.save(file, format="png")

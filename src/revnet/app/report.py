@@ -16,7 +16,7 @@ from revnet.app.display import Display, memory_table
 from revnet.app.measure import executed, step_memory
 from revnet.app.model import example_bits
 from revnet.app.plots import sample_grid
-from revnet.app.run import replacing
+from revnet.app.run import new_file
 from revnet.app.sample import Sampling, images_of, texts_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def samples(training: Training) -> None:
         return
     with training.eager():
         texts = texts_of(model, data.spec["show"], model.shape.length, Sampling())
-    with replacing(path / "samples.txt") as file:
+    with new_file(path / "samples.txt") as file:
         file.write("\n\n----\n\n".join(texts).encode())
 
 

@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from revnet.app.errors import MachineError, UserError
+from revnet._files import NotAFileError, append_to_file, replace_file
+from revnet.app.errors import MachineError, UserError, first_line
+
+# A place that the user chose cannot be written to, which says nothing about the machine.
+WRONG_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG)
+WRONG_PLACE += (errno.ELOOP,)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says about a file that cannot be written into a message."""
+    """Turn what the system says about a file that cannot be written into a message."""
     try:
         yield
     except PermissionError as error:
         raise UserError(f"no permission to write {path}: {error.strerror}") from error
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
     except OSError as error:
+        reason = error.strerror or first_line(error)
+        if isinstance(error, NotAFileError) or error.errno in WRONG_PLACE:
+            raise UserError(f"cannot write {path}: {reason}") from error
         raise MachineError(
-            f"cannot write {path}: {error.strerror}. What was saved before is as it was."
+            f"cannot write {path}: {reason}. What was saved before is as it was."
         ) from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all of it is on the disk; until then `path` stays as it was."""
-    # A device such as /dev/null would be replaced as well, where the user may.
-    if not path.name or (path.exists() and not path.is_file()):
-        raise UserError(f"cannot write {path}: it is not a file")
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of `path` when it is complete, or raise with a message."""
+    with writing(path), replace_file(path) as file:
+        yield file
 
 
 class Run:
@@ -87,7 +80,7 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         """Replaces a JSON file."""
-        with replacing(self.path / name) as file:
+        with new_file(self.path / name) as file:
             file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
 
     def read_json(self, name: str) -> Any:
@@ -105,7 +98,7 @@ class Run:
         # By way of memory: torch.save reports a full disk as an internal error of its file format.
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        with replacing(self.path / "checkpoint.pt") as file:
+        with new_file(self.path / "checkpoint.pt") as file:
             file.write(buffer.getbuffer())
         self.write_weights(state["model"])
 
@@ -114,7 +107,7 @@ class Run:
         from safetensors.torch import save
 
         content = save({name: tensor.contiguous() for name, tensor in weights.items()})
-        with replacing(self.path / "weights.safetensors") as file:
+        with new_file(self.path / "weights.safetensors") as file:
             file.write(content)
 
     def read_checkpoint(self, device: torch.device) -> dict[str, Any]:
@@ -152,8 +145,8 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        with writing(path), path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with writing(path):
+            append_to_file(path, (json.dumps(row) + "\n").encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that was cut off is left out."""
@@ -169,5 +162,5 @@ class Run:
     def forget_after(self, step: int) -> None:
         """Removes the rows of metrics.jsonl that a resumed run will write again."""
         rows = [row for row in self.metrics() if row["step"] <= step]
-        with replacing(self.path / "metrics.jsonl") as file:
+        with new_file(self.path / "metrics.jsonl") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

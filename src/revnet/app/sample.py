@@ -16,7 +16,7 @@ from revnet.app.device import find_device
 from revnet.app.errors import UserError
 from revnet.app.model import Shape, Transformer
 from revnet.app.plots import sample_grid
-from revnet.app.run import Run, replacing
+from revnet.app.run import Run, new_file
 
 
 @dataclass
@@ -153,7 +153,7 @@ def sample(
         if out is None:
             return text
         path = Path(out)
-        with replacing(path) as file:
+        with new_file(path) as file:
             file.write(text.encode())
     else:
         captions = captions or spec["show"]
