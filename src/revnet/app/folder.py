@@ -13,13 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from revnet._files import open_file
 from revnet.app.data import Array, Images, codecs, hidden, split
-from revnet.app.errors import DataError, UserError
+from revnet.app.errors import DataError, UserError, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 IMAGE_COLUMNS = ("file", "file_name", "image", "path")
 CAPTION_COLUMNS = ("caption", "text")
+# Pillow would choose by content among forty decoders, of which one starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# As many as 8192 × 8192; decoding takes up to 16 bytes for each.
+MOST_PIXELS = 2**26
+LARGEST_FILE = 2**30
 CODE_BOOK_IMAGES = 2000
 DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
 
@@ -35,32 +41,53 @@ def read_text(path: Path) -> str:
 
 
 def read_image(path: Path, side: int, grey: bool) -> Array:
-    """The middle square of an image: (side, side, 1 or 3), uint8."""
+    """Return the middle square of an image: (side, side, 1 or 3), uint8."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode == "F":
-                raise ValueError("its pixels are floats, without a known white")
-            if picture.mode.startswith("I"):
-                # 16 bits, which Pillow would cut at 255, to white.
-                picture = Image.fromarray(
-                    (np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8)
-                )
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        with open_file(path, LARGEST_FILE) as content, Image.open(content, formats=FORMATS) as file:
+            # The size stands at the beginning of a file: nothing has been decoded so far.
+            width, height = file.size
+            if width * height > MOST_PIXELS:
+                raise Image.DecompressionBombError(f"it has {width} × {height} pixels")
+            picture = _flatten(ImageOps.exif_transpose(file))
             picture = ImageOps.fit(
                 picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX
             )
+    except MemoryError:
+        raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"the image {path} is too large: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
-            f"the image {path} cannot be decoded: {error}. Replace it, or remove it."
+            f"the image {path} is too large: {first_line(error)}, of which at most "
+            f"{MOST_PIXELS:,} are read. Scale it down, or remove it."
+        ) from error
+    except Image.UnidentifiedImageError:
+        # Its own message names the file object.
+        raise DataError(
+            f"the image {path} cannot be decoded: it is none of {', '.join(FORMATS)}. "
+            f"Replace it, or remove it."
+        ) from None
+    except Exception as error:
+        # Decoders raise anything when a file is not what it says.
+        raise DataError(
+            f"the image {path} cannot be decoded: {first_line(error)}. Replace it, or remove it."
         ) from error
     return np.asarray(picture).reshape(side, side, 1 if grey else 3)
+
+
+def _flatten(picture: Any) -> Any:
+    """Return a picture with 8 bits a channel, on white where it was transparent."""
+    from PIL import Image
+
+    if picture.mode == "F":
+        raise ValueError("its pixels are floats, without a known white")
+    if picture.mode.startswith("I"):
+        # 16 bits, which Pillow would cut at 255, to white.
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture
 
 
 def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
