@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import errno
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
 from revnet.app.errors import MachineError, UserError
+from revnet.app.terminal import complain, show
 
 if TYPE_CHECKING:
     from revnet.app.case import Case
@@ -23,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 1 a machine without room, 2 what the user can put right, 130 Ctrl-C.
     """
     options = parser().parse_args(argv)
+    # Pillow warns of images that this program refuses in its own words.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     try:
         return options.run(options)
     except UserError as error:
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"revnet: {message}", file=sys.stderr)
+    complain(message)
     return code
 
 
@@ -187,17 +191,19 @@ def _sample(options: argparse.Namespace) -> int:
     how = Sampling(
         options.temperature, options.top_k, options.top_p, options.seed, not options.no_cache
     )
-    print(
-        sample(
-            options.run_path,
-            options.captions,
-            options.out,
-            options.each,
-            options.length,
-            options.device,
-            how,
-        )
+    shown = sample(
+        options.run_path,
+        options.captions,
+        options.out,
+        options.each,
+        options.length,
+        options.device,
+        how,
     )
+    error = show(shown)
+    if error is not None and error.errno != errno.EPIPE:
+        # Whoever closes a pipe has read enough, but a full disk loses what was asked for.
+        raise MachineError(f"cannot print what was drawn: {error.strerror}")
     return 0
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from revnet.app.terminal import Output
 
 if TYPE_CHECKING:
     from revnet.app.report import MemoryRow
@@ -28,7 +31,9 @@ class Display:
     """
 
     def __init__(self, steps: int, unit: str, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False)
+        output = Output(sys.stdout, "cannot show progress any more, but go on and save")
+        # Text that looks like markup or an emoji is a name; rich types the file as a whole IO.
+        self.console = Console(file=cast(Any, output), quiet=quiet, highlight=False, emoji=False)
         self.unit = unit
         self.steps = steps
         self._printed = 0.0

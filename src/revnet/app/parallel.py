@@ -41,9 +41,10 @@ from revnet.app.checkpoint import Checkpoints, cpu_group
 from revnet.app.config import TrainConfig
 from revnet.app.data import Array, Data, step_batch
 from revnet.app.display import Display
-from revnet.app.errors import DataError, MachineError, UserError
+from revnet.app.errors import DataError, MachineError, UserError, first_line
 from revnet.app.model import bits_per_token
 from revnet.app.run import Run
+from revnet.app.terminal import complain
 from revnet.app.train import INTERRUPTED, LOG_EVERY, Training, interruptible, loop, resume, start
 
 T = TypeVar("T")
@@ -256,11 +257,9 @@ def train(given: dict[str, Any], resumed: str | None) -> int:
         if not _is_lost(error):
             raise
         rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
-        print(
-            f"revnet: rank {rank} of {world} lost another rank ({str(error).splitlines()[0]}). "
-            "Continue from the last checkpoint with --resume, on any number of ranks.",
-            file=sys.stderr,
-            flush=True,
+        complain(
+            f"rank {rank} of {world} lost another rank ({first_line(error)}). "
+            "Continue from the last checkpoint with --resume, on any number of ranks."
         )
         # Threads of the process group may wait for the lost rank for ever.
         os._exit(1)

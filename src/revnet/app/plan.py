@@ -11,6 +11,7 @@ from revnet.app.case import Case
 from revnet.app.errors import UserError
 from revnet.app.plots import figure, save_figure
 from revnet.app.run import writing
+from revnet.app.terminal import show
 
 # Of the way from the smallest possible peak to that of stored execution.
 CURVE = ("minimum", "3%", "7%", "12%", "20%", "30%", "45%", "60%", "80%", "stored")
@@ -43,7 +44,7 @@ def plan(case: Case, memory: str | None, device_memory: str | None, out: str | N
                 f"parameters, gradients and AdamW's averages alone take {state / 2**30:,.2f} GiB "
                 f"of {device_memory}: take a smaller --depth or --width, or shard them"
             )
-        print(f"{state / 2**30:,.2f} GiB for parameters, gradients and AdamW's averages")
+        show(f"{state / 2**30:,.2f} GiB for parameters, gradients and AdamW's averages")
         budget = whole - state
     elif memory is None and case.device.type == "meta":
         raise UserError(
@@ -51,11 +52,11 @@ def plan(case: Case, memory: str | None, device_memory: str | None, out: str | N
             "--memory"
         )
     chosen, *curve = case.plans(model, [budget, *CURVE])
-    print(f"{case}\n{chosen}")
+    show(f"{case}\n{chosen}")
     _plot(path, chosen, curve, str(case))
     with writing(path.with_suffix(".json")):
         chosen.save(path.with_suffix(".json"))
-    print(f"\nSaved {path} and {path.with_suffix('.json')}")
+    show(f"\nSaved {path} and {path.with_suffix('.json')}")
     return 0
 
 

@@ -30,24 +30,33 @@ from revnet.app.plots import loss_plot
 from revnet.app.run import Run, writing
 
 INTERRUPTED = 130
+# Windows has none.
+HANGUP = getattr(signal, "SIGHUP", None)
 LOG_EVERY = 10
 HELD_OUT_TOKENS = 50_000
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed; pressing it twice raises KeyboardInterrupt."""
-    pressed = False
+    """Yield a function that says whether to stop: after Ctrl-C, SIGTERM, or a hangup.
+
+    Ctrl-C or SIGTERM after one of these raises KeyboardInterrupt. A closed terminal may send
+    several hangups, and a hangup that was ignored before, as by nohup, stays ignored.
+    """
+    stopping = False
 
     def handle(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
+        nonlocal stopping
+        if stopping and number != HANGUP:
             raise KeyboardInterrupt
-        pressed = True
+        stopping = True
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        numbers.append(HANGUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield lambda: pressed
+        yield lambda: stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
