@@ -42,7 +42,7 @@ def read_text(path: Path) -> str:
 
 def read_image(path: Path, side: int, grey: bool) -> Array:
     """Return the middle square of an image: (side, side, 1 or 3), uint8."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with open_file(path, LARGEST_FILE) as content, Image.open(content, formats=FORMATS) as file:
@@ -61,7 +61,7 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
             f"the image {path} is too large: {first_line(error)}, of which at most "
             f"{MOST_PIXELS:,} are read. Scale it down, or remove it."
         ) from error
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         # Its own message names the file object.
         raise DataError(
             f"the image {path} cannot be decoded: it is none of {', '.join(FORMATS)}. "

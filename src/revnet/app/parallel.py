@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import revnet
 from revnet.app import report
-from revnet.app.checkpoint import Checkpoints, cpu_group
+from revnet.app.checkpoint import Checkpoints, cpu_group, saved_steps
 from revnet.app.config import TrainConfig
 from revnet.app.data import Array, Data, step_batch
 from revnet.app.display import Display
@@ -164,11 +164,18 @@ class ParallelTraining(Training):
         super().log(row)
 
     def is_finite(self) -> bool:
-        """Whether all weights of all ranks are numbers."""
-        own = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
-        found = torch.tensor(int(all(bool(parameter.isfinite().all()) for parameter in own)))
+        """Return whether all weights of all ranks are numbers."""
+        return self._are_finite(list(self.model.parameters()))
+
+    def _are_finite(self, tensors: list[Tensor]) -> bool:
+        own = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        found = torch.tensor(int(all(bool(x.isfinite().all()) for x in own)))
         dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._control)
         return bool(found)
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        states = self.optimizer.state.values()
+        return [x for state in states for x in state.values() if isinstance(x, Tensor)]
 
     def save(self) -> None:
         """Starts to write the checkpoint, and writes the weights that `revnet sample` reads."""
@@ -186,7 +193,9 @@ class ParallelTraining(Training):
     def resume(self) -> None:
         """Goes back to the last checkpoint, whichever number of ranks wrote it."""
         state = self._state()
-        self.step = self.checkpoints.load(state)
+        # The groups' settings are the program's own.
+        found = state | {"optimizer": {"state": state["optimizer"]["state"]}}
+        self.step = self.checkpoints.load(found)
         if self.step >= self.config.steps:
             raise UserError(
                 f"the run has taken all of its {self.step} steps: ask for more with --steps"
@@ -194,9 +203,14 @@ class ParallelTraining(Training):
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            model_state_dict=found["model"],
+            optim_state_dict=state["optimizer"] | found["optimizer"],
         )
+        if not self._are_finite([*self.model.parameters(), *self._optimizer_tensors()]):
+            raise UserError(
+                f"{self.checkpoints.path}/step-{self.step:08} is damaged (its weights contain NaN "
+                f"or infinity). Remove it to resume from the one before."
+            )
         self.run.forget_after(self.step)
 
     def _state(self) -> dict[str, Any]:
@@ -383,7 +397,7 @@ def _make(
                 "theirs"
             )
         run = Path(given["out"])
-        if _from_first(lambda: bool(list((run / "checkpoints").glob("step-*")))):
+        if _from_first(lambda: bool(saved_steps(run / "checkpoints"))):
             resumed, given = given["out"], {}
         elif first:
             # It died before its first checkpoint.

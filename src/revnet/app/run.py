@@ -18,8 +18,14 @@ from revnet._files import NotAFileError, append_to_file, replace_file
 from revnet.app.errors import MachineError, UserError, first_line
 
 # A place that the user chose cannot be written to, which says nothing about the machine.
-WRONG_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG)
-WRONG_PLACE += (errno.ELOOP,)
+WRONG_PLACE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 @contextmanager
@@ -43,6 +49,12 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` when it is complete, or raise with a message."""
     with writing(path), replace_file(path) as file:
         yield file
+
+
+def own_folder(path: Path) -> None:
+    """Raise where a folder that a run writes to would be somewhere else, or cannot be made."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"cannot write {path}: it is not a folder of this run. Remove it.")
 
 
 class Run:
