@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from revnet.app import digits
-from revnet.app.data import Array, Images
+from revnet.app.data import Array, Images, digits
 from revnet.app.display import Display, memory_table
 from revnet.app.measure import executed, step_memory
 from revnet.app.model import example_bits

@@ -18,9 +18,9 @@ from rich.markup import escape
 from torch import Tensor
 
 import revnet
-from revnet.app import report, sources
+from revnet.app import report
 from revnet.app.config import TrainConfig
-from revnet.app.data import Array, Data, step_batch
+from revnet.app.data import Array, Data, sources, step_batch
 from revnet.app.device import find_device
 from revnet.app.display import Display
 from revnet.app.errors import DataError, UserError

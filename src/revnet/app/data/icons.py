@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import Array, Images, codecs
+from revnet.app.data.codecs import Array, codecs
+from revnet.app.data.examples import Images
 from revnet.app.errors import UserError
 
 SIZE = 24

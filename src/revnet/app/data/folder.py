@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from revnet._files import open_file
-from revnet.app.data import Array, Images, codecs, hidden, split
+from revnet.app.data.codecs import Array, codecs
+from revnet.app.data.examples import Images, hidden, split
 from revnet.app.errors import DataError, UserError, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

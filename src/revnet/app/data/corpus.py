@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import START, Array, hidden, split
+from revnet.app.data.codecs import START, Array
+from revnet.app.data.examples import hidden, split
 from revnet.app.errors import DataError, UserError
 
 DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}

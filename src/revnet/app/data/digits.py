@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import Array, Images, codecs
+from revnet.app.data.codecs import Array, codecs
+from revnet.app.data.examples import Images
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("{}", "a {}", "a handwritten {}", "the digit {}", "the number {}")

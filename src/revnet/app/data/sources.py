@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from revnet.app import corpus, digits, folder, icons
 from revnet.app.config import TrainConfig
-from revnet.app.data import Data
+from revnet.app.data import corpus, digits, folder, icons
+from revnet.app.data.examples import Data
 from revnet.app.errors import UserError
 
 
