@@ -13,6 +13,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -98,7 +99,7 @@ def append_to_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def open_file(path: Path, most: int | None = None) -> Iterator[BinaryIO]:
+def open_file(path: Path, most: int | None = None) -> Iterator[BufferedReader]:
     """Yield a file, or what a link to one leads to, for reading.
 
     Raises:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from revnet.app.checkpoint_reader import CheckpointPlanner, CheckpointReader
 from revnet.app.errors import MachineError, UserError, first_line
-from revnet.app.run import own_folder, writing
+from revnet.app.writing import check_own_folder, writing
 
 KEPT = 2
 
@@ -46,7 +46,7 @@ class Checkpoints:
         self._published = threading.Event()
         self._unpublished: OSError | None = None
         self._last = -1
-        own_folder(path)
+        check_own_folder(path)
         if self._first:
             for partial in path.glob(".step-*"):
                 _remove(partial)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,6 +53,15 @@ _TYPES: dict[tuple[str, str], Any] = {
 }
 
 
+# What Python writes from protocol 4 on for these types. Older ones could ask for any amount of
+# memory, by the number of an entry in the table of what has been read.
+_OPERATIONS = frozenset(
+    "PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET STACK_GLOBAL REDUCE NEWOBJ BUILD NONE NEWTRUE "
+    "NEWFALSE BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 "
+    "TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS".split()
+)
+
+
 class _Unpickler(pickle.Unpickler):
     """Build nothing but the parts of metadata."""
 
@@ -85,6 +95,9 @@ class CheckpointReader(FileSystemReader):
 
     def _read_metadata(self) -> parts.Metadata:
         content = read_file(self._folder / ".metadata", MOST_METADATA_BYTES)
+        for operation, _, _ in pickletools.genops(content):
+            if operation.name not in _OPERATIONS:
+                raise pickle.UnpicklingError(f".metadata asks for {operation.name}")
         found = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(found, parts.Metadata) or not _is_complete(found):
             raise ValueError(".metadata is not that of a checkpoint")

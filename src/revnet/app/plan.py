@@ -1,17 +1,18 @@
-"""`revnet plan`: the fastest executions for a memory budget, also for a machine that is not this one."""
+"""`revnet plan`: the fastest executions for a memory budget, on this machine or another."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import revnet
+from revnet._sizes import format_bytes, parse_bytes
 from revnet.app.case import Case
 from revnet.app.errors import UserError
 from revnet.app.plots import figure, save_figure
-from revnet.app.run import writing
 from revnet.app.terminal import show
+from revnet.app.writing import new_file, writing
 
 # Of the way from the smallest possible peak to that of stored execution.
 CURVE = ("minimum", "3%", "7%", "12%", "20%", "30%", "45%", "60%", "80%", "stored")
@@ -19,8 +20,8 @@ CURVE = ("minimum", "3%", "7%", "12%", "20%", "30%", "45%", "60%", "80%", "store
 BYTES_PER_PARAMETER = 16
 
 
-def plan(case: Case, memory: str | None, device_memory: str | None, out: str | None) -> int:
-    """Prints the plan for a budget, and draws time against memory.
+def show_plan(case: Case, memory: str | None, device_memory: str | None, out: str | None) -> int:
+    """Print the plan for a budget, and draw time against memory.
 
     Args:
         case: The network and its batch.
@@ -37,37 +38,39 @@ def plan(case: Case, memory: str | None, device_memory: str | None, out: str | N
     model = case.network()
     budget: str | int | None = memory
     if device_memory is not None:
-        whole = _bytes(device_memory)
+        whole = _parse_size(device_memory)
         state = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
         if state >= whole:
             raise UserError(
-                f"parameters, gradients and AdamW's averages alone take {state / 2**30:,.2f} GiB "
+                f"parameters, gradients and AdamW's averages alone take {format_bytes(state)} "
                 f"of {device_memory}: take a smaller --depth or --width, or shard them"
             )
-        show(f"{state / 2**30:,.2f} GiB for parameters, gradients and AdamW's averages")
+        show(f"{format_bytes(state)} for parameters, gradients and AdamW's averages")
         budget = whole - state
     elif memory is None and case.device.type == "meta":
         raise UserError(
             "--meta plans for another device: say what it has with --device-memory, or give "
             "--memory"
         )
-    chosen, *curve = case.plans(model, [budget, *CURVE])
+    chosen, *curve = case.make_plans(model, [budget, *CURVE])
     show(f"{case}\n{chosen}")
-    _plot(path, chosen, curve, str(case))
+    with new_file(path) as file:
+        _plot(file, chosen, curve, str(case))
     with writing(path.with_suffix(".json")):
         chosen.save(path.with_suffix(".json"))
     show(f"\nSaved {path} and {path.with_suffix('.json')}")
     return 0
 
 
-def _bytes(size: str) -> int:
-    match = re.fullmatch(r"([0-9.]+) ?([KMGT])(i?)B", size)
-    if match is None or match[1].count(".") > 1:
-        raise UserError(f"--device-memory {size}: write a number and a unit, as in 80GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
+def _parse_size(size: str) -> int:
+    """Return the bytes of a text such as "80GiB"."""
+    try:
+        return parse_bytes(size)
+    except ValueError:
+        raise UserError(f"--device-memory {size}: write a number and a unit, as in 80GiB") from None
 
 
-def _plot(path: Path, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str) -> None:
+def _plot(file: BinaryIO, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str) -> None:
     plot = figure(6.5, 4.0)
     axes = plot.add_subplot()
     axes.plot(
@@ -88,4 +91,4 @@ def _plot(path: Path, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    save_figure(plot, path)
+    save_figure(plot, file)

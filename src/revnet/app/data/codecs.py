@@ -30,7 +30,7 @@ class Words:
 
     @classmethod
     def learn(cls, captions: Iterable[str], most: int = 4096, longest: int = 64) -> Words:
-        """Takes the `most` frequent words, and a length that holds every caption up to `longest` tokens."""
+        """Take the `most` frequent words, and a length for captions of up to `longest` tokens."""
         captions = list(captions)
         counts = Counter(word for caption in captions for word in split_words(caption))
         words = cls(
@@ -45,7 +45,7 @@ class Words:
 
     @property
     def vocab(self) -> int:
-        """Different tokens."""
+        """Return the number of different tokens."""
         return FIRST_WORD + len(self.words)
 
     def _tokens(self, caption: str) -> list[int]:
@@ -58,7 +58,7 @@ class Words:
         return tokens
 
     def encode(self, captions: Sequence[str]) -> Array:
-        """(captions, length), int64: padding, the caption (cut where too long), `START`."""
+        """Return (captions, length), int64: padding, captions (cut where too long), `START`."""
         out = np.full((len(captions), self.length), PAD, dtype=np.int64)
         for row, caption in zip(out, captions, strict=True):
             tokens = [*self._tokens(caption)[: self.length - 1], START]
@@ -67,7 +67,7 @@ class Words:
 
 
 def split_words(caption: str) -> list[str]:
-    """Words and punctuation marks in lower case."""
+    """Return the words and punctuation marks in lower case."""
     return re.findall(r"\w+|[^\w\s]", caption.lower())
 
 
@@ -86,7 +86,7 @@ class Patches:
 
     @classmethod
     def learn(cls, images: Array, patch: int, vocab: int, seed: int = 0) -> Patches:
-        """A code book of the patches of `images` (n, height, width, channels), uint8.
+        """Learn a code book of the patches of `images` (n, height, width, channels), uint8.
 
         It is lossless where there are no more than `vocab` different patches, otherwise their
         k-means centres.
@@ -111,11 +111,11 @@ class Patches:
 
     @property
     def vocab(self) -> int:
-        """Different tokens."""
+        """Return the number of different tokens."""
         return len(self.codes)
 
     def encode(self, images: Array) -> Array:
-        """images (n, height, width, channels), uint8 -> (n, rows * columns), int64."""
+        """Return images (n, height, width, channels) as tokens (n, rows * columns), int64."""
         squares = (self._flat**2).sum(axis=1)
         # |piece - code|² without |piece|², which is the same for every code; of all images at once
         # it may be gigabytes.
@@ -126,7 +126,7 @@ class Patches:
         return np.stack([distance.argmin(axis=-1).astype(np.int64) for distance in several])
 
     def decode(self, tokens: Array) -> Array:
-        """tokens (n, rows * columns) -> (n, height, width, channels), uint8."""
+        """Return tokens (n, rows * columns) as images (n, height, width, channels), uint8."""
         patch, channels = self.codes.shape[2:]
         grid = self.codes[tokens].reshape(
             len(tokens), self.rows, self.columns, patch, patch, channels
@@ -137,14 +137,14 @@ class Patches:
 
 
 def cut(images: Array, patch: int) -> Array:
-    """images (n, height, width, channels) -> (n, patches, patch * patch * channels) in raster order."""
+    """Cut images (n, height, width, channels) into (n, patches, numbers of a patch), by rows."""
     n, height, width, channels = images.shape
     grid = images.reshape(n, height // patch, patch, width // patch, patch, channels)
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, patch * patch * channels)
 
 
 def image_codecs(spec: dict[str, Any]) -> tuple[Words, Patches]:
-    """The codecs that `Images.spec` describes."""
+    """Return the codecs that `Images.spec` describes."""
     codes = np.array(spec["codes"], dtype=np.uint8)
     return Words(spec["words"], spec["caption_length"]), Patches(
         codes, spec["rows"], spec["columns"]
@@ -158,7 +158,7 @@ def codecs(
     patch: int,
     vocab: int,
 ) -> tuple[Words, Patches]:
-    """The codecs of a `spec`, or where there is none new ones from captions and from images, possibly a sample."""
+    """Return the codecs of a `spec`, or without one learn them from captions and images."""
     if spec is not None:
         return image_codecs(spec)
     words = Words.learn(caption for several in captions for caption in several)

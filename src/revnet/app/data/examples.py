@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from revnet.app.data.codecs import Array, Patches, Words
+from revnet.app.errors import UserError
 
 
 class Data(Protocol):
@@ -22,22 +24,22 @@ class Data(Protocol):
 
     @property
     def unit(self) -> str:
-        """What a token is called."""
+        """Return what a token is called."""
 
     @property
     def shape(self) -> dict[str, int]:
-        """The sizes of a `Shape` that follow from the data."""
+        """Return the sizes of a `Shape` that follow from the data."""
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All that sampling needs to know, as JSON."""
+        """Return all that sampling needs to know, as JSON."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """Examples in each split, "train" and "held_out"."""
+        """Return the number of examples in each split, "train" and "held_out"."""
 
     def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
-        """Prefix (n, prefix_length) and tokens (n, length), int64, of the examples at `indices`.
+        """Return prefix (n, prefix_length) and tokens (n, length), int64, at `indices`.
 
         draws: (n,) in [0, 1), the free choices of an example, such as one caption of several.
         """
@@ -67,7 +69,7 @@ class Images:
 
     @property
     def shape(self) -> dict[str, int]:
-        """Captions, then rows and columns of patches."""
+        """Return the sizes of captions and of the grid of patches."""
         return {
             "prefix_vocab": self.words.vocab,
             "prefix_length": self.words.length,
@@ -78,18 +80,18 @@ class Images:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images in each split."""
+        """Return the number of images in each split."""
         return {split: len(numbers) for split, numbers in self.splits.items()}
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the captions and with the split."""
+        """Return a text that changes with the captions and with the split."""
         parts = [self.captions[i] for numbers in self.splits.values() for i in numbers]
         return hashlib.sha256(json.dumps([self.counts, parts]).encode()).hexdigest()
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The codecs, as JSON."""
+        """Return the codecs, as JSON."""
         return {
             "kind": "images",
             "name": self.name,
@@ -103,7 +105,7 @@ class Images:
         }
 
     def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
-        """Captions and images as tokens."""
+        """Return captions and images as tokens."""
         numbers = self.splits[split][indices]
         captions = [
             self.captions[i][int(draw * len(self.captions[i]))]
@@ -114,13 +116,29 @@ class Images:
         )
 
 
-def hidden(path: Path, folder: Path) -> bool:
-    """Whether a file in a folder, or what it lies in there, has a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders, in order, less those with hidden names.
+
+    Raises:
+        UserError: a subfolder cannot be read, so that nothing is missed without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"cannot read the folder {error.filename}: {error.strerror}. Make it readable, or "
+            f"choose another."
+        ) from error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.is_file()]
+    return sorted(found)
 
 
 def split(keys: Sequence[str], share: float = 0.05, most: int = 1000) -> dict[str, Array]:
-    """Holds out some of the examples, never one of two with the same key.
+    """Hold out some of the examples, never one of two with the same key.
 
     Args:
         keys: One for each example, a digest of its content. Which are held out follows from them
@@ -143,8 +161,9 @@ def split(keys: Sequence[str], share: float = 0.05, most: int = 1000) -> dict[st
 def step_batch(
     data: Data, step: int, size: int, seed: int, rank: int = 0, world: int = 1
 ) -> tuple[Array, Array]:
-    """The training examples of one step; a pure function, so that a resumed run reads what it would have read.
+    """Return the training examples of one step.
 
+    This is a pure function, so that a resumed run reads what it would have read.
     The `size` examples of a step are dealt to the ranks; each epoch visits every example once, in
     its own order.
     """

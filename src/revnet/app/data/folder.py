@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from revnet._files import open_file
+from revnet._files import open_file, read_file
 from revnet.app.data.codecs import Array, codecs
-from revnet.app.data.examples import Images, hidden, split
+from revnet.app.data.examples import Images, files_in, split
 from revnet.app.errors import DataError, UserError, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -32,9 +32,10 @@ DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
 
 
 def read_text(path: Path) -> str:
-    """A caption file or table, which must be UTF-8."""
+    """Return a caption file or table, which must be UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_file(path, LARGEST_FILE).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8."
@@ -92,7 +93,7 @@ def _flatten(picture: Any) -> Any:
 
 
 def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
-    """The captions of each image: from a table, or the lines of the text file of the same name."""
+    """Return the captions of each image: from a table, or the lines of its text file."""
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     captions = _from_table(folder, table, images) if table else _from_files(folder, images)
     missing = [path for path, several in zip(images, captions, strict=True) if not several]
@@ -108,9 +109,7 @@ def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
 
 def _from_files(folder: Path, images: list[Path]) -> list[list[str]]:
     wanted = {path.with_suffix(".txt"): path for path in images}
-    alone = sorted(
-        path for path in folder.rglob("*.txt") if path not in wanted and not hidden(path, folder)
-    )
+    alone = [path for path in files_in(folder) if path.suffix == ".txt" and path not in wanted]
     if alone:
         raise UserError(
             f"{_count(alone, 'caption file')} without an image, such as {alone[0]}: "
@@ -169,11 +168,8 @@ def _count(things: list[Path], name: str) -> str:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All images of a folder and its subfolders, in order."""
-    files = (
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    return sorted(path for path in files if not hidden(path, folder))
+    """Return all images of a folder and its subfolders, in order."""
+    return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def load(
@@ -185,7 +181,7 @@ def load(
     grey: bool,
     spec: dict[str, Any] | None,
 ) -> Images:
-    """Images of `folder`, scaled to `side` pixels; equal files are in the same split.
+    """Return the images of `folder`, scaled to `side` pixels; equal files are in one split.
 
     The code book is learned from up to 2,000 of them; the others are only read when their turn
     comes.
@@ -194,7 +190,7 @@ def load(
         raise UserError(f"--image-size {side} is not a multiple of --patch {patch}")
     captions = find_captions(folder, images)
     read: Callable[[int], Array] = partial(_read, images, side, grey)
-    splits = split([hashlib.sha256(path.read_bytes()).hexdigest() for path in images])
+    splits = split([_digest(path) for path in images])
     if not len(splits["held_out"]):
         raise UserError(
             f"{folder} holds {_count(images, 'image')}, all alike: at least two different ones are "
@@ -213,6 +209,11 @@ def load(
         patches=patches,
         show=[captions[i][0] for i in splits["held_out"][:12]],
     )
+
+
+def _digest(path: Path) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(images: list[Path], side: int, grey: bool, i: int) -> Array:

@@ -12,7 +12,7 @@ from revnet.app.errors import UserError
 
 
 def load(config: TrainConfig, spec: dict[str, Any] | None = None) -> tuple[Data, dict[str, Any]]:
-    """The data of a run and the options that follow from it.
+    """Return the data of a run and the options that follow from it.
 
     Args:
         config: The run.
