@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata
 
+import revnet
+from revnet.app.case import Case
+from revnet.app.checkpoint_reader import CheckpointReader
 from revnet.app.cli import main
+from revnet.app.plots import sample_grid
+from revnet.app.terminal import visible, visible_line
 
 TINY = ("--depth", "1", "--width", "32", "--batch", "4", "--device", "cpu")
 
@@ -49,10 +64,11 @@ def start(*arguments: object, cwd: Path, **more: object) -> subprocess.Popen[str
     )
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not path.exists():
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and not path.exists() and process.poll() is None:
         time.sleep(0.05)
+    assert path.exists(), process.stderr.read()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -72,6 +88,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 @pytest.fixture
+def nobody() -> Iterator[None]:
+    """The superuser may read anything, so the test is run as somebody else."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+@pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text"
     path.write_text("abcd" * 500)
@@ -81,57 +107,177 @@ def text(tmp_path: Path) -> Path:
 SHORT = (*TINY, "--context", 16)
 
 
-def test_a_display_that_cannot_print_loses_no_training(text: Path, tmp_path: Path) -> None:
-    options = ("train", text, *SHORT, "--steps", 30, "--out")
-    closed = start(*options, "closed", cwd=tmp_path)
+def test_neither_a_closed_output_nor_a_hangup_loses_a_training(text: Path, tmp_path: Path) -> None:
+    options = ("train", text, *SHORT, "--out")
+    closed = start(*options, "closed", "--steps", 1_000_000, cwd=tmp_path)
     closed.stdout.close()
+    # As nohup does.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with open("/dev/full", "w") as full:
-        runs = {"closed": closed, "full": start(*options, "full", cwd=tmp_path, stdout=full)}
-    for name, process in runs.items():
-        with process:
-            error = process.stderr.read()
-            assert process.wait(timeout=60) == 0, error
+        ignoring = start(*options, "full", "--steps", 40, cwd=tmp_path, stdout=full)
+    signal.signal(signal.SIGHUP, before)
+    with closing_processes(closed, ignoring):
+        for name, process in {"closed": closed, "full": ignoring}.items():
+            wait_for(tmp_path / name / "metrics.jsonl", process)
+            # A shell and the kernel both send one.
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGHUP)
+        check_ends(tmp_path, closed, ignoring)
+
+
+@contextmanager
+def closing_processes(*processes: subprocess.Popen[str]) -> Iterator[None]:
+    """End processes that a failed test would leave behind."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            with process:
+                pass
+
+
+def check_ends(
+    tmp_path: Path, closed: subprocess.Popen[str], ignoring: subprocess.Popen[str]
+) -> None:
+    for name, process, code in (("closed", closed, 130), ("full", ignoring, 0)):
+        error = process.stderr.read()
+        assert process.wait(timeout=200) == code, error
         assert error.startswith("revnet: cannot show progress any more, but go on and save: ")
         assert error.count("\n") == 1
-        state = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        assert state["step"] == 30
-        assert (tmp_path / name / "samples.txt").exists()
+        step = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"]
+        assert step == 40 if name == "full" else step > 0
+    assert (tmp_path / "full" / "result.json").exists()
 
 
-def test_a_hangup_saves_unless_it_was_ignored(text: Path, tmp_path: Path) -> None:
-    options = ("train", text, *SHORT, "--steps", 100_000, "--out")
-    heard = start(*options, "heard", cwd=tmp_path)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    ignored = start(*options, "ignored", cwd=tmp_path)
-    signal.signal(signal.SIGHUP, before)
-    for name, process in {"heard": heard, "ignored": ignored}.items():
-        wait_for(tmp_path / name / "metrics.jsonl")
-        # A shell and the kernel both send one.
-        process.send_signal(signal.SIGHUP)
-        process.send_signal(signal.SIGHUP)
-    out, err = heard.communicate(timeout=60)
-    assert (heard.returncode, err) == (130, "")
-    assert "Stopped at step" in out
-    assert torch.load(tmp_path / "heard" / "checkpoint.pt", weights_only=True)["step"] > 0
-    assert ignored.poll() is None
-    ignored.send_signal(signal.SIGTERM)
-    ignored.communicate(timeout=60)
-    assert ignored.returncode == 130
-
-
-def test_text_for_a_full_disk_is_not_lost_in_silence(text: Path, tmp_path: Path) -> None:
+def test_text_for_a_full_disk_is_not_lost_in_silence(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert main(["train", str(text), *map(str, SHORT), "--steps", "1", "--out", str(run)]) == 0
+    capsys.readouterr()
+    with open("/dev/full", "w") as full, redirect_stdout(full):
+        assert main(["sample", str(run)]) == 1
+    assert capsys.readouterr().err.startswith("revnet: cannot print what was drawn: No space")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed, redirect_stdout(closed):
+        assert main(["sample", str(run)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_no_terminal_hears_is_still_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    assert main(["sample", str(tmp_path)]) == 2
     with open("/dev/full", "w") as full:
-        process = start("sample", run, cwd=tmp_path, stdout=full)
-        assert process.communicate(timeout=60)[1].startswith(
-            "revnet: cannot print what was drawn: "
-        )
-    assert process.returncode == 1
-    with start("sample", run, cwd=tmp_path) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 0
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["sample", str(tmp_path)]) == 2
+
+
+def test_one_training_at_a_time_has_a_folder(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ("train", text, *SHORT, "--steps", 1, "--out", run)
+    assert main([*map(str, options)]) == 0
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib\n"
+            "from revnet.app.lock import locked\n"
+            "with locked(pathlib.Path(sys.argv[1])):\n"
+            "    print(flush=True), sys.stdin.read()",
+            run,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        holder.stdout.readline()
+        error = refused(capsys, "train", "--resume", run, "--steps", 2)
+        assert f"{run} is in use by process {holder.pid}, which trains there" in error
+        # Readers need no lock.
+        assert main(["sample", str(run), "ab", "--length", "12"]) == 0
+        holder.kill()
+    # The file of a killed process locks nothing.
+    assert (run / ".revnet-lock").exists()
+    (run / ".revnet-partial-1").touch()
+    assert main(["train", "--resume", str(run), "--steps", "2"]) == 0
+    assert not list(run.glob(".*"))
+
+
+def test_a_lock_is_no_link(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (run / ".revnet-lock").symlink_to(mine)
+    error = refused(capsys, "train", "--resume", run, "--steps", 3)
+    assert f"cannot write {run}/.revnet-lock" in error
+    assert mine.read_text() == "mine"
+    (run / ".revnet-lock").unlink()
+    os.mkfifo(run / ".revnet-lock")
+    assert "it is not a file" in refused(capsys, "train", "--resume", run, "--steps", 3)
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "weights.safetensors").write_text("mine")
+    error = refused(capsys, "train", text, *SHORT, "--steps", 1, "--out", other)
+    assert f"{other} is neither empty nor the folder of a run: choose another --out" in error
+    assert [path.name for path in other.iterdir()] == ["weights.safetensors"]
+    assert (other / "weights.safetensors").read_text() == "mine"
+
+
+def test_a_read_only_folder(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("revnet.app.lock._acquire", refuse)
+    error = refused(capsys, "train", text, *SHORT, "--steps", 1, "--out", tmp_path / "run")
+    assert error == f"revnet: cannot write {tmp_path}/run/.revnet-lock: Read-only file system\n"
+
+
+def test_names_and_outputs_that_are_not_utf_8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, run = tmp_path / "caf\udce9 \x1b[2J", tmp_path / "run\udcff"
+    text.write_text("abcd" * 500)
+    options = ("train", text, *SHORT, "--steps", 1, "--out", run)
+    with (
+        open(tmp_path / "output", "w", encoding="ascii") as ascii_only,
+        redirect_stdout(ascii_only),
+    ):
+        assert main([*map(str, options)]) == 0
+        assert main(["sample", str(run), "é"]) == 0
+    output = (tmp_path / "output").read_text()
+    assert output.startswith("caf\\xe9 \\x1b[2J: 111 examples")
+    assert f"{tmp_path}/run\\xff" in output
+    assert main(["train", "--resume", str(run), "--steps", "2"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("nobody")
+def test_subfolders_that_cannot_be_read_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        (folder / "text").write_text("abcd" * 500)
+        (folder / "closed").mkdir()
+        (folder / "closed").chmod(0)
+        error = refused(capsys, "train", folder, *SHORT, "--steps", 1)
+        assert f"cannot read the folder {folder}/closed: Permission denied" in error
+    finally:
+        (folder / "closed").chmod(0o700)
+        shutil.rmtree(folder)
 
 
 # What it reads
@@ -328,7 +474,7 @@ def swap_for_a_pipe(checkpoint: Path) -> None:
         (lose_chunks, "model.norm.weight is incomplete"),
         (swap_for_a_pipe, "it is not a file"),
         (lambda path: (path / ".metadata").unlink(), "No such file"),
-        (lambda path: (path / ".metadata").write_bytes(b""), "Ran out of input"),
+        (lambda path: (path / ".metadata").write_bytes(b""), "exhausted before seeing STOP"),
         (lambda path: (path / ".metadata").write_bytes(pickle.dumps(3)), "is not that of a check"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -356,3 +502,413 @@ def test_checkpoints_are_not_written_elsewhere(
     (ranked / "checkpoints").symlink_to(tmp_path / "elsewhere")
     error = refused(capsys, "train", "--resume", ranked, "--steps", 3)
     assert f"cannot write {ranked}/checkpoints: it is not a folder of this run" in error
+
+
+# Escape sequences
+
+
+def test_control_characters_are_written_out() -> None:
+    assert visible("a\x1b[31m\tb\n\x9b\u202e\udce9é") == "a\\x1b[31m\tb\n\\x9b\\u202e\\xe9é"
+    assert visible_line("a\r\nb") == "a\\r\\nb"
+
+
+def test_messages_steer_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "sample", tmp_path / "\x1b[2J\nrevnet: all is well")
+    assert "\\x1b[2J\\nrevnet: all is well is not the folder of a run" in error
+
+
+def test_generated_text_steers_no_terminal(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(text), *map(str, SHORT), "--steps", "1", "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(run), "\x1b]0;a\x07"]) == 0
+    assert capsys.readouterr().out.startswith("\\x1b]0;a\\x07")
+
+
+@pytest.mark.parametrize(
+    "caption", ["x" * 10_000_000, "a\nb", "\x1b[31m"], ids=["long", "lines", "escape"]
+)
+def test_captions_are_cut_in_pictures(tmp_path: Path, caption: str) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        sample_grid(file, [caption], [("", np.zeros((1, 1, 8, 8, 1), dtype=np.uint8))])
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width < 1000
+
+
+# Damaged and foreign run folders
+
+
+def change(path: Path, **fields: object) -> None:
+    found = json.loads(path.read_text())
+    for name, value in fields.items():
+        if value is REMOVED:
+            del found[name]
+        else:
+            found[name] = value
+    path.write_text(json.dumps(found))
+
+
+REMOVED = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("config.json", {"depth": "1"}, "depth is '1', not an integer"),
+        ("config.json", {"depth": 10**9}, "--depth is 1000000000, which is too large"),
+        ("config.json", {"width": True}, "width is True, not an integer"),
+        ("config.json", {"lr": float("inf")}, "lr is inf, not a finite number"),
+        ("config.json", {"lr": 10**400}, "not a finite number"),
+        ("config.json", {"data": "digits"}, "data is 'digits', not a list"),
+        ("config.json", {"data": ["a\0b"]}, "data is "),
+        ("config.json", {"execution": "explode"}, "execution is 'explode', not one of invert"),
+        ("config.json", {"streams": []}, "streams is"),
+        ("config.json", {"shape": {}}, "it has no 'depth'"),
+        ("config.json", {"batch": REMOVED}, "it has no 'batch'"),
+        ("data.json", {"kind": "code"}, "kind is 'code', not 'images' or 'text'"),
+        ("data.json", {"kind": "text"}, "in config.json"),
+        ("data.json", {"words": ["\ud800"]}, "words is"),
+        ("data.json", {"words": REMOVED}, "it has no 'words'"),
+        ("data.json", {"codes": [[1, 2], [3]]}, "codes are no regular lists"),
+        ("data.json", {"codes": [[[[256]]]]}, "codes are not patches of numbers from 0 to 255"),
+        ("data.json", {"codes": [[[["a"]]]]}, "codes are not patches"),
+        ("data.json", {"rows": 10**9}, "rows is 1000000000, not an integer from 1 to 8,192"),
+        ("data.json", {"rows": 9}, "its rows is 9, but 8 in config.json"),
+        ("data.json", {"show": []}, "show is [], not a list of 1 to 1,000"),
+    ],
+    ids=str,
+)
+def test_fields_are_checked(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, fields: dict, message: str
+) -> None:
+    change(run / name, **fields)
+    for command in (("sample", run, "three"), ("train", "--resume", run, "--steps", 3)):
+        error = refused(capsys, *command)
+        assert f"cannot read {run / name}: " in error
+        assert message in error
+        assert error.endswith("It is damaged, or not this program's.\n")
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "plan.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"\xff\xfe", b'{"a": ' + b"9" * 5000 + b"}\n"])
+def test_files_that_are_no_json(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
+    if name == "plan.json":
+        change(run / "config.json", memory="8MiB")
+    (run / name).write_bytes(content + b"\n")
+    assert str(run / name) in refused(capsys, "train", "--resume", run, "--steps", 3)
+
+
+@pytest.mark.parametrize(
+    "row", ["3", "{}", '{"step": "1"}', '{"step": 1, "bits": []}', '{"step": 1, "seconds": NaN}']
+)
+def test_rows_of_metrics_are_checked(
+    run: Path, capsys: pytest.CaptureFixture[str], row: str
+) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(row + "\n")
+    error = refused(capsys, "train", "--resume", run, "--steps", 3)
+    assert f"cannot read {run}/metrics.jsonl: " in error
+    assert "Remove it to go on without it." in error
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "data.json", "weights.safetensors", "checkpoint.pt", "metrics.jsonl"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder"])
+def test_only_files_are_read(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    (run / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    elif kind == "folder":
+        (run / name).mkdir()
+    else:
+        (run / name).symlink_to(kind)
+    command = ("train", "--resume", run, "--steps", 3)
+    if name == "weights.safetensors":
+        command = ("sample", run, "three")
+    assert "it is not a file" in refused(capsys, *command)
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w.double(), "is torch.float64 [32], not torch.float32 [32]"),
+        (lambda w: w.to(torch.int8), "is torch.int8 [32], not torch.float32 [32]"),
+        (lambda w: w[:16].clone(), "is torch.float32 [16], not torch.float32 [32]"),
+        (lambda w: w.fill_(torch.nan), "norm.weight contains NaN or infinity"),
+    ],
+    ids=["float64", "int8", "shape", "nan"],
+)
+def test_weights_are_checked(
+    run: Path, capsys: pytest.CaptureFixture[str], spoil: Callable, message: str
+) -> None:
+    weights = weights_of(run)
+    weights["norm.weight"] = spoil(weights["norm.weight"])
+    save_file(weights, run / "weights.safetensors")
+    error = refused(capsys, "sample", run, "three")
+    assert f"{run}/weights.safetensors is damaged (" in error
+    assert message in error
+    weights["other"] = weights.pop("norm.weight")
+    save_file(weights, run / "weights.safetensors")
+    assert "it holds other tensors than this network's" in refused(capsys, "sample", run, "three")
+
+
+def spoil_dtype(state: dict) -> None:
+    state["model"]["norm.weight"] = state["model"]["norm.weight"].double()
+
+
+def spoil_average(state: dict) -> None:
+    state["optimizer"]["state"][0]["exp_avg"].fill_(torch.inf)
+
+
+def spoil_names(state: dict) -> None:
+    state["optimizer"]["state"][0]["more"] = 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_dtype, "norm.weight is torch.float64 [32], not torch.float32 [32]"),
+        (spoil_average, "exp_avg contains NaN or infinity"),
+        (spoil_names, "it holds other tensors than this network's"),
+        (lambda state: state.pop("step"), "its step is no number of steps"),
+        (lambda state: state.update(step=-1), "its step is no number of steps"),
+        (lambda state: state["optimizer"]["state"].pop(0), "the state of another optimizer"),
+        (lambda state: state.update(optimizer=[]), "it has no state of the optimizer"),
+        (lambda state: state.update(model=3), "it holds other tensors"),
+    ],
+    ids=["dtype", "nan", "names", "no step", "step", "fewer", "list", "number"],
+)
+def test_checkpoints_are_checked(
+    run: Path, capsys: pytest.CaptureFixture[str], spoil: Callable, message: str
+) -> None:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    spoil(state)
+    torch.save(state, run / "checkpoint.pt")
+    error = refused(capsys, "train", "--resume", run, "--steps", 3)
+    assert f"{run}/checkpoint.pt is damaged ({message}" in error or message in error
+
+
+def test_a_checkpoint_runs_no_code_and_no_message_says_how(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payload = Payload(tmp_path / "executed")
+    torch.save({"step": payload}, run / "checkpoint.pt")
+    error = refused(capsys, "train", "--resume", run, "--steps", 3)
+    assert "it holds more than tensors and numbers" in error
+    assert "weights_only" not in error
+    assert not payload.path.exists()
+
+
+def test_settings_of_the_optimizer_are_the_programs_own(run: Path) -> None:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["optimizer"]["param_groups"] = [{"lr": torch.inf, "betas": "x", "params": []}]
+    torch.save(state, run / "checkpoint.pt")
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 0
+
+
+def test_links_are_not_followed_by_what_writes(run: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    names = ["samples.png", "loss.png", "result.json", "sample.png", ".samples.png.partial"]
+    names += [f".{name}.partial" for name in ("config.json", "checkpoint.pt", "metrics.jsonl")]
+    for name in names:
+        (mine / name).write_text("mine")
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(mine / name)
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 0
+    assert main(["sample", str(run), "three", "--each", "1"]) == 0
+    assert {(mine / name).read_text() for name in names} == {"mine"}
+
+
+def test_tensorboard_writes_nowhere_else(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (run / "tensorboard").symlink_to(mine)
+    error = refused(capsys, "train", "--resume", run, "--steps", 3, "--tensorboard")
+    assert f"cannot write {run}/tensorboard: it is not a folder of this run" in error
+    assert not list(mine.iterdir())
+
+
+def test_an_error_without_text_does_not_crash_its_handler(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "load", fail)
+    error = refused(capsys, "train", "--resume", run, "--steps", 3)
+    assert f"{run}/checkpoint.pt is damaged (RuntimeError)" in error
+
+
+# Mutated run folders
+
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    2**40,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "a\0b",
+    "\ud800",
+)
+VALUES += ([], {}, [[]], [None], ["\x1b[2J"], {"a": 1})
+FILES = ("config.json", "data.json", "metrics.jsonl", "plan.json", "checkpoint.pt")
+FILES += ("weights.safetensors",)
+KINDS = ("fifo", "zero", "nowhere", "folder", "missing", "empty", "nested")
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on images with a plan; its folder is copied for each mutation."""
+    root = tmp_path_factory.mktemp("planned")
+    images = root / "images"
+    images.mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"grey {i}\n")
+    options = ("--image-size", "8", "--codes", "8", "--memory", "8MiB", "--steps", "2")
+    assert main(["train", str(images), *TINY, *options, "--out", str(root / "run")]) == 0
+    return root / "run"
+
+
+def replace_by(path: Path, kind: str) -> None:
+    """Put something else where a file is."""
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "nowhere":
+        path.symlink_to("/nowhere/at/all")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "nested":
+        path.write_text("[" * 100_000)
+
+
+def flip(path: Path, places: list[float]) -> None:
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[int(place * len(content))] ^= 1 << int(place * 997) % 8
+    path.write_bytes(content)
+
+
+def change_json(path: Path, place: float, value: object) -> None:
+    """Change the value at a random place of a JSON file, or remove it."""
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    number = int(place * len(lines))
+    whole = json.loads(lines[number])
+    found: list[tuple[object, object]] = []
+
+    def walk(node: object) -> None:
+        entries = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, child in entries:
+            found.append((node, key))
+            # Of thousands of numbers one stands for all.
+            if isinstance(child, dict | list) and len(found) < 300:
+                walk(child)
+
+    walk(whole)
+    node, key = found[int((place * 7919) % 1 * len(found))]
+    if value is REMOVED:
+        del node[key]
+    else:
+        node[key] = value
+    lines[number] = json.dumps(whole)
+    path.write_text("\n".join(lines) + "\n")
+
+
+PLACES = st.floats(0, 1, exclude_max=True)
+JSON_FILES = tuple(name for name in FILES if ".json" in name)
+MUTATIONS = st.one_of(
+    st.tuples(
+        st.just(change_json),
+        st.sampled_from(JSON_FILES),
+        PLACES,
+        st.sampled_from((REMOVED, *VALUES)),
+    ),
+    st.tuples(st.just(flip), st.sampled_from(FILES), st.lists(PLACES, min_size=1, max_size=3)),
+    st.tuples(st.just(replace_by), st.sampled_from(FILES), st.sampled_from(KINDS)),
+)
+COMMANDS = {
+    "sample": ("sample", "{run}", "grey", "--each", "1"),
+    "train": ("train", "--resume", "{run}", "--steps", "3"),
+    "plan": ("plan", "{run}", "--memory", "50%", "--out", "{run}/new.png"),
+}
+
+
+@settings(max_examples=300)
+@given(
+    command=st.sampled_from(sorted(COMMANDS)), mutations=st.lists(MUTATIONS, min_size=1, max_size=2)
+)
+def test_mutated_run_folders_end_well(
+    planned: Path, tmp_path: Path, command: str, mutations: list[tuple]
+) -> None:
+    run = tmp_path / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(planned, run)
+    for mutate, name, *how in mutations:
+        if (run / name).is_file() and not (run / name).is_symlink():
+            # An earlier mutation may have left no JSON to mutate.
+            with suppress(ValueError, IndexError):
+                mutate(run / name, *how)
+    errors, arguments = io.StringIO(), [part.format(run=run) for part in COMMANDS[command]]
+    with pytest.MonkeyPatch.context() as patch:
+        # These read nothing of the folder, and take most of the time.
+        plan = revnet.Plan.load(planned / "plan.json")
+        patch.setattr(Case, "make_plans", lambda case, model, budgets: [plan for _ in budgets])
+        patch.setattr("revnet.app.report.measure_executions", lambda training: [])
+        for name in ("report.close", "report.draw_samples", "training.loss_plot", "plan._plot"):
+            patch.setattr(f"revnet.app.{name}", lambda *_: None)
+        with redirect_stderr(errors), redirect_stdout(io.StringIO()):
+            code = main(arguments)
+    lines = errors.getvalue().splitlines()
+    assert (code, len(lines)) in ((0, 0), (2, 1)), lines
+    assert all(line.startswith("revnet: ") and "\x1b" not in line for line in lines)
+
+
+@settings(max_examples=300)
+@given(places=st.lists(PLACES, min_size=1, max_size=4))
+def test_mutated_metadata_is_read_or_refused(
+    distributed: Path, tmp_path: Path, places: list[float]
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    checkpoint.mkdir()
+    for path in last_checkpoint(distributed).iterdir():
+        # Only .metadata is changed.
+        (checkpoint / path.name).symlink_to(path)
+    content = (checkpoint / ".metadata").read_bytes()
+    (checkpoint / ".metadata").unlink()
+    (checkpoint / ".metadata").write_bytes(content)
+    flip(checkpoint / ".metadata", places)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        found = CheckpointReader(checkpoint).read_metadata()
+        assert isinstance(found, Metadata)
+    except Exception as error:
+        assert not isinstance(error, AssertionError)
+    # In KiB; a changed number must not ask for any amount of memory.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17
