@@ -560,6 +560,7 @@ REMOVED = object()
         ("config.json", {"depth": 10**9}, "--depth is 1000000000, which is too large"),
         ("config.json", {"width": True}, "width is True, not an integer"),
         ("config.json", {"lr": float("inf")}, "lr is inf, not a finite number"),
+        ("config.json", {"memory": 3}, "memory is 3, not a text, or null"),
         ("config.json", {"lr": 10**400}, "not a finite number"),
         ("config.json", {"data": "digits"}, "data is 'digits', not a list"),
         ("config.json", {"data": ["a\0b"]}, "data is "),
@@ -880,7 +881,12 @@ def test_mutated_run_folders_end_well(
         plan = revnet.Plan.load(planned / "plan.json")
         patch.setattr(Case, "make_plans", lambda case, model, budgets: [plan for _ in budgets])
         patch.setattr("revnet.app.report.measure_executions", lambda training: [])
-        for name in ("report.close", "report.draw_samples", "training.loss_plot", "plan._plot"):
+        for name in (
+            "report.close",
+            "report.draw_samples",
+            "training.loss_plot",
+            "plan._plot_curve",
+        ):
             patch.setattr(f"revnet.app.{name}", lambda *_: None)
         with redirect_stderr(errors), redirect_stdout(io.StringIO()):
             code = main(arguments)
@@ -905,10 +911,9 @@ def test_mutated_metadata_is_read_or_refused(
     (checkpoint / ".metadata").write_bytes(content)
     flip(checkpoint / ".metadata", places)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
+    found = None
+    with suppress(Exception):
         found = CheckpointReader(checkpoint).read_metadata()
-        assert isinstance(found, Metadata)
-    except Exception as error:
-        assert not isinstance(error, AssertionError)
+    assert found is None or isinstance(found, Metadata)
     # In KiB; a changed number must not ask for any amount of memory.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17

@@ -66,9 +66,14 @@ def test_two_writers_never_share_a_file(tmp_path: Path) -> None:
 def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write(path, b"old")
-    with pytest.raises(ZeroDivisionError), replace_file(path) as file:
-        file.write(b"new")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with replace_file(path) as file:
+            file.write(b"new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert path.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -79,7 +79,7 @@ def _is_unicode(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    if not isinstance(value, str) or "\0" in value or not value:
+    if not isinstance(value, str) or "\0" in value:
         return False
     try:
         os.fsencode(value)
@@ -116,22 +116,23 @@ def shorten(text: str, most: int = 60) -> str:
 
 
 def _config_rules() -> dict[str, Rule]:
-    rules: dict[str, Rule] = {"data": list_of(PATH, 1, 10_000), "shape": OBJECT}
+    rules: dict[str, Rule] = {"data": list_of(PATH, 1, 2**20), "shape": OBJECT}
+    rules["out"] = optional(PATH)
     kinds = {
         # Their ranges are those of the command line, which `TrainConfig` checks.
         "int": whole(0, 2**53),
         "float": number(),
-        "str": PATH,
+        "str": TEXT,
         "bool": FLAG,
     }
     for item in fields(TrainConfig):
-        if item.name == "data":
+        if item.name in rules:
             continue
         rule = kinds[str(item.type)]
         if item.metadata["choices"]:
             choices = tuple(item.metadata["choices"])
             rule = Rule(f"one of {', '.join(choices)}", choices.__contains__)
-        rules[item.name] = optional(rule) if item.name in ("out", "memory") else rule
+        rules[item.name] = optional(rule) if item.name == "memory" else rule
     return rules
 
 

@@ -125,7 +125,7 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     console.print(_table(str(case), full))
     plot_path = path.with_suffix(".png")
     with new_file(plot_path) as file:
-        _plot(file, rows, str(case))
+        _plot_depths(file, rows, str(case))
     if path.suffix == ".md":
         with new_file(path) as file:
             file.write(_markdown(str(case), full, plot_path.name).encode())
@@ -180,7 +180,7 @@ def _markdown(title: str, rows: list[Row], picture: str) -> str:
     )
 
 
-def _plot(file: BinaryIO, rows: list[Row], title: str) -> None:
+def _plot_depths(file: BinaryIO, rows: list[Row], title: str) -> None:
     plot = figure(9.0, 3.8)
     memory, seconds = plot.subplots(1, 2)
     for name in EXECUTIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +12,7 @@ from revnet._sizes import format_bytes, parse_bytes
 from revnet.app.case import Case
 from revnet.app.errors import UserError
 from revnet.app.plots import figure, save_figure
-from revnet.app.terminal import show
+from revnet.app.terminal import Output, visible
 from revnet.app.writing import new_file, writing
 
 # Of the way from the smallest possible peak to that of stored execution.
@@ -35,6 +36,12 @@ def show_plan(case: Case, memory: str | None, device_memory: str | None, out: st
         raise UserError(
             f"--out {path}: give a file that ends in .png; the plan is saved beside it as .json"
         )
+    output = Output(sys.stdout, "cannot show the plan, but go on and save it")
+
+    def say(text: str) -> None:
+        output.write(f"{visible(text)}\n")
+        output.flush()
+
     model = case.network()
     budget: str | int | None = memory
     if device_memory is not None:
@@ -45,7 +52,7 @@ def show_plan(case: Case, memory: str | None, device_memory: str | None, out: st
                 f"parameters, gradients and AdamW's averages alone take {format_bytes(state)} "
                 f"of {device_memory}: take a smaller --depth or --width, or shard them"
             )
-        show(f"{format_bytes(state)} for parameters, gradients and AdamW's averages")
+        say(f"{format_bytes(state)} for parameters, gradients and AdamW's averages")
         budget = whole - state
     elif memory is None and case.device.type == "meta":
         raise UserError(
@@ -53,12 +60,12 @@ def show_plan(case: Case, memory: str | None, device_memory: str | None, out: st
             "--memory"
         )
     chosen, *curve = case.make_plans(model, [budget, *CURVE])
-    show(f"{case}\n{chosen}")
+    say(f"{case}\n{chosen}")
     with new_file(path) as file:
-        _plot(file, chosen, curve, str(case))
+        _plot_curve(file, chosen, curve, str(case))
     with writing(path.with_suffix(".json")):
         chosen.save(path.with_suffix(".json"))
-    show(f"\nSaved {path} and {path.with_suffix('.json')}")
+    say(f"\nSaved {path} and {path.with_suffix('.json')}")
     return 0
 
 
@@ -70,7 +77,9 @@ def _parse_size(size: str) -> int:
         raise UserError(f"--device-memory {size}: write a number and a unit, as in 80GiB") from None
 
 
-def _plot(file: BinaryIO, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str) -> None:
+def _plot_curve(
+    file: BinaryIO, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str
+) -> None:
     plot = figure(6.5, 4.0)
     axes = plot.add_subplot()
     axes.plot(

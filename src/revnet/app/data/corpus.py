@@ -13,7 +13,7 @@ import numpy as np
 
 from revnet._files import open_file
 from revnet.app.data.codecs import START, Array
-from revnet.app.data.examples import files_in, split
+from revnet.app.data.examples import digest, files_in, split
 from revnet.app.errors import DataError, UserError
 
 DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}
@@ -69,7 +69,7 @@ class Corpus:
         different: dict[str, Path] = {}
         for path in files:
             if path.stat().st_size:
-                different.setdefault(_digest(path), path)
+                different.setdefault(digest(path), path)
         if not different:
             raise UserError("there is no text: all files are empty")
         splits = split(list(different))
@@ -156,8 +156,3 @@ class Corpus:
                 raise DataError(f"{path} has become shorter since the run began")
             start, count, number = start + part, count - part, number + 1
         return b"".join(parts)
-
-
-def _digest(path: Path) -> str:
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from revnet._files import open_file
 from revnet.app.data.codecs import Array, Patches, Words
 from revnet.app.errors import UserError
 
@@ -135,6 +136,12 @@ def files_in(folder: Path) -> list[Path]:
         paths = (Path(place, name) for name in names if not name.startswith("."))
         found += [path for path in paths if path.is_file()]
     return sorted(found)
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def split(keys: Sequence[str], share: float = 0.05, most: int = 1000) -> dict[str, Array]:

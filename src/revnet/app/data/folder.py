@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import numpy as np
 
 from revnet._files import open_file, read_file
 from revnet.app.data.codecs import Array, codecs
-from revnet.app.data.examples import Images, files_in, split
+from revnet.app.data.examples import Images, digest, files_in, split
 from revnet.app.errors import DataError, UserError, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -190,7 +189,7 @@ def load(
         raise UserError(f"--image-size {side} is not a multiple of --patch {patch}")
     captions = find_captions(folder, images)
     read: Callable[[int], Array] = partial(_read, images, side, grey)
-    splits = split([_digest(path) for path in images])
+    splits = split([digest(path) for path in images])
     if not len(splits["held_out"]):
         raise UserError(
             f"{folder} holds {_count(images, 'image')}, all alike: at least two different ones are "
@@ -209,11 +208,6 @@ def load(
         patches=patches,
         show=[captions[i][0] for i in splits["held_out"][:12]],
     )
-
-
-def _digest(path: Path) -> str:
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(images: list[Path], side: int, grey: bool, i: int) -> Array:
