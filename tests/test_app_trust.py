@@ -517,6 +517,13 @@ def test_messages_steer_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "\\x1b[2J\\nrevnet: all is well is not the folder of a run" in error
 
 
+def test_wrong_options_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["sample", "run", "--each", "\x1b[2J"])
+    assert end.value.code == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
 def test_generated_text_steers_no_terminal(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

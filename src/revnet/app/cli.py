@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
 from revnet.app.errors import MachineError, UserError, first_line
-from revnet.app.terminal import complain, show
+from revnet.app.terminal import complain, show, visible_line
 
 if TYPE_CHECKING:
     from revnet.app.case import Case
@@ -77,9 +78,16 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=22)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Show the usage and what is wrong with it, and end with the exit code of user errors."""
+        self.print_usage(sys.stderr)
+        self.exit(USER_ERROR, f"{self.prog}: error: {visible_line(message)}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return all commands and their options."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="revnet", description="Train reversible transformers, and see what it saves."
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
