@@ -306,7 +306,7 @@ def png_of(side: int) -> bytes:
             + struct.pack(">I", zlib.crc32(kind + content))
         )
 
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     rows = b"".join(packer.compress(bytes(side + 1)) for _ in range(side)) + packer.flush()
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     return (
@@ -334,7 +334,7 @@ def test_only_six_kinds_of_images_are_decoded(
     assert not (trap / "started").exists()
 
 
-@pytest.mark.parametrize("side", [8193, 13_300, 20_000])
+@pytest.mark.parametrize("side", [8193, 13_300, 13_400])
 def test_sizes_are_checked_before_decoding(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], side: int
 ) -> None:
