@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from revnet.app import corpus, folder, icons
 from revnet.app.cli import main
-from revnet.app.data import Patches, split, split_words
+from revnet.app.data import Patches, corpus, folder, icons, split, split_words
 from revnet.app.errors import UserError
 
 TINY = (

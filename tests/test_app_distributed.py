@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from distributed import start_ranks
-from revnet.app import parallel
+from revnet.app import parallel, ranks
 from revnet.app.data import step_batch
 from revnet.app.errors import DataError, UserError
 
@@ -80,7 +80,7 @@ def _rank(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        assert parallel.train(given, resumed) == 0
+        assert parallel.train_on_ranks(given, resumed) == 0
 
 
 def train_on(world: int, *runs: tuple[dict[str, Any], str | None]) -> None:
@@ -92,7 +92,8 @@ def train_on(world: int, *runs: tuple[dict[str, Any], str | None]) -> None:
 
 def train_alone(given: dict[str, Any], resumed: str | None = None) -> None:
     from revnet.app.display import Display
-    from revnet.app.train import Training, loop, resume, start
+    from revnet.app.train import loop, resume, start
+    from revnet.app.training import Training
 
     training = resume(resumed, given, Training) if resumed else start(given, Training)
     with Display(training.config.steps, "token", quiet=True) as display:
@@ -186,7 +187,7 @@ def test_the_device_is_that_of_the_run(
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     given, run = ({}, str(folder / "ddp")) if resumed else ({"device": "cpu"}, None)
-    with parallel._ranks(given, run):
+    with ranks.joined(given, run):
         assert dist.get_backend() == "gloo"
     assert not taken
 
@@ -216,17 +217,17 @@ def test_any_rank_says_what_it_may_have_met_alone(
         raise error("the image a.png cannot be decoded")
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(parallel, "_ranks", lambda given, resumed: nullcontext(1))
-    monkeypatch.setattr(parallel, "_train", fail)
+    monkeypatch.setattr(parallel, "joined", lambda given, resumed: nullcontext(1))
+    monkeypatch.setattr(parallel, "_make", fail)
     with pytest.raises(DataError) if said else nullcontext():
-        assert parallel.train({}, None) == 2
+        assert parallel.train_on_ranks({}, None) == 2
 
 
 def test_ranks_agree_which_start_this_is() -> None:
     """Through a store that outlives them, whichever rank is late, and after a start in which some
     never came.
     """
-    from revnet.app.parallel import _attempt
+    from revnet.app.ranks import count_attempts
 
     store = dist.HashStore()
 
@@ -234,7 +235,7 @@ def test_ranks_agree_which_start_this_is() -> None:
         def one(rank: int, late: float) -> Any:
             time.sleep(late)
             try:
-                return _attempt(store, rank, 3, timedelta(seconds=seconds))
+                return count_attempts(store, rank, 3, timedelta(seconds=seconds))
             except dist.DistStoreError as error:
                 return str(error)
 

@@ -22,7 +22,7 @@ from revnet.app.cli import main
 from revnet.app.config import TrainConfig
 from revnet.app.errors import UserError
 from revnet.app.run import Run
-from revnet.app.train import Training
+from revnet.app.training import Training
 
 TINY = ("--depth", "1", "--width", "32", "--batch", "4", "--device", "cpu")
 
@@ -194,7 +194,7 @@ def test_nothing_to_compile_with(
     def fail(*arguments: object) -> None:
         raise RuntimeError(f"{message}\n\nSet TORCHDYNAMO_VERBOSE=1")
 
-    monkeypatch.setattr("revnet.app.train.train", fail)
+    monkeypatch.setattr("revnet.app.train.train_alone", fail)
     assert main(["train", "--compile"]) == 2
     assert (
         capsys.readouterr().err

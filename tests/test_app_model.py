@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from revnet.app.data import PAD, START, Patches, Words, step_batch
-from revnet.app.digits import load, share_read
+from revnet.app.data.digits import load, share_read
 from revnet.app.model import (
     BUCKETS,
     NGrams,

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from revnet.app.cli import main
 from revnet.app.display import Display
 from revnet.app.plots import loss_plot
-from revnet.app.train import Training, interruptible
+from revnet.app.train import interruptible
+from revnet.app.training import Training
 
 TINY = ("--depth", "2", "--width", "32", "--batch", "8", "--device", "cpu")
 
@@ -170,7 +171,8 @@ def test_a_dumb_terminal_gets_the_lines_of_a_pipe(
 
 
 def test_the_loss_of_a_run_without_steps(tmp_path: Path) -> None:
-    loss_plot(tmp_path / "loss.png", [{"step": 0}], "byte")
+    with (tmp_path / "loss.png").open("wb") as file:
+        loss_plot(file, [{"step": 0}], "byte")
     assert (tmp_path / "loss.png").exists()
 
 
@@ -231,7 +233,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stre
     assert main(["train", *options, "--steps", "8", "--out", str(tmp_path / "whole")]) == 0
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("revnet.app.train.Training.draw_loss", interrupt_at(5))
+        patch.setattr("revnet.app.training.Training.draw_loss", interrupt_at(5))
         assert main(["train", *options, "--steps", "8", "--out", str(cut)]) == 130
     assert torch.load(cut / "checkpoint.pt", weights_only=True)["step"] == 3
     assert rows_of(cut)[-1]["step"] == 4

@@ -632,6 +632,10 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(small_plan: Plan, tmp_
         {"estimated": "yes"},
         {"format": "revnet plan 99"},
         {"more": 1},
+        {"budget": 2**63},
+        {"seconds": 1e19},
+        {"shape": [2**64, 8]},
+        {"dtype": "\ud800"},
     ],
     ids=str,
 )
@@ -643,7 +647,11 @@ def test_a_file_that_is_no_plan_is_refused(small_plan: Plan, tmp_path: Path, cha
         Plan.load(path)
 
 
-@pytest.mark.parametrize("text", ["store everything", "[" * 100_000], ids=["words", "nested"])
+@pytest.mark.parametrize(
+    "text",
+    ["store everything", "[" * 100_000, '{"a":' * 100_000, f'{{"budget": {"9" * 5000}}}'],
+    ids=["words", "nested", "nested objects", "digits"],
+)
 def test_text_that_is_no_plan_is_refused(tmp_path: Path, text: str):
     path = tmp_path / "plan.json"
     path.write_text(text)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._errors import ReversibleError
 from ._execution import resolve
+from ._files import read_file, replace_file
 from ._sizes import format_bytes
 
 
@@ -88,28 +89,21 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path` as JSON, entirely or not at all."""
-        path = Path(path)
         text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with replace_file(Path(path)) as file:
+            file.write(f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """The plan that `save` wrote to `path`.
+        """Return the plan that `save` wrote to `path`, which may come from anybody: it is only data.
 
         Raises:
             ValueError: the file holds something else.
+            OSError: it cannot be read, or is not a file of at most 64 MiB.
         """
+        content = read_file(Path(path), _LARGEST_FILE)
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(content.decode())
             if found.pop("format", None) != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")
             fields: dict[str, Any] = {
@@ -122,7 +116,7 @@ class Plan:
             raise ValueError(f"{os.fspath(path)} is not a plan: {error}") from error
 
     def _check(self) -> None:
-        """Raise unless all fields are of their types and lengths; data alone can do no harm, but can be wrong."""
+        """Raise unless all fields are of their types, lengths and ranges."""
         texts = *self.executions, *self.names, self.dtype, self.device
         counts = *self.kept_bytes, *self.shape, self.peak_bytes, self.budget
         times = self.seconds, self.stored_seconds
@@ -139,6 +133,8 @@ class Plan:
                 raise ValueError("a field is of another type")
         if not all(0 <= number < math.inf for number in (*counts, *times)):
             raise ValueError("a number is negative, infinite or none")
+        if not all(number < 2**63 for number in (*counts, *times)):
+            raise ValueError("a number is 2^63 or more")
         if not len(resolve(self.executions, len(self.names))) == len(self.kept_bytes) > 0:
             raise ValueError("executions, names and kept_bytes differ in length, or are empty")
         dtype = getattr(torch, self.dtype, None)
@@ -190,4 +186,6 @@ class Plan:
 
 
 _FORMAT = "revnet plan 1"
+# A plan of a million steps takes about as much.
+_LARGEST_FILE = 2**26
 _NUMBER = re.compile(r"[0-9]+")

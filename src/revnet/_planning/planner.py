@@ -10,7 +10,6 @@ of those that were run and fit.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from .._errors import ReversibleError
 from .._plan import Plan
 from .._program import Program
-from .._sizes import format_bytes, parse_bytes
+from .._sizes import format_bytes, free_bytes, parse_bytes
 from .costs import Rehearsal, rehearsing
 from .solver import Solution, minimum, simulate, solve
 
@@ -132,7 +131,7 @@ class _Planner:
     def size(self, budget: int | float | None) -> int:
         """A budget in bytes."""
         if budget is None:
-            return int(min(_gather(_free_bytes(self.rehearsal.x.device))))
+            return int(min(_gather(free_bytes(self.rehearsal.x.device))))
         if isinstance(budget, int):
             return budget
         return round(
@@ -213,14 +212,6 @@ class _Planner:
             device=_gather(rehearsal.label)[0],
             estimated=rehearsal.mode is not None,
         )
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now; on the CPU, of the machine."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gather(value: Any) -> list[Any]:

@@ -1,1 +1,1 @@
-"""The `revnet` command: train a reversible transformer on real data, sample from it, compare executions."""
+"""The `revnet` command: train a reversible transformer, sample from it, compare executions."""

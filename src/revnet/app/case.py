@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import revnet
-from revnet.app.config import DTYPES, STREAMS, heads_of, width_of
+from revnet.app.config import DTYPES, MOST, STREAMS, heads_of, width_of
 from revnet.app.device import find_device
-from revnet.app.errors import UserError, check_least
+from revnet.app.errors import UserError, check_least, check_most
 from revnet.app.model import Shape, Transformer
 from revnet.app.run import Run
 
@@ -37,22 +37,25 @@ class Case:
     streams: str
 
     def of_depth(self, depth: int) -> Case:
-        """The same with other blocks."""
+        """Return the same with another number of blocks."""
         return replace(self, shape=replace(self.shape, depth=depth))
 
     def network(self) -> Transformer:
-        """An untrained network, without dropout, whose head does not hide the gradient as that of a new one does."""
+        """Return an untrained network without dropout.
+
+        Its head does not hide the gradient, as that of a new network does.
+        """
         torch.manual_seed(0)
         with torch.device(self.device):
             model = Transformer(replace(self.shape, dropout=0.0), streams=self.streams)
         torch.nn.init.normal_(model.head.weight, std=0.02)
         # Autocast has no rules for a device that computes nothing.
-        return (
-            model.bfloat16() if self.device.type == "meta" and self.dtype == "bfloat16" else model
-        )
+        if self.device.type == "meta" and self.dtype == "bfloat16":
+            model.bfloat16()
+        return model
 
     def example(self) -> tuple[Tensor, Tensor]:
-        """Prefix and tokens of one batch."""
+        """Return prefix and tokens of one batch."""
         prefix = torch.ones(
             self.batch, self.shape.prefix_length, dtype=torch.int64, device=self.device
         )
@@ -61,12 +64,12 @@ class Case:
         )
 
     def precision(self) -> torch.autocast:
-        """The autocast of `dtype`."""
+        """Return the autocast of `dtype`."""
         low = self.dtype == "bfloat16" and self.device.type != "meta"
         return torch.autocast(self.device.type if low else "cpu", torch.bfloat16, enabled=low)
 
-    def plans(self, model: Transformer, budgets: list[str | int | None]) -> list[revnet.Plan]:
-        """A plan for each budget of the network's blocks."""
+    def make_plans(self, model: Transformer, budgets: list[str | int | None]) -> list[revnet.Plan]:
+        """Make a plan for each budget of the network's blocks."""
         prefix, tokens = self.example()
         x, keywords = model.embed(prefix, tokens[:, :-1])
         try:
@@ -103,20 +106,24 @@ def find_case(
     dtype: str | None,
     streams: str | None,
 ) -> Case:
-    """The sizes that are given, and for the others those of a run or the usual ones."""
-    place = find_device(device)
+    """Return the sizes that are given, and for the others those of a run or the usual ones."""
+    # Only plans are made for "meta", which computes nothing.
+    place = torch.device("meta") if device == "meta" else find_device(device)
     for name, value in (("depth", depth), ("width", width), ("tokens", tokens), ("batch", batch)):
         if value is not None:
             check_least(name, value, 1)
+            check_most(name, value, MOST.get(name, 2**24))
     if run is not None:
         for name, value in (("width", width), ("tokens", tokens)):
             if value is not None:
                 raise UserError(
                     f"--{name} {value}: {run} has its own; leave it out, or leave out the run"
                 )
-        config = Run.open(run).read_json("config.json")
-        how = dtype or config["dtype"], streams or config["streams"]
-        case = Case(Shape(**config["shape"]), batch or config["batch"], place, *how)
+        opened = Run.open(run)
+        config, shape = opened.read_config()
+        opened.check_weights(shape)
+        how = dtype or config.dtype, streams or config.streams
+        case = Case(shape, batch or config.batch, place, *how)
         return case if depth is None else case.of_depth(depth)
     depth, tokens = depth or 12, tokens or 256
     width = width or width_of(depth)

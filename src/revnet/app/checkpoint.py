@@ -1,7 +1,11 @@
-"""Checkpoints of a run on several ranks: written beside the training, whole or not at all, for any number of ranks."""
+"""Checkpoints of a run on several ranks, for any number of ranks.
+
+They are written beside the training, whole or not at all.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from concurrent.futures import Future
@@ -15,8 +19,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.utils import _pytree as pytree
 
-from revnet.app.errors import MachineError, UserError
-from revnet.app.run import writing
+from revnet.app.checkpoint_reader import CheckpointPlanner, CheckpointReader
+from revnet.app.errors import MachineError, UserError, first_line
+from revnet.app.writing import check_own_folder, writing
 
 KEPT = 2
 
@@ -39,17 +44,19 @@ class Checkpoints:
         self._first = dist.get_rank() == 0
         self._writing: Future[Any] | None = None
         self._published = threading.Event()
+        self._unpublished: OSError | None = None
         self._last = -1
+        check_own_folder(path)
         if self._first:
             for partial in path.glob(".step-*"):
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
 
     def steps(self) -> list[int]:
-        """The steps that can be resumed from, in order."""
-        return sorted(int(folder.name.removeprefix("step-")) for folder in self.path.glob("step-*"))
+        """Return the steps that can be resumed from, in order."""
+        return saved_steps(self.path)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Starts to write the state, after the one before is written; returns as soon as it is copied."""
+        """Start to write the state when the one before is written; return when it is copied."""
         self.wait()
         if step == self._last:
             return
@@ -68,32 +75,38 @@ class Checkpoints:
             self._writing.add_done_callback(lambda written: self._publish(written, step))
 
     def _publish(self, written: Future[Any], step: int) -> None:
-        """Gives a checkpoint its name. The first rank hears of the end when all ranks have written."""
+        """Name a checkpoint. The first rank hears of the end when all ranks have written."""
         try:
             if written.exception() is None:
+                # What has this name was left by a run that went on from an older checkpoint.
+                _remove(self.path / f"step-{step:08}")
                 (self.path / f".step-{step:08}").rename(self.path / f"step-{step:08}")
                 for old in self.steps()[:-KEPT]:
-                    shutil.rmtree(self.path / f"step-{old:08}", ignore_errors=True)
+                    _remove(self.path / f"step-{old:08}")
+        except OSError as error:
+            self._unpublished = error
         finally:
             self._published.set()
 
     def wait(self) -> None:
-        """Returns when the checkpoint that is being written is there."""
+        """Return when the checkpoint that is being written is there."""
         if self._writing is None:
             return
         written, self._writing = self._writing, None
         try:
             with writing(self.path):
                 written.result()
+                if self._first:
+                    self._published.wait()
+                    if self._unpublished is not None:
+                        raise self._unpublished
         except CheckpointException as error:
             raise MachineError(
-                f"cannot write {self.path}: {error}. What was saved before is as it was."
+                f"cannot write {self.path}: {_cause(error)}. What was saved before is as it was."
             ) from error
-        if self._first:
-            self._published.wait()
 
     def load(self, state: dict[str, Any]) -> int:
-        """Fills the state, sharded as it is, from the last checkpoint; returns its step."""
+        """Fill the state, sharded as it is, from the last checkpoint; return its step."""
         found: list[Any] = [self.steps()]
         dist.broadcast_object_list(found, src=0, group=self._group)
         if not found[0]:
@@ -103,16 +116,75 @@ class Checkpoints:
         step: int = found[0][-1]
         self._last = step
         folder = self.path / f"step-{step:08}"
+        reader = CheckpointReader(folder)
         try:
-            load(state, checkpoint_id=folder, process_group=self._group)
-        except (CheckpointException, OSError, RuntimeError) as error:
+            self._read_metadata(reader)
+            load(
+                state,
+                storage_reader=reader,
+                planner=CheckpointPlanner(),
+                process_group=self._group,
+            )
+            if type(state["step"]) is not int or state["step"] != step:
+                raise ValueError("it is the checkpoint of another step")
+        except (CheckpointException, ValueError) as error:
             raise UserError(
-                f"{folder} is damaged ({str(error).splitlines()[0]}). Remove it to resume from the "
-                f"one before."
+                f"{folder} is damaged ({_cause(error)}). Remove it to resume from the one before."
             ) from error
         return step
 
+    def _read_metadata(self, reader: CheckpointReader) -> None:
+        """Read the metadata on every rank, or raise ValueError on every rank.
+
+        torch would write a traceback before it raises.
+        """
+        cause = None
+        try:
+            reader.read_metadata()
+        except Exception as error:
+            # Unpickling damaged bytes raises anything.
+            cause = first_line(error)
+        causes: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(causes, cause, group=self._group)
+        for found in causes:
+            if found is not None:
+                raise ValueError(found)
+
+
+def saved_steps(path: Path) -> list[int]:
+    """Return the steps whose checkpoints are in a folder, in order."""
+    if path.is_symlink() or not path.is_dir():
+        return []
+    named = [
+        (re.fullmatch(r"step-([0-9]{8,18})", folder.name), folder) for folder in path.iterdir()
+    ]
+    return sorted(
+        int(match[1])
+        for match, folder in named
+        # A number with more digits than are written would be another name.
+        if match and folder.name == f"step-{int(match[1]):08}" and _is_own_folder(folder)
+    )
+
+
+def _is_own_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with what is in it, or whatever else has that name."""
+    if _is_own_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _cause(error: BaseException) -> str:
+    """Return what went wrong on the first rank that failed."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = error.failures[min(error.failures)][0]
+    return first_line(error)
+
 
 def cpu_group() -> dist.ProcessGroup:
-    """A process group for what is not training."""
+    """Return a process group for what is not training."""
     return dist.new_group(backend="gloo")

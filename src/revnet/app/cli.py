@@ -1,15 +1,22 @@
-"""The command line: it must show its help before torch is loaded, so each command imports what it needs."""
+"""The command line.
+
+It shows its help before torch is loaded, so each command imports what it needs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
-from revnet.app.errors import MachineError, UserError
+from revnet.app.errors import MachineError, UserError, first_line
+from revnet.app.terminal import complain, show, visible_line
 
 if TYPE_CHECKING:
     from revnet.app.case import Case
@@ -18,46 +25,51 @@ MACHINE_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code.
+    """Run the command and return its exit code.
 
     0 is success, 1 a machine without room, 2 what the user can put right, 130 Ctrl-C.
     """
     options = parser().parse_args(argv)
+    # Pillow warns of images that this program refuses in its own words.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     try:
         return options.run(options)
-    except UserError as error:
-        return _fail(str(error), USER_ERROR)
-    except MachineError as error:
-        return _fail(str(error), MACHINE_ERROR)
     except KeyboardInterrupt:
         return _fail("stopped; what was saved before is as it was", INTERRUPTED)
-    except ModuleNotFoundError as error:
-        return _fail(f"the command needs {error.name}: pip install 'revnet[app]'", USER_ERROR)
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        found = _explain(error)
+        if found is None:
             raise
-        return _fail(f"{error.filename}: {error.strerror}", USER_ERROR)
-    except (MemoryError, RuntimeError) as error:
-        message = str(error).lower()
-        if (
-            isinstance(error, MemoryError)
-            or "out of memory" in message
-            or "can't allocate memory" in message
-        ):
-            advice = "try a smaller --batch, --depth or --width, or --execution invert"
-            return _fail(
-                f"out of memory: {advice}. What was saved before is as it was.", MACHINE_ERROR
-            )
-        if "compiler found" in message or "working triton" in message:
-            return _fail(
-                f"--compile: {str(error).splitlines()[0]}. Install one, or leave --compile out.",
-                USER_ERROR,
-            )
-        raise
+        return _fail(*found)
+
+
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """Return a message and an exit code for what is no fault of the program, or None."""
+    if isinstance(error, UserError):
+        return str(error), USER_ERROR
+    if isinstance(error, MachineError):
+        return str(error), MACHINE_ERROR
+    if isinstance(error, ModuleNotFoundError):
+        return f"the command needs {error.name}: pip install 'revnet[app]'", USER_ERROR
+    if isinstance(error, OSError):
+        reason = error.strerror or first_line(error)
+        if error.filename is None:
+            return reason, MACHINE_ERROR
+        return f"{os.fsdecode(error.filename)}: {reason}", USER_ERROR
+    message = str(error).lower()
+    lacks_memory = "out of memory" in message or "can't allocate memory" in message
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and lacks_memory):
+        advice = "try a smaller --batch, --depth or --width, or --execution invert"
+        return f"out of memory: {advice}. What was saved before is as it was.", MACHINE_ERROR
+    lacks_compiler = "compiler found" in message or "working triton" in message
+    if isinstance(error, RuntimeError) and lacks_compiler:
+        advice = "Install one, or leave --compile out."
+        return f"--compile: {first_line(error)}. {advice}", USER_ERROR
+    return None
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"revnet: {message}", file=sys.stderr)
+    complain(message)
     return code
 
 
@@ -66,9 +78,16 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=22)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Show the usage and what is wrong with it, and end with the exit code of user errors."""
+        self.print_usage(sys.stderr)
+        self.exit(USER_ERROR, f"{self.prog}: error: {visible_line(message)}\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    top = argparse.ArgumentParser(
+    """Return all commands and their options."""
+    top = _Parser(
         prog="revnet", description="Train reversible transformers, and see what it saves."
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -95,7 +114,7 @@ def _command(
 def _add_train(commands: argparse._SubParsersAction) -> None:
     line = "Train a transformer; without arguments it learns to draw digits from captions."
     command = _command(commands, "train", "[DATA ...] [--resume RUN] [options]", line)
-    command.set_defaults(run=_train)
+    command.set_defaults(run=_run_train)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in fields(TrainConfig):
         about = item.metadata
@@ -135,23 +154,25 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> int:
-    from revnet.app.train import train
+def _run_train(options: argparse.Namespace) -> int:
+    from revnet.app import ranks, train
 
-    given = vars(options)
-    given["data"] += given["more_data"]
-    if not given["data"]:
-        del given["data"]
-    return train(
-        {item.name: given[item.name] for item in fields(TrainConfig) if item.name in given},
-        options.resume,
-    )
+    chosen = vars(options)
+    chosen["data"] += chosen["more_data"]
+    if not chosen["data"]:
+        del chosen["data"]
+    given = {item.name: chosen[item.name] for item in fields(TrainConfig) if item.name in chosen}
+    if ranks.are_started():
+        from revnet.app.parallel import train_on_ranks
+
+        return train_on_ranks(given, options.resume)
+    return train.train_alone(given, options.resume)
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
     line = "Draw images for captions from a trained run, or continue texts."
     command = _command(commands, "sample", 'RUN ["CAPTION" ...] [options]', line)
-    command.set_defaults(run=_sample)
+    command.set_defaults(run=_run_sample)
     command.add_argument("run_path", metavar="RUN", help="folder of the run")
     command.add_argument(
         "captions", nargs="*", metavar="CAPTION", help="captions or beginnings of texts (the run's)"
@@ -181,23 +202,25 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1")
 
 
-def _sample(options: argparse.Namespace) -> int:
+def _run_sample(options: argparse.Namespace) -> int:
     from revnet.app.sample import Sampling, sample
 
     how = Sampling(
         options.temperature, options.top_k, options.top_p, options.seed, not options.no_cache
     )
-    print(
-        sample(
-            options.run_path,
-            options.captions,
-            options.out,
-            options.each,
-            options.length,
-            options.device,
-            how,
-        )
+    shown = sample(
+        options.run_path,
+        options.captions,
+        options.out,
+        options.each,
+        options.length,
+        options.device,
+        how,
     )
+    error = show(shown)
+    if error is not None and error.errno != errno.EPIPE:
+        # Whoever closes a pipe has read enough, but a full disk loses what was asked for.
+        raise MachineError(f"cannot print what was drawn: {error.strerror}")
     return 0
 
 
@@ -207,7 +230,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "machine."
     )
     command = _command(commands, "compare", "[RUN] [options]", line)
-    command.set_defaults(run=_compare)
+    command.set_defaults(run=_run_compare)
     _add_case(command)
     command.add_argument(
         "--memory", default="25%", metavar="SIZE", help="budget of the plan, as 8GiB or 25%% (25%%)"
@@ -253,7 +276,7 @@ def _case(options: argparse.Namespace, device: str) -> Case:
     return find_case(options.run_path, *sizes, device, options.dtype, options.streams)
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _run_compare(options: argparse.Namespace) -> int:
     from revnet.app.compare import compare
 
     return compare(_case(options, options.device), options.memory, options.repeats, options.out)
@@ -262,7 +285,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     line = "Find the fastest executions that fit a memory budget, and draw time against memory."
     command = _command(commands, "plan", "[RUN] [options]", line)
-    command.set_defaults(run=_plan)
+    command.set_defaults(run=_run_plan)
     _add_case(command)
     command.add_argument(
         "--memory", metavar="SIZE", help="budget for activations, as 8GiB or 25%% (what is free)"
@@ -278,8 +301,8 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _plan(options: argparse.Namespace) -> int:
-    from revnet.app.plan import plan
+def _run_plan(options: argparse.Namespace) -> int:
+    from revnet.app.plan import show_plan
 
     case = _case(options, "meta" if options.meta else options.device)
-    return plan(case, options.memory, options.device_memory, options.out)
+    return show_plan(case, options.memory, options.device_memory, options.out)

@@ -7,21 +7,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from revnet._sizes import format_bytes
 from revnet.app.case import Case
-from revnet.app.display import size
+from revnet.app.display import make_console
 from revnet.app.errors import UserError, check_least
 from revnet.app.measure import executed, step_memory
 from revnet.app.model import Transformer, bits_per_token
 from revnet.app.plots import figure, save_figure
-from revnet.app.run import replacing
+from revnet.app.terminal import visible_line
+from revnet.app.writing import new_file
 
 CAPTION = "Ratios to stored execution. Error: of the gradient, relative to float64."
 EXECUTIONS = ("stored", "checkpointed", "planned", "reversible")
@@ -29,7 +31,7 @@ EXECUTIONS = ("stored", "checkpointed", "planned", "reversible")
 
 @dataclass
 class Row:
-    """One execution at one depth: bytes, seconds per step, and the relative error of the gradient."""
+    """One execution at one depth: bytes, seconds per step, relative error of the gradient."""
 
     execution: str
     depth: int
@@ -39,8 +41,8 @@ class Row:
     error: float
 
 
-def measure(case: Case, budget: str, repeats: int) -> list[Row]:
-    """All executions of a network, timed in turn so that a busy moment touches all of them."""
+def measure_case(case: Case, budget: str, repeats: int) -> list[Row]:
+    """Measure all executions, timed in turn so that a busy moment touches all of them."""
     model = case.network()
     prefix, tokens = case.example()
 
@@ -54,7 +56,7 @@ def measure(case: Case, budget: str, repeats: int) -> list[Row]:
     bits_per_token(exact, prefix, tokens).backward()
     oracle = _gradient(exact)
     del exact
-    (planned,) = case.plans(model, [budget])
+    (planned,) = case.make_plans(model, [budget])
     executions = {
         "stored": "stored",
         "checkpointed": "checkpointed",
@@ -81,7 +83,7 @@ def measure(case: Case, budget: str, repeats: int) -> list[Row]:
 
 
 def _gradient(model: Transformer) -> Tensor:
-    """All gradients as one vector, float64."""
+    """Return all gradients as one vector, float64."""
     return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -98,7 +100,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
-    """Prints the table of the full depth, and draws memory and time against depth.
+    """Print the table of the full depth, and draw memory and time against depth.
 
     Args:
         case: The network at its full depth, and its batch.
@@ -106,7 +108,7 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
         repeats: Timed steps of each execution, of which the median counts.
         out: A PNG, or a markdown file for the table beside its PNG.
     """
-    console = Console(highlight=False)
+    console = make_console("cannot show the table, but go on and save it")
     path = Path(out or "compare.png")
     check_least("repeats", repeats, 1)
     if path.suffix not in (".md", ".png"):
@@ -118,16 +120,17 @@ def compare(case: Case, budget: str, repeats: int, out: str | None) -> int:
     for depth in track(
         depths, "measuring", console=console, transient=True, disable=not console.is_interactive
     ):
-        rows += measure(case.of_depth(depth), budget, repeats)
+        rows += measure_case(case.of_depth(depth), budget, repeats)
     full = [row for row in rows if row.depth == depths[-1]]
     console.print(_table(str(case), full))
     plot_path = path.with_suffix(".png")
-    _plot(plot_path, rows, str(case))
+    with new_file(plot_path) as file:
+        _plot_depths(file, rows, str(case))
     if path.suffix == ".md":
-        with replacing(path) as file:
+        with new_file(path) as file:
             file.write(_markdown(str(case), full, plot_path.name).encode())
     console.print(
-        f"Saved {path if path == plot_path else f'{path} and {plot_path}'}",
+        visible_line(f"Saved {path if path == plot_path else f'{path} and {plot_path}'}"),
         soft_wrap=True,
         markup=False,
     )
@@ -142,8 +145,8 @@ def _cells(rows: list[Row]) -> list[tuple[str, ...]]:
     return [
         (
             row.execution,
-            size(row.kept),
-            size(row.peak),
+            format_bytes(row.kept),
+            format_bytes(row.peak),
             f"{row.peak / stored.peak:.2f}",
             f"{row.seconds * 1000:.1f} ms" if row.seconds < 1 else f"{row.seconds:.2f} s",
             f"{row.seconds / stored.seconds:.2f}",
@@ -177,7 +180,7 @@ def _markdown(title: str, rows: list[Row], picture: str) -> str:
     )
 
 
-def _plot(path: Path, rows: list[Row], title: str) -> None:
+def _plot_depths(file: BinaryIO, rows: list[Row], title: str) -> None:
     plot = figure(9.0, 3.8)
     memory, seconds = plot.subplots(1, 2)
     for name in EXECUTIONS:
@@ -195,4 +198,4 @@ def _plot(path: Path, rows: list[Row], title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     memory.legend(frameon=False)
     plot.suptitle(title, fontsize=9)
-    save_figure(plot, path)
+    save_figure(plot, file)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from revnet.app.errors import UserError, check_least
+from revnet._execution import EXECUTIONS as KNOWN_EXECUTIONS
+from revnet.app.errors import UserError, check_least, check_most
 
 
 def option(
@@ -19,20 +20,43 @@ def option(
     choices: Sequence[str] = (),
     own: bool = False,
 ) -> Any:
-    """A field with its default, help group, help line, and name of its value; `own` may differ when a run resumes."""
+    """Return a field with its default, group and line of the help, and the name of its value.
+
+    What is `own` may differ when a run resumes.
+    """
     metadata = {"group": group, "help": line, "metavar": metavar, "choices": choices, "own": own}
     return field(default_factory=lambda: default, metadata=metadata)
 
 
-EXECUTIONS = ("invert", "store", "select", "checkpoint", "offload")
+# The default first.
+EXECUTIONS = ("invert", *(name for name in KNOWN_EXECUTIONS if name != "invert"))
 DTYPES = ("float32", "bfloat16")
 STREAMS = ("auto", "float", "fixed")
 PARALLEL = ("ddp", "fsdp")
+# More of these would overflow somewhere, or never end.
+MOST = {
+    "image_size": 2**13,
+    "patch": 2**13,
+    "codes": 2**20,
+    "context": 2**24,
+    "depth": 2**16,
+    "width": 2**24,
+    "heads": 2**20,
+    "batch": 2**24,
+    # A step's seed is a million times this one, and has 64 bits.
+    "seed": 2**43 - 1,
+    "lr": 10**300,
+    "rank_timeout": 10**9,
+}
+MOST_PARAMETERS = 2**50
 
 
 @dataclass
 class TrainConfig:
-    """What a run is. What is None at first follows from the data or from another option; see `resolve`."""
+    """What a run is.
+
+    What is None at first follows from the data or from another option; see `resolve`.
+    """
 
     data: list[str] = option(
         ["digits"], "data", "digits (default), icons, stdlib, folder of images, texts", "DATA"
@@ -89,18 +113,17 @@ class TrainConfig:
     tensorboard: bool = option(False, "run", "log for TensorBoard too", own=True)
 
     def __post_init__(self) -> None:
+        """Raise where a number is out of its range."""
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 check_least(item.name, value, 0 if item.name in ("dropout", "seed") else 1e-30)
-        # A step's seed is a million times this one, and has 64 bits.
-        if self.seed >= 2**43:
-            raise UserError(f"--seed is {self.seed}, which is too large")
+                check_most(item.name, value, MOST.get(item.name, 2**53))
         if self.dropout is not None and self.dropout >= 1:
             raise UserError(f"--dropout is {self.dropout}, but a share is less than 1")
 
     def resolve(self, defaults: dict[str, Any]) -> TrainConfig:
-        """A copy in which only `out` may be None; `defaults` are the data's."""
+        """Return a copy in which only `out` and `memory` may be None; `defaults` are the data's."""
         values = asdict(self)
         for name, value in defaults.items():
             if values[name] is None:
@@ -115,14 +138,19 @@ class TrainConfig:
             raise UserError(
                 f"--width {values['width']} is not a multiple of 4 x --heads {values['heads']}"
             )
+        if 12 * depth * values["width"] ** 2 > MOST_PARAMETERS:
+            raise UserError(
+                f"--depth {depth} and --width {values['width']} make more than 2^50 parameters: "
+                f"take less of one"
+            )
         return TrainConfig(**values)
 
 
 def width_of(depth: int) -> int:
-    """The width that goes with a depth: a reversible network can afford to be deep and narrow."""
+    """Return the width that goes with a depth: a reversible network can be deep and narrow."""
     return -(-24 * depth // 32) * 32
 
 
 def heads_of(width: int) -> int:
-    """The number of attention heads that goes with a width."""
+    """Return the number of attention heads that goes with a width."""
     return max(1, width // (32 if width < 512 else 64))

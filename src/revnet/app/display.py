@@ -1,21 +1,30 @@
-"""What a training run shows: a live line in a terminal, plain lines in a pipe, and the closing tables."""
+"""Show the progress of a training: a live line in a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from revnet.app.report import MemoryRow
+from revnet.app.terminal import Output
 
 PLAIN_SECONDS = 10
+
+
+def make_console(given_up: str, quiet: bool = False) -> Console:
+    """Return a console that writes to the standard output as long as it can.
+
+    Args:
+        given_up: What is said on the standard error when it no longer can.
+        quiet: Write nothing.
+    """
+    # What looks like an emoji is a name. The annotation of Console wants a whole file.
+    file = cast(Any, Output(sys.stdout, given_up))
+    return Console(file=file, quiet=quiet, highlight=False, emoji=False)
 
 
 class Display:
@@ -28,7 +37,7 @@ class Display:
     """
 
     def __init__(self, steps: int, unit: str, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False)
+        self.console = make_console("cannot show progress any more, but go on and save", quiet)
         self.unit = unit
         self.steps = steps
         self._printed = 0.0
@@ -57,11 +66,11 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(text, soft_wrap=True)
 
     def step(self, step: int, bits: float, rate: float, last: bool) -> None:
-        """Progress after `step` steps; in a pipe one line every ten seconds."""
+        """Show progress after `step` steps; in a pipe one line every ten seconds."""
         self._progress.start_task(self._task)
         self._progress.update(
             self._task,
@@ -75,33 +84,3 @@ class Display:
             self.say(
                 f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s"
             )
-
-
-def memory_table(rows: Sequence[MemoryRow]) -> Table:
-    """Activation memory of each execution, the run's own last."""
-    table = Table(
-        title="Activation memory of one training step",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE,
-    )
-    table.add_column("execution")
-    for name in ("kept for backward", "peak", "peak / stored"):
-        table.add_column(name, justify="right")
-    stored = next(row.peak for row in rows if row.name == "stored")
-    for row in rows:
-        about = "about " if row.estimated else ""
-        name = f"[bold]{row.name}[/] (this run)" if row is rows[-1] else row.name
-        table.add_row(
-            name, about + size(row.kept), about + size(row.peak), f"{row.peak / stored:.2f}"
-        )
-    return table
-
-
-def size(count: float) -> str:
-    """Bytes as text, such as 12.3 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -10,10 +10,26 @@ class DataError(UserError):
 
 
 class MachineError(Exception):
-    """The machine has no room, in memory or on the disk; the message says what is lost. Exit code 1."""
+    """The machine has no room, in memory or on the disk; the message says what is lost. Exit 1."""
 
 
 def check_least(name: str, value: float, least: float) -> None:
     """Raise unless the number given as `--name` is `least` or more; not-a-number is neither."""
     if not value >= least:
-        raise UserError(f"--{name.replace('_', '-')} is {value}, which is too small")
+        raise UserError(f"{_flag(name)} is {value}, which is too small")
+
+
+def check_most(name: str, value: float, most: float) -> None:
+    """Raise unless the number given as `--name` is `most` or less."""
+    if not value <= most:
+        raise UserError(f"{_flag(name)} is {value}, which is too large")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

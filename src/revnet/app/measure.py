@@ -1,4 +1,4 @@
-"""What a training step needs in memory and loses in precision, under each execution."""
+"""Measure what a training step needs in memory and loses in precision, under each execution."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _block(block: Any, x1: Tensor, x2: Tensor, f_args: Any, g_args: Any) -> tupl
 
 @contextmanager
 def executed(model: Transformer, execution: Any) -> Iterator[None]:
-    """Runs the network as "stored", as "checkpointed" (each block, by torch), or with an execution of the library."""
+    """Run the network as "stored", as "checkpointed" by torch, or with one of the library."""
     layers: Any = model.layers
     before = layers.execution
     try:
@@ -51,20 +51,20 @@ def executed(model: Transformer, execution: Any) -> Iterator[None]:
 
 
 def step_memory(model: Transformer, loss: Callable[[], Tensor]) -> revnet.MemoryReport:
-    """Memory of one forward and backward beyond parameters and gradients, which stay as they are."""
-    held = [parameter.grad for parameter in model.parameters()]
+    """Measure one forward and backward beyond parameters and gradients, which stay as they are."""
+    gradients = [parameter.grad for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     try:
         return revnet.measure_memory(loss)
     finally:
-        for parameter, grad in zip(model.parameters(), held, strict=True):
+        for parameter, grad in zip(model.parameters(), gradients, strict=True):
             parameter.grad = grad
 
 
 @torch.no_grad()
 def reconstruction_error(model: Transformer, prefix: Tensor, tokens: Tensor) -> float:
-    """The largest error of the streams before the first block when computed from those after the last.
+    """Return the largest error of the first block's input when it is computed from the output.
 
     It is relative to the largest value of the streams; without dropout.
     """

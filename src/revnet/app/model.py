@@ -1,4 +1,4 @@
-"""A decoder-only transformer on a reversible sequence: caption then image tokens, or the bytes of a text."""
+"""A decoder-only transformer on a reversible sequence: image tokens after captions, or bytes."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Shape:
 
     @property
     def length(self) -> int:
-        """Predicted tokens of one example."""
+        """Return the number of predicted tokens of one example."""
         return self.rows * self.columns
 
     @property
     def text(self) -> bool:
-        """Whether the tokens are a text, not an image."""
+        """Return whether the tokens are a text, not an image."""
         return self.columns == 1
 
 
 def rotary_table(shape: Shape) -> Tensor:
-    """Cosines and sines for each slot: (2, slots, width // heads), float32.
+    """Return cosines and sines for each slot: (2, slots, width // heads), float32.
 
     Half of each head turns with the row and half with the column of a token. Prefix tokens stand on
     the diagonal before the image, and so do all tokens of a text, which makes this the ordinary
@@ -77,14 +77,14 @@ def rotary_table(shape: Shape) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x: (batch, heads, slots, head width), turned by its slots' angles."""
+    """Turn x (batch, heads, slots, head width) by its slots' angles."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = table.unbind()
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 class NGrams(nn.Embedding):
-    """Embeds each token, and it with the one, two … before it, which share `BUCKETS` vectors by a hash.
+    """Embeddings of tokens, and by a hash of each with the one, two … before it.
 
     What a small model of bytes would spend its first blocks on is looked up instead.
 
@@ -96,7 +96,7 @@ class NGrams(nn.Embedding):
         self.longer = nn.ModuleList(nn.Embedding(BUCKETS, width) for _ in range(most - 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (batch, n), int64 -> (batch, n, width)."""
+        """Return (batch, n, width) for tokens (batch, n), int64."""
         x, code = super().forward(tokens), tokens
         for n, table in enumerate(self.longer, start=1):
             before = F.pad(tokens, (n, 0), value=-1)[:, : tokens.shape[1]]
@@ -124,9 +124,15 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: dict[Any, Any] | None = None,
     ) -> Tensor:
-        """x: (batch, slots, width); mask: bool, True where a query (row) may see a key (column); None is causal.
+        """Return (batch, slots, width).
 
-        A `cache` holds this layer's keys and values of earlier slots, and gets those of x appended.
+        Args:
+            x: (batch, slots, width).
+            rotary_pos_emb: What `rotary_table` returns, for these slots.
+            mask: bool, True where a query (row) may see a key (column); None is causal.
+            cache: A dict, empty at first.
+
+        The `cache` holds this layer's keys and values of earlier slots; those of x are appended.
         """
         batch, slots, width = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, slots, 3, self.heads, width // self.heads)
@@ -157,12 +163,12 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, slots, width)."""
+        """Return (batch, slots, width) for x (batch, slots, width)."""
         return self.dropout(self.out(F.gelu(self.hidden(self.norm(x)))))
 
 
 class Transformer(nn.Module):
-    """Predicts each token from the prefix and the tokens before it.
+    """A network that predicts each token from the prefix and the tokens before it.
 
     Args:
         shape: The sizes.
@@ -197,7 +203,7 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Unit-scale branches whose sum over all blocks is of unit scale; a head that starts from equal odds.
+        """Start with branches whose sum is of unit scale, and a head that gives equal odds.
 
         Combinations of tokens that have not been seen add nothing.
         """
@@ -211,7 +217,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=1 / (scale * math.sqrt(parameter.shape[1])))
 
     def embed(self, prefix: Tensor, tokens: Tensor, done: int = 0) -> tuple[Tensor, dict[str, Any]]:
-        """The input of `layers`: x (batch, slots, width) and its keyword arguments, without the first `done` slots."""
+        """Return the input of `layers`, less the first `done` slots, and its keyword arguments."""
         x = torch.cat([self.prefix_embedding(prefix), self.embedding(tokens)], dim=1)
         slots = x.shape[1]
         if not self.shape.text:
@@ -230,7 +236,7 @@ class Transformer(nn.Module):
     def forward(
         self, prefix: Tensor, tokens: Tensor, cache: dict[Any, Any] | None = None
     ) -> Tensor:
-        """Logits of the token after each slot from the last prefix slot on.
+        """Return logits of the token after each slot from the last prefix slot on.
 
         Args:
             prefix: (batch, prefix_length), int64; padding first.
@@ -250,12 +256,12 @@ class Transformer(nn.Module):
 
 
 def example_bits(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
-    """The mean of -log2 p(token) over the tokens (batch, length) of each example: (batch,), float32."""
+    """Return the mean of -log2 p(token) of each example: (batch,), float32."""
     logits = model(prefix, tokens[:, :-1])
     losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
     return losses.view(tokens.shape).mean(dim=1) / math.log(2)
 
 
 def bits_per_token(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
-    """The mean of -log2 p(token) over all tokens (batch, length) of a batch: a scalar with a gradient."""
+    """Return the mean of -log2 p(token) of a batch (batch, length): a scalar with a gradient."""
     return example_bits(model, prefix, tokens).mean()

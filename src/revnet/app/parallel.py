@@ -1,28 +1,22 @@
 """`torchrun … -m revnet train`: the same training on several ranks, by DDP or FSDP2.
 
-Every rank runs the same program. What it writes besides checkpoints, all but the first rank write
-to a folder that goes with them, and what it shows only the first rank shows.
+Every rank runs the same program. Only the first rank writes, besides checkpoints, and shows
+progress.
 """
 
 from __future__ import annotations
 
+import io
 import os
-import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.markup import escape
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,44 +25,51 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import revnet
 from revnet.app import report
-from revnet.app.checkpoint import Checkpoints, cpu_group
+from revnet.app.checkpoint import Checkpoints, cpu_group, saved_steps
 from revnet.app.config import TrainConfig
 from revnet.app.data import Array, Data, step_batch
 from revnet.app.display import Display
-from revnet.app.errors import DataError, MachineError, UserError
+from revnet.app.errors import DataError, MachineError, UserError, first_line
 from revnet.app.model import bits_per_token
+from revnet.app.ranks import from_first, is_lost, joined
 from revnet.app.run import Run
-from revnet.app.train import INTERRUPTED, LOG_EVERY, Training, interruptible, loop, resume, start
+from revnet.app.terminal import complain
+from revnet.app.train import INTERRUPTED, LOG_EVERY, interruptible, loop, resume, start
+from revnet.app.training import Training
 
-T = TypeVar("T")
 
+class _ReadOnlyRun(Run):
+    """The run as all ranks but the first have it: they read its folder, and write nothing."""
 
-class _Shadow(Run):
-    """The run as all ranks but the first have it: it reads the run's folder, and writes to one of its own."""
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[BinaryIO]:
+        """Yield a file that goes nowhere."""
+        yield io.BytesIO()
 
-    def __init__(self, path: Path, run: Path) -> None:
-        super().__init__(path)
-        self._run = run
+    def save_plan(self, plan: revnet.Plan) -> None:
+        """Do nothing: the plan is the first rank's."""
 
-    def read_json(self, name: str) -> Any:
-        """Reads a JSON file of the run."""
-        return Run(self._run).read_json(name)
+    def board(self) -> None:
+        """Return no writer: the numbers are the first rank's."""
 
-    def forget_after(self, step: int) -> None:
-        """Nothing: the rows are the first rank's."""
+    def log(self, row: dict[str, Any]) -> None:
+        """Do nothing: the rows are the first rank's."""
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return nothing: the rows are the first rank's."""
+        return []
 
 
 class _Display(Display):
-    """Counts the tokens of all ranks."""
+    """Progress that counts the tokens of all ranks."""
 
     def step(self, step: int, bits: float, rate: float, last: bool) -> None:
-        """Progress after `step` steps."""
+        """Show progress after `step` steps."""
         super().step(step, bits, rate * dist.get_world_size(), last)
 
 
@@ -85,7 +86,7 @@ class ParallelTraining(Training):
         super().__init__(config, data, run)
         self._rank, self._world = rank, world
         if config.memory:
-            self._find_plan()
+            self._share_plan()
         self._net: Any = self.model
         if config.parallel == "fsdp":
             # Of this device, because FSDP2 would move the weights to an accelerator that --device
@@ -102,31 +103,30 @@ class ParallelTraining(Training):
         else:
             self._net = DistributedDataParallel(self.model)
         self._control = cpu_group()
-        self.checkpoints = Checkpoints(_folder(run) / "checkpoints", cpu_group())
+        self.checkpoints = Checkpoints(run.path / "checkpoints", cpu_group())
 
-    def _find_plan(self) -> None:
-        """The plan that the run has, or one that all ranks make together, before the network is sharded."""
-        path = _folder(self.run) / "plan.json"
-        if _from_first(
-            lambda: (
-                path.exists() and self.run.read_json("config.json")["memory"] == self.config.memory
-            )
-        ):
-            self.model.layers.execution = revnet.Plan.load(path)
-        else:
-            super().plan(new=True)
+    def _share_plan(self) -> None:
+        """Take the run's plan, or make one together, before the network is sharded."""
+        path = self.run.path
 
-    def plan(self, new: bool) -> None:
-        """Nothing: there is a plan since before the network was sharded."""
+        def is_planned() -> bool:
+            if not (path / "plan.json").exists() or not (path / "config.json").exists():
+                return False
+            return Run(path).read_config()[0].memory == self.config.memory
+
+        super().choose_executions(new=not from_first(is_planned))
+
+    def choose_executions(self, new: bool) -> None:
+        """Do nothing: there is a plan since before the network was sharded."""
 
     def read_batch(self, step: int) -> tuple[Array, Array]:
-        """This rank's training examples of a step."""
+        """Return this rank's training examples of a step."""
         return step_batch(
             self.data, step, self.config.batch, self.config.seed, self._rank, self._world
         )
 
     def loss(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Bits per token of this rank's examples."""
+        """Return the bits per token of this rank's examples."""
         if torch.is_grad_enabled():
             # Each rank drops other features.
             torch.manual_seed(torch.initial_seed() % 2**40 + (self._rank << 40))
@@ -134,14 +134,14 @@ class ParallelTraining(Training):
             return bits_per_token(self._net, prefix, tokens)
 
     def take_step(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """One optimizer step; the loss before it, of all ranks."""
+        """Take one optimizer step, and return the loss before it, of all ranks."""
         loss = super().take_step(prefix, tokens)
         dist.all_reduce(loss)
         return loss / self._world
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out bits per token of all ranks' shares; every rank makes as many forward passes as any other."""
+        """Return the held-out bits per token of all ranks, each of which makes as many passes."""
         self.model.eval()
         numbers = self.held_out_numbers()
         each = self.config.batch // self._world
@@ -157,21 +157,28 @@ class ParallelTraining(Training):
         return {"held_out_bits": float(total) / len(numbers)}
 
     def log(self, row: dict[str, Any]) -> None:
-        """Writes a row with the tokens per second of all ranks."""
+        """Write a row with the tokens per second of all ranks."""
         if "tokens_per_second" in row:
             row = row | {"tokens_per_second": row["tokens_per_second"] * self._world}
         super().log(row)
 
     def is_finite(self) -> bool:
-        """Whether all weights of all ranks are numbers."""
-        own = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
-        found = torch.tensor(int(all(bool(parameter.isfinite().all()) for parameter in own)))
+        """Return whether all weights of all ranks are numbers."""
+        return self._are_finite(list(self.model.parameters()))
+
+    def _are_finite(self, tensors: list[Tensor]) -> bool:
+        own = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        found = torch.tensor(int(all(bool(x.isfinite().all()) for x in own)))
         dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._control)
         return bool(found)
 
+    def _optimizer_tensors(self) -> list[Tensor]:
+        states = self.optimizer.state.values()
+        return [x for state in states for x in state.values() if isinstance(x, Tensor)]
+
     def save(self) -> None:
-        """Starts to write the checkpoint, and writes the weights that `revnet sample` reads."""
-        self.check()
+        """Start to write the checkpoint, and write the weights that `revnet sample` reads."""
+        self.check_finite()
         self.checkpoints.save(self.step, self._state())
         weights: Any = get_model_state_dict(
             self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -180,22 +187,26 @@ class ParallelTraining(Training):
             self.run.write_weights(weights)
 
     def keep(self) -> None:
-        """Nothing: the other ranks do not know, and would have to save too."""
+        """Do nothing: the other ranks do not know, and would have to save too."""
 
     def resume(self) -> None:
-        """Goes back to the last checkpoint, whichever number of ranks wrote it."""
+        """Go back to the last checkpoint, whichever number of ranks wrote it."""
         state = self._state()
-        self.step = self.checkpoints.load(state)
-        if self.step >= self.config.steps:
-            raise UserError(
-                f"the run has taken all of its {self.step} steps: ask for more with --steps"
-            )
+        # The groups' settings are the program's own.
+        found = state | {"optimizer": {"state": state["optimizer"]["state"]}}
+        self.step = self.checkpoints.load(found)
+        self.check_unfinished("the run")
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            model_state_dict=found["model"],
+            optim_state_dict=state["optimizer"] | found["optimizer"],
         )
+        if not self._are_finite([*self.model.parameters(), *self._optimizer_tensors()]):
+            raise UserError(
+                f"{self.checkpoints.path}/step-{self.step:08} is damaged (its weights contain NaN "
+                f"or infinity). Remove it to resume from the one before."
+            )
         self.run.forget_after(self.step)
 
     def _state(self) -> dict[str, Any]:
@@ -204,7 +215,7 @@ class ParallelTraining(Training):
         return {"model": model, "optimizer": optimizer, "step": self.step}
 
     def agreed(self, stop: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether any rank was told to stop, so that all stop after the same step."""
+        """Return a function that says on all ranks after the same step whether one is to stop."""
 
         def answer() -> bool:
             if self.step % LOG_EVERY and self.step < self.config.steps:
@@ -216,33 +227,12 @@ class ParallelTraining(Training):
         return answer
 
 
-def _from_first(fn: Callable[[], T]) -> T:
-    """What `fn` returns on the first rank, on all ranks; what the user can put right there is raised on all ranks."""
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = fn()
-        except UserError as error:
-            found[1] = str(error)
-    dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise UserError(found[1])
-    return found[0]
-
-
-def _folder(run: Run) -> Path:
-    return run._run if isinstance(run, _Shadow) else run.path
-
-
-def train(given: dict[str, Any], resumed: str | None) -> int:
-    """Trains as `revnet.app.train.train` does, on all ranks; returns this rank's exit code."""
+def train_on_ranks(given: dict[str, Any], resumed: str | None) -> int:
+    """Train as `revnet.app.train.train_alone` does, on all ranks; return this rank's exit code."""
     first = int(os.environ["RANK"]) == 0
     try:
-        with (
-            _ranks(given, resumed) as attempt,
-            tempfile.TemporaryDirectory(prefix="revnet-") as scratch,
-        ):
-            return _train(given, resumed, attempt, Path(scratch))
+        with ExitStack() as held, joined(given, resumed) as attempt:
+            return _train_and_close(_make(given, resumed, attempt, held))
     except DataError:
         raise
     except (UserError, MachineError):
@@ -253,129 +243,49 @@ def train(given: dict[str, Any], resumed: str | None) -> int:
     except revnet.ReversibleError as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
-        if not _is_lost(error):
+        if not is_lost(error):
             raise
         rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
-        print(
-            f"revnet: rank {rank} of {world} lost another rank ({str(error).splitlines()[0]}). "
-            "Continue from the last checkpoint with --resume, on any number of ranks.",
-            file=sys.stderr,
-            flush=True,
+        complain(
+            f"rank {rank} of {world} lost another rank ({first_line(error)}). "
+            "Continue from the last checkpoint with --resume, on any number of ranks."
         )
         # Threads of the process group may wait for the lost rank for ever.
         os._exit(1)
 
 
-def _is_lost(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(
-        sign in text
-        for sign in ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out")
-    )
-
-
-@contextmanager
-def _ranks(given: dict[str, Any], resumed: str | None) -> Iterator[int]:
-    """A process group; gives the number of times that torchrun has started the ranks."""
-    config = TrainConfig(**given)
-    timeout = timedelta(seconds=config.rank_timeout)
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
-    attempt = _attempt(store, rank, world, timeout)
-    saved = Run.open(resumed).read_json("config.json") if resumed else {}
-    cuda = ({"device": config.device} | saved | given)[
-        "device"
-    ] != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # torchrun keeps its store through restarts, and with it the addresses of ranks that are gone.
-    store = PrefixStore(f"attempt-{attempt}", store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=timeout,
-    )
-    # A branch that ends in a linear layer returns a view; couplings work out of place, so no hook
-    # is lost.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    try:
-        yield attempt
-    finally:
-        # Only where nothing went wrong: destroying waits for the other ranks.
-        if sys.exc_info()[0] is None:
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-def _attempt(store: Store, rank: int, world: int, timeout: timedelta) -> int:
-    """The number of this start of all ranks, on which they agree.
-
-    TORCHELASTIC_RESTART_COUNT is each host's own: a host whose ranks are stopped because others
-    failed counts nothing.
-    """
-    end, known = time.monotonic() + timeout.total_seconds(), 0
-    if rank == 0:
-        known = store.add("attempt", 1)
-    while time.monotonic() < end:
-        current = store.add("attempt", 0)
-        if rank and current != known:
-            # It may be an earlier one, which the first rank has yet to close by counting on.
-            known = current
-            store.add(f"arrived-{current}", 1)
-        arrived = store.add(f"arrived-{known}", 0)
-        if rank == 0 and arrived == world - 1:
-            store.set(f"complete-{known}", "")
-            return known
-        # Those of an earlier start that was complete are one too many now.
-        if rank and arrived == world - 1 and store.check([f"complete-{known}"]):
-            return known
-        time.sleep(0.02)
-    raise dist.DistStoreError(f"timed out waiting for {world} ranks to start")
-
-
-def _train(given: dict[str, Any], resumed: str | None, attempt: int, scratch: Path) -> int:
-    training = _make(given, resumed, attempt, scratch)
-    config, data, run = training.config, training.data, training.run
+def _train_and_close(training: ParallelTraining) -> int:
+    """Take all steps, or those until a signal; then save, and say what is there."""
+    config = training.config
     first, world = dist.get_rank() == 0, dist.get_world_size()
-    with _Display(config.steps, data.unit, quiet=not first) as display, interruptible() as told:
-        stop = training.agreed(told)
-        parameters = sum(parameter.numel() for parameter in training.model.parameters())
-        display.say(
-            f"[bold]{escape(data.name)}[/]: {data.counts['train']:,} examples, "
-            f"{data.counts['held_out']:,} held out. Depth {config.depth}, width {config.width}, "
-            f"{parameters:,} parameters by {config.parallel.upper()} on {world} ranks of "
-            f"{training.device.type}. {f'From step {training.step}. ' if training.step else ''}Run "
-            f"folder [bold]{escape(str(run.path))}[/]."
-        )
-        loop(training, display, stop)
+    with (
+        _Display(config.steps, training.data.unit, quiet=not first) as display,
+        interruptible() as told,
+    ):
+        machine = f"by {config.parallel.upper()} on {world} ranks of {training.device.type}"
+        display.say(report.opening(training, machine))
+        loop(training, display, training.agreed(told))
         training.save()
         training.checkpoints.wait()
         training.draw_loss()
         if training.step < config.steps:
-            display.say(
-                f"Stopped at step {training.step}. Continue with: revnet train --resume "
-                f"{escape(str(run.path))}"
-            )
+            display.say(report.stopped(training))
             return INTERRUPTED
-        report.samples(training)
-        display.say(f"Done. Look at {escape(str(run.path))}.")
+        report.draw_samples(training)
+        display.say(f"Done. Look at {report.marked_up(training.run.path)}.")
     return 0
 
 
 def _make(
-    given: dict[str, Any], resumed: str | None, attempt: int, scratch: Path
+    given: dict[str, Any], resumed: str | None, attempt: int, held: ExitStack
 ) -> ParallelTraining:
-    """The training that was asked for; after a restart by torchrun, the one that was under way."""
+    """Return the training that was asked for, or after a restart the one that was under way."""
     first = dist.get_rank() == 0
 
-    def create(out: str | None, name: str) -> Run:
-        path = Path(_from_first(lambda: str(Run.create(out, name).path)))
-        return Run(path) if first else _Shadow(scratch, path)
-
-    def find(path: str) -> Run:
-        run = Run.open(path)
-        return run if first else _Shadow(scratch, run.path)
+    def hold(find: Callable[[], Run]) -> Run:
+        """Let the first rank lock a run's folder, and all ranks have the run."""
+        path = Path(from_first(lambda: str(held.enter_context(find().locked()).path)))
+        return Run(path) if first else _ReadOnlyRun(path)
 
     if resumed is None and attempt > 1:
         if given.get("out") is None:
@@ -384,12 +294,16 @@ def _make(
                 "theirs"
             )
         run = Path(given["out"])
-        if _from_first(lambda: bool(list((run / "checkpoints").glob("step-*")))):
+        if from_first(lambda: bool(saved_steps(run / "checkpoints"))):
             resumed, given = given["out"], {}
         elif first:
             # It died before its first checkpoint.
             (run / "config.json").unlink(missing_ok=True)
     dist.barrier()
     if resumed is not None:
-        return resume(resumed, given, ParallelTraining, find)
-    return start(given, ParallelTraining, create)
+        return resume(resumed, given, ParallelTraining, lambda path: hold(lambda: Run.open(path)))
+    return start(
+        given,
+        ParallelTraining,
+        lambda out, name: hold(lambda: Run.create(out, name, again=attempt > 1)),
+    )

@@ -1,16 +1,19 @@
-"""`revnet plan`: the fastest executions for a memory budget, also for a machine that is not this one."""
+"""`revnet plan`: the fastest executions for a memory budget, on this machine or another."""
 
 from __future__ import annotations
 
-import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import revnet
+from revnet._sizes import format_bytes, parse_bytes
 from revnet.app.case import Case
 from revnet.app.errors import UserError
 from revnet.app.plots import figure, save_figure
-from revnet.app.run import writing
+from revnet.app.terminal import Output, visible
+from revnet.app.writing import new_file, writing
 
 # Of the way from the smallest possible peak to that of stored execution.
 CURVE = ("minimum", "3%", "7%", "12%", "20%", "30%", "45%", "60%", "80%", "stored")
@@ -18,8 +21,8 @@ CURVE = ("minimum", "3%", "7%", "12%", "20%", "30%", "45%", "60%", "80%", "store
 BYTES_PER_PARAMETER = 16
 
 
-def plan(case: Case, memory: str | None, device_memory: str | None, out: str | None) -> int:
-    """Prints the plan for a budget, and draws time against memory.
+def show_plan(case: Case, memory: str | None, device_memory: str | None, out: str | None) -> int:
+    """Print the plan for a budget, and draw time against memory.
 
     Args:
         case: The network and its batch.
@@ -33,40 +36,50 @@ def plan(case: Case, memory: str | None, device_memory: str | None, out: str | N
         raise UserError(
             f"--out {path}: give a file that ends in .png; the plan is saved beside it as .json"
         )
+    output = Output(sys.stdout, "cannot show the plan, but go on and save it")
+
+    def say(text: str) -> None:
+        output.write(f"{visible(text)}\n")
+        output.flush()
+
     model = case.network()
     budget: str | int | None = memory
     if device_memory is not None:
-        whole = _bytes(device_memory)
+        whole = _parse_size(device_memory)
         state = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
         if state >= whole:
             raise UserError(
-                f"parameters, gradients and AdamW's averages alone take {state / 2**30:,.2f} GiB "
+                f"parameters, gradients and AdamW's averages alone take {format_bytes(state)} "
                 f"of {device_memory}: take a smaller --depth or --width, or shard them"
             )
-        print(f"{state / 2**30:,.2f} GiB for parameters, gradients and AdamW's averages")
+        say(f"{format_bytes(state)} for parameters, gradients and AdamW's averages")
         budget = whole - state
     elif memory is None and case.device.type == "meta":
         raise UserError(
             "--meta plans for another device: say what it has with --device-memory, or give "
             "--memory"
         )
-    chosen, *curve = case.plans(model, [budget, *CURVE])
-    print(f"{case}\n{chosen}")
-    _plot(path, chosen, curve, str(case))
+    chosen, *curve = case.make_plans(model, [budget, *CURVE])
+    say(f"{case}\n{chosen}")
+    with new_file(path) as file:
+        _plot_curve(file, chosen, curve, str(case))
     with writing(path.with_suffix(".json")):
         chosen.save(path.with_suffix(".json"))
-    print(f"\nSaved {path} and {path.with_suffix('.json')}")
+    say(f"\nSaved {path} and {path.with_suffix('.json')}")
     return 0
 
 
-def _bytes(size: str) -> int:
-    match = re.fullmatch(r"([0-9.]+) ?([KMGT])(i?)B", size)
-    if match is None or match[1].count(".") > 1:
-        raise UserError(f"--device-memory {size}: write a number and a unit, as in 80GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2])))
+def _parse_size(size: str) -> int:
+    """Return the bytes of a text such as "80GiB"."""
+    try:
+        return parse_bytes(size)
+    except ValueError:
+        raise UserError(f"--device-memory {size}: write a number and a unit, as in 80GiB") from None
 
 
-def _plot(path: Path, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str) -> None:
+def _plot_curve(
+    file: BinaryIO, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: str
+) -> None:
     plot = figure(6.5, 4.0)
     axes = plot.add_subplot()
     axes.plot(
@@ -87,4 +100,4 @@ def _plot(path: Path, chosen: revnet.Plan, curve: Sequence[revnet.Plan], title: 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    save_figure(plot, path)
+    save_figure(plot, file)

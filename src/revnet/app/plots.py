@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from revnet.app.checks import shorten
 from revnet.app.data import Array
-from revnet.app.run import replacing
+from revnet.app.terminal import visible_line
+
+LONGEST_CAPTION = 60
 
 
 def figure(width: float = 7.0, height: float = 4.0) -> Any:
-    """An empty matplotlib figure that needs no display."""
+    """Return an empty matplotlib figure that needs no display."""
     import matplotlib.figure
 
     return matplotlib.figure.Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def save_figure(plot: Any, path: Path) -> None:
-    """Writes a figure as PNG."""
-    with replacing(path) as file:
-        plot.savefig(file, format="png")
+def save_figure(plot: Any, file: BinaryIO) -> None:
+    """Write a figure as PNG."""
+    plot.savefig(file, format="png")
 
 
-def loss_plot(path: Path, rows: Sequence[dict[str, Any]], unit: str) -> None:
-    """Training and held-out loss against the step, from the rows of metrics.jsonl."""
+def loss_plot(file: BinaryIO, rows: Sequence[dict[str, Any]], unit: str) -> None:
+    """Draw training and held-out loss against the step, from the rows of metrics.jsonl."""
     plot = figure()
     axes = plot.add_subplot()
-    training = [(row["step"], row["bits"]) for row in rows if "bits" in row]
-    held_out = [(row["step"], row["held_out_bits"]) for row in rows if "held_out_bits" in row]
+    training, held_out = _points(rows, "bits"), _points(rows, "held_out_bits")
     if training:
         axes.plot(*zip(*training, strict=True), color="#9ab8d8", linewidth=1, label="training")
     if held_out:
@@ -43,11 +44,8 @@ def loss_plot(path: Path, rows: Sequence[dict[str, Any]], unit: str) -> None:
             f"{held_out[-1][1]:.3f}", held_out[-1], (6, 0), textcoords="offset points", va="center"
         )
     # The first steps fall from the loss of equal odds; they would flatten everything after them.
-    later = (
-        [bits for step, bits in training + held_out if step > training[-1][0] * 0.05]
-        if training
-        else []
-    )
+    settled = training[-1][0] * 0.05 if training else math.inf
+    later = [bits for step, bits in training + held_out if step > settled]
     if later:
         axes.set_ylim(min(later) - 0.1, max(later) + 0.1)
     axes.set(xlabel="step", ylabel=f"bits per {unit}")
@@ -55,14 +53,22 @@ def loss_plot(path: Path, rows: Sequence[dict[str, Any]], unit: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if training or held_out:
         axes.legend(frameon=False)
-    save_figure(plot, path)
+    save_figure(plot, file)
 
 
-def sample_grid(path: Path, captions: Sequence[str], groups: Sequence[tuple[str, Array]]) -> None:
-    """One row per caption, its text to the left.
+def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """Return the steps and values of one quantity; infinite ones have no place in a picture."""
+    found = [(row["step"], float(row[name])) for row in rows if name in row]
+    return [(step, value) for step, value in found if abs(value) < 1e9]
+
+
+def sample_grid(
+    file: BinaryIO, captions: Sequence[str], groups: Sequence[tuple[str, Array]]
+) -> None:
+    """Draw one row per caption, its text or the beginning of it to the left.
 
     Args:
-        path: The PNG.
+        file: Where the PNG is written.
         captions: One per row.
         groups: Columns that stand together: a heading, and images (rows, columns, height, width,
             channels), uint8.
@@ -73,6 +79,7 @@ def sample_grid(path: Path, captions: Sequence[str], groups: Sequence[tuple[str,
     zoom = max(1, round(48 / height))
     high, wide, gap, apart = height * zoom, width * zoom, 6, 18
     font = ImageFont.load_default(size=14)
+    captions = [shorten(visible_line(caption[:200]), LONGEST_CAPTION) for caption in captions]
     left = 14 + max(round(font.getlength(caption)) for caption in captions)
     top = 26 if any(heading for heading, _ in groups) else gap
     columns = sum(images.shape[1] for _, images in groups)
@@ -100,5 +107,4 @@ def sample_grid(path: Path, captions: Sequence[str], groups: Sequence[tuple[str,
                 page.paste(picture, (x, top + i * (high + gap)))
             x += wide + gap
         x += apart
-    with replacing(path) as file:
-        page.save(file, format="png")
+    page.save(file, format="png")

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.markup import escape
+from rich.table import Table
 
-from revnet.app import digits
-from revnet.app.data import Array, Images
-from revnet.app.display import Display, memory_table
+from revnet._sizes import format_bytes, free_bytes
+from revnet.app.data import Array, Images, digits
+from revnet.app.display import Display
 from revnet.app.measure import executed, step_memory
 from revnet.app.model import example_bits
 from revnet.app.plots import sample_grid
-from revnet.app.run import replacing
 from revnet.app.sample import Sampling, images_of, texts_of
-
-if TYPE_CHECKING:
-    from revnet.app.train import Training
+from revnet.app.terminal import visible_line
+from revnet.app.training import Training
 
 JUDGED = 400
 PAIRS = 512
@@ -30,7 +30,7 @@ NAMES = {"store": "stored", "invert": "reversible"}
 
 @dataclass
 class MemoryRow:
-    """Activation memory of a training step: bytes kept after the forward pass, and at the peak through backward."""
+    """Activation memory of a step in bytes: kept after the forward pass, and at the peak."""
 
     name: str
     kept: int
@@ -38,8 +38,34 @@ class MemoryRow:
     estimated: bool
 
 
-def memory(training: Training) -> list[MemoryRow]:
-    """Stored and checkpointed execution of the run's network beside the run's own, on one batch of the run.
+def marked_up(name: object) -> str:
+    """Return a name as it is shown: one line, no control characters, no markup."""
+    return escape(visible_line(name))
+
+
+def opening(training: Training, machine: str) -> str:
+    """Return the first line that a training shows; `machine` says where and how it runs."""
+    config, data = training.config, training.data
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    since = f"From step {training.step}. " if training.step else ""
+    return (
+        f"[bold]{marked_up(data.name)}[/]: {data.counts['train']:,} examples, "
+        f"{data.counts['held_out']:,} held out. Depth {config.depth}, width {config.width}, "
+        f"{parameters:,} parameters {machine}. {since}Run folder "
+        f"[bold]{marked_up(training.run.path)}[/]."
+    )
+
+
+def stopped(training: Training) -> str:
+    """Return the last line of a training that was interrupted."""
+    return (
+        f"Stopped at step {training.step}. Continue with: revnet train --resume "
+        f"{marked_up(training.run.path)}"
+    )
+
+
+def measure_executions(training: Training) -> list[MemoryRow]:
+    """Measure stored and checkpointed execution beside the run's own, on one batch of the run.
 
     What would take more than half of the free memory is estimated from a batch of one example.
     """
@@ -51,37 +77,57 @@ def memory(training: Training) -> list[MemoryRow]:
         with executed(training.model, execution if name == own else name):
             one = step_memory(training.model, lambda: training.loss(*(part[:1] for part in batch)))
             times = len(batch[0])
-            estimated = name != own and one.peak_bytes * times > _free_bytes(training.device) / 2
+            room = free_bytes(training.device) / 2
+            estimated = name != own and one.peak_bytes * times > room
             found = one if estimated else step_memory(training.model, lambda: training.loss(*batch))
         times = times if estimated else 1
         rows.append(MemoryRow(name, found.saved_bytes * times, found.peak_bytes * times, estimated))
     return rows
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_table(rows: Sequence[MemoryRow]) -> Table:
+    """Return a table of the activation memory of each execution, the run's own last."""
+    table = Table(
+        title="Activation memory of one training step",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE,
+    )
+    table.add_column("execution")
+    for name in ("kept for backward", "peak", "peak / stored"):
+        table.add_column(name, justify="right")
+    stored = next(row.peak for row in rows if row.name == "stored")
+    for row in rows:
+        about = "about " if row.estimated else ""
+        name = f"[bold]{row.name}[/] (this run)" if row is rows[-1] else row.name
+        table.add_row(
+            name,
+            about + format_bytes(row.kept),
+            about + format_bytes(row.peak),
+            f"{row.peak / stored:.2f}",
+        )
+    return table
 
 
-def samples(training: Training) -> None:
-    """Draws samples.png, or for a text writes samples.txt."""
-    data, model, path = training.data, training.model, training.run.path
+def draw_samples(training: Training) -> None:
+    """Draw samples.png, or for a text write samples.txt."""
+    data, model, run = training.data, training.model, training.run
     if isinstance(data, Images):
         with training.eager():
             images = images_of(model, data.words, data.patches, data.show, 10, Sampling())
-        sample_grid(path / "samples.png", data.show, [("", images)])
+        with run.new_file("samples.png") as file:
+            sample_grid(file, data.show, [("", images)])
         return
     with training.eager():
         texts = texts_of(model, data.spec["show"], model.shape.length, Sampling())
-    with replacing(path / "samples.txt") as file:
+    with run.new_file("samples.txt") as file:
         file.write("\n\n----\n\n".join(texts).encode())
 
 
 def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
-    """Draws the last samples, judges them, and prints what was found."""
+    """Draw the last samples, judge them, and print what was found."""
     data, run = training.data, training.run
-    samples(training)
+    draw_samples(training)
     display.console.print(memory_table(rows))
     found: dict[str, Any] = {"memory": [asdict(row) for row in rows]}
     own_digits = training.config.data == ["digits"]
@@ -94,7 +140,7 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
         )
     elif isinstance(data, Images):
         found |= judge_captions(training, data)
-        held_out(training, data)
+        draw_held_out(training, data)
         if found["pairs"]:
             display.say(
                 f"\nA held-out image is likelier under its own caption than under another one in "
@@ -102,7 +148,7 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
             )
         display.say(
             f"Held-out captions beside the nearest training image: "
-            f"{escape(str(run.path / 'held_out.png'))}"
+            f"{marked_up(run.path / 'held_out.png')}"
         )
     else:
         found |= judge_text(training)
@@ -112,13 +158,13 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
         )
     run.write_json("result.json", found)
     words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if own_digits)
-    folder = escape(str(run.path))
+    folder = marked_up(run.path)
     kind = "png" if isinstance(data, Images) else "txt"
     display.say(f"Look at {folder}/samples.{kind}, or draw more:\n  revnet sample {folder}{words}")
 
 
 def judge_digits(training: Training, data: Images) -> dict[str, float]:
-    """The share of generated digits that an independent classifier reads as their caption says, and its accuracy."""
+    """Return how many generated digits a classifier reads as captioned, and its accuracy."""
     wanted = np.arange(JUDGED) % 10
     captions = [digits.NAMES[digit] for digit in wanted]
     with training.eager():
@@ -128,7 +174,7 @@ def judge_digits(training: Training, data: Images) -> dict[str, float]:
 
 
 def judge_captions(training: Training, data: Images) -> dict[str, float]:
-    """In how many pairs a held-out image is likelier under its own caption than under that of another one."""
+    """Return in how many pairs an image is likelier under its caption than under another's."""
     count = min(PAIRS, data.counts["held_out"])
     prefix, tokens = data.batch("held_out", np.arange(count), np.zeros(count))
     other = np.roll(prefix, 1, axis=0)
@@ -142,7 +188,7 @@ def judge_captions(training: Training, data: Images) -> dict[str, float]:
 
 
 def judge_text(training: Training) -> dict[str, float]:
-    """Bits per byte of the held-out text, of which validations read only some: all of it up to 2^20 bytes."""
+    """Return the bits per byte of the held-out text, all of it up to 2^20 bytes."""
     count = min(training.data.counts["held_out"], 2**20 // training.shape.length)
     batch = training.data.batch("held_out", np.arange(count), np.zeros(count))
     return {"held_out_bits": float(_bits(training, *batch).mean()), "held_out_bytes": batch[1].size}
@@ -150,7 +196,7 @@ def judge_text(training: Training) -> dict[str, float]:
 
 @torch.no_grad()
 def _bits(training: Training, prefix: Array, tokens: Array) -> Array:
-    """Bits per token of each example, without dropout."""
+    """Return the bits per token of each example, without dropout."""
     training.model.eval()
     found = []
     for start in range(0, len(tokens), training.config.batch):
@@ -163,8 +209,8 @@ def _bits(training: Training, prefix: Array, tokens: Array) -> Array:
     return torch.cat(found).numpy()
 
 
-def held_out(training: Training, data: Images) -> None:
-    """Draws held_out.png: for held-out captions the real image, four samples, and the training image nearest to each.
+def draw_held_out(training: Training, data: Images) -> None:
+    """Draw held_out.png: for held-out captions the real image, four samples, and their neighbours.
 
     Copies of training images would show as equal neighbours.
     """
@@ -181,4 +227,5 @@ def held_out(training: Training, data: Images) -> None:
     nearest = ((flat**2).sum(axis=1) - 2 * queries @ flat.T).argmin(axis=1)
     neighbours = known[nearest].reshape(drawn.shape)
     groups = [("real", real), ("drawn", drawn), ("nearest in training, in this order", neighbours)]
-    sample_grid(training.run.path / "held_out.png", captions, groups)
+    with training.run.new_file("held_out.png") as file:
+        sample_grid(file, captions, groups)

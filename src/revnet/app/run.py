@@ -1,71 +1,57 @@
-"""The folder of a run: every file is written whole or not at all."""
+"""The folder of a run: every file is written whole or not at all, and read only as data."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
+import pickle
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from revnet.app.errors import MachineError, UserError
+import revnet
+from revnet._files import PARTIAL_PREFIX, append_to_file, open_file, read_file
+from revnet.app.checks import check_data, check_metrics, parse_config
+from revnet.app.config import TrainConfig
+from revnet.app.errors import UserError, first_line
+from revnet.app.lock import locked
+from revnet.app.model import Shape
+from revnet.app.writing import check_own_folder, new_file, writing
 
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says about a file that cannot be written into a message."""
-    try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"no permission to write {path}: {error.strerror}") from error
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    except OSError as error:
-        raise MachineError(
-            f"cannot write {path}: {error.strerror}. What was saved before is as it was."
-        ) from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all of it is on the disk; until then `path` stays as it was."""
-    # A device such as /dev/null would be replaced as well, where the user may.
-    if not path.name or (path.exists() and not path.is_file()):
-        raise UserError(f"cannot write {path}: it is not a file")
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
+MOST_JSON_BYTES = 2**28
+# What a checkpoint holds beside tensors.
+OTHER_BYTES = 2**26
+LONGEST_NAME = 100
 
 
 class Run:
-    """A run's folder: config.json, data.json, metrics.jsonl, checkpoint.pt, weights.safetensors, and plots."""
+    """A run's folder.
+
+    It holds config.json, data.json, metrics.jsonl, plots, and checkpoint.pt with
+    weights.safetensors, or of a run on several ranks the folder checkpoints.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
-    def create(cls, out: str | None, name: str) -> Run:
-        """A new folder; by default the first unused runs/NAME-NUMBER."""
-        path = (
-            Path(out)
-            if out
-            else next(p for i in count(1) if not (p := Path("runs") / f"{name}-{i}").exists())
-        )
+    def create(cls, out: str | None, name: str, again: bool = False) -> Run:
+        """Return a new folder.
+
+        Args:
+            out: Its path; None is the first unused runs/NAME-NUMBER.
+            name: What the data is called.
+            again: Accept a folder in which a run has begun, but not saved anything.
+        """
+        if out is None:
+            return cls(_next_free(name))
+        path = Path(out)
         try:
             if (path / "config.json").exists():
                 raise UserError(
@@ -73,101 +59,264 @@ class Run:
                     f"--resume"
                 )
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            others = [] if again else [entry.name for entry in path.iterdir()]
+        except PermissionError as error:
             raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"cannot create the run folder {path}: {reason}") from error
+        if any(not other.startswith(".revnet-") for other in others):
+            raise UserError(
+                f"{path} is neither empty nor the folder of a run: choose another --out"
+            )
         return cls(path)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run."""
+        """Return an existing run."""
         run = cls(Path(path))
-        if not (run.path / "config.json").is_file():
+        if not (run.path / "config.json").exists():
             raise UserError(f"{path} is not the folder of a run: it has no config.json")
         return run
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Replaces a JSON file."""
-        with replacing(self.path / name) as file:
-            file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
+    @contextmanager
+    def locked(self) -> Iterator[Run]:
+        """Hold the run against other trainings."""
+        with locked(self.path):
+            # A process that was killed may have left them.
+            for partial in self.path.glob(f"{PARTIAL_PREFIX}*"):
+                if partial.is_file():
+                    partial.unlink(missing_ok=True)
+            yield self
 
-    def read_json(self, name: str) -> Any:
-        """Reads a JSON file."""
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[BinaryIO]:
+        """Yield a file that takes the place of one of the run when it is complete."""
+        with new_file(self.path / name) as file:
+            yield file
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file."""
+        # A name that is not UTF-8 has half of surrogate pairs, which JSON can write as \udc80.
+        content = json.dumps(value, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
+        with self.new_file(name) as file:
+            file.write(content)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return what a JSON file of the run holds."""
+        path = self.path / name
         try:
-            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+            found = json.loads(read_file(path, MOST_JSON_BYTES).decode())
             if not isinstance(found, dict):
                 raise ValueError("it is no JSON object")
             return found
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"cannot read {self.path / name}: {error}") from error
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"cannot read {path}: {reason}") from error
+
+    def read_config(self) -> tuple[TrainConfig, Shape]:
+        """Return the options of the run and the size of its network."""
+        return parse_config(self.path / "config.json", self.read_json("config.json"))
+
+    def read_data(self, shape: Shape) -> dict[str, Any]:
+        """Return what sampling needs to know of the data, which has the network's shape."""
+        found = self.read_json("data.json")
+        check_data(self.path / "data.json", found, shape)
+        return found
+
+    def save_plan(self, plan: revnet.Plan) -> None:
+        """Replace plan.json."""
+        path = self.path / "plan.json"
+        with writing(path):
+            plan.save(path)
+
+    def load_plan(self) -> revnet.Plan | None:
+        """Return the plan of the run, or None if it has none yet."""
+        try:
+            return revnet.Plan.load(self.path / "plan.json")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else first_line(error)
+            where = f"{self.path / 'plan.json'}: " if isinstance(error, OSError) else ""
+            raise UserError(f"{where}{reason}. Give another --memory to plan anew.") from error
+
+    def board(self) -> Any:
+        """Return a writer of TensorBoard's files."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "--tensorboard needs its package: pip install 'revnet[tensorboard]'"
+            ) from None
+        folder = self.path / "tensorboard"
+        check_own_folder(folder)
+        with writing(folder):
+            return SummaryWriter(folder)
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces checkpoint.pt, the whole state of a training, and weights.safetensors, its state["model"]."""
+        """Replace checkpoint.pt by the state of a training, and weights.safetensors."""
         # By way of memory: torch.save reports a full disk as an internal error of its file format.
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        with replacing(self.path / "checkpoint.pt") as file:
+        with self.new_file("checkpoint.pt") as file:
             file.write(buffer.getbuffer())
         self.write_weights(state["model"])
 
-    def write_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Replaces weights.safetensors."""
+    def write_weights(self, weights: dict[str, Tensor]) -> None:
+        """Replace weights.safetensors."""
         from safetensors.torch import save
 
         content = save({name: tensor.contiguous() for name, tensor in weights.items()})
-        with replacing(self.path / "weights.safetensors") as file:
+        with self.new_file("weights.safetensors") as file:
             file.write(content)
 
-    def read_checkpoint(self, device: torch.device) -> dict[str, Any]:
-        """The state that was written last."""
+    def read_checkpoint(self, device: torch.device, most: int | None = None) -> dict[str, Any]:
+        """Return the state that was written last.
+
+        Args:
+            device: Where its tensors shall be.
+            most: Bytes that its tensors take at most.
+        """
         path = self.path / "checkpoint.pt"
         if not path.exists():
             raise UserError(f"{self.path} has no checkpoint yet: start it anew with another --out")
         try:
-            # torch.load compares no checksums, though its files hold them.
-            with zipfile.ZipFile(path) as file:
-                if broken := file.testzip():
-                    raise ValueError(f"the checksum of {broken} is wrong")
-            return torch.load(path, map_location=device, weights_only=True)
+            with open_file(path, None if most is None else most + OTHER_BYTES) as content:
+                # torch.load compares no checksums, though its files hold them.
+                with zipfile.ZipFile(content) as file:
+                    if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                        raise ValueError("it is compressed, which no checkpoint is")
+                    if broken := file.testzip():
+                        raise ValueError(f"the checksum of {broken} is wrong")
+                content.seek(0)
+                found = torch.load(content, map_location=device, weights_only=True)
+            if not isinstance(found, dict):
+                raise ValueError("it holds no state")
+            return found
+        except MemoryError:
+            raise
+        except pickle.UnpicklingError as error:
+            # torch's own message advises to execute what the file holds.
+            raise damaged_checkpoint(path, "it holds more than tensors and numbers") from error
         except Exception as error:
-            raise UserError(
-                f"{path} is damaged ({str(error).splitlines()[0]}). Nothing was changed; `revnet "
-                f"sample` still works with weights.safetensors, but the training has to start anew "
-                f"with another --out."
-            ) from error
+            raise damaged_checkpoint(path, first_line(error)) from error
 
-    def read_weights(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The weights that were written last."""
-        from safetensors.torch import load_file
+    def read_weights(
+        self, device: torch.device, expected: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weights that were written last.
+
+        Args:
+            device: Where they shall be.
+            expected: Tensors whose names, shapes and dtypes they must have.
+        """
+        from safetensors.torch import load
 
         path = self.path / "weights.safetensors"
         if not path.exists():
             raise UserError(
                 f"{self.path} has no weights yet: they are saved with the first checkpoint"
             )
+        most = 2**40
+        if expected is not None:
+            most = OTHER_BYTES + sum(x.numel() * x.element_size() for x in expected.values())
         try:
-            return load_file(path, device=str(device))
+            # By way of memory: safetensors opens no path that is not UTF-8.
+            weights = load(read_file(path, most))
+            if expected is not None:
+                check_tensors(weights, expected)
+            return {name: tensor.to(device) for name, tensor in weights.items()}
+        except MemoryError:
+            raise
         except Exception as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+            raise UserError(
+                f"{path} is damaged ({first_line(error)}). The next checkpoint of the run replaces "
+                f"it."
+            ) from error
+
+    def check_weights(self, shape: Shape) -> None:
+        """Raise if the weights are too few for a network, before that takes time and memory."""
+        path = self.path / "weights.safetensors"
+        least = 4 * 12 * shape.depth * shape.width**2
+        if path.is_file() and path.stat().st_size < least:
+            raise UserError(
+                f"{path} is damaged (it has less than the {least:,} bytes of the network that "
+                f"config.json describes)"
+            )
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
-        with writing(path), path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with writing(path):
+            append_to_file(path, (json.dumps(row) + "\n").encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that was cut off is left out."""
+        """Return the rows of metrics.jsonl; a last line that was cut off is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError as error:
+            text = read_file(path, MOST_JSON_BYTES).decode(errors="replace")
+            rows = [json.loads(line) for line in text.split("\n")[:-1]]
+            check_metrics(path, rows)
+            return rows
+        except FileNotFoundError:
+            return []
+        except (UserError, OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            prefix = "" if isinstance(error, UserError) else f"cannot read {path}: "
             raise UserError(
-                f"cannot read {path}: {error}. Remove it to go on without it."
+                f"{prefix}{reason.rstrip('.')}. Remove it to go on without it."
             ) from error
 
     def forget_after(self, step: int) -> None:
-        """Removes the rows of metrics.jsonl that a resumed run will write again."""
+        """Remove the rows of metrics.jsonl that a resumed run will write again."""
         rows = [row for row in self.metrics() if row["step"] <= step]
-        with replacing(self.path / "metrics.jsonl") as file:
+        with self.new_file("metrics.jsonl") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def damaged_checkpoint(path: Path, reason: str) -> UserError:
+    """Return the error that says why a checkpoint cannot be used."""
+    return UserError(
+        f"{path} is damaged ({reason}). Nothing was changed; `revnet sample` still works with "
+        f"weights.safetensors, but the training has to start anew with another --out."
+    )
+
+
+def _next_free(name: str) -> Path:
+    """Make and return the first unused runs/NAME-NUMBER."""
+    short = name.encode(errors="surrogateescape")[:LONGEST_NAME].decode(errors="replace")
+    for number in count(1):
+        path = Path("runs") / f"{short}-{number}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError as error:
+            if not path.parent.is_dir():
+                raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
+    raise AssertionError("numbers do not end")
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor contains NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} contains NaN or infinity")
+
+
+def check_tensors(found: object, expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless tensors have the expected names, shapes and dtypes, and no NaN."""
+    if not isinstance(found, dict) or found.keys() != expected.keys():
+        raise ValueError("it holds other tensors than this network's")
+    for name, tensor in expected.items():
+        other = found[name]
+        if not isinstance(other, Tensor):
+            raise ValueError(f"{name} is no tensor")
+        if other.shape != tensor.shape or other.dtype != tensor.dtype:
+            raise ValueError(
+                f"{name} is {other.dtype} {list(other.shape)}, not {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+    check_finite(found)

@@ -1,4 +1,4 @@
-"""Drawing from a trained model, token by token."""
+"""Draw from a trained model, token by token."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revnet.app.checks import shorten
 from revnet.app.data import START, Array, Patches, Words, image_codecs
 from revnet.app.device import find_device
 from revnet.app.errors import UserError
 from revnet.app.model import Shape, Transformer
 from revnet.app.plots import sample_grid
-from revnet.app.run import Run, replacing
+from revnet.app.run import Run
+from revnet.app.writing import new_file
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Sampling:
 def generate(
     model: Transformer, prefix: Tensor, tokens: Tensor, length: int, how: Sampling
 ) -> Tensor:
-    """Continues `tokens` (batch, n), int64, to (batch, length)."""
+    """Continue `tokens` (batch, n), int64, to (batch, length)."""
     training = model.training
     model.eval()
     cache: dict[Any, Any] | None = {} if how.cache else None
@@ -63,7 +65,7 @@ def generate(
 
 
 def draw(logits: Tensor, how: Sampling, generator: torch.Generator) -> Tensor:
-    """One token (batch,) for each row of logits (batch, vocab)."""
+    """Draw one token (batch,) for each row of logits (batch, vocab)."""
     if how.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (logits / how.temperature).softmax(dim=-1)
@@ -86,7 +88,7 @@ def images_of(
     each: int,
     how: Sampling,
 ) -> Array:
-    """`each` images for every caption: (captions, each, height, width, channels), uint8."""
+    """Draw `each` images for every caption: (captions, each, height, width, channels), uint8."""
     device = model.rotary.device
     prefix = torch.from_numpy(np.repeat(words.encode(captions), each, axis=0)).to(device)
     nothing = torch.empty(len(prefix), 0, dtype=torch.int64, device=device)
@@ -96,7 +98,7 @@ def images_of(
 
 
 def texts_of(model: Transformer, prompts: Sequence[str], length: int, how: Sampling) -> list[str]:
-    """Continues each prompt to `length` bytes."""
+    """Continue each prompt to `length` bytes."""
     device = model.rotary.device
     texts = []
     for prompt in prompts:
@@ -106,11 +108,14 @@ def texts_of(model: Transformer, prompts: Sequence[str], length: int, how: Sampl
     return texts
 
 
-def load_model(run: Run, device: torch.device) -> Transformer:
-    """The model of a run with its saved weights."""
-    config = run.read_json("config.json")
-    model = Transformer(Shape(**config["shape"]), streams=config["streams"]).to(device)
-    model.load_state_dict(run.read_weights(device))
+def load_model(run: Run, shape: Shape, streams: str, device: torch.device) -> Transformer:
+    """Return the model of a run with its saved weights."""
+    run.check_weights(shape)
+    with torch.device("meta"):
+        expected = Transformer(shape).state_dict()
+    weights = run.read_weights(device, expected)
+    model = Transformer(shape, streams=streams).to(device)
+    model.load_state_dict(weights)
     return model
 
 
@@ -123,7 +128,7 @@ def sample(
     device: str,
     how: Sampling,
 ) -> str:
-    """Draws images for every caption and saves them as a grid, or continues every prompt; says what to print."""
+    """Draw images for every caption as a grid, or continue every prompt; return what to print."""
     if each < 1 or (length is not None and length < 1):
         raise UserError("--each and --length are at least 1")
     # What is not UTF-8 on the command line comes as half of a surrogate pair.
@@ -131,34 +136,38 @@ def sample(
         caption.encode(errors="surrogateescape").decode(errors="replace") for caption in captions
     ]
     run = Run.open(run_path)
-    spec = run.read_json("data.json")
-    model = load_model(run, find_device(device))
+    config, shape = run.read_config()
+    spec = run.read_data(shape)
+    model = load_model(run, shape, config.streams, find_device(device))
     if spec["kind"] == "text":
-        length = model.shape.length if length is None else length
-        if length > model.shape.length:
-            raise UserError(
-                f"--length {length} is more than the run's context of {model.shape.length} bytes"
-            )
-        for prompt in captions:
-            if len(prompt.encode()) >= length:
-                size = (
-                    f"--length {length}"
-                    if length < model.shape.length
-                    else f"the run's context of {length} bytes"
-                )
-                raise UserError(
-                    f"there is nothing to add to {prompt!r}, which is as long as {size}"
-                )
+        length = _checked_length(model.shape.length, length, captions)
         text = "\n\n".join(texts_of(model, captions or spec["show"], length, how))
         if out is None:
             return text
-        path = Path(out)
-        with replacing(path) as file:
+        with new_file(Path(out)) as file:
             file.write(text.encode())
-    else:
-        captions = captions or spec["show"]
-        words, patches = image_codecs(spec)
-        path = Path(out) if out else run.path / "sample.png"
-        images = images_of(model, words, patches, captions, each, how)
-        sample_grid(path, captions, [("", images)])
+        return out
+    words, patches = image_codecs(spec)
+    path = Path(out) if out else run.path / "sample.png"
+    captions = captions or spec["show"]
+    images = images_of(model, words, patches, captions, each, how)
+    with new_file(path) as file:
+        sample_grid(file, captions, [("", images)])
     return str(path)
+
+
+def _checked_length(context: int, length: int | None, prompts: Sequence[str]) -> int:
+    """Return how long texts become, or raise where that adds nothing or does not fit."""
+    if length is None:
+        length = context
+    if length > context:
+        raise UserError(f"--length {length} is more than the run's context of {context} bytes")
+    for prompt in prompts:
+        if len(prompt.encode()) >= length:
+            size = f"--length {length}"
+            if length == context:
+                size = f"the run's context of {context} bytes"
+            raise UserError(
+                f"there is nothing to add to {shorten(repr(prompt))}, which is as long as {size}"
+            )
+    return length

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that ship with scikit-learn, and an independent reader of generated ones."""
+"""The 1,797 handwritten digits of scikit-learn, and an independent reader of generated ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import Array, Images, codecs
+from revnet.app.data.codecs import Array, codecs
+from revnet.app.data.examples import Images
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("{}", "a {}", "a handwritten {}", "the digit {}", "the number {}")
@@ -28,7 +29,7 @@ def _split() -> dict[str, Array]:
 
 
 def load(spec: dict[str, Any] | None = None) -> Images:
-    """8×8 images in 17 grey levels, black on white, one token per pixel; 300 are held out."""
+    """Return 8×8 images in 17 grey levels, a token per pixel; 300 are held out."""
     images, labels = _real()
     captions = [[template.format(NAMES[label]) for template in TEMPLATES] for label in labels]
     words, patches = codecs(spec, captions, images, patch=1, vocab=17)
@@ -60,7 +61,7 @@ def _reader() -> tuple[Any, float]:
 
 
 def share_read(images: Array, digits: Array) -> tuple[float, float]:
-    """How well a support vector machine, trained on the real training digits, reads images.
+    """Return how well a support vector machine, trained on real digits, reads images.
 
     Args:
         images: (n, 8, 8, 1), uint8.

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import START, Array, hidden, split
+from revnet._files import open_file
+from revnet.app.data.codecs import START, Array
+from revnet.app.data.examples import digest, files_in, split
 from revnet.app.errors import DataError, UserError
 
 DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}
@@ -23,7 +25,7 @@ Document = tuple[Path, int, int]
 
 
 def standard_library() -> list[Path]:
-    """The modules of the standard library as Python source, without its tests, which not every system has."""
+    """Return the sources of the standard library, less its tests, which not every system has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(
@@ -32,21 +34,20 @@ def standard_library() -> list[Path]:
 
 
 def find_texts(paths: list[Path]) -> list[Path]:
-    """The files that `paths` name, and the files without zero bytes of the folders that they name, less hidden ones."""
+    """Return the files that `paths` name, and those of folders without zero bytes."""
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(
-                file for file in path.rglob("*") if file.is_file() and not hidden(file, path)
-            )
-            found += [file for file in inside if not _is_binary(file)]
-        else:
+            found += [file for file in files_in(path) if not _is_binary(file)]
+        elif path.is_file():
             found.append(path)
+        else:
+            raise UserError(f"{path} is neither a file nor a folder")
     return found
 
 
 def _is_binary(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return b"\0" in file.read(4096)
 
 
@@ -68,7 +69,7 @@ class Corpus:
         different: dict[str, Path] = {}
         for path in files:
             if path.stat().st_size:
-                different.setdefault(_digest(path), path)
+                different.setdefault(digest(path), path)
         if not different:
             raise UserError("there is no text: all files are empty")
         splits = split(list(different))
@@ -98,7 +99,7 @@ class Corpus:
 
     @property
     def shape(self) -> dict[str, int]:
-        """A prefix of `START` alone, then bytes."""
+        """Return the sizes: a prefix of `START` alone, then bytes."""
         return {
             "prefix_vocab": START + 1,
             "prefix_length": 1,
@@ -110,13 +111,13 @@ class Corpus:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Examples in each split."""
+        """Return the number of examples in each split."""
         # One short of what fits: an example starts anywhere in the `length` bytes from its first.
         return {name: ends[-1] // self.length - 1 for name, ends in self._ends.items()}
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What sampling needs, as JSON."""
+        """Return what sampling needs, as JSON."""
         return {
             "kind": "text",
             "name": self.name,
@@ -125,7 +126,10 @@ class Corpus:
         }
 
     def batch(self, split: str, indices: Array, draws: Array) -> tuple[Array, Array]:
-        """`START` (n, 1) and bytes (n, length); each example begins where its draw says, within its own stretch."""
+        """Return `START` (n, 1) and bytes (n, length).
+
+        Each example begins where its draw says, within its own stretch.
+        """
         texts = [
             self._read(split, int((i + draw) * self.length), self.length)
             for i, draw in zip(indices, draws, strict=True)
@@ -134,7 +138,7 @@ class Corpus:
         return np.full((len(texts), 1), START, dtype=np.int64), tokens.astype(np.int64)
 
     def _read(self, split: str, start: int, count: int) -> bytes:
-        """Bytes of the documents of a split, one after the other."""
+        """Return bytes of the documents of a split, one after the other."""
         ends, documents = self._ends[split], self._documents[split]
         number = bisect_right(ends, start)
         parts = []
@@ -143,7 +147,7 @@ class Corpus:
             offset = last - (ends[number] - start)
             part = min(count, last - offset)
             try:
-                with path.open("rb") as file:
+                with open_file(path) as file:
                     file.seek(offset)
                     parts.append(file.read(part))
             except OSError as error:
@@ -152,8 +156,3 @@ class Corpus:
                 raise DataError(f"{path} has become shorter since the run began")
             start, count, number = start + part, count - part, number + 1
         return b"".join(parts)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -13,21 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import Array, Images, codecs, hidden, split
-from revnet.app.errors import DataError, UserError
+from revnet._files import open_file, read_file
+from revnet.app.data.codecs import Array, codecs
+from revnet.app.data.examples import Images, digest, files_in, split
+from revnet.app.errors import DataError, UserError, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 IMAGE_COLUMNS = ("file", "file_name", "image", "path")
 CAPTION_COLUMNS = ("caption", "text")
+# Pillow would choose by content among forty decoders, of which one starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# As many as 8192 × 8192; decoding takes up to 16 bytes for each.
+MOST_PIXELS = 2**26
+LARGEST_FILE = 2**30
 CODE_BOOK_IMAGES = 2000
 DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
 
 
 def read_text(path: Path) -> str:
-    """A caption file or table, which must be UTF-8."""
+    """Return a caption file or table, which must be UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_file(path, LARGEST_FILE).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8."
@@ -35,36 +42,57 @@ def read_text(path: Path) -> str:
 
 
 def read_image(path: Path, side: int, grey: bool) -> Array:
-    """The middle square of an image: (side, side, 1 or 3), uint8."""
-    from PIL import Image, ImageOps
+    """Return the middle square of an image: (side, side, 1 or 3), uint8."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode == "F":
-                raise ValueError("its pixels are floats, without a known white")
-            if picture.mode.startswith("I"):
-                # 16 bits, which Pillow would cut at 255, to white.
-                picture = Image.fromarray(
-                    (np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8)
-                )
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        with open_file(path, LARGEST_FILE) as content, Image.open(content, formats=FORMATS) as file:
+            # The size stands at the beginning of a file: nothing has been decoded so far.
+            width, height = file.size
+            if width * height > MOST_PIXELS:
+                raise Image.DecompressionBombError(f"it has {width} × {height} pixels")
+            picture = _flatten(ImageOps.exif_transpose(file))
             picture = ImageOps.fit(
                 picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX
             )
+    except MemoryError:
+        raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"the image {path} is too large: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
-            f"the image {path} cannot be decoded: {error}. Replace it, or remove it."
+            f"the image {path} is too large: {first_line(error)}, of which at most "
+            f"{MOST_PIXELS:,} are read. Scale it down, or remove it."
+        ) from error
+    except UnidentifiedImageError:
+        # Its own message names the file object.
+        raise DataError(
+            f"the image {path} cannot be decoded: it is none of {', '.join(FORMATS)}. "
+            f"Replace it, or remove it."
+        ) from None
+    except Exception as error:
+        # Decoders raise anything when a file is not what it says.
+        raise DataError(
+            f"the image {path} cannot be decoded: {first_line(error)}. Replace it, or remove it."
         ) from error
     return np.asarray(picture).reshape(side, side, 1 if grey else 3)
 
 
+def _flatten(picture: Any) -> Any:
+    """Return a picture with 8 bits a channel, on white where it was transparent."""
+    from PIL import Image
+
+    if picture.mode == "F":
+        raise ValueError("its pixels are floats, without a known white")
+    if picture.mode.startswith("I"):
+        # 16 bits, which Pillow would cut at 255, to white.
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture
+
+
 def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
-    """The captions of each image: from a table, or the lines of the text file of the same name."""
+    """Return the captions of each image: from a table, or the lines of its text file."""
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     captions = _from_table(folder, table, images) if table else _from_files(folder, images)
     missing = [path for path, several in zip(images, captions, strict=True) if not several]
@@ -80,9 +108,7 @@ def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
 
 def _from_files(folder: Path, images: list[Path]) -> list[list[str]]:
     wanted = {path.with_suffix(".txt"): path for path in images}
-    alone = sorted(
-        path for path in folder.rglob("*.txt") if path not in wanted and not hidden(path, folder)
-    )
+    alone = [path for path in files_in(folder) if path.suffix == ".txt" and path not in wanted]
     if alone:
         raise UserError(
             f"{_count(alone, 'caption file')} without an image, such as {alone[0]}: "
@@ -141,11 +167,8 @@ def _count(things: list[Path], name: str) -> str:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All images of a folder and its subfolders, in order."""
-    files = (
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    return sorted(path for path in files if not hidden(path, folder))
+    """Return all images of a folder and its subfolders, in order."""
+    return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def load(
@@ -157,7 +180,7 @@ def load(
     grey: bool,
     spec: dict[str, Any] | None,
 ) -> Images:
-    """Images of `folder`, scaled to `side` pixels; equal files are in the same split.
+    """Return the images of `folder`, scaled to `side` pixels; equal files are in one split.
 
     The code book is learned from up to 2,000 of them; the others are only read when their turn
     comes.
@@ -166,7 +189,7 @@ def load(
         raise UserError(f"--image-size {side} is not a multiple of --patch {patch}")
     captions = find_captions(folder, images)
     read: Callable[[int], Array] = partial(_read, images, side, grey)
-    splits = split([hashlib.sha256(path.read_bytes()).hexdigest() for path in images])
+    splits = split([digest(path) for path in images])
     if not len(splits["held_out"]):
         raise UserError(
             f"{folder} holds {_count(images, 'image')}, all alike: at least two different ones are "

@@ -1,7 +1,7 @@
-"""Material Design Icons: 7,000 icons with names such as "book clock outline", drawn from a font file.
+"""Material Design Icons: 7,000 icons with names such as "book clock outline".
 
-The font (Apache License 2.0) and its list of names are files of the Python package qtawesome;
-nothing of it is run.
+They are drawn from a font file. The font (Apache License 2.0) and its list of names are files of
+the Python package qtawesome; nothing of it is run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.data import Array, Images, codecs
+from revnet.app.data.codecs import Array, codecs
+from revnet.app.data.examples import Images
 from revnet.app.errors import UserError
 
 SIZE = 24
@@ -23,7 +24,7 @@ DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
 
 
 def _files() -> tuple[Path, Path]:
-    """The newest font and its list of names."""
+    """Return the newest font and its list of names."""
     found = importlib.util.find_spec("qtawesome")
     if found is None or found.origin is None:
         raise UserError("the icons come with the package qtawesome: pip install 'revnet[icons]'")
@@ -37,7 +38,7 @@ def _files() -> tuple[Path, Path]:
 
 
 def _draw() -> tuple[list[str], Array]:
-    """The names in order, and the icons (n, 24, 24, 1), uint8."""
+    """Draw the icons (n, 24, 24, 1), uint8; return their names, in order, and them."""
     from PIL import Image, ImageDraw, ImageFont
 
     font_path, names_path = _files()
@@ -55,7 +56,7 @@ def _draw() -> tuple[list[str], Array]:
 
 
 def hold_out(names: list[str], images: Array, count: int) -> dict[str, Array]:
-    """Holds whole combinations of words out whose words all occur in training names.
+    """Hold whole combinations of words out whose words all occur in training names.
 
     No training icon has the same words in another order, or the same drawing.
     """
@@ -78,7 +79,7 @@ def hold_out(names: list[str], images: Array, count: int) -> dict[str, Array]:
 
 
 def load(spec: dict[str, Any] | None = None) -> Images:
-    """24×24 icons as 144 tokens, each one of 256 patches of 2×2 pixels."""
+    """Return 24×24 icons as 144 tokens, each one of 256 patches of 2×2 pixels."""
     names, images = _draw()
     captions = [[name.replace("-", " ")] for name in names]
     splits = hold_out(names, images, HELD_OUT)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from revnet.app import corpus, digits, folder, icons
 from revnet.app.config import TrainConfig
-from revnet.app.data import Data
+from revnet.app.data import corpus, digits, folder, icons
+from revnet.app.data.examples import Data
 from revnet.app.errors import UserError
 
 
 def load(config: TrainConfig, spec: dict[str, Any] | None = None) -> tuple[Data, dict[str, Any]]:
-    """The data of a run and the options that follow from it.
+    """Return the data of a run and the options that follow from it.
 
     Args:
         config: The run.
