@@ -175,7 +175,7 @@ def _unwrap_deterministic(
                 state_dict[new] = state_dict.pop(old)
 
 
-class _Blocks(Program):
+class BlockSequence(Program):
     """What sequences of blocks share: routes and stochastic depth."""
 
     _name = "block"
@@ -232,7 +232,7 @@ class _Blocks(Program):
         return f"depth={self._depth}, {super().extra_repr()}{dropout}"
 
 
-class ReversibleSequence(_Blocks):
+class ReversibleSequence(BlockSequence):
     """Residual blocks on two streams, trained with activation memory that does not grow with depth.
 
     Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
@@ -393,7 +393,7 @@ class ReversibleSequence(_Blocks):
         return f"{super().extra_repr()}, split={self.split!r}, merge={self.merge!r}, dim={self.dim}"
 
 
-class SequentialSequence(_Blocks):
+class SequentialSequence(BlockSequence):
     """The non-reversible twin: each layer maps `x` to `x + f(x)`, then to `x + g(x)`.
 
     Args:
