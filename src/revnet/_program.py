@@ -100,7 +100,7 @@ class Program(nn.Module):
             return tuple(outside(again))
         parts = self._parts(streams, kwargs)
         leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
-        self._check_plan(leaves[0])
+        self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
         if active():
             obstacle = ""
@@ -136,10 +136,10 @@ class Program(nn.Module):
             undo(found, part.fn, part.target, part.source, part.coupling, part.kwargs)
         return tuple(found)
 
-    def _check_plan(self, x: Tensor) -> None:
-        """Raise where the input is larger than that for which the plan in force was made."""
+    def _check_plan(self, *leaves: Tensor) -> None:
+        """Raise if the input is larger than that for which the plan in force was made."""
         if isinstance(self.execution, Plan) and torch.is_grad_enabled():
-            self.execution.check_input(x)
+            self.execution.check_input(*leaves)
 
     def _arithmetic(self, *leaves: Tensor) -> FloatArithmetic | FixedArithmetic:
         """How this call holds its streams, after a look at what earlier calls found."""
