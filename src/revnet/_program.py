@@ -40,6 +40,8 @@ class Settings:
     streams: Streams = "auto"
     execution: Execution = "invert"
     executions: list[Any] = field(default_factory=list)
+    # Whether it was said that hooks cast the streams to low precision.
+    warned: bool = False
 
 
 class Program(nn.Module):
@@ -122,6 +124,9 @@ class Program(nn.Module):
         with self._call(streams, arithmetic) as call:
             outputs = tuple(call.finish(*self._through(call, parts)))
             self._monitor.flush()
+            if isinstance(self.execution, Plan):
+                # In a backward inside autocast, casts of biases would take memory beside the plan.
+                torch.clear_autocast_cache()
             return (*outputs, call.aux) if call.aux else outputs
 
     def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
@@ -181,7 +186,7 @@ class Program(nn.Module):
                 f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than "
                 f"half of 2^-{fixed.fraction_bits}, the resolution of the streams, and change "
                 f"nothing. Use more fraction bits, as in streams=revnet.Fixed(fraction_bits=37).",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
         if found is None:
             return
@@ -341,8 +346,8 @@ class Reversible(Program):
         return parts
 
 
-def _callers_level() -> int:
-    """The `stacklevel` with which a warning of the calling function names the line that called the library."""
+def callers_level() -> int:
+    """Return the `stacklevel` with which a warning names the line that called the library."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "revnet",
