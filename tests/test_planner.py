@@ -578,7 +578,7 @@ def test_every_stream_is_compared_with_the_input_of_the_plan():
     net(first, first)[0].sum().backward()
     found.check_input(first, smaller)
     for second in (torch.randn(4, 17, 32), torch.randn(16, 32), torch.randn(4, 16, 32).double()):
-        with pytest.raises(ReversibleError, match="tensor 1 of the streams is .* larger than"):
+        with pytest.raises(ReversibleError, match=r"tensor 1 of the streams is .* larger than"):
             net(first, second)
     with pytest.raises(ReversibleError, match="the streams are 3 tensors, more than 2"):
         net(first, first, first)
@@ -595,7 +595,7 @@ def test_every_tensor_of_a_tree_is_compared_with_the_input_of_the_plan():
     net = Reversible([Step(Both(), target=i % 2, source=1 - i % 2) for i in range(4)])
     net.execution = plan(net, (stream(5), stream(5)), "stored")
     net(stream(5), stream(5))
-    with pytest.raises(ReversibleError, match="tensor 3 of the streams is .* larger than"):
+    with pytest.raises(ReversibleError, match=r"tensor 3 of the streams is .* larger than"):
         net(stream(5), stream(6))
 
 
@@ -605,7 +605,7 @@ def test_halves_are_compared_with_the_halves_of_the_plan():
     )
     net.execution = plan(net, torch.randn(4, 16, 32), "stored")
     net.run(torch.randn(4, 16, 16), torch.randn(4, 16, 16))
-    with pytest.raises(ReversibleError, match="tensor 0 of the streams is .* larger than"):
+    with pytest.raises(ReversibleError, match=r"tensor 0 of the streams is .* larger than"):
         net.run(torch.randn(8, 16, 16), torch.randn(8, 16, 16))
 
 

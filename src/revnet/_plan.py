@@ -99,7 +99,7 @@ class Plan:
         if len(self.executions) != steps:
             raise ValueError(
                 f"the plan was made for {len(self.executions)} steps, but this sequence has "
-                f"{steps}: a plan fits one depth. Make another one with revnet.plan(net, x, budget)."
+                f"{steps}: a plan fits one depth. Make one with revnet.plan(net, x, budget)."
             )
         return self.executions
 

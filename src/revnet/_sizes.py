@@ -1,4 +1,4 @@
-"""Sizes in bytes as text, and back."""
+"""Convert sizes in bytes to text, and back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def parse_bytes(size: int | float | str) -> int:
-    """The number of bytes that `size` says: a number, or text such as "8GiB" or "1.5 GB".
+    """Return the number of bytes of a size: a number, or text such as "8GiB" or "1.5 GB".
 
     Raises:
-        ValueError: text that is no size, or a number that is negative or no number.
+        ValueError: the text is not a size, or the number is negative, infinite or NaN.
     """
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", size)
@@ -31,7 +31,7 @@ def parse_bytes(size: int | float | str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """`size` in the largest binary unit of which it has at least one."""
+    """Return a size as text, in the largest binary unit of which it has at least one."""
     amount, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(amount) < 1024:

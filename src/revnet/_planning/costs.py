@@ -61,7 +61,7 @@ class Measurement:
     def chain(self) -> Chain:
         """Measure each kind of step once, in order, on the streams that reach it."""
         net = self.net
-        call = self.call(self.inputs, ())
+        call = self.call(self.inputs, [STORE])
         # Without a record, but with gradients: compiled branches are compiled for these.
         call.recording = False
         kinds: dict[Any, int] = {}
@@ -73,7 +73,7 @@ class Measurement:
             if number == len(costs):
                 costs.append(_StepMeasurement(self, step, call.start()).costs())
             steps.append((number, step.target))
-            call.step(0, step, STORE)
+            call.step(0, step)
         with torch.no_grad():
             result: Any = call.start()
             if isinstance(net, ReversibleSequence):

@@ -2,9 +2,9 @@
 
 Planning has three stages: measure, solve, verify. `costs` measures what one step of each kind costs
 under each execution, and makes of it a `Chain`: numbers alone. `solver` finds the fastest
-executions whose peak is within the budget by these numbers. Then the whole sequence runs once as proposed: the
-bytes by which its peak differs from the prediction are added to the chain, which is solved again.
-The plan is the fastest of those that were run and fit.
+executions whose peak is within the budget by these numbers. Then the whole sequence runs once as
+proposed: the bytes by which its peak differs from the prediction are added to the chain, which is
+solved again. The plan is the fastest of those that were run and fit.
 """
 
 from __future__ import annotations

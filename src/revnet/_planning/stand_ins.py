@@ -109,7 +109,7 @@ def _replace_tensors(stack: contextlib.ExitStack, replaced: StandIns) -> None:
                 owner[name] = made[tensor]
     replaced.filled = {made[tensor] for tensor in filled}
     # A plan in force may be for a smaller input.
-    net.execution = STORE.name
+    _set(stack, net, "execution", STORE.name)
     if isinstance(net, BlockSequence):
         # A plan is for the call in which no block is dropped.
         net.layer_dropout = 0.0
