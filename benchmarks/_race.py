@@ -133,7 +133,7 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
         row.batch, row.tokens, row.width, device=row.device, dtype=row.weights, requires_grad=True
     )
     pull = torch.randn_like(x)
-    arms = [_arm(name, row, pairs, x, pull) for name in row.arms]
+    arms = [make_arm(name, row, pairs, x, pull) for name in row.arms]
     parameters = [p for pair in pairs for branch in pair for p in branch.parameters()]
     expected: list[Tensor] | None = None
     for arm in arms:
@@ -159,13 +159,13 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
     running = [arm for arm in arms if not arm.failure]
     for _ in range(0 if row.rounds is None else rounds or row.rounds):
         for arm in running:
-            arm.times.append(_timed(arm.step, row.device))
+            arm.times.append(timed(arm.step, row.device))
     for p in (*parameters, x):
         p.grad = None
     return arms
 
 
-def _arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
+def make_arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
     if name in (FLOAT, FIXED):
         net: nn.Module = revnet.ReversibleSequence(pairs, streams=name)
     else:
@@ -196,7 +196,7 @@ def _examine(arm: Arm, row: Row, parameters: list[Tensor], x: Tensor, pull: Tens
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        arm.times.append(_timed(arm.step, row.device))
+        arm.times.append(timed(arm.step, row.device))
         arm.peak = torch.cuda.max_memory_allocated() - before
         return [p.grad for p in leaves]
     arm.step()
@@ -248,7 +248,7 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return (off / size) ** 0.5
 
 
-def _timed(step: Callable[[], None], device: str) -> float:
+def timed(step: Callable[[], None], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -320,8 +320,8 @@ def _text(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.3f}"
 
 
-def main(question: str, rows: Sequence[Row]) -> None:
-    """Runs the rows that the command line asks for, and prints their table."""
+def main(question: str, rows: Sequence[Row], footer: Callable[[], list[str]] | None = None) -> None:
+    """Runs the rows that the command line asks for; prints their table, and a footer."""
     names = [row.name for row in rows]
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument(
@@ -352,7 +352,7 @@ def main(question: str, rows: Sequence[Row]) -> None:
         )
         if row.device == "cuda":
             torch.cuda.empty_cache()
-    table = report(results)
+    table = report(results) + (footer() if footer is not None else [])
     print("\n".join(table))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)

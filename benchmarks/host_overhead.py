@@ -2,11 +2,28 @@
 
 python benchmarks/host_overhead.py --out benchmarks/results/host_overhead_h100.md
 python benchmarks/host_overhead.py --device cpu
+
+Another checkout of the library runs the same rows in turn, step by step, in a process of its own:
+
+python benchmarks/host_overhead.py --device cpu --old ../revnet-before --rounds 60
 """
 
 from __future__ import annotations
 
-from _race import BLOCK, FIXED, FLOAT, STORED, Row, Target, main
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import branches
+from _race import BLOCK, FIXED, FLOAT, STORED, Row, Target, main, make_arm, timed
+from torch import Tensor
 
 ROWS = (
     Row(
@@ -26,7 +43,157 @@ ROWS = (
         "cpu-64", 64, 64, 4, 24, device="cpu",
         targets=(Target(FLOAT, 1.42, STORED), Target(FLOAT, 0.9, BLOCK)),
     ),
+    # Next to nothing but the host's time.
+    Row("cpu-64-one-token", 64, 1, 1, 24, device="cpu"),
+    Row("cpu-64-autocast", 64, 64, 4, 24, device="cpu", autocast=True),
 )  # fmt: skip
+COMPARED = (STORED, FLOAT, FIXED)
+
+
+class Network:
+    """The arms of a row that are compared, ready to run."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        pairs = branches(row.blocks, row.width, device=row.device, dtype=row.weights)
+        shape = row.batch, row.tokens, row.width
+        options: Any = {"device": row.device, "dtype": row.weights}
+        self.x = torch.randn(shape, requires_grad=True, **options)
+        pull = torch.randn(shape, **options)
+        self.arms = {name: make_arm(name, row, pairs, self.x, pull) for name in COMPARED}
+        for arm in self.arms.values():
+            for _ in range(3):
+                arm.step()
+
+    def calls(self, name: str) -> float:
+        """Returns how many Python functions one step of the forward pass calls."""
+        net, x = self.arms[name].net, self.x
+
+        def forward() -> Tensor:
+            return net(x)
+
+        return count_calls(forward) / (2 * self.row.blocks)
+
+
+def count_calls(run: Callable[[], Any]) -> int:
+    """Returns how many Python functions are called."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def calls_per_step() -> list[str]:
+    """Returns lines that say how many Python calls a step of the forward pass takes."""
+    network = Network(next(row for row in ROWS if row.name == "cpu-64-one-token"))
+    counts = [f"{network.calls(name):.1f} {name}" for name in COMPARED]
+    return ["", f"Python calls per step of the forward pass: {', '.join(counts)}."]
+
+
+def serve(name: str) -> None:
+    """Runs one step for each line read, which names the arm, and writes its seconds."""
+    row = next(row for row in ROWS if row.name == name)
+    network = Network(row)
+    print(json.dumps({name: network.calls(name) for name in COMPARED}), flush=True)
+    for line in sys.stdin:
+        print(timed(network.arms[line.strip()].step, row.device), flush=True)
+
+
+class Child:
+    """A process in which one checkout of the library runs a row."""
+
+    def __init__(self, checkout: Path, row: Row, threads: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", row.name, "--threads", str(threads)],
+            env=os.environ | {"PYTHONPATH": str(checkout / "src")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.calls: dict[str, float] = json.loads(self._read())
+
+    def time(self, arm: str) -> float:
+        assert self.process.stdin is not None
+        print(arm, file=self.process.stdin, flush=True)
+        return float(self._read())
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a child process ended with code {self.process.wait()}")
+        return line
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
+def compare(old: Path, rows: list[Row], rounds: int, threads: int) -> list[str]:
+    """Returns a table of the times of this checkout and another one, which run in turn."""
+    lines = [
+        "| row | arm | old, ms | new, ms | new ÷ old | old ÷ stored | new ÷ stored | "
+        "old, Python calls per forward step | new |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        places = {"old": old, "new": Path(__file__).resolve().parents[1]}
+        children = {name: Child(place, row, threads) for name, place in places.items()}
+        times: dict[tuple[str, str], list[float]] = {}
+        for turn in range(rounds):
+            for arm in COMPARED:
+                # Each goes first in every second round.
+                for name in ("old", "new") if turn % 2 else ("new", "old"):
+                    times.setdefault((name, arm), []).append(children[name].time(arm))
+        for child in children.values():
+            child.end()
+        for arm in COMPARED:
+            medians = [1e3 * statistics.median(times[name, arm]) for name in ("old", "new")]
+            ratios = [
+                ratio(times["new", arm], times["old", arm]),
+                ratio(times["old", arm], times["old", STORED]),
+                ratio(times["new", arm], times["new", STORED]),
+            ]
+            calls = [children[name].calls[arm] for name in ("old", "new")]
+            cells = [f"{median:.4g}" for median in medians]
+            cells += [f"{value:.3f}" for value in ratios] + [f"{value:.1f}" for value in calls]
+            lines.append(f"| {row.name} | {arm} | {' | '.join(cells)} |")
+    return lines
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """Returns the median of the ratios within rounds."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+def start() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--old", type=Path, help="another checkout, to compare with")
+    parser.add_argument("--serve", choices=[row.name for row in ROWS], help=argparse.SUPPRESS)
+    given, _ = parser.parse_known_args()
+    if given.old is None and given.serve is None:
+        main("Host overhead of the engine", ROWS, calls_per_step)
+        return
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS])
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.serve is not None:
+        serve(given.serve)
+        return
+    rows = [row for row in ROWS if row.device == given.device and row.mode == "eager"]
+    rows = [row for row in rows if not given.rows or row.name in given.rows]
+    print("\n".join(compare(given.old.resolve(), rows, given.rounds, given.threads)))
+
 
 if __name__ == "__main__":
-    main("Host overhead of the engine", ROWS)
+    start()

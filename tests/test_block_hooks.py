@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cases import Mlp
 from oracle import assert_same_gradients, gradients_of, weighted
@@ -54,6 +54,39 @@ def test_streams_put_in_by_a_hook(kind: str, places: tuple[int, ...], streams: A
     mixed = [EXECUTIONS[i % len(EXECUTIONS)] for i in range(8)]
     for execution in (*EXECUTIONS, mixed, mixed[::-1]):
         assert_same_gradients(step(execution, streams, places, kind), expected, 1e-11)
+
+
+class AnyPrecision(nn.Linear):
+    """Computes in the precision of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).tanh()
+
+
+def lower(block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.bfloat16() if isinstance(x, Tensor) else x for x in args)
+
+
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_a_hook_that_casts_the_streams_is_named_once(kind: str) -> None:
+    net = ReversibleSequence([(AnyPrecision(8, 8), AnyPrecision(8, 8)) for _ in range(4)])
+    for block in (net.blocks[1], net.blocks[2]):
+        if kind == "before":
+            block.register_forward_pre_hook(lower)
+        else:
+            block.register_forward_hook(lambda block, args, out: lower(block, out))
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        net(x)
+    named = "block 1" if kind == "before" else "block 2"
+    with pytest.warns(UserWarning, match=f"{named}: a hook cast the streams to bfloat16") as found:
+        net(x).sum().backward()
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    net(x).sum().backward()
+    for options in ({"streams": "fixed"}, {"streams": "float"}, {"execution": "store"}):
+        other = ReversibleSequence(net.blocks, **options)
+        other(x).sum().backward()
 
 
 def as_loop(blocks: Any, x: Tensor) -> Tensor:

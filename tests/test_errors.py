@@ -398,6 +398,26 @@ def test_a_non_pair_is_named(sequence: type, entry: object):
         sequence([(nn.Linear(8, 8), nn.Linear(8, 8)), entry])
 
 
+class Both(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x))
+
+
+@pytest.mark.parametrize("sequence", [ReversibleSequence, SequentialSequence])
+@pytest.mark.parametrize("kind", [nn.Sequential, lambda *pair: Both(pair)], ids=["given", "own"])
+def test_a_module_whose_forward_would_not_run_is_no_pair(sequence: type, kind: Callable):
+    with pytest.raises(TypeError, match=r"block 0 .* whose forward would not run.* Give a tuple"):
+        sequence([kind(nn.Linear(8, 8), nn.Linear(8, 8))])
+
+
+@pytest.mark.parametrize("sequence", [ReversibleSequence, SequentialSequence])
+@pytest.mark.parametrize("kind", [tuple, list, nn.ModuleList, iter])
+def test_a_pair_is_a_tuple_a_list_or_a_module_list(sequence: type, kind: Callable):
+    x = torch.randn(2, 8)
+    pair = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    assert torch.equal(sequence([kind(pair)])(x), sequence([pair])(x))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

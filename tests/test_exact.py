@@ -409,8 +409,7 @@ def test_autocast_is_evaluated_with_the_rounding_of_its_branches_alone() -> None
 @pytest.mark.slow
 def test_two_hundred_steps_on_digits_give_the_same_losses() -> None:
     pytest.importorskip("sklearn")
-    from revnet.app.data import digits
-    from revnet.app.data import step_batch
+    from revnet.app.data import digits, step_batch
     from revnet.app.model import Shape, Transformer, bits_per_token
 
     data = digits.load()

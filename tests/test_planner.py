@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -156,6 +158,30 @@ def test_the_plan_is_the_best_of_all_plans(seed: int, steps: int, fixed: bool):
         assert found.peak <= budget
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    steps=st.integers(1, 40),
+    fixed=st.booleans(),
+    # At the least effort the search leaves most choices out.
+    effort=st.sampled_from([1, 10**5]),
+    shares=st.lists(st.floats(0, 1), min_size=2, max_size=5),
+)
+def test_a_plan_with_more_memory_is_never_slower(
+    seed: int, steps: int, fixed: bool, effort: int, shares: list[float]
+):
+    chain = random_chain(seed, steps, fixed=fixed)
+    least, stored = minimum(chain), simulate(chain, ["store"] * steps)
+    budgets = [least + round(share * (stored.peak - least)) for share in sorted(shares)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("revnet._planning.solver._EFFORT", effort)
+        solutions = [solve(chain, budget) for budget in budgets]
+    times = [solution.time for solution in solutions]
+    assert times == sorted(times, reverse=True)
+    for solution, budget in zip(solutions, budgets, strict=True):
+        assert solution.peak <= budget
+
+
 def test_more_memory_is_never_slower():
     chain = random_chain(0, 24, fixed=False)
     smallest, stored = minimum(chain), simulate(chain, ["store"] * 24).peak
@@ -286,6 +312,19 @@ def test_the_predicted_peak_under_autocast():
         peak = measure_memory(forward, x).peak_bytes
         assert found.budget >= peak
         assert found.peak_bytes <= 1.05 * peak
+
+
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_a_backward_inside_autocast_stays_within_the_budget(streams: str):
+    net = sequence(6, streams=streams)
+    x = torch.randn(4, 48, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for found in plan(net, x, ["minimum", "10%", "30%", "60%", "stored"]):
+            net.execution = found
+            net.zero_grad()
+            peak = measure_memory(net, x).peak_bytes
+            assert peak <= found.budget
+            assert found.peak_bytes <= 1.05 * peak
 
 
 # torch.compile itself reads the .grad of whatever is passed to a compiled function.
@@ -532,6 +571,44 @@ def test_a_smaller_input_runs_and_a_larger_one_is_refused():
         net(torch.randn(5, 16, 32))
 
 
+def test_every_stream_is_compared_with_the_input_of_the_plan():
+    net = Reversible([Step(Mlp(32), target=i % 2, source=1 - i % 2) for i in range(4)])
+    net.execution = found = plan(net, (torch.randn(4, 16, 32), torch.randn(4, 16, 32)), "stored")
+    first, smaller = torch.randn(4, 16, 32), torch.randn(4, 8, 32)
+    net(first, first)[0].sum().backward()
+    found.check_input(first, smaller)
+    for second in (torch.randn(4, 17, 32), torch.randn(16, 32), torch.randn(4, 16, 32).double()):
+        with pytest.raises(ReversibleError, match=r"tensor 1 of the streams is .* larger than"):
+            net(first, second)
+    with pytest.raises(ReversibleError, match="the streams are 3 tensors, more than 2"):
+        net(first, first, first)
+
+
+def test_every_tensor_of_a_tree_is_compared_with_the_input_of_the_plan():
+    class Both(nn.Module):
+        def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: leaf.sin() for name, leaf in x.items()}
+
+    def stream(rows: int) -> dict[str, Tensor]:
+        return {"a": torch.randn(4, 8), "b": torch.randn(rows, 8)}
+
+    net = Reversible([Step(Both(), target=i % 2, source=1 - i % 2) for i in range(4)])
+    net.execution = plan(net, (stream(5), stream(5)), "stored")
+    net(stream(5), stream(5))
+    with pytest.raises(ReversibleError, match=r"tensor 3 of the streams is .* larger than"):
+        net(stream(5), stream(6))
+
+
+def test_halves_are_compared_with_the_halves_of_the_plan():
+    net = ReversibleSequence(
+        build([(fused, Mlp)] * 2, 16, dtype=F32), split="chunk", merge="concat"
+    )
+    net.execution = plan(net, torch.randn(4, 16, 32), "stored")
+    net.run(torch.randn(4, 16, 16), torch.randn(4, 16, 16))
+    with pytest.raises(ReversibleError, match=r"tensor 0 of the streams is .* larger than"):
+        net.run(torch.randn(8, 16, 16), torch.randn(8, 16, 16))
+
+
 def test_a_plan_is_made_for_a_larger_input_than_that_of_the_plan_in_force():
     net = sequence(2)
     net.execution = small = plan(net, torch.randn(2, 16, 32), "stored")
@@ -606,6 +683,12 @@ def test_a_plan_is_saved_and_loaded(small_plan: Plan, tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_the_streams_of_a_plan_are_saved_and_loaded(small_plan: Plan, tmp_path: Path):
+    found = replace(small_plan, streams=(((2, 16, 32), "float32"), ((4, 8), "bfloat16")))
+    found.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == found
+
+
 def test_a_plan_that_cannot_be_written_leaves_the_old_one(small_plan: Plan, tmp_path: Path):
     path = tmp_path / "plan.json"
     small_plan.save(path)
@@ -636,6 +719,9 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(small_plan: Plan, tmp_
         {"seconds": 1e19},
         {"shape": [2**64, 8]},
         {"dtype": "\ud800"},
+        {"streams": [[[2, -1], "float32"]]},
+        {"streams": [[[2, 8], "int32"]]},
+        {"streams": [[2, 8]]},
     ],
     ids=str,
 )

@@ -21,6 +21,7 @@ from revnet import (
     ReversibleSequence,
     Step,
     plan,
+    replaying,
 )
 from revnet.testing import check_gradients, check_inverse
 
@@ -181,3 +182,65 @@ def test_a_block_is_a_program_like_any():
     assert check_inverse(block, *streams()) < 1e-5
     assert check_gradients(block, *streams()) < 1e-5
     assert plan(block, streams(), "minimum").budget <= plan(block, streams(), "stored").budget
+
+
+class BeforeNorm(nn.Module):
+    """A linear layer before a batch norm: in theory the gradient of its bias is zero."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.norm(self.linear(x)).tanh()
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_of_rounding_errors_is_not_accused(execution: str, dtype: torch.dtype):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        program = net(BeforeNorm, depth=12, streams="float", execution=execution).to(dtype)
+        assert check_gradients(program, *(torch.randn(16, 4, dtype=dtype) for _ in "ab")) < 1e-3
+
+
+class WrongBias(torch.autograd.Function):
+    """Adds a bias whose gradient is wrong by `error`, but not in stored execution."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, error: float) -> Tensor:
+        ctx.save_for_backward(x.new_tensor(error))
+        return x + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad.sum(0) + ctx.saved_tensors[0], None
+
+
+class WrongInReplays(BeforeNorm):
+    """Has a wrong gradient of the bias before the norm, or of the bias of a small branch."""
+
+    def __init__(self, error: float, normed: bool, factor: float = 1.0) -> None:
+        super().__init__(factor)
+        self.error, self.normed = error, normed
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        error = self.error if replaying() else 0.0
+        x = WrongBias.apply(self.linear(x), self.bias, error)
+        return self.factor * (self.norm(x) if self.normed else x).tanh()
+
+
+@pytest.mark.parametrize(
+    ("normed", "factor", "error"), [(True, 1.0, 1e-2), (False, 1.0, 1e-1), (False, 1e-6, 1e-6)]
+)
+def test_a_wrong_gradient_beside_a_norm_is_named(normed: bool, factor: float, error: float):
+    def fn() -> nn.Module:
+        return WrongInReplays(error, normed, factor)
+
+    given = torch.randn(16, 4), torch.randn(16, 4)
+    with pytest.raises(ReversibleError, match=r"gradient of parameter .*bias has a relative"):
+        check_gradients(net(fn, depth=4, streams="float"), *given)
+    right = net(lambda: WrongInReplays(0.0, normed, factor), depth=4, streams="float")
+    assert check_gradients(right, *given) < 1e-3

@@ -1,4 +1,4 @@
-"""What ranks must agree on."""
+"""A generator that draws alike on every rank."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import weakref
 import torch
 import torch.distributed as dist
 
-# By the process group that agreed on it. A group destroyed and made anew may get the address of the
-# old one.
+# By process group. A group that is made after another one was destroyed may get its address, so the
+# references are weak.
 _shared: weakref.WeakKeyDictionary[dist.ProcessGroup, torch.Generator] = weakref.WeakKeyDictionary()
 
 
 def shared_generator() -> torch.Generator | None:
-    """A CPU generator whose draws are alike on every rank; None, the global one, in a single process.
+    """Return a CPU generator that draws alike on every rank, or None in a single process.
 
-    Its seed is the one that the first rank to ask was given by `torch.manual_seed`; it goes through
-    the store of the process group, once. A collective per draw would wait for ranks that are
-    elsewhere, as the stages of a pipeline are.
+    Its seed is that of `torch.manual_seed` on the first rank that asks. It goes through the store
+    of the process group, once. A collective per draw would wait for ranks that do not draw, such as
+    other stages of a pipeline.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None

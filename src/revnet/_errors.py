@@ -2,7 +2,7 @@
 
 
 class ReversibleError(RuntimeError):
-    """Raised where a replay cannot be shown to repeat the forward pass, instead of returning a wrong gradient.
+    """Raised instead of a gradient that could be wrong: a replay does not repeat its forward pass.
 
     The message names the block and the branch, what was seen, what was expected and what to do.
     Wrong arguments raise `TypeError` and `ValueError` as elsewhere in Python.

@@ -30,7 +30,7 @@ class Execution:
 STORE = Execution("store", rebuilds=False)
 OFFLOAD = Execution("offload", keeps_target=True, on_host=True, prefetch=2)
 
-_BY_NAME = {
+BY_NAME = {
     execution.name: execution
     for execution in (
         STORE,
@@ -40,7 +40,7 @@ _BY_NAME = {
         Execution("invert"),
     )
 }
-EXECUTIONS = tuple(_BY_NAME)
+EXECUTIONS = tuple(BY_NAME)
 
 
 def resolve(
@@ -64,4 +64,4 @@ def resolve(
         raise ValueError(
             f"execution names {len(names)} steps, but there are {steps}: two per block, f before g"
         )
-    return [_BY_NAME[name] for name in names]
+    return [BY_NAME[name] for name in names]

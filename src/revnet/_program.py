@@ -40,6 +40,8 @@ class Settings:
     streams: Streams = "auto"
     execution: Execution = "invert"
     executions: list[Any] = field(default_factory=list)
+    # Whether it was said that hooks cast the streams to low precision.
+    warned: bool = False
 
 
 class Program(nn.Module):
@@ -100,7 +102,7 @@ class Program(nn.Module):
             return tuple(outside(again))
         parts = self._parts(streams, kwargs)
         leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
-        self._check_plan(leaves[0])
+        self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
         if active():
             obstacle = ""
@@ -122,6 +124,9 @@ class Program(nn.Module):
         with self._call(streams, arithmetic) as call:
             outputs = tuple(call.finish(*self._through(call, parts)))
             self._monitor.flush()
+            if isinstance(self.execution, Plan):
+                # In a backward inside autocast, casts of biases would take memory beside the plan.
+                torch.clear_autocast_cache()
             return (*outputs, call.aux) if call.aux else outputs
 
     def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
@@ -136,10 +141,10 @@ class Program(nn.Module):
             undo(found, part.fn, part.target, part.source, part.coupling, part.kwargs)
         return tuple(found)
 
-    def _check_plan(self, x: Tensor) -> None:
-        """Raise where the input is larger than that for which the plan in force was made."""
+    def _check_plan(self, *leaves: Tensor) -> None:
+        """Raise if the input is larger than that for which the plan in force was made."""
         if isinstance(self.execution, Plan) and torch.is_grad_enabled():
-            self.execution.check_input(x)
+            self.execution.check_input(*leaves)
 
     def _arithmetic(self, *leaves: Tensor) -> FloatArithmetic | FixedArithmetic:
         """How this call holds its streams, after a look at what earlier calls found."""
@@ -181,7 +186,7 @@ class Program(nn.Module):
                 f"{self._step_name(step)}: {share:.0%} of its nonzero outputs are smaller than "
                 f"half of 2^-{fixed.fraction_bits}, the resolution of the streams, and change "
                 f"nothing. Use more fraction bits, as in streams=revnet.Fixed(fraction_bits=37).",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
         if found is None:
             return
@@ -341,8 +346,8 @@ class Reversible(Program):
         return parts
 
 
-def _callers_level() -> int:
-    """The `stacklevel` with which a warning of the calling function names the line that called the library."""
+def callers_level() -> int:
+    """Return the `stacklevel` with which a warning names the line that called the library."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "revnet",

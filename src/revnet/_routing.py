@@ -1,4 +1,4 @@
-"""Which keyword arguments reach which branch."""
+"""Send keyword arguments to the branches that take them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,18 +9,18 @@ Routes = Mapping[str, Sequence[tuple[bool, bool]]]
 def route_args(
     router: Routes, args: Mapping[str, Any], depth: int
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Returns, for each of `depth` blocks, the keyword arguments of `f` and of `g`.
+    """Return for each of `depth` blocks the keyword arguments of `f` and of `g`.
 
     Args:
         router: for each keyword, one pair `(to_f, to_g)` per block.
-        args: the keywords of the call. Those that have no route reach no branch.
+        args: the keywords of the call. A keyword without a route reaches no branch.
         depth: number of blocks.
 
     Returns:
         `depth` pairs `(f_args, g_args)`, each a new dict.
 
     Raises:
-        ValueError: a route does not have `depth` pairs.
+        ValueError: the number of pairs of a route is not `depth`.
 
     Example:
         >>> route_args({"mask": ((True, False), (True, True))}, {"mask": 0}, depth=2)
@@ -37,7 +37,7 @@ def route_args(
 
 
 def check_routes(args_route: Routes, depth: int) -> None:
-    """Raises `ValueError` unless every route has `depth` pairs `(to_f, to_g)`."""
+    """Raise `ValueError` unless every route has `depth` pairs `(to_f, to_g)`."""
     for key, route in args_route.items():
         if len(route) != depth:
             raise ValueError(
@@ -52,7 +52,7 @@ def check_routes(args_route: Routes, depth: int) -> None:
 
 
 def check_keywords(args_route: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-    """Raises `TypeError` if a keyword that is not `None` has no route and so would be lost."""
+    """Raise `TypeError` if a keyword has no route, so that no branch would see it, unless None."""
     lost = [key for key, value in kwargs.items() if key not in args_route and value is not None]
     if lost:
         routes = ", ".join(map(repr, args_route)) or "none"

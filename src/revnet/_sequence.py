@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -18,8 +19,17 @@ from ._couplings import Additive
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn
 from ._execution import EXECUTIONS, STORE
-from ._program import BoundSteps, Execution, Program, Settings, Streams, check_stream
+from ._program import (
+    BoundSteps,
+    Execution,
+    Program,
+    Settings,
+    Streams,
+    callers_level,
+    check_stream,
+)
 from ._routing import Routes, check_keywords, check_routes, route_args
+from ._state.fsdp import LOW_PRECISION
 from ._step import BoundStep
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from ._streams.fixed import Held
@@ -59,6 +69,25 @@ def _remember_residuals(call: Call) -> None:
         if isinstance(encoded, Held) and isinstance(value, Tensor):
             forget = partial(_residuals.pop, id(value))
             _residuals[id(value)] = weakref.ref(value, forget), encoded.residual
+
+
+def _enter(call: Call, streams: Sequence[Any], settings: Settings, branch: str) -> None:
+    """Continue from a block's inputs; warn if a hook has cast them to low precision."""
+    call.enter(*streams)
+    if call.arithmetic.exact or not call.recording or settings.warned:
+        return
+    low = [stream.dtype for stream in streams if stream.dtype in LOW_PRECISION]
+    rebuilds = any(execution.rebuilds for execution in settings.executions)
+    if low and rebuilds and settings.streams == "auto":
+        settings.warned = True
+        block = branch.partition(",")[0]
+        warnings.warn(
+            f"{block}: a hook cast the streams to {str(low[0]).removeprefix('torch.')}, but "
+            f"streams='auto' chose float streams for an input of higher precision. Rebuilt in low "
+            f"precision they make gradients wrong: use streams='fixed', or cast inside the "
+            f"branches.",
+            stacklevel=callers_level(),
+        )
 
 
 class ReversibleBlock(Program):
@@ -103,7 +132,7 @@ class ReversibleBlock(Program):
             within = call.recording and (
                 saved_tensor_hooks() != hooks or not torch.is_grad_enabled()
             )
-            call.enter(x1, x2)
+            _enter(call, (x1, x2), self._settings, steps[0][1].name)
             if within:
                 _remember_residuals(call)
             del x1, x2
@@ -175,7 +204,7 @@ def _unwrap_deterministic(
                 state_dict[new] = state_dict.pop(old)
 
 
-class _Blocks(Program):
+class BlockSequence(Program):
     """What sequences of blocks share: routes and stochastic depth."""
 
     _name = "block"
@@ -232,7 +261,7 @@ class _Blocks(Program):
         return f"depth={self._depth}, {super().extra_repr()}{dropout}"
 
 
-class ReversibleSequence(_Blocks):
+class ReversibleSequence(BlockSequence):
     """Residual blocks on two streams, trained with activation memory that does not grow with depth.
 
     Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
@@ -374,7 +403,7 @@ class ReversibleSequence(_Blocks):
             door = doors[first // 2]
             if _runs_only_steps(door):
                 if streams:
-                    call.enter(*streams)
+                    _enter(call, streams, self._settings, f.name)
                     streams = ()
                 for index, part in block:
                     call.step(index, part)
@@ -393,7 +422,7 @@ class ReversibleSequence(_Blocks):
         return f"{super().extra_repr()}, split={self.split!r}, merge={self.merge!r}, dim={self.dim}"
 
 
-class SequentialSequence(_Blocks):
+class SequentialSequence(BlockSequence):
     """The non-reversible twin: each layer maps `x` to `x + f(x)`, then to `x + g(x)`.
 
     Args:
@@ -440,8 +469,21 @@ def _runs_only_steps(block: nn.Module) -> bool:
 
 
 def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the branches of each block.
+
+    A pair is a tuple, a list or an `nn.ModuleList`. A module with a forward of its own may stand
+    for one branch only: its forward would not run.
+    """
     pairs = []
     for i, block in enumerate(blocks):
+        module = isinstance(block, nn.Module) and not isinstance(block, ReversibleBlock)
+        if module and getattr(type(block), "forward", None) is not nn.Module.forward:
+            kind = type(block).__name__
+            raise TypeError(
+                f"block {i} is a module, {kind}, whose forward would not run: a block is a pair "
+                f"(f, g) of modules. Give a tuple, (block[0], block[1]) for the parts of an "
+                f"nn.Sequential, or ({kind}(...), g) where the module is one branch."
+            )
         pair = (block.f, block.g) if isinstance(block, ReversibleBlock) else block
         branches = tuple(pair) if isinstance(pair, Iterable) else (pair,)
         if len(branches) != 2 or not all(isinstance(branch, nn.Module) for branch in branches):

@@ -17,7 +17,7 @@ def parse_bytes(size: int | float | str) -> int:
     """Return the bytes that `size` says: a number, or text such as "8GiB" or "1.5 GB".
 
     Raises:
-        ValueError: text that is no size, or a number that is negative or no number.
+        ValueError: the text is not a size, or the number is negative, infinite or NaN.
     """
     if isinstance(size, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", size)

@@ -28,6 +28,10 @@ data_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[a
 # A tensor that shares its memory with another until one of both is written to.
 lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone
 
+# Whether autocast is on for any type of device. Without it every replay would clear the cache of
+# casts, whether or not there can be any.
+is_autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
 
 def after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward call that runs in this thread ends.

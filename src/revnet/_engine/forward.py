@@ -22,7 +22,7 @@ from .._state.random import RandomState, devices_of
 from .._state.results import Results
 from .._step import BoundStep, branch_output
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
-from .._torch import is_capturing, is_faking, records_operators
+from .._torch import is_autocasting, is_capturing, is_faking, records_operators
 from .._trees import tree_leaves, tree_map
 from .backward import Lock, recover
 from .checksums import tree_checksum
@@ -182,6 +182,9 @@ class Call:
         self._check_unwritten()
         tape = self.tape
         tape.save_state(self.streams)
+        if is_autocasting() and any(tape.records):
+            # Replays cast parameters anew. A backward inside autocast needs as little as outside.
+            torch.clear_autocast_cache()
         tape.top = len(tape.records) - 1
         self._forget_checksums()
         return streams or self.start()

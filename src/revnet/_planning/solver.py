@@ -1,17 +1,21 @@
 """The fastest executions of a chain of steps whose peak stays within a budget.
 
-Every constraint has one form: what the steps before step k keep, plus what step k needs at its
-worst moment, fits. So a search from the first step to the last only has to remember the bytes kept
-so far, the time so far, and which of the present stream tensors are kept already: a tensor that
-several steps keep exists once. Of two ways to reach the same state, one that neither keeps less nor
-is faster is dropped.
+Every constraint has one form: the bytes that the steps before step k keep, plus the bytes that step
+k needs at its worst moment, must fit. So the steps from k to the end are described by two numbers:
+the bytes that they need above what the steps before them keep, and their time. A search from the
+last step to the first drops every choice that another one beats in both numbers. What is left at
+the first step is the whole curve of time against peak, from which every budget is answered: with
+more memory a plan is never slower.
+
+Which choices a step has depends on the steps before it: on the stream tensors that they keep
+already (a tensor that several steps keep exists once) and on whether they are stored. These
+situations are few, and the search goes through all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,17 +25,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .._execution import OFFLOAD
+from .._execution import BY_NAME, Execution
 
-# Ways that a search may follow, over all steps.
+# Choices that a search may follow, over all steps.
 _EFFORT = 100_000
+# The bytes that no steps need: less than any that some steps need.
+_NOTHING = -(2**60)
 
 
 class Cost(NamedTuple):
     """What one step costs under one execution.
 
-    A stream has two parts, the value that branches read and what else it is held as: bits 2i and 2i
-    + 1 of a mask stand for those of stream i.
+    A stream has two parts, the value that branches read and the rest of its encoding: bits 2i and
+    2i + 1 of a mask stand for those of stream i.
 
     Attributes:
         own: bytes kept until backward, without parts of streams.
@@ -54,7 +60,7 @@ class Chain:
     Attributes:
         sizes: bytes of each part of the streams.
         given: mask of the parts that the caller holds anyway before the first step: the input.
-        kinds: per kind of step, the cost under each execution.
+        kinds: per kind of step, the cost under each execution, by its name.
         steps: per step, its kind and the stream it updates.
         gradients: per step, bytes of parameter gradients that no later step has made.
         overhead: bytes seen beside these in a run: the result, and what the model leaves out.
@@ -68,15 +74,15 @@ class Chain:
     overhead: int = 0
 
     def size(self, parts: int) -> int:
-        """Bytes of the parts in a mask."""
+        """Return the bytes of the parts in a mask."""
         return sum(size for part, size in enumerate(self.sizes) if parts >> part & 1)
 
-    def streams(self, *numbers: int) -> int:
-        """The mask of all parts of these streams."""
-        return sum(3 << 2 * number for number in numbers)
+    def parts(self, *streams: int) -> int:
+        """Return the mask of all parts of these streams."""
+        return sum(3 << 2 * stream for stream in streams)
 
-    def made(self) -> list[int]:
-        """Per step, bytes that are there in its backward whatever the plan."""
+    def unavoidable(self) -> list[int]:
+        """Return per step the bytes that are there in its backward whatever the plan."""
         above = [self.overhead]
         for gradients in self.gradients[:0:-1]:
             above.append(above[-1] + gradients)
@@ -85,27 +91,27 @@ class Chain:
 
 # Which part of a plan a step belongs to. Backward walks through the steps that are not stored, down
 # from the state that is kept where a run of stored steps begins, or from the end.
-_FIRST = 0  # stored, like all before it
-_WALKED = 1  # not stored
-_BETWEEN = (
-    2  # stored, between steps that are not: the state that the walk above has reached is alive
-)
-_LAST = 3  # stored, like all after it
+_FIRST = 0  # Stored, like all steps before it.
+_WALKED = 1  # Not stored.
+_BETWEEN = 2  # Stored between steps that are not: the state that the walk above reached is alive.
+_LAST = 3  # Stored, like all steps after it.
 
 
-class _State(NamedTuple):
-    """What matters of the steps so far for those to come."""
+class _Situation(NamedTuple):
+    """What the steps before a step decide about its choices."""
 
-    kept: int  # mask of the parts that steps so far keep
+    kept: int  # The mask of the parts of streams that they keep.
     place: int
 
 
-class _Move(NamedTuple):
+class _Choice(NamedTuple):
+    """One way to execute a step."""
+
     execution: str
-    state: _State
-    kept: int  # bytes
-    need: int  # bytes, at worst, above what the steps before keep
-    time: int  # nanoseconds
+    after: _Situation
+    kept: int  # Bytes.
+    need: int  # Bytes at the worst moment, above what the steps before keep.
+    time: int  # Nanoseconds.
 
 
 class Solution(NamedTuple):
@@ -117,68 +123,190 @@ class Solution(NamedTuple):
     time: int
 
 
-def _moves(chain: Chain, step: tuple[int, int], state: _State) -> Iterator[_Move]:
-    """What a step may be, from `state`."""
+def _choices(chain: Chain, step: tuple[int, int], before: _Situation) -> Iterator[_Choice]:
+    """Go through the ways to execute a step."""
     kind, target = step
-    for execution, cost in chain.kinds[kind].items():
-        if execution != "store":
-            places = [] if state.place == _LAST else [_WALKED]
+    for name, cost in chain.kinds[kind].items():
+        execution = BY_NAME[name]
+        if execution.rebuilds:
+            places = [] if before.place == _LAST else [_WALKED]
         else:
-            places = [_BETWEEN, _LAST] if state.place == _WALKED else [state.place]
+            places = [_BETWEEN, _LAST] if before.place == _WALKED else [before.place]
         for place in places:
-            yield _move(chain, target, state, execution, cost, place)
+            yield _choice(chain, target, before, execution, cost, place)
 
 
-def _move(
-    chain: Chain, target: int, state: _State, execution: str, cost: Cost, place: int
-) -> _Move:
-    everything = chain.streams(*range(len(chain.sizes) // 2))
-    kept, marked = state.kept, 0
-    if execution == "store" and state.place == _WALKED:
+def _choice(
+    chain: Chain, target: int, before: _Situation, execution: Execution, cost: Cost, place: int
+) -> _Choice:
+    """Return what an execution costs after these steps; the laws of all executions are here."""
+    everything = chain.parts(*range(len(chain.sizes) // 2))
+    kept, saved = before.kept, 0
+    if not execution.rebuilds and before.place == _WALKED:
         # The streams are kept where a stored run begins, for the walk below it to start from.
-        marked = chain.size(everything & ~kept)
+        saved = chain.size(everything & ~kept)
         kept = everything
     # What is kept already is not there twice.
-    need = marked + cost.peak - chain.size(cost.keeps & kept)
+    need = saved + cost.peak - chain.size(cost.keeps & kept)
     if place == _BETWEEN:
         need += chain.size(everything)
-    if execution == "offload":
-        # It is back while backward is in one of the steps above, whichever that is.
+    if execution.on_host:
+        # The target is back on the device while backward is in one of the steps above, whichever
+        # that is.
         need = max(cost.peak for kind in chain.kinds for cost in kind.values())
-        need += OFFLOAD.prefetch * chain.size(chain.streams(target))
-    more = marked + cost.own + chain.size(cost.keeps & ~kept)
-    after = _State((kept | cost.keeps) & ~chain.streams(target), place)
-    return _Move(execution, after, more, need, cost.time)
+        need += execution.prefetch * chain.size(chain.parts(target))
+    more = saved + cost.own + chain.size(cost.keeps & ~kept)
+    after = _Situation((kept | cost.keeps) & ~chain.parts(target), place)
+    return _Choice(execution.name, after, more, need, cost.time)
 
 
 def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
-    """What `executions` come to."""
-    last = max((k for k, execution in enumerate(executions) if execution != "store"), default=-1)
-    state = _State(chain.given, _FIRST)
-    moves: list[_Move] = []
-    peak = 0
-    for k, (step, execution, made) in enumerate(
-        zip(chain.steps, executions, chain.made(), strict=True)
-    ):
+    """Return what `executions` come to."""
+    rebuilt = [k for k, name in enumerate(executions) if BY_NAME[name].rebuilds]
+    last = max(rebuilt, default=-1)
+    situation = _Situation(chain.given, _FIRST)
+    kept: list[int] = []
+    peak = total = 0
+    unavoidable = chain.unavoidable()
+    for k, (step, execution) in enumerate(zip(chain.steps, executions, strict=True)):
         impossible = _LAST if k < last else _BETWEEN
-        move = next(
-            m
-            for m in _moves(chain, step, state)
-            if m.execution == execution and m.state.place != impossible
+        choice = next(
+            choice
+            for choice in _choices(chain, step, situation)
+            if choice.execution == execution and choice.after.place != impossible
         )
-        peak = max(peak, sum(move.kept for move in moves) + move.need + made)
-        moves.append(move)
-        state = move.state
-    return Solution(
-        tuple(executions),
-        tuple(move.kept for move in moves),
-        peak,
-        sum(move.time for move in moves),
-    )
+        peak = max(peak, sum(kept) + choice.need + unavoidable[k])
+        total += choice.time
+        kept.append(choice.kept)
+        situation = choice.after
+    return Solution(tuple(executions), tuple(kept), peak, total)
+
+
+def solve(chain: Chain, budget: int) -> Solution | None:
+    """Return the fastest plan whose peak is within `budget` bytes, or None if there is none.
+
+    With more than `_EFFORT` choices to follow, over all steps, some are left out: the plan fits,
+    and is a little slower than the fastest.
+    """
+    return _search(chain, budget, max(64, _EFFORT // len(chain.steps)))
+
+
+def minimum(chain: Chain) -> int:
+    """Return the smallest peak that any plan has, in bytes."""
+    smallest = _search(chain, None, 256)
+    assert smallest is not None
+    return smallest.peak
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The choices for all steps from one step on of which none beats another.
+
+    Attributes:
+        need: bytes above what the steps before keep, rising.
+        time: nanoseconds, falling.
+        choices: of the first of these steps.
+        chosen: per point of the curve, which of the choices it takes.
+        rest: per point, its place on the curve of the steps that follow.
+    """
+
+    need: Tensor
+    time: Tensor
+    choices: list[_Choice]
+    chosen: Tensor
+    rest: Tensor
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Make the solver's tensors real and on the CPU, wherever those of the sequence are."""
+    with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
+        yield
+
+
+@_on_cpu()
+def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
+    """Return the fastest plan within a budget or, without one, the plan with the smallest peak."""
+    start = _Situation(chain.given, _FIRST)
+    choices = cache(lambda step, situation: list(_choices(chain, step, situation)))
+    reached = [{start}]
+    for step in chain.steps:
+        reached.append({choice.after for before in reached[-1] for choice in choices(step, before)})
+    nothing = torch.tensor([_NOTHING]), torch.tensor([0])
+    end = _Curve(*nothing, [], *nothing)
+    curves = {situation: end for situation in reached.pop() if situation.place != _BETWEEN}
+    prices = _prices(chain)
+    history = []
+    steps = zip(chain.steps, chain.unavoidable(), reached, strict=True)
+    for step, unavoidable, situations in reversed(list(steps)):
+        found = {}
+        for situation in situations:
+            possible = [choice for choice in choices(step, situation) if choice.after in curves]
+            if possible:
+                found[situation] = _curve(possible, curves, unavoidable, prices, width)
+        curves = found
+        history.append(curves)
+    curve, point = curves[start], 0
+    if budget is not None:
+        point = int(torch.searchsorted(curve.need, budget, right=True)) - 1
+    if point < 0:
+        return None
+    executions = []
+    situation = start
+    for curves in reversed(history):
+        curve = curves[situation]
+        choice = curve.choices[int(curve.chosen[point])]
+        executions.append(choice.execution)
+        situation, point = choice.after, int(curve.rest[point])
+    return simulate(chain, executions)
+
+
+def _curve(
+    choices: list[_Choice],
+    curves: Mapping[_Situation, _Curve],
+    unavoidable: int,
+    prices: Tensor,
+    width: int,
+) -> _Curve:
+    """Return the curve from a step on, of at most about `width` points."""
+    rests = [curves[choice.after] for choice in choices]
+    pairs = list(zip(choices, rests, strict=True))
+    need = torch.cat([(c.kept + rest.need).clamp(min=c.need + unavoidable) for c, rest in pairs])
+    time = torch.cat([c.time + rest.time for c, rest in pairs])
+    lengths = torch.tensor([len(rest.need) for rest in rests])
+    chosen = torch.repeat_interleave(lengths)
+    places = torch.cat([torch.arange(len(rest.need)) for rest in rests])
+    order = time.argsort(stable=True)
+    order = order[need[order].argsort(stable=True)]
+    ordered = time[order]
+    better = torch.ones(len(order), dtype=torch.bool)
+    better[1:] = ordered[1:] < ordered.cummin(0).values[:-1]
+    order = order[better]
+    if len(order) > width:
+        order = order[_spread(need[order], time[order], prices, width)]
+    return _Curve(need[order], time[order], choices, chosen[order], places[order])
+
+
+def _spread(need: Tensor, time: Tensor, prices: Tensor, width: int) -> Tensor:
+    """Return at most `width` points of a curve: of each stretch that which costs least.
+
+    Bytes are counted at the price of all prices that suits the point best. The first point is one
+    of them: it can be the only one that fits.
+    """
+    cost = time[:, None] + prices * need[:, None]
+    loss = (cost - cost.amin(0)).amin(1)
+    share = (need - need[0]).double() / float(need[-1] - need[0] + 1)
+    stretch = (width * share.sqrt()).long()
+    loss[0] = -1.0
+    order = loss.argsort(stable=True)
+    order = order[stretch[order].argsort(stable=True)]
+    first = torch.ones(len(order), dtype=torch.bool)
+    first[1:] = stretch[order].diff() != 0
+    return order[first]
 
 
 def _prices(chain: Chain) -> Tensor:
-    """Nanoseconds for a byte at which one execution of a step takes over from another."""
+    """Return the nanoseconds for a byte at which one execution of a step replaces another."""
     prices = {0.0}
     for kind in chain.kinds:
         for a, b in itertools.permutations(kind.values(), 2):
@@ -186,97 +314,3 @@ def _prices(chain: Chain) -> Tensor:
             if more > 0 and b.time > a.time:
                 prices.add((b.time - a.time) / more)
     return torch.tensor(sorted(prices), dtype=torch.float64)
-
-
-@contextlib.contextmanager
-def _real() -> Iterator[None]:
-    """Tensors of the solver are real, on the CPU, wherever those of the sequence are."""
-    with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
-        yield
-
-
-def solve(chain: Chain, budget: int) -> Solution | None:
-    """The fastest plan whose peak is within `budget` bytes, or None if there is none.
-
-    Where there are more than `_EFFORT` ways to follow, over all steps, those are followed that some
-    price of a byte makes cheapest: the plan fits, and is slower than the fastest by about a step's
-    time at most.
-    """
-    return _search(chain, budget, max(64, _EFFORT // len(chain.steps)))
-
-
-def minimum(chain: Chain) -> int:
-    """The smallest peak that any plan has, in bytes."""
-    found = _search(chain, None, 256)
-    assert found is not None
-    return found.peak
-
-
-# Ways to reach one state: bytes kept, rising, and time so far, falling (without a budget, the peak
-# so far).
-_Front = tuple[Tensor, Tensor]
-# For each way to reach one state: which of these, the state before and the execution, it came by,
-# and the way to there.
-_Past = tuple[list[tuple[_State, str]], Tensor, Tensor]
-
-
-@_real()
-def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
-    """The plan that takes the least time within a budget or, without one, whose peak is smallest."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    fronts = {_State(chain.given, _FIRST): (zero, zero)}
-    history: list[dict[_State, _Past]] = []
-    prices = _prices(chain)
-    moves = cache(lambda step, state: list(_moves(chain, step, state)))
-    for step, made in zip(chain.steps, chain.made(), strict=True):
-        ways: defaultdict[_State, list[tuple[_State, str, Tensor, Tensor]]] = defaultdict(list)
-        for state, (kept, value) in fronts.items():
-            for move in moves(step, state):
-                need = move.need + made
-                if budget is None:
-                    worth = value.maximum(kept + need)
-                else:
-                    worth = (
-                        value[: int(torch.searchsorted(kept, budget - need, right=True))]
-                        + move.time
-                    )
-                if len(worth):
-                    ways[move.state].append(
-                        (state, move.execution, kept[: len(worth)] + move.kept, worth)
-                    )
-        found = {state: _best(some, prices, width) for state, some in ways.items()}
-        fronts = {state: front for state, (front, _) in found.items()}
-        history.append({state: past for state, (_, past) in found.items()})
-    ends = [state for state in fronts if state.place != _BETWEEN]
-    if not ends:
-        return None
-    state, way = min(ends, key=lambda state: int(fronts[state][1][-1])), -1
-    executions = []
-    for pasts in reversed(history):
-        sources, source, label = pasts[state]
-        (state, execution), way = sources[int(source[way])], int(label[way])
-        executions.append(execution)
-    return simulate(chain, executions[::-1])
-
-
-def _best(
-    ways: list[tuple[_State, str, Tensor, Tensor]], prices: Tensor, width: int
-) -> tuple[_Front, _Past]:
-    """Those ways to a state of which no other keeps less and is faster, `width` of them or fewer."""
-    kept, value = (
-        torch.cat(column) for column in ([way[2] for way in ways], [way[3] for way in ways])
-    )
-    source = torch.repeat_interleave(torch.tensor([len(way[2]) for way in ways]))
-    label = torch.cat([torch.arange(len(way[2])) for way in ways])
-    order = value.argsort(stable=True)
-    order = order[kept[order].argsort(stable=True)]
-    ordered = value[order]
-    better = torch.ones(len(order), dtype=torch.bool)
-    better[1:] = ordered[1:] < ordered.cummin(0).values[:-1]
-    order = order[better]
-    if len(order) > width:
-        # The way that keeps least goes on in any case: it can be the only one that fits.
-        off = value[order, None] + prices * kept[order, None]
-        near = (off - off.amin(0)).amin(1).topk(width, largest=False).indices
-        order = order[torch.cat((near, torch.zeros(1, dtype=torch.int64))).unique()]
-    return (kept[order], value[order]), ([way[:2] for way in ways], source[order], label[order])

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .._torch import is_autocasting
 from .undo import Undo
 
 Reader = Callable[[], Any]
@@ -137,6 +138,9 @@ class Environment:
 
     def restore(self, undo: Undo) -> None:
         """Set every setting that has other values now, until `undo` runs."""
+        if is_autocasting():
+            # In a backward inside autocast, casts of parameters would pile up until it ends.
+            undo.add(torch.clear_autocast_cache)
         present = [read() for read in self.readers]
         if present == self.values:
             return
