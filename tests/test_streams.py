@@ -20,16 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from revnet import _streams
-from revnet._streams.fixed import (
-    Fixed,
-    Float,
-    Held,
-    checksum,
-    fitting_fraction_bits,
-    fixed_add,
-    fixed_encode,
-)
+from revnet._streams import checksum as checksums
+from revnet._streams import cpu
+from revnet._streams import fixed as dispatch
+from revnet._streams import reference as plain_torch
+from revnet._streams.autograd import fixed_add, fixed_encode
+from revnet._streams.checksum import checksum
+from revnet._streams.fixed import Fixed, fitting_fraction_bits
+from revnet._streams.format import Float, Held
 from revnet._streams.monitor import RangeMonitor
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
@@ -66,7 +64,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         need_kernel()
         return combine_kernel
     if request.param == "cpu-pieces":
-        monkeypatch.setattr(_streams, "_PIECE", 3)
+        monkeypatch.setattr(cpu, "_PIECE", 3)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return reference if request.param == "reference" else combine
 
@@ -90,7 +88,7 @@ def reference(
     monitor: RangeMonitor | None = None,
     step: int = 0,
 ) -> Held:
-    return fixed._reference(held, increment, sign, monitor, step)
+    return plain_torch.combine(held, increment, sign, fixed.fraction_bits, monitor, step)
 
 
 def combine_kernel(
@@ -105,7 +103,9 @@ def combine_kernel(
     residual = torch.empty_like(pattern, dtype=fixed.residual_dtype(pattern.dtype), device=DEVICE)
     new = Held(torch.empty_like(pattern, device=DEVICE), residual)
     there = None if held is None else Held(*(part.to(DEVICE) for part in held))
-    assert fixed._launched(there, increment.to(DEVICE), new, sign, monitor, step)
+    assert dispatch.launched(
+        there, increment.to(DEVICE), new, sign, fixed.fraction_bits, monitor, step
+    )
     return Held(*(part.cpu() for part in new))
 
 
@@ -433,7 +433,7 @@ def test_layouts(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> N
     # The strides of an elementwise operation on held, in every implementation: a replayed branch
     # must see the same.
     assert {strides(part) for part in (*new, *back, *held)} == {strides(held.value + 1)}
-    monkeypatch.setattr(_streams, "_fusible", lambda *tensors: False)
+    monkeypatch.setattr(dispatch, "fusible", lambda *tensors: False)
     again = fixed.add(held, increment)
     assert {strides(part) for part in again} == {strides(new.value)}
     assert equal(again, new)
@@ -830,7 +830,7 @@ def test_checksum_sees_every_change(dtype: torch.dtype, monkeypatch: pytest.Monk
         unsigned[i] ^= 1
         seen.add(int(checksum(changed)))
     assert len(seen) == x.numel() + 1
-    monkeypatch.setattr(_streams, "_PIECE_OF_CHECKSUM", 16)
+    monkeypatch.setattr(checksums, "_PIECE_OF_CHECKSUM", 16)
     assert total == checksum(x)
 
 
@@ -889,12 +889,12 @@ def test_cuda_equals_cpu(
 @pytest.mark.gpu
 def test_cuda_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     need_kernel()
-    from revnet import _kernels
+    from revnet._streams import cuda
 
     integers, increment = edges(Fixed(), torch.bfloat16, torch.bfloat16)
     held = Held(*(part.cuda() for part in held_of(integers, Fixed(), torch.bfloat16)))
     wanted = Fixed().add(held, increment.cuda())
-    monkeypatch.setitem(_kernels._state, "broken", True)
+    monkeypatch.setitem(cuda._state, "broken", True)
     assert same(Fixed().add(held, increment.cuda()), wanted)
     encoded = Fixed().encode(increment.cuda())
     assert same(Held(*(part.cpu() for part in encoded)), Fixed().encode(increment))

@@ -21,7 +21,8 @@ from ._routing import check_keywords
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._step import BoundStep, Step
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
-from ._streams.fixed import Fixed, Float, fitting_fraction_bits
+from ._streams.fixed import Fixed, fitting_fraction_bits
+from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
 from ._trees import tree_leaves
 

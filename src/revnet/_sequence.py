@@ -22,7 +22,7 @@ from ._program import BoundSteps, Execution, Program, Settings, Streams, check_s
 from ._routing import Routes, check_keywords, check_routes, route_args
 from ._step import BoundStep
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
-from ._streams.fixed import Held
+from ._streams.format import Held
 from ._torch import saved_tensor_hooks
 
 _ADDITIVE = Additive()

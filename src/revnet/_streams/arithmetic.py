@@ -13,8 +13,10 @@ from .._couplings import Coupling, fitting
 from .._errors import ReversibleError
 from .._step import branch_output
 from .._trees import tree_map, tree_unzip
+from .autograd import fixed_add, fixed_encode, straight_through
 from .buffer import BufferedStream, divide, multiply
-from .fixed import Fixed, Held, fixed_add, fixed_encode, straight_through
+from .fixed import Fixed
+from .format import Held
 from .monitor import RangeMonitor
 
 # A stream under way is a pair: its value, which branches read and gradients flow through, and how

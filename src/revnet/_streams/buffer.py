@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._trees import tree_map, tree_unzip
-from .fixed import Fixed, Held
+from .fixed import Fixed
+from .format import Held
 from .monitor import RangeMonitor
 
 # The denominator of factors that are tensors, and what a buffer may hold.

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The fused combine of fixed-point streams for CUDA, in Triton. Bit for bit the arithmetic of `_streams.Fixed`."""
+"""The fused combine of fixed-point streams for CUDA, in Triton: the arithmetic of `reference`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .fixed import Held
+    from .format import Held
 
 
 @triton.jit
 def _wide(x):
-    """x in the type in which scaling by a power of two is exact."""
+    """Return x in the type in which scaling by a power of two is exact."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
@@ -108,7 +108,7 @@ def launch(
         sign: 1 adds, -1 subtracts.
         fraction_bits: of the format.
         bound: magnitudes from this integer on are out of range.
-        key: of the step, see `_monitor.RangeMonitor`.
+        key: of the step, see `monitor.key_of`.
     """
     if _state["broken"]:
         return False
