@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import scaled
 from .fixed import Fixed
 from .format import Held
 from .monitor import RangeMonitor
@@ -49,7 +50,7 @@ class _FixedAdd(torch.autograd.Function):
 
 
 class _FixedAddNow(torch.autograd.Function):
-    """The same without transforms: `setup_context` binds the arguments by inspection, in each call."""
+    """Add without transforms: `setup_context` would bind the arguments by inspection each time."""
 
     @staticmethod
     def forward(
@@ -138,3 +139,104 @@ def straight_through(like: Tensor, value: Tensor) -> Tensor:
     Of a Function, exported programs keep only the forward.
     """
     return value.detach() + (like - like.detach()) if torch.is_grad_enabled() else value
+
+
+class _ScaledAdd(torch.autograd.Function):
+    """Scale and add in one pass; the gradient is that of the rule on floats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        residual: Tensor,
+        buffer: Tensor | None,
+        increment: Tensor,
+        ratio: scaled.Ratio,
+        width: torch.dtype,
+        fixed: Fixed,
+        monitor: RangeMonitor | None,
+        step: int,
+    ) -> tuple[Tensor, ...]:
+        held, after = scaled.scale_and_add(
+            Held(value, residual), buffer, increment, ratio, width, fixed, monitor, step
+        )
+        ctx.factor = ratio[0] / ratio[1]
+        ctx.dtypes = value.dtype, increment.dtype
+        ctx.mark_non_differentiable(held.residual, after)
+        ctx.set_materialize_grads(False)
+        return *held, after
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if grad is None:
+            return (None,) * 9
+        needs_value, _, _, needs_increment = ctx.needs_input_grad[:4]
+        value = torch.ops.aten.mul.Scalar(grad, ctx.factor) if needs_value else None
+        increment = grad.to(ctx.dtypes[1]) if needs_increment else None
+        return value, None, None, increment, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, value: Any, residual: Any, buffer: Any, increment: Any, *_: Any) -> Any:
+        if value is not None:
+            value = torch.ops.aten.mul.Scalar(value, ctx.factor)
+        return _sum(value, increment, ctx.dtypes[0]), None, None
+
+
+def scaled_add(
+    held: Held,
+    buffer: Tensor | None,
+    increment: Tensor,
+    ratio: scaled.Ratio,
+    width: torch.dtype,
+    fixed: Fixed,
+    monitor: RangeMonitor | None,
+    step: int,
+) -> tuple[Held, Tensor]:
+    """Return `scaled.scale_and_add`, differentiable straight through."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        factor = ratio[0] / ratio[1]
+        with torch.no_grad():
+            new, after = scaled.scale_and_add(
+                held, buffer, increment, ratio, width, fixed, monitor, step
+            )
+        # The gradient is that of the rule on floats.
+        smooth = torch.ops.aten.mul.Scalar(held.value, factor) + increment.to(held.value.dtype)
+        valued = straight_through if torch.compiler._is_exporting_flag else Valued.apply
+        return Held(valued(smooth, new.value), new.residual), after
+    value, residual, after = _ScaledAdd.apply(
+        *held, buffer, increment, ratio, width, fixed, monitor, step
+    )
+    return Held(value, residual), after
+
+
+class Valued(torch.autograd.Function):
+    """Return the second of two tensors of equal shape, with the gradient of the first."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(like: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, like: Tensor | None, value: Tensor | None) -> Tensor | None:
+        # An output that is a view of an input has a tangent that is a view of one, too.
+        return None if like is None else like.view_as(like)
+
+
+def _sum(value: Tensor | None, increment: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the sum of two tangents, of which either may be None, in this dtype."""
+    if increment is not None and increment.dtype is not dtype:
+        increment = increment.to(dtype)
+    if value is None or increment is None:
+        return increment if value is None else value
+    return value + increment

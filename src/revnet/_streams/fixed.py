@@ -1,8 +1,8 @@
 """Fixed-point numbers that add and subtract without loss.
 
 `Fixed` exists in three implementations of one arithmetic, equal in every bit: plain torch
-operations (`reference`), a Triton kernel (`cuda`), and for the CPU a variant that works in place, in
-few passes (`cpu`). Compilers see one operator.
+operations (`reference`), a Triton kernel (`cuda`), and for the CPU a variant that works in place,
+in few passes (`cpu`). Compilers see one operator.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The arithmetic of fixed-point streams in plain torch operations, on any device and under any tracer.
+"""The arithmetic of fixed-point streams in plain torch operations.
 
-The fused implementations equal it in every bit.
+It runs on any device and under any tracer. The fused implementations equal it in every bit.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,3 +78,72 @@ def counts(held: Held, fraction_bits: int) -> tuple[Tensor, Tensor]:
     known = ~held.value.isnan()
     scaled = torch.where(known, held.value.double() / unit(fraction_bits), 0.0)
     return scaled.to(torch.int64) + held.residual, known
+
+
+def scale_and_add(
+    held: Held,
+    buffer: Tensor | None,
+    increment: Tensor,
+    ratio: tuple[int, int],
+    width: torch.dtype,
+    fraction_bits: int,
+    monitor: RangeMonitor | None,
+    step: int,
+) -> tuple[Held, Tensor]:
+    """Return the stream `ratio · held + increment`, and the buffer that now holds the remainders.
+
+    Args:
+        held: a stream of this format.
+        buffer: the remainders of earlier divisions; None where there are none.
+        increment: floating point, of held's shape.
+        ratio: n and d with 0 < n <= d, so that no product leaves the range.
+        width: integers that hold every value of the new buffer, see `widened`.
+        fraction_bits: of the format.
+        monitor: see `combine`.
+        step: see `combine`.
+    """
+    count, known = counts(held, fraction_bits)
+    count, wide = exchange(count, widened(buffer, count), *ratio)
+    total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
+    scaled = split(total, fraction_bits, held.value.dtype)[0]
+    new = combine(scaled, increment, 1, fraction_bits, monitor, step)
+    return new, wide.to(width)
+
+
+def subtract_and_divide(
+    held: Held,
+    buffer: Tensor,
+    increment: Tensor,
+    ratio: tuple[int, int],
+    width: torch.dtype,
+    fraction_bits: int,
+) -> tuple[Held, Tensor]:
+    """Return the stream and the buffer that `scale_and_add` was given."""
+    scaled = combine(held, increment, -1, fraction_bits, None, 0)
+    count, known = counts(scaled, fraction_bits)
+    n, d = ratio
+    count, wide = exchange(count, widened(buffer, count), d, n)
+    total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
+    return split(total, fraction_bits, held.value.dtype)[0], wide.to(width)
+
+
+def exchange(count: Tensor, buffer: Tensor, n: Any, d: Any) -> tuple[Tensor, Tensor]:
+    """Return count times n/d, rounded, and the buffer after the exchange of digits."""
+    quotient = count.div(d, rounding_mode="floor")
+    rest = (count - quotient * d) * n + buffer.remainder(n)
+    buffer = buffer.div(n, rounding_mode="floor") * d + rest.remainder(d)
+    return quotient * n + rest.div(d, rounding_mode="floor"), buffer
+
+
+# What an element of a buffer is read with: int16 and int32 are used as unsigned integers, because
+# torch has few operations on its unsigned types.
+MASKS = {torch.uint8: 2**8 - 1, torch.int16: 2**16 - 1, torch.int32: 2**32 - 1}
+
+
+def widened(buffer: Tensor | None, count: Tensor) -> Tensor:
+    """Return a buffer as int64, zeros like count for None."""
+    if buffer is None:
+        return torch.zeros_like(count)
+    wide = buffer.to(torch.int64)
+    mask = MASKS.get(buffer.dtype)
+    return wide if mask is None or buffer.dtype == torch.uint8 else wide & mask
