@@ -20,7 +20,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revnet._streams.fixed import Fixed, Held
+from revnet._streams import cuda, reference
+from revnet._streams.fixed import Fixed
+from revnet._streams.format import Held
 from revnet._streams.monitor import RangeMonitor
 
 FORMATS = (Fixed(), Fixed(37))
@@ -86,8 +88,8 @@ def table(
         ours = {
             f"{name}: add": lambda f=fixed, h=held, m=monitor: f.add(h, increment, m, 0),
             f"{name}: subtract": lambda f=fixed, h=held: f.subtract(h, increment),
-            f"{name}: add, plain torch": lambda f=fixed, h=held: f._reference(
-                h, increment, 1, None, 0
+            f"{name}: add, plain torch": lambda f=fixed, h=held: reference.combine(
+                h, increment, 1, f.fraction_bits, None, 0
             ),
         }
         rows |= ours
@@ -113,8 +115,6 @@ def table(
 
 
 def sweep(shape: list[int], device: torch.device, repeats: int) -> None:
-    from revnet import _kernels
-
     print("\n| fraction bits | value | increment | block | warps | add, ms | subtract, ms |")
     print("|---|---|---|---|---|---|---|")
     for fixed, (value_dtype, increment_dtype) in itertools.product(FORMATS, STREAMS[:2]):
@@ -122,7 +122,7 @@ def sweep(shape: list[int], device: torch.device, repeats: int) -> None:
         increment = torch.randn(shape, device=device).to(increment_dtype)
         monitor = RangeMonitor()
         for block, warps in itertools.product((256, 512, 1024, 2048), (4, 8)):
-            _kernels._BLOCK, _kernels._WARPS = block, warps
+            cuda._BLOCK, cuda._WARPS = block, warps
             rows: dict[str, Combine] = {
                 "add": lambda f=fixed, h=held, i=increment, m=monitor: f.add(h, i, m, 0),
                 "subtract": lambda f=fixed, h=held, i=increment: f.subtract(h, i),
@@ -140,7 +140,10 @@ def check(fixed: Fixed, held: Held, increment: Tensor) -> None:
     bad = increment.clone()
     bad.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38])
     for addend in (increment, bad):
-        new, wanted = fixed.add(held, addend), fixed._reference(held, addend, 1, None, 0)
+        new, wanted = (
+            fixed.add(held, addend),
+            reference.combine(held, addend, 1, fixed.fraction_bits, None, 0),
+        )
         assert torch.equal(new.residual, wanted.residual)
         assert torch.equal(new.value.isnan(), wanted.value.isnan())
         assert torch.equal(new.value.nan_to_num(), wanted.value.nan_to_num())

@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from revnet import _streams
-from revnet._streams.fixed import (
-    Fixed,
-    Float,
-    Held,
-    checksum,
-    fitting_fraction_bits,
-    fixed_add,
-    fixed_encode,
-)
-from revnet._streams.monitor import RangeMonitor
+from revnet._streams import checksum as checksums
+from revnet._streams import cpu, scaled
+from revnet._streams import fixed as dispatch
+from revnet._streams import reference as plain_torch
+from revnet._streams.autograd import fixed_add, fixed_encode
+from revnet._streams.buffer import BufferedStream, multiply_and_add, subtract_and_divide
+from revnet._streams.checksum import checksum
+from revnet._streams.fixed import Fixed, fitting_fraction_bits
+from revnet._streams.format import Float, Held
+from revnet._streams.monitor import RangeMonitor, key_of
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
 # Function.
@@ -66,7 +67,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         need_kernel()
         return combine_kernel
     if request.param == "cpu-pieces":
-        monkeypatch.setattr(_streams, "_PIECE", 3)
+        monkeypatch.setattr(cpu, "_PIECE", 3)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return reference if request.param == "reference" else combine
 
@@ -90,7 +91,7 @@ def reference(
     monitor: RangeMonitor | None = None,
     step: int = 0,
 ) -> Held:
-    return fixed._reference(held, increment, sign, monitor, step)
+    return plain_torch.combine(held, increment, sign, fixed.fraction_bits, monitor, step)
 
 
 def combine_kernel(
@@ -105,7 +106,9 @@ def combine_kernel(
     residual = torch.empty_like(pattern, dtype=fixed.residual_dtype(pattern.dtype), device=DEVICE)
     new = Held(torch.empty_like(pattern, device=DEVICE), residual)
     there = None if held is None else Held(*(part.to(DEVICE) for part in held))
-    assert fixed._launched(there, increment.to(DEVICE), new, sign, monitor, step)
+    assert dispatch.launched(
+        there, increment.to(DEVICE), new, sign, fixed.fraction_bits, monitor, step
+    )
     return Held(*(part.cpu() for part in new))
 
 
@@ -222,7 +225,7 @@ def bits(x: Tensor) -> Tensor:
     """Return x's bits as integers; all NaN have the same."""
     if x.is_floating_point():
         x = torch.where(x.isnan(), math.nan, x)
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.contiguous().view(torch.uint8)
 
 
 def same(a: Held, b: Held) -> bool:
@@ -433,7 +436,7 @@ def test_layouts(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> N
     # The strides of an elementwise operation on held, in every implementation: a replayed branch
     # must see the same.
     assert {strides(part) for part in (*new, *back, *held)} == {strides(held.value + 1)}
-    monkeypatch.setattr(_streams, "_fusible", lambda *tensors: False)
+    monkeypatch.setattr(dispatch, "fusible", lambda *tensors: False)
     again = fixed.add(held, increment)
     assert {strides(part) for part in again} == {strides(new.value)}
     assert equal(again, new)
@@ -830,7 +833,7 @@ def test_checksum_sees_every_change(dtype: torch.dtype, monkeypatch: pytest.Monk
         unsigned[i] ^= 1
         seen.add(int(checksum(changed)))
     assert len(seen) == x.numel() + 1
-    monkeypatch.setattr(_streams, "_PIECE_OF_CHECKSUM", 16)
+    monkeypatch.setattr(checksums, "_PIECE_OF_CHECKSUM", 16)
     assert total == checksum(x)
 
 
@@ -855,6 +858,278 @@ def test_checksum_is_the_sum_of_mixed_elements(elements: list[int]) -> None:
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
         total = (total + (z ^ z >> 31)) % 2**64
     assert int(checksum(torch.tensor(elements))) % 2**64 == total
+
+
+# Scaled steps
+
+RATIOS = [Fraction(1, 2), Fraction(1, 8), Fraction(1, 16), Fraction(9, 10), Fraction(99, 100)]
+RATIO_IDS = [f"{ratio.numerator}-{ratio.denominator}" for ratio in RATIOS]
+
+every_ratio = pytest.mark.parametrize("ratio", RATIOS, ids=RATIO_IDS)
+
+
+@pytest.fixture(params=["plain", "cpu", "cpu-pieces", ON_KERNEL])
+def device_of_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the device on which scaled steps take one implementation."""
+    if request.param == "plain":
+        monkeypatch.setattr(scaled, "fusible", lambda *tensors: False)
+    if request.param == "cpu-pieces":
+        monkeypatch.setattr(cpu, "_PIECE", 3)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    if request.param != "kernel":
+        return "cpu"
+    need_kernel()
+    if INTERPRETED:
+
+        def forward(*arguments: Any) -> None:
+            *tensors, ratio, fraction_bits, monitor, step = arguments
+            finding = None if monitor is None else monitor.prepare(torch.device("cpu")).key
+            key = key_of(step)
+            assert scaled._launched(*tensors, finding, 1, ratio, fraction_bits, key)
+
+        def backward(*arguments: Any) -> None:
+            *tensors, ratio, fraction_bits = arguments
+            assert scaled._launched(*tensors, None, -1, ratio, fraction_bits, 0)
+
+        monkeypatch.setattr(cpu, "scale_and_add", forward)
+        monkeypatch.setattr(cpu, "subtract_and_divide", backward)
+    return DEVICE
+
+
+class Integers:
+    """A scaled stream in Python integers: counts, buffers that never end, and NaN as None."""
+
+    def __init__(self, counts: list[int | None], fixed: Fixed, dtype: torch.dtype) -> None:
+        self.counts, self.fixed, self.dtype = list(counts), fixed, dtype
+        self.buffers = [0] * len(counts)
+
+    def step(self, ratio: Fraction, increment: list[float]) -> None:
+        n, d = ratio.numerator, ratio.denominator
+        for i, count in enumerate(self.counts):
+            quotient, rest = divmod(count or 0, d)
+            digits, low = divmod(self.buffers[i], n)
+            carry, digit = divmod(rest * n + low, d)
+            self.buffers[i] = digits * d + digit
+            product = None if count is None else quotient * n + carry
+            self.counts[i] = combined(product, increment[i], 1, self.fixed, self.dtype)
+
+
+def start_of(size: float, fixed: Fixed, dtype: torch.dtype) -> Held:
+    """Return a stream of a size, NaN in one place."""
+    x = torch.randn(3, 16, dtype=torch.float64) * size
+    x[0, 1] = math.nan
+    return fixed.encode(x.to(dtype))
+
+
+def to(held: Any, device: str) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.to(device), held)
+
+
+@every_ratio
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=FLOAT_IDS[1:])
+def test_scaled_steps_equal_python_integers(
+    device_of_steps: str, ratio: Fraction, dtype: torch.dtype
+) -> None:
+    fixed = Fixed()
+    start = start_of(1.0, fixed, dtype)
+    known = (~start.value.isnan()).flatten().tolist()
+    integers = [
+        count if k else None
+        for count, k in zip(fixed.counts(start)[0].flatten().tolist(), known, strict=True)
+    ]
+    wanted = Integers(integers, fixed, dtype)
+    held: Any = to(start, device_of_steps)
+    for index in range(7):
+        increment = (torch.randn(3, 16) * 10.0 ** (index - 4)).to(dtype)
+        wanted.step(ratio, increment.flatten().tolist())
+        held = multiply_and_add(held, ratio, increment.to(device_of_steps), fixed, None, index)
+        got = to(held, "cpu")
+        flat = Held(*(part.flatten() for part in got.stream))
+        assert same(flat, held_of(wanted.counts, fixed, dtype))
+        if not got.full:
+            assert unsigned(got.buffer).flatten().tolist() == wanted.buffers
+
+
+def unsigned(buffer: Tensor) -> Tensor:
+    """Return the numbers of a buffer, as int64."""
+    return buffer.to(torch.int64) & (2 ** (8 * buffer.element_size()) - 1)
+
+
+@given(
+    data=st.data(),
+    ratios=st.lists(st.sampled_from(RATIOS), min_size=1, max_size=60),
+    dtype=st.sampled_from(FLOATS[1:]),
+    increment_dtype=st.sampled_from(FLOATS),
+    size=st.sampled_from([1e-6, 1e-2, 1.0, 100.0, 20_000.0]),
+    seed=st.integers(0, 1000),
+    one=st.booleans(),
+)
+def test_scaled_steps_of_every_implementation_are_equal_and_undone(
+    device_of_steps: str,
+    data: st.DataObject,
+    ratios: list[Fraction],
+    dtype: torch.dtype,
+    increment_dtype: torch.dtype,
+    size: float,
+    seed: int,
+    one: bool,
+) -> None:
+    torch.manual_seed(seed)
+    fixed = Fixed()
+    if one:
+        ratios = ratios[:1] * len(ratios)
+    bad = data.draw(st.sampled_from([None, math.nan, math.inf, -math.inf, 3e38, 40_000.0]))
+    place = data.draw(st.integers(0, len(ratios) - 1))
+    held: Any = to(start_of(size, fixed, dtype), device_of_steps)
+    befores, increments = [], []
+    monitor, plain = RangeMonitor(), RangeMonitor()
+    for index, ratio in enumerate(ratios):
+        increment = (torch.randn(3, 16) * size).to(increment_dtype)
+        if index == place and bad is not None:
+            increment[1, 2] = bad
+        increment = increment.to(device_of_steps)
+        befores.append(held)
+        increments.append(increment)
+        held = multiply_and_add(held, ratio, increment, fixed, monitor, index)
+        wanted = by_reference(befores[-1], held, ratio, increment, fixed, plain, index)
+        assert equal_streams(held, wanted)
+    found, wanted_found = monitor.check(), plain.check()
+    assert (found is None) == (wanted_found is None)
+    if found is not None and wanted_found is not None:
+        assert found.step == wanted_found.step
+        assert found.magnitude == pytest.approx(wanted_found.magnitude, rel=1e-6, nan_ok=True)
+    lost = pytree.tree_leaves(held)[0].isnan()
+    for ratio, before, increment in zip(
+        reversed(ratios), reversed(befores), reversed(increments), strict=True
+    ):
+        held = subtract_and_divide(held, ratio, increment, fixed)
+        pairs = zip(pytree.tree_leaves(held), pytree.tree_leaves(before), strict=True)
+        for a, b in pairs:
+            assert a.dtype == b.dtype
+            assert a[~lost].equal(b[~lost])
+
+
+def by_reference(
+    before: Any,
+    after: BufferedStream,
+    ratio: Fraction,
+    increment: Tensor,
+    fixed: Fixed,
+    monitor: RangeMonitor,
+    index: int,
+) -> BufferedStream:
+    """Return what plain torch makes of the same step."""
+    assert after.past is not None
+    begun = after.past.begun
+    stream, buffer = plain_torch.scale_and_add(
+        before.stream if isinstance(before, BufferedStream) else before,
+        None if begun else before.buffer,
+        increment,
+        (ratio.numerator, ratio.denominator),
+        after.buffer.dtype,
+        fixed.fraction_bits,
+        monitor,
+        index,
+    )
+    return BufferedStream(stream, buffer, after.full, after.past)
+
+
+def equal_streams(a: BufferedStream, b: BufferedStream) -> bool:
+    leaves = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(
+        x.dtype == y.dtype and x.stride() == y.stride() and bits(x).equal(bits(y))
+        for x, y in leaves
+    )
+
+
+@pytest.mark.parametrize("fixed", FORMATS, ids=FORMAT_IDS)
+def test_scaled_steps_at_the_edges(device_of_steps: str, fixed: Fixed) -> None:
+    for dtype, ratio in itertools.product(FLOATS, (Fraction(1, 8), Fraction(9, 10))):
+        integers, increment = edges(fixed, torch.float32, dtype)
+        held: Any = to(held_of(integers, fixed, dtype), device_of_steps)
+        increment = increment.to(device_of_steps)
+        for index in range(3):
+            before = held
+            held = multiply_and_add(held, ratio, increment, fixed, None, index)
+            wanted = by_reference(before, held, ratio, increment, fixed, RangeMonitor(), index)
+            assert equal_streams(held, wanted)
+            back = subtract_and_divide(held, ratio, increment, fixed)
+            known = ~held.stream.value.isnan()
+            for a, b in zip(pytree.tree_leaves(back), pytree.tree_leaves(before), strict=True):
+                assert a[known].equal(b[known])
+
+
+@pytest.mark.parametrize("layout", layouts(16))
+def test_layouts_of_scaled_steps(layout: str, device_of_steps: str) -> None:
+    fixed, ratio = Fixed(), Fraction(1, 8)
+    x, increment = (tensor.to(device_of_steps) for tensor in layouts(16)[layout])
+    start: Any = fixed.encode(x)
+    increment = increment.expand(start.value.shape)
+    held = start
+    for index in range(7):
+        held = multiply_and_add(held, ratio, increment, fixed, None, index)
+    plain = fixed.encode(x.contiguous())
+    for index in range(7):
+        plain = multiply_and_add(plain, ratio, increment.clone(), fixed, None, index)
+    leaves = pytree.tree_leaves(held), pytree.tree_leaves(plain)
+    assert all(a.equal(b) for a, b in zip(*leaves, strict=True))
+    assert {strides(leaf) for leaf in leaves[0]} == {strides(start.value + 1)}
+    for _ in range(7):
+        held = subtract_and_divide(held, ratio, increment, fixed)
+    assert equal(held, start)
+
+
+@pytest.mark.parametrize(
+    ("bits_per_step", "steps", "size"),
+    [(1, 24, 3), (2, 24, 6), (3, 24, 10), (1, 96, 12), (2, 96, 24), (3, 96, 39)],
+)
+def test_bytes_of_buffers(bits_per_step: int, steps: int, size: int) -> None:
+    fixed, ratio = Fixed(), Fraction(1, 2**bits_per_step)
+    held: Any = fixed.encode(torch.randn(5))
+    for index in range(steps):
+        held = multiply_and_add(held, ratio, torch.randn(5), fixed, None, index)
+    assert sum(buffer.element_size() for buffer in (*held.full, held.buffer)) == size
+
+
+def test_buffers_of_decimal_factors_stay_narrow() -> None:
+    fixed = Fixed()
+    for gamma, steps, size in (("0.9", 24, 2), ("0.99", 24, 2), ("0.9", 96, 4)):
+        held: Any = fixed.encode(torch.randn(5))
+        for index in range(steps):
+            held = multiply_and_add(held, Fraction(gamma), torch.randn(5), fixed, None, index)
+        assert sum(buffer.element_size() for buffer in (*held.full, held.buffer)) == size
+
+
+def test_gradients_of_scaled_steps() -> None:
+    fixed, ratio = Fixed(37), Fraction(1, 8)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    increment = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, increment: Tensor) -> Tensor:
+        held: Any = Held(*fixed_encode(x, fixed))
+        for index in range(3):
+            held = multiply_and_add(held, ratio, increment.sin(), fixed, None, index)
+        return held.stream.value**2
+
+    def smooth(x: Tensor, increment: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x / 8 + increment.sin()
+        return x**2
+
+    for order in (1, 2):
+        grads = [derivative(f, order, x, increment) for f in (run, smooth)]
+        torch.testing.assert_close(grads[0], grads[1], atol=1e-9, rtol=1e-9)
+    tangents = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    for f in (torch.func.jvp, dual):
+        got, want = (f(g, (x.detach(), increment.detach()), tangents)[1] for g in (run, smooth))
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+def dual(f: Any, inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
+    """Return what torch.func.jvp does, by torch.autograd.forward_ad."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(inputs, tangents, strict=True)]
+        return forward_ad.unpack_dual(f(*duals))
 
 
 # CUDA
@@ -889,12 +1164,12 @@ def test_cuda_equals_cpu(
 @pytest.mark.gpu
 def test_cuda_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     need_kernel()
-    from revnet import _kernels
+    from revnet._streams import cuda
 
     integers, increment = edges(Fixed(), torch.bfloat16, torch.bfloat16)
     held = Held(*(part.cuda() for part in held_of(integers, Fixed(), torch.bfloat16)))
     wanted = Fixed().add(held, increment.cuda())
-    monkeypatch.setitem(_kernels._state, "broken", True)
+    monkeypatch.setitem(cuda._state, "broken", True)
     assert same(Fixed().add(held, increment.cuda()), wanted)
     encoded = Fixed().encode(increment.cuda())
     assert same(Held(*(part.cpu() for part in encoded)), Fixed().encode(increment))

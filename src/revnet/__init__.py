@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ._state.random import Deterministic as Deterministic
     from ._step import Step as Step
     from ._streams.fixed import Fixed as Fixed
-    from ._streams.fixed import Float as Float
+    from ._streams.format import Float as Float
 
 # Loaded on first use, so that `revnet --help` does not wait for what it does not need.
 _MODULES = {
@@ -36,7 +36,7 @@ _MODULES = {
     "Coupling": "_couplings",
     "Deterministic": "_state.random",
     "Fixed": "_streams.fixed",
-    "Float": "_streams.fixed",
+    "Float": "_streams.format",
     "Leapfrog": "_couplings",
     "MemoryReport": "_memory",
     "Midpoint": "_couplings",

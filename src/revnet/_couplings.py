@@ -15,7 +15,7 @@ from ._trees import tree_map
 
 
 class Coupling(nn.Module):
-    """How a step updates its target stream with the output of its branch, and how that is undone.
+    """Update the target stream of a step with the output of its branch, and undo that.
 
     A rule of the form `scale(out) · target + increment(out)` overrides `increment`, and where the
     scale is not one, `scale` and `least_scale`. Such a rule is exact in fixed streams. Any other
@@ -65,34 +65,40 @@ class Coupling(nn.Module):
         self.approximate = approximate
 
     def receive(self, out: Any) -> Any:
-        """The branch's output as a `Step` hands it on: `out`, or `(out, aux)`."""
+        """Return the branch's output as a `Step` hands it on: `out`, or `(out, aux)`."""
         return out
 
     def scale(self, out: Any) -> Any:
-        """What the target is multiplied by: a `Fraction`, or positive factors in the structure of the target."""
+        """Return what the target is multiplied by.
+
+        A `Fraction`, or positive factors in the structure of the target.
+        """
         return Fraction(1)
 
     def increment(self, out: Any) -> Any:
-        """What is added to the target: the structure, shapes and device of the target, any floating dtype."""
+        """Return what is added to the target.
+
+        In the structure, shapes and device of the target, of any floating dtype.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} defines neither `increment` nor `combine` and `invert`"
         )
 
     def combine(self, target: Any, out: Any) -> Any:
-        """The target after the step."""
+        """Return the target after the step."""
         increment = fitting(target, self.increment(out))
         if self.scales:
             target = _scaled(target, self.scale(out), _multiply)
         return tree_map(_add, target, increment)
 
     def invert(self, target: Any, out: Any) -> Any:
-        """The target before the step, from the target after it."""
+        """Return the target before the step, from the target after it."""
         target = tree_map(_subtract, target, self.increment(out))
         return _scaled(target, self.scale(out), _divide) if self.scales else target
 
     @property
     def bits_per_step(self) -> float:
-        """Bits that fixed streams must remember to undo one step exactly, at most, per element of the target."""
+        """Return how many bits per element fixed streams remember, at most, to undo one step."""
         return -math.log2(self.least_scale) if self.least_scale else 0.0
 
     def extra_repr(self) -> str:
@@ -100,7 +106,7 @@ class Coupling(nn.Module):
 
 
 class Additive(Coupling):
-    """`y = x + f`, undone by `x = y - f`.
+    """Compute `y = x + f`, undone by `x = y - f`.
 
     Reference: Dinh et al. 2014, arXiv:1410.8516; Gomez et al. 2017, arXiv:1707.04585.
     """
@@ -110,7 +116,7 @@ class Additive(Coupling):
 
 
 class _Scheme(Coupling):
-    """`y = x + multiple · h · f`."""
+    """Compute `y = x + multiple · h · f`."""
 
     multiple = 1.0
 
@@ -126,7 +132,9 @@ class _Scheme(Coupling):
 
 
 class Midpoint(_Scheme):
-    """`x[n+1] = x[n-1] + 2h · f(x[n])`: two streams hold `x[n-1]` and `x[n]`, and steps update them in turn.
+    """Compute `x[n+1] = x[n-1] + 2h · f(x[n])`.
+
+    Two streams hold `x[n-1]` and `x[n]`, and steps update them in turn.
 
     Args:
         step_size: h.
@@ -138,7 +146,9 @@ class Midpoint(_Scheme):
 
 
 class Leapfrog(_Scheme):
-    """`v += h · f(x)`, then `x += h · v`: one step with the force f, one with `fn=None` that reads v.
+    """Compute `v += h · f(x)`, then `x += h · v`.
+
+    One step has the force f, one has `fn=None` and reads v.
 
     The same trajectory as `x[n+1] = 2 x[n] - x[n-1] + h² · f(x[n])` (Störmer and Verlet), and for a
     Hamiltonian H(x, v) = T(v) + U(x) with f = -∂U/∂x and ∂T/∂v in place of v, the symplectic
@@ -152,7 +162,7 @@ class Leapfrog(_Scheme):
 
 
 class Momentum(Coupling):
-    """`v = γ · v + (1 - γ) · f(x)`, followed by a step with `fn=None` that adds v to x.
+    """Compute `v = γ · v + (1 - γ) · f(x)`, followed by a step with `fn=None` that adds v to x.
 
     Args:
         gamma: γ, between 0 and 1: a fraction, or a decimal number of at most four digits. In fixed
@@ -189,7 +199,9 @@ _LARGEST_DENOMINATOR = 10_000
 
 
 class Affine(Coupling):
-    """`y = x · exp(s) + t`, undone by `x = (y - t) · exp(-s)`; the branch returns `(s, t)` side by side along `dim`.
+    """Compute `y = x · exp(s) + t`, undone by `x = (y - t) · exp(-s)`.
+
+    The branch returns `(s, t)` side by side along `dim`.
 
     The log-scale is bounded: `s = limit · tanh(raw / limit)`. The log-determinant of the step is
     the sum of s.
@@ -246,7 +258,9 @@ class Affine(Coupling):
 
 
 class Bijection(Coupling):
-    """`y = module(x)`, undone by `module.inverse(y)` or by a second module; the step has `fn=None`.
+    """Compute `y = module(x)`, undone by `module.inverse(y)` or by a second module.
+
+    The step has `fn=None`.
 
     To mix two streams by a matrix, three additive steps with linear branches do, which fixed
     streams undo in every bit.
@@ -327,7 +341,7 @@ def _number(fraction: Fraction) -> float:
 
 
 def fitting(target: Any, out: Any) -> Any:
-    """`out`, after a check that each of its tensors can be added to its counterpart in `target`."""
+    """Return `out` after a check that each of its tensors can be added to its counterpart."""
     if not isinstance(target, Tensor):
         if pytree.tree_structure(target) != pytree.tree_structure(out):
             raise ValueError(

@@ -22,7 +22,8 @@ from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._state.modules import Memory
 from ._step import BoundStep, Step
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
-from ._streams.fixed import Fixed, Float, fitting_fraction_bits
+from ._streams.fixed import Fixed, fitting_fraction_bits
+from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
 from ._trees import tree_leaves
 

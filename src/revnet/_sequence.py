@@ -32,7 +32,7 @@ from ._routing import Routes, check_keywords, check_routes, route_args
 from ._state.fsdp import LOW_PRECISION
 from ._step import BoundStep
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
-from ._streams.fixed import Held
+from ._streams.format import Held
 from ._torch import saved_tensor_hooks
 
 _ADDITIVE = Additive()

@@ -9,14 +9,14 @@ from torch.utils import _pytree as pytree
 
 
 def tree_map(fn: Any, tree: Any, *rest: Any) -> Any:
-    """`fn` over the tensors of equally structured trees; the usual tree, one tensor, costs nothing extra."""
+    """Return `fn` of the tensors of equally structured trees."""
     if isinstance(tree, Tensor):
         return fn(tree, *rest)
     return pytree.tree_map(fn, tree, *rest)
 
 
 def tree_unzip(fn: Any, tree: Any, *rest: Any) -> tuple[Any, ...]:
-    """The trees of first, second ... members of the tuples that `fn` gives for each tensor of `tree`."""
+    """Return the trees of first, second … members of the tuples that `fn` gives for each tensor."""
     if isinstance(tree, Tensor):
         return tuple(fn(tree, *rest))
     leaves, spec = pytree.tree_flatten(tree)
@@ -25,7 +25,7 @@ def tree_unzip(fn: Any, tree: Any, *rest: Any) -> tuple[Any, ...]:
 
 
 def tree_leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree."""
+    """Return the tensors of a tree."""
     if isinstance(tree, Tensor):
         return [tree]
     return pytree.tree_leaves(tree)

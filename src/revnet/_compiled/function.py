@@ -27,8 +27,10 @@ from .._errors import ReversibleError
 from .._execution import Execution
 from .._step import BoundStep, branch_output
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._streams.autograd import fixed_add
 from .._streams.buffer import BufferedStream
-from .._streams.fixed import Fixed, Held, fixed_add
+from .._streams.fixed import Fixed
+from .._streams.format import Held
 from .._streams.monitor import RangeMonitor
 from .purity import hooked, inspecting, reason
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._errors import ReversibleError
-from .._streams.fixed import checksum
+from .._streams.checksum import checksum
 from .._trees import tree_leaves
 from .tape import Record
 

@@ -1,1 +1,1 @@
-"""How streams are held between steps, and the arithmetic of a step on them."""
+"""Hold streams between steps, and compute a step on them."""

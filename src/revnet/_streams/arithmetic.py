@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,8 +14,17 @@ from .._couplings import Coupling, fitting
 from .._errors import ReversibleError
 from .._step import branch_output
 from .._trees import tree_map, tree_unzip
-from .buffer import BufferedStream, divide, multiply
-from .fixed import Fixed, Held, fixed_add, fixed_encode, straight_through
+from . import scaled
+from .autograd import Valued, fixed_add, fixed_encode, straight_through
+from .buffer import (
+    BufferedStream,
+    divide,
+    multiply,
+    multiply_and_add,
+    subtract_and_divide,
+)
+from .fixed import Fixed
+from .format import Held
 from .monitor import RangeMonitor
 
 # A stream under way is a pair: its value, which branches read and gradients flow through, and how
@@ -52,7 +62,7 @@ class FloatArithmetic:
 
 
 class FixedArithmetic:
-    """Steps on fixed-point streams, which are held as the values that branches read and integers left over.
+    """Steps on fixed-point streams, held as the values that branches read and integers left over.
 
     A target is multiplied by a ratio n/d of integers without loss: the remainder of its division by
     d goes to an information buffer, and what the multiplication by n leaves open is filled from
@@ -87,6 +97,11 @@ class FixedArithmetic:
 
             held = _added(held, value, fitting(value, coupling.increment(out)), add)
             return _stream(held).value, held
+        if ratio := self._ratio(coupling, out):
+            increment = fitting(value, coupling.increment(out))
+            held = _read_as(held, value)
+            held = multiply_and_add(held, ratio, increment, self.fixed, self.monitor, index)
+            return held.stream.value, held
         # The gradient is that of the rule on floats; the value, below, that of the fixed-point
         # numbers.
         like = coupling.combine(value, out)
@@ -103,7 +118,7 @@ class FixedArithmetic:
                 return self.fixed.add(held, increment, self.monitor, index)
 
             held = _added(held, held.stream.value, coupling.increment(out), add)
-        valued = straight_through if torch.compiler._is_exporting_flag else _Valued.apply
+        valued = straight_through if torch.compiler._is_exporting_flag else Valued.apply
         return tree_map(valued, like, held.stream.value), held
 
     def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
@@ -112,6 +127,8 @@ class FixedArithmetic:
             held = _moved(
                 held, lambda part: coupling.invert(part, out), coupling.invert(value, out)
             )
+        elif ratio := self._ratio(coupling, out):
+            held = subtract_and_divide(held, ratio, coupling.increment(out), self.fixed)
         else:
             held = _added(held, value, coupling.increment(out), self.fixed.subtract)
             if coupling.scales:
@@ -120,6 +137,16 @@ class FixedArithmetic:
 
     def read(self, held: Any) -> Any:
         return _stream(held).value
+
+    def _ratio(self, coupling: Coupling, out: Any) -> Fraction | None:
+        """Return the constant factor of a rule whose steps are computed in one pass, else None."""
+        if not (coupling.scales and coupling.linear and isinstance(coupling.least_scale, Fraction)):
+            return None
+        with torch.no_grad():
+            scale = coupling.scale(out)
+        if not isinstance(scale, Fraction):
+            return None
+        return scale if scaled.takes(scale.numerator, scale.denominator, self.fixed) else None
 
 
 def undo(
@@ -130,34 +157,22 @@ def undo(
     coupling: Coupling,
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Put the target before a step in place of the target after it; streams as floats, differentiable."""
+    """Put the target before a step in place of the target after it; differentiable, on floats."""
     if target in source:
         raise ReversibleError(f"a step that reads its target, stream {target}, has no inverse")
     out = fn(*(streams[i] for i in source), **kwargs)
     streams[target] = coupling.invert(streams[target], branch_output(out, streams[target])[0])
 
 
-class _Valued(torch.autograd.Function):
-    """The second of two tensors of equal shape, with the gradient of the first."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(like: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        return grads[0], None
-
-
 def _stream(held: Any) -> Held:
     stream: Held = held.stream if isinstance(held, BufferedStream) else held
     return stream
+
+
+def _read_as(held: Any, value: Any) -> Any:
+    """Return a held stream with this value, which has a gradient."""
+    stream = Held(value, _stream(held).residual)
+    return replace(held, stream=stream) if isinstance(held, BufferedStream) else stream
 
 
 def _added(held: Any, value: Any, increment: Any, add: Callable[[Held, Tensor], Held]) -> Any:

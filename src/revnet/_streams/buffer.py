@@ -1,8 +1,7 @@
-"""Integers multiplied by ratios without loss: what a division leaves over is remembered in a buffer.
+"""Streams multiplied by ratios without loss: what a division leaves over is kept in a buffer.
 
-To multiply a count by n/d, it is multiplied by n, topped up with a digit of base n from the buffer,
-and divided by d. The remainder goes to the buffer as a digit of base d. Both directions are the
-same exchange, with n and d swapped.
+A buffer is as narrow as the largest number that it can hold. It widens as steps multiply, and a new
+one is begun where the widest that pays is full.
 
 Reference: Maclaurin et al. 2015, arXiv:1502.03492, section 3.2; MacKay et al. 2018,
 arXiv:1810.10999.
@@ -14,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,19 +21,30 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._trees import tree_map, tree_unzip
-from .fixed import Fixed, Held
+from . import scaled
+from .autograd import scaled_add
+from .fixed import Fixed
+from .format import Held
 from .monitor import RangeMonitor
+from .reference import MASKS, exchange, widened
 
-# The denominator of factors that are tensors, and what a buffer may hold.
+# The denominator of factors that are tensors.
 _DENOMINATOR = 2**24
 # Larger numerators times a remainder would overflow.
 _LARGEST_NUMERATOR = 2**38
-_LARGEST = 2**63 - 1
+# The largest number that a buffer of each type may hold.
+_LARGEST = {**MASKS, torch.int64: 2**63 - 1}
 
 
 @dataclass(eq=False, frozen=True)
 class _Past:
-    """The multiplications so far, latest first: how large the buffer may be, and whether a new one was begun."""
+    """Remember the multiplications so far, latest first.
+
+    Args:
+        bound: the largest number that the buffer may hold after this multiplication.
+        begun: whether it began the buffer.
+        before: the multiplication before it.
+    """
 
     bound: int
     begun: bool
@@ -42,7 +53,7 @@ class _Past:
 
 @dataclass(eq=False, frozen=True)
 class BufferedStream:
-    """A held stream that was multiplied: the stream, a buffer for each number, and the buffers that are full."""
+    """Hold a stream that was multiplied, a buffer for each number, and the full buffers."""
 
     stream: Held
     buffer: Any
@@ -50,7 +61,7 @@ class BufferedStream:
     past: _Past | None
 
     def map(self, fn: Callable[[Any], Any], value: Any) -> BufferedStream:
-        """The same with another value, and `fn` of each tree of integers."""
+        """Return the same with another value, and `fn` of each tree of integers."""
         full = [fn(buffer) for buffer in self.full]
         return BufferedStream(
             Held(value, fn(self.stream.residual)), fn(self.buffer), full, self.past
@@ -70,10 +81,66 @@ pytree.register_pytree_node(
 )
 
 
+def multiply_and_add(
+    held: Any,
+    ratio: Fraction,
+    increment: Any,
+    fixed: Fixed,
+    monitor: RangeMonitor | None,
+    step: int,
+) -> BufferedStream:
+    """Return `ratio · held + increment`, differentiable; `scaled.takes` the ratio.
+
+    Args:
+        held: a stream, or what another multiplication returned.
+        ratio: the factor.
+        increment: a tree of floating-point tensors in the shapes of the stream.
+        fixed: the format of the stream.
+        monitor: told where a sum leaves the range; `step` is the number it reports.
+        step: see `monitor`.
+    """
+    n, d = ratio.numerator, ratio.denominator
+    past, begun, buffer, full = _advanced(held, n, d, _widest(n, d))
+    stream = held.stream if isinstance(held, BufferedStream) else held
+
+    def leaf(
+        value: Tensor, residual: Tensor, addend: Tensor, buffer: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        held, after = scaled_add(
+            Held(value, residual), buffer, addend, (n, d), _dtype(past.bound), fixed, monitor, step
+        )
+        return *held, after
+
+    value, residual, buffer = tree_unzip(leaf, *stream, increment, *(() if begun else (buffer,)))
+    return BufferedStream(Held(value, residual), buffer, full, past)
+
+
+def subtract_and_divide(held: BufferedStream, ratio: Fraction, increment: Any, fixed: Fixed) -> Any:
+    """Return what `multiply_and_add` was given."""
+    past = held.past
+    assert past is not None, "divided more often than multiplied"
+    width = None if past.begun or past.before is None else _dtype(past.before.bound)
+
+    def leaf(value: Tensor, residual: Tensor, addend: Tensor, buffer: Tensor) -> tuple[Any, ...]:
+        held, before = scaled.subtract_and_divide(
+            Held(value, residual),
+            buffer,
+            addend,
+            (ratio.numerator, ratio.denominator),
+            width,
+            fixed,
+        )
+        # A tree has no place for None: the buffer that is not wanted stands for it.
+        return *held, buffer if before is None else before
+
+    value, residual, buffer = tree_unzip(leaf, *held.stream, increment, held.buffer)
+    return _before(held, Held(value, residual), buffer)
+
+
 def multiply(
     held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int
 ) -> BufferedStream:
-    """A held stream times `scale`.
+    """Return a held stream times `scale`.
 
     Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by
     less than the resolution of the format times one plus the factor.
@@ -85,14 +152,12 @@ def multiply(
         fixed: the format of the stream.
         monitor: told where a product leaves the range, or a factor its bounds; `step` is the number
             it reports.
+        step: see `monitor`.
     """
-    if not isinstance(held, BufferedStream):
-        held = BufferedStream(held, tree_map(_empty, held.residual), [], None)
     numerators, denominator, least = _ratio(scale, least)
-    bound, buffer, full = 0 if held.past is None else held.past.bound, held.buffer, held.full
-    begun = _after(bound, least, denominator) > _LARGEST
-    if begun:
-        bound, buffer, full = 0, tree_map(_empty, buffer), [*full, buffer]
+    past, begun, buffer, full = _advanced(held, least, denominator, torch.int64)
+    stream = held.stream if isinstance(held, BufferedStream) else held
+    width = _dtype(past.bound)
 
     def times(stream: Held, buffer: Tensor, numerator: Any) -> tuple[Held, Tensor]:
         count, known = fixed.counts(stream)
@@ -104,35 +169,64 @@ def multiply(
             )
             monitor.observe(known & ~inside, magnitude.float(), step)
         numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
-        count, buffer = _exchange(count, buffer, numerator, denominator)
-        return fixed.held(count, known & inside, stream.value.dtype), buffer
+        wide = widened(None if begun else buffer, count)
+        count, wide = exchange(count, wide, numerator, denominator)
+        return fixed.held(count, known & inside, stream.value.dtype), wide.to(width)
 
-    stream, buffer = _over(times, numerators, held.stream, buffer)
-    return BufferedStream(
-        stream, buffer, full, _Past(_after(bound, least, denominator), begun, held.past)
-    )
+    # Where there is no buffer yet, the residual stands in its place and is not read.
+    stream, buffer = _over(times, numerators, stream, stream.residual if begun else buffer)
+    return BufferedStream(stream, buffer, full, past)
 
 
 def divide(held: BufferedStream, scale: Any, least: Any, fixed: Fixed) -> Any:
-    """What `multiply` was given."""
+    """Return what `multiply` was given."""
     numerators, denominator, least = _ratio(scale, least)
+    past = held.past
+    assert past is not None, "divided more often than multiplied"
+    width = torch.int64 if past.before is None else _dtype(past.before.bound)
 
     def over(stream: Held, buffer: Tensor, numerator: Any) -> tuple[Held, Tensor]:
         count, known = fixed.counts(stream)
         numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
-        count, buffer = _exchange(count, buffer, denominator, numerator)
-        return fixed.held(count, known, stream.value.dtype), buffer
+        count, wide = exchange(count, widened(buffer, count), denominator, numerator)
+        return fixed.held(count, known, stream.value.dtype), wide.to(width)
 
     stream, buffer = _over(over, numerators, held.stream, held.buffer)
+    return _before(held, stream, buffer)
+
+
+def _advanced(
+    held: Any, least: int, denominator: int, widest: torch.dtype
+) -> tuple[_Past, bool, Any, list[Any]]:
+    """Return the past after one more multiplication, and the buffers that it goes on with.
+
+    The buffer is None where the multiplication begins one.
+    """
+    if not isinstance(held, BufferedStream) or held.past is None:
+        return _Past(denominator - 1, True, None), True, None, []
+    bound = _after(held.past.bound, least, denominator)
+    if bound > _LARGEST[widest]:
+        past = _Past(denominator - 1, True, held.past)
+        return past, True, None, [*held.full, held.buffer]
+    return _Past(bound, False, held.past), False, held.buffer, held.full
+
+
+def _before(held: BufferedStream, stream: Held, buffer: Any) -> Any:
+    """Return a stream with the buffers that it had before the latest multiplication."""
     past, full = held.past, held.full
-    assert past is not None, "divided more often than multiplied"
+    assert past is not None
+    if past.before is None:
+        return stream
     if past.begun:
         *full, buffer = full
-    return stream if past.before is None else BufferedStream(stream, buffer, full, past.before)
+    return BufferedStream(stream, buffer, full, past.before)
 
 
 def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
-    """Numerators, zero where a factor is out of bounds or not a number; the denominator; the smallest numerator."""
+    """Return numerators, the denominator, and the smallest numerator.
+
+    A numerator is zero where a factor is out of bounds or not a number.
+    """
     if isinstance(scale, Fraction):
         return scale.numerator, scale.denominator, scale.numerator
 
@@ -162,17 +256,32 @@ def _over(
     return Held(value, residual), buffer
 
 
-def _exchange(count: Tensor, buffer: Tensor, n: Any, d: Any) -> tuple[Tensor, Tensor]:
-    """Multiply by n/d."""
-    quotient = count.div(d, rounding_mode="floor")
-    rest = (count - quotient * d) * n + buffer.remainder(n)
-    buffer = buffer.div(n, rounding_mode="floor") * d + rest.remainder(d)
-    return quotient * n + rest.div(d, rounding_mode="floor"), buffer
-
-
 def _after(bound: int, least: int, denominator: int) -> int:
+    """Return the largest number in a buffer after an exchange."""
     return (bound // least) * denominator + denominator - 1
 
 
-def _empty(count: Tensor) -> Tensor:
-    return torch.zeros_like(count, dtype=torch.int64)
+def _dtype(bound: int) -> torch.dtype:
+    """Return the narrowest type of a buffer that holds numbers up to this one."""
+    return next(dtype for dtype, largest in _LARGEST.items() if bound <= largest)
+
+
+@cache
+def _widest(n: int, d: int) -> torch.dtype:
+    """Return the type up to which a buffer of remainders of n/d widens before a new one is begun.
+
+    The narrowest that holds nine tenths as many steps per byte as the best: each step reads and
+    writes the buffer that is not full.
+    """
+    if d == 1:
+        return torch.uint8
+    steps = {dtype: _steps(n, d, largest) / dtype.itemsize for dtype, largest in MASKS.items()}
+    return next(dtype for dtype in steps if steps[dtype] >= 0.9 * max(steps.values()))
+
+
+def _steps(n: int, d: int, largest: int) -> int:
+    """Return how many multiplications by n/d one buffer serves."""
+    bound = steps = 0
+    while (bound := _after(bound, n, d)) <= largest and steps < 10_000:
+        steps += 1
+    return steps

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The fused combine of fixed-point streams for CUDA, in Triton. Bit for bit the arithmetic of `_streams.Fixed`."""
+"""The fused combine of fixed-point streams for CUDA, in Triton: the arithmetic of `reference`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,63 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
+from .reference import MASKS
+
 if TYPE_CHECKING:
-    from .fixed import Held
+    from .format import Held
 
 
 @triton.jit
 def _wide(x):
-    """x in the type in which scaling by a power of two is exact."""
+    """Return x in the type in which scaling by a power of two is exact."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def _count(value_ptr, residual_ptr, place, mask, SCALE: tl.constexpr):
+    """Return the integers of a stream, and where it is a number."""
+    value = _wide(tl.load(value_ptr + place, mask=mask, other=0.0))
+    known = value == value
+    # Read and written once per combine: residuals need not push the values out of the cache.
+    count = tl.load(residual_ptr + place, mask=mask, other=0, eviction_policy="evict_first").to(
+        tl.int64
+    )
+    return count + tl.where(known, value * SCALE, 0.0).to(tl.int64), known
+
+
+@triton.jit
+def _rounded(increment, SCALE: tl.constexpr, INTEGERS: tl.constexpr):
+    """Return an increment as an integer, its magnitude, and whether the integer fits."""
+    magnitude = tl.abs(increment)
+    scaled = magnitude * SCALE
+    # Adding and subtracting 2^23 (2^52) rounds half to even; from there on every float is an
+    # integer.
+    rounded = tl.where(scaled < INTEGERS, (scaled + INTEGERS) - INTEGERS, scaled)
+    fits = rounded < 2.0**62
+    count = tl.where(fits, rounded, 0.0).to(tl.int64)
+    return tl.where(increment < 0, -count, count), magnitude, fits
+
+
+@triton.jit
+def _report(finding_ptr, bad, total, magnitude, fits, key, unit):
+    """Remember the largest magnitude out of range."""
+    if tl.max(bad.to(tl.int32), axis=0) > 0:
+        found = tl.where(fits, tl.abs(total).to(tl.float32) * unit, magnitude.to(tl.float32))
+        found = tl.where(bad, found.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
+        tl.atomic_max(finding_ptr, tl.max(found, axis=0), sem="relaxed")
+
+
+@triton.jit
+def _store(new_value_ptr, new_residual_ptr, place, mask, total, inside, unit, SCALE: tl.constexpr):
+    """Write integers as a stream, NaN where they are not inside the range."""
+    dtype: tl.constexpr = new_value_ptr.dtype.element_ty
+    # The unit is no constant: a product with one would be left out, and int64 then go to bfloat16
+    # in one rounding.
+    new = (total.to(tl.float64 if dtype == tl.float64 else tl.float32) * unit).to(dtype)
+    rest = tl.where(inside, total - (_wide(new) * SCALE).to(tl.int64), 0)
+    tl.store(new_value_ptr + place, tl.where(inside, new, float("nan")).to(dtype), mask=mask)
+    rest = rest.to(new_residual_ptr.dtype.element_ty)
+    tl.store(new_residual_ptr + place, rest, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["key", "unit"])
@@ -45,37 +94,74 @@ def _combine(
     total = tl.zeros((BLOCK,), tl.int64)
     known = total == 0
     if value_ptr is not None:
-        value = _wide(tl.load(value_ptr + place, mask=mask, other=0.0))
-        known = value == value
-        # Read and written once per combine: residuals need not push the values out of the cache.
-        total = tl.load(residual_ptr + place, mask=mask, other=0, eviction_policy="evict_first").to(
-            tl.int64
-        )
-        total += tl.where(known, value * SCALE, 0.0).to(tl.int64)
+        total, known = _count(value_ptr, residual_ptr, place, mask, SCALE)
     increment = _wide(tl.load(increment_ptr + place, mask=mask, other=0.0))
-    magnitude = tl.abs(increment)
-    scaled = magnitude * SCALE
-    # Adding and subtracting 2^23 (2^52) rounds half to even; from there on every float is an
-    # integer.
-    rounded = tl.where(scaled < INTEGERS, (scaled + INTEGERS) - INTEGERS, scaled)
-    fits = rounded < 2.0**62
-    count = tl.where(fits, rounded, 0.0).to(tl.int64)
-    total += tl.where(increment < 0, -SIGN * count, SIGN * count)
+    count, magnitude, fits = _rounded(increment, SCALE, INTEGERS)
+    total += SIGN * count
     inside = known & fits & (total < BOUND) & (total > -BOUND)
     if finding_ptr is not None:
-        bad = mask & known & ~inside
-        if tl.max(bad.to(tl.int32), axis=0) > 0:
-            found = tl.where(fits, tl.abs(total).to(tl.float32) * unit, magnitude.to(tl.float32))
-            found = tl.where(bad, found.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
-            tl.atomic_max(finding_ptr, tl.max(found, axis=0), sem="relaxed")
-    dtype: tl.constexpr = new_value_ptr.dtype.element_ty
-    # The unit is no constant: a product with one would be left out, and int64 then go to bfloat16
-    # in one rounding.
-    new = (total.to(tl.float64 if dtype == tl.float64 else tl.float32) * unit).to(dtype)
-    rest = tl.where(inside, total - (_wide(new) * SCALE).to(tl.int64), 0)
-    tl.store(new_value_ptr + place, tl.where(inside, new, float("nan")).to(dtype), mask=mask)
-    rest = rest.to(new_residual_ptr.dtype.element_ty)
-    tl.store(new_residual_ptr + place, rest, mask=mask, eviction_policy="evict_first")
+        _report(finding_ptr, mask & known & ~inside, total, magnitude, fits, key, unit)
+    _store(new_value_ptr, new_residual_ptr, place, mask, total, inside, unit, SCALE)
+
+
+@triton.jit
+def _exchange(count, buffer, N: tl.constexpr, D: tl.constexpr, SHIFT: tl.constexpr):
+    """Return counts times N/D and the buffer after the exchange of digits."""
+    # SHIFT · D is above every count: divisions of what is not negative round down.
+    shifted = count + SHIFT * D
+    quotient = shifted // D
+    rest = (shifted - quotient * D) * N + buffer % N
+    buffer = (buffer // N) * D + rest % D
+    return (quotient - SHIFT) * N + rest // D, buffer
+
+
+@triton.jit(do_not_specialize=["key", "unit"])
+def _scale(
+    value_ptr,
+    residual_ptr,
+    buffer_ptr,
+    increment_ptr,
+    new_value_ptr,
+    new_residual_ptr,
+    new_buffer_ptr,
+    finding_ptr,
+    size,
+    key,
+    unit,
+    SIGN: tl.constexpr,
+    SCALE: tl.constexpr,
+    BOUND: tl.constexpr,
+    INTEGERS: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    SHIFT: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiply by N/D and add (SIGN = 1), or subtract and multiply (-1); buffers may be None."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < size
+    total, known = _count(value_ptr, residual_ptr, place, mask, SCALE)
+    buffer = tl.zeros((BLOCK,), tl.int64)
+    if buffer_ptr is not None:
+        buffer = tl.load(buffer_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
+        # Narrow buffers are unsigned integers in memory of signed ones.
+        buffer = buffer.to(tl.int64) & MASK
+    increment = _wide(tl.load(increment_ptr + place, mask=mask, other=0.0))
+    count, magnitude, fits = _rounded(increment, SCALE, INTEGERS)
+    if SIGN > 0:
+        total, buffer = _exchange(total, buffer, N, D, SHIFT)
+    total += SIGN * count
+    inside = known & fits & (total < BOUND) & (total > -BOUND)
+    if finding_ptr is not None:
+        _report(finding_ptr, mask & known & ~inside, total, magnitude, fits, key, unit)
+    if SIGN < 0:
+        total, buffer = _exchange(tl.where(inside, total, 0), buffer, N, D, SHIFT)
+        inside = inside & (total < BOUND) & (total > -BOUND)
+    if new_buffer_ptr is not None:
+        buffer = buffer.to(new_buffer_ptr.dtype.element_ty)
+        tl.store(new_buffer_ptr + place, buffer, mask=mask, eviction_policy="evict_first")
+    _store(new_value_ptr, new_residual_ptr, place, mask, total, inside, unit, SCALE)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -108,25 +194,71 @@ def launch(
         sign: 1 adds, -1 subtracts.
         fraction_bits: of the format.
         bound: magnitudes from this integer on are out of range.
-        key: of the step, see `_monitor.RangeMonitor`.
+        key: of the step, see `monitor.key_of`.
     """
+    tensors = (*(held or (None, None)), increment, *new, finding)
+    which = (sign, fraction_bits, held is None, finding is None)
+    numbers = (sign, 2.0**fraction_bits, bound, _integers(increment))
+    return _launch(_combine, tensors, increment, (key, 2.0**-fraction_bits), numbers, which)
+
+
+def launch_scaled(
+    held: Held,
+    buffer: Tensor | None,
+    increment: Tensor,
+    new: Held,
+    new_buffer: Tensor | None,
+    finding: Tensor | None,
+    sign: int,
+    ratio: tuple[int, int],
+    fraction_bits: int,
+    bound: int,
+    key: int,
+) -> bool:
+    """Multiply by a ratio and add, or undo that, in one pass; False where Triton does not work.
+
+    Args:
+        held: the stream.
+        buffer: the remainders so far; None where there are none.
+        increment: floating point.
+        new: receives the stream.
+        new_buffer: receives the remainders; None where there are none.
+        finding: see `launch`.
+        sign: 1 multiplies and adds, -1 subtracts and divides.
+        ratio: n and d.
+        fraction_bits: of the format.
+        bound: see `launch`.
+        key: see `launch`.
+    """
+    n, d = ratio if sign > 0 else ratio[::-1]
+    tensors = (*held, buffer, increment, *new, new_buffer, finding)
+    widths = tuple(None if x is None else x.dtype for x in (buffer, new_buffer))
+    which = (sign, fraction_bits, ratio, widths, finding is None)
+    mask = None if buffer is None else MASKS[buffer.dtype]
+    numbers = (sign, 2.0**fraction_bits, bound, _integers(increment), n, d, 2**53 // d + 1, mask)
+    return _launch(_scale, tensors, increment, (key, 2.0**-fraction_bits), numbers, which)
+
+
+def _integers(increment: Tensor) -> float:
+    """Return the magnitude from which on every number of the working type is an integer."""
+    return 2.0**52 if increment.dtype == torch.float64 else 2.0**23
+
+
+def _launch(
+    kernel: Any,
+    tensors: tuple[Tensor | None, ...],
+    increment: Tensor,
+    varying: tuple[int, float],
+    constants: tuple[Any, ...],
+    which: tuple[Any, ...],
+) -> bool:
+    """Launch a kernel; `which` tells its builds apart, beside dtypes and devices."""
     if _state["broken"]:
         return False
     size = increment.numel()
     if size == 0:
         return True
-    tensors = (*(held or (None, None)), increment, *new, finding)
-    arguments = (
-        *tensors,
-        size,
-        key,
-        2.0**-fraction_bits,
-        sign,
-        2.0**fraction_bits,
-        bound,
-        2.0**52 if increment.dtype == torch.float64 else 2.0**23,
-        _BLOCK,
-    )
+    arguments = (*tensors, size, *varying, *constants, _BLOCK)
     grid, device = (-(-size // _BLOCK), 1, 1), increment.get_device()
     # Triton builds another kernel where numbers or addresses are not multiples of 16, and of
     # numbers beyond 32 bits.
@@ -135,19 +267,20 @@ def launch(
         and size < 2**31
         and not any(x.data_ptr() % 16 for x in tensors if x is not None)
     )
-    dtypes = increment.dtype, new.value.dtype
-    which = (device, dtypes, held is None, finding is None, sign, fraction_bits) if usual else None
+    # Where a stream is encoded, the increment comes first, in the dtype of the stream.
+    stream = next(x for x in tensors if x is not None)
+    build = (kernel, device, increment.dtype, stream.dtype, *which) if usual else None
     try:
         # Triton's interpreter runs it on the CPU.
         elsewhere = increment.is_cuda and device != torch.cuda.current_device()
         with torch.cuda.device_of(increment) if elsewhere else _NOTHING:
-            kernel = _built.get(which)
-            if kernel is not None:
-                kernel[grid](*arguments)
+            built = _built.get(build)
+            if built is not None:
+                built[grid](*arguments)
             else:
-                kernel = _combine[grid](*arguments, num_warps=_WARPS)
-                if usual and kernel is not None:
-                    _built[which] = kernel
+                built = kernel[grid](*arguments, num_warps=_WARPS)
+                if usual and built is not None:
+                    _built[build] = built
     except Exception as error:
         if _state["launched"]:
             raise

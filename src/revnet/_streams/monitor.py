@@ -1,4 +1,4 @@
-"""What devices tell the host about fixed-point streams, without synchronisation: which step left the range."""
+"""Tell the host, without synchronisation, which step of fixed-point streams left the range."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 class OutOfRange(NamedTuple):
-    """The first step at which a stream left its range, and the largest magnitude there (infinity and NaN included)."""
+    """Name the first step at which a stream left its range, and the largest magnitude there.
+
+    The magnitude may be infinity or NaN.
+    """
 
     step: int
     magnitude: float
@@ -24,6 +27,7 @@ _LAST_STEP = 2**31 - 2
 
 
 def key_of(step: int) -> int:
+    """Return what orders the findings of a step before those of later steps."""
     return (_LAST_STEP - step) << 32
 
 
@@ -35,7 +39,7 @@ def _finding(key: int) -> OutOfRange:
 
 @dataclass
 class _Cell:
-    """What one device writes and the host reads. On the CPU both are the same memory."""
+    """Hold what one device writes and the host reads; on the CPU both are the same memory."""
 
     key: Tensor
     host: Tensor
@@ -45,7 +49,7 @@ class _Cell:
 
 
 class RangeMonitor:
-    """Learns from the device, without synchronisation, which step left the range of its stream.
+    """Learn from the device, without synchronisation, which step left the range of its stream.
 
     One for a sequence. The memory on the devices is not copied and not pickled: a copy starts
     empty. Memory is allocated by `prepare`, or in the first call on a device; a CUDA graph can be
@@ -60,7 +64,7 @@ class RangeMonitor:
 
     @classmethod
     def writing_to(cls, key: Tensor) -> RangeMonitor:
-        """One whose findings go to this memory, int64 of one element."""
+        """Return a monitor whose findings go to this memory, int64 of one element."""
         monitor = cls()
         monitor._cells[key.device] = _Cell(key, key)
         return monitor
@@ -96,7 +100,7 @@ class RangeMonitor:
         return cell
 
     def observe(self, bad: Tensor, magnitude: Tensor, step: int) -> None:
-        """Remember, on the device, the largest magnitude (float32) where `bad` holds, as found at this step."""
+        """Remember on the device the largest magnitude (float32) where `bad` holds at this step."""
         bad, magnitude = _local(bad), _local(magnitude)
         if bad.numel() == 0 or is_fake(bad):
             return
@@ -117,7 +121,7 @@ class RangeMonitor:
         key.copy_(torch.maximum(key, found.amax()))
 
     def sample(self, increment: Tensor, unit: float, step: int) -> None:
-        """Measure, in the 1st, 2nd, 4th, 8th ... call of a step, how many of some increments are rounded to zero."""
+        """Measure in calls 1, 2, 4, 8 … of a step how many increments are rounded to zero."""
         calls = self._calls[step] = self._calls.get(step, 0) + 1
         if calls & (calls - 1):
             return
@@ -163,7 +167,10 @@ class RangeMonitor:
         return _finding(key) if key else None
 
     def reset(self) -> None:
-        """Forget the findings. Waits for the devices, since a copy still under way would bring them back."""
+        """Forget the findings.
+
+        Waits for the devices, since a copy still under way would bring the findings back.
+        """
         for device, cell in self._cells.items():
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
@@ -171,7 +178,7 @@ class RangeMonitor:
             cell.host.zero_()
 
     def vanishing(self) -> dict[int, float]:
-        """Return the steps, not yet returned, where most nonzero increments were rounded to zero, and their share.
+        """Return the new steps where most nonzero increments were rounded to zero, and their share.
 
         Reads what has arrived at the host; does not wait.
         """
@@ -194,7 +201,7 @@ class RangeMonitor:
 
 
 def _keys(marked: Tensor, step: int) -> Tensor:
-    """The findings among magnitudes (float32) that were found at this step: those that are not negative."""
+    """Return the findings of a step: its magnitudes (float32) that are not negative."""
     return torch.where(marked < 0, 0, marked.view(torch.int32).to(torch.int64) + key_of(step))
 
 
@@ -203,12 +210,12 @@ _SAMPLE = 65536
 
 
 def _host(x: Tensor, device: torch.device) -> Tensor:
-    """Host memory that a device can copy to while the host goes on."""
+    """Return host memory that a device can copy to while the host goes on."""
     return x.pin_memory() if device.type == "cuda" else x
 
 
 def _local(x: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor; any other tensor as it is."""
+    """Return this rank's part of a distributed tensor; any other tensor as it is."""
     if torch.compiler.is_compiling():
         return x
     distributed = sys.modules.get("torch.distributed.tensor")
@@ -216,6 +223,7 @@ def _local(x: Tensor) -> Tensor:
 
 
 def is_fake(x: Tensor) -> bool:
+    """Return whether x is a fake tensor, which has no memory."""
     if type(x) is Tensor or torch.compiler.is_compiling():
         return False
     fakes = sys.modules.get("torch._subclasses.fake_tensor")

@@ -1,0 +1,242 @@
+"""Fixed-point additions that autograd differentiates straight through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import scaled
+from .fixed import Fixed
+from .format import Held
+from .monitor import RangeMonitor
+
+
+class _FixedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        value: Tensor,
+        residual: Tensor,
+        increment: Tensor,
+        fixed: Fixed,
+        monitor: RangeMonitor | None,
+        step: int,
+    ) -> Held:
+        return fixed.add(Held(value, residual), increment, monitor, step)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
+        ctx.increment_dtype = inputs[2].dtype
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = increment = grads[0]
+        if grad is not None and grad.dtype is not ctx.increment_dtype:
+            increment = grad.to(ctx.increment_dtype)
+        return grad, None, increment, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        batched = (
+            _batch_first(x, dim, info.batch_size)
+            for x, dim in zip(args[:3], in_dims[:3], strict=True)
+        )
+        return tuple(_FixedAdd.apply(*batched, *args[3:])), (0, 0)
+
+
+class _FixedAddNow(torch.autograd.Function):
+    """Add without transforms: `setup_context` would bind the arguments by inspection each time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        residual: Tensor,
+        increment: Tensor,
+        fixed: Fixed,
+        monitor: RangeMonitor | None,
+        step: int,
+    ) -> Held:
+        output = _FixedAdd.forward(value, residual, increment, fixed, monitor, step)
+        _FixedAdd.setup_context(ctx, (value, residual, increment), output)
+        return output
+
+    backward = _FixedAdd.backward
+
+
+class _FixedEncode(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> Held:
+        return fixed.encode(x, monitor, step)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        return grads[0], None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return tuple(
+            _FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])
+        ), (0, 0)
+
+
+def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def fixed_add(
+    held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = 0
+) -> Held:
+    """Return `fixed.add(held, increment)`, differentiable: the gradient passes straight through.
+
+    The gradient of the value goes unchanged to held's value and, in its dtype, to the increment;
+    nothing is saved.
+
+    Args:
+        held: a stream of this format.
+        increment: floating point, of held's shape or broadcast to it.
+        fixed: the format.
+        monitor: see `Fixed.add`.
+        step: see `Fixed.add`.
+    """
+    if increment.shape != held.value.shape:
+        increment = increment.expand(held.value.shape)
+    if torch.compiler._is_exporting_flag:
+        new = fixed.add(held, increment, monitor, step)
+        return Held(
+            straight_through(held.value + increment.to(held.value.dtype), new.value), new.residual
+        )
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    add = _FixedAdd if transformed else _FixedAddNow
+    return Held(*add.apply(*held, increment, fixed, monitor, step))
+
+
+def fixed_encode(
+    x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1
+) -> Held:
+    """Return `fixed.encode(x)`, differentiable straight through."""
+    if torch.compiler._is_exporting_flag:
+        held = fixed.encode(x, monitor, step)
+        return Held(straight_through(x, held.value), held.residual)
+    return Held(*_FixedEncode.apply(x, fixed, monitor, step))
+
+
+def straight_through(like: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the gradient of `like`, in operations.
+
+    Of a Function, exported programs keep only the forward.
+    """
+    return value.detach() + (like - like.detach()) if torch.is_grad_enabled() else value
+
+
+class _ScaledAdd(torch.autograd.Function):
+    """Scale and add in one pass; the gradient is that of the rule on floats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        residual: Tensor,
+        buffer: Tensor | None,
+        increment: Tensor,
+        ratio: scaled.Ratio,
+        width: torch.dtype,
+        fixed: Fixed,
+        monitor: RangeMonitor | None,
+        step: int,
+    ) -> tuple[Tensor, ...]:
+        held, after = scaled.scale_and_add(
+            Held(value, residual), buffer, increment, ratio, width, fixed, monitor, step
+        )
+        ctx.factor = ratio[0] / ratio[1]
+        ctx.dtypes = value.dtype, increment.dtype
+        ctx.mark_non_differentiable(held.residual, after)
+        ctx.set_materialize_grads(False)
+        return *held, after
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if grad is None:
+            return (None,) * 9
+        needs_value, _, _, needs_increment = ctx.needs_input_grad[:4]
+        value = torch.ops.aten.mul.Scalar(grad, ctx.factor) if needs_value else None
+        increment = grad.to(ctx.dtypes[1]) if needs_increment else None
+        return value, None, None, increment, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, value: Any, residual: Any, buffer: Any, increment: Any, *_: Any) -> Any:
+        if value is not None:
+            value = torch.ops.aten.mul.Scalar(value, ctx.factor)
+        return _sum(value, increment, ctx.dtypes[0]), None, None
+
+
+def scaled_add(
+    held: Held,
+    buffer: Tensor | None,
+    increment: Tensor,
+    ratio: scaled.Ratio,
+    width: torch.dtype,
+    fixed: Fixed,
+    monitor: RangeMonitor | None,
+    step: int,
+) -> tuple[Held, Tensor]:
+    """Return `scaled.scale_and_add`, differentiable straight through."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        factor = ratio[0] / ratio[1]
+        with torch.no_grad():
+            new, after = scaled.scale_and_add(
+                held, buffer, increment, ratio, width, fixed, monitor, step
+            )
+        # The gradient is that of the rule on floats.
+        smooth = torch.ops.aten.mul.Scalar(held.value, factor) + increment.to(held.value.dtype)
+        valued = straight_through if torch.compiler._is_exporting_flag else Valued.apply
+        return Held(valued(smooth, new.value), new.residual), after
+    value, residual, after = _ScaledAdd.apply(
+        *held, buffer, increment, ratio, width, fixed, monitor, step
+    )
+    return Held(value, residual), after
+
+
+class Valued(torch.autograd.Function):
+    """Return the second of two tensors of equal shape, with the gradient of the first."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(like: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, like: Tensor | None, value: Tensor | None) -> Tensor | None:
+        # An output that is a view of an input has a tangent that is a view of one, too.
+        return None if like is None else like.view_as(like)
+
+
+def _sum(value: Tensor | None, increment: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the sum of two tangents, of which either may be None, in this dtype."""
+    if increment is not None and increment.dtype is not dtype:
+        increment = increment.to(dtype)
+    if value is None or increment is None:
+        return increment if value is None else value
+    return value + increment

@@ -1,0 +1,116 @@
+"""A step that scales its target by a constant ratio: one pass over stream, buffer and increment.
+
+To multiply a count by n/d, it is multiplied by n, topped up with a digit of base n from the buffer,
+and divided by d. The remainder goes to the buffer as a digit of base d. Both directions are the
+same exchange, with n and d swapped.
+
+Reference: Maclaurin et al. 2015, arXiv:1502.03492, section 3.2; MacKay et al. 2018,
+arXiv:1810.10999.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cpu, format, reference
+from .fixed import Fixed, empty, fusible, launcher, like
+from .format import Held
+from .monitor import RangeMonitor, is_fake, key_of
+
+Ratio = tuple[int, int]
+
+
+def takes(n: int, d: int, fixed: Fixed) -> bool:
+    """Return whether streams may be scaled here: no product leaves the range or overflows."""
+    return 0 < n <= d < 2**16 and d * fixed.limit / fixed.unit < 2**62
+
+
+def scale_and_add(
+    held: Held,
+    buffer: Tensor | None,
+    increment: Tensor,
+    ratio: Ratio,
+    width: torch.dtype,
+    fixed: Fixed,
+    monitor: RangeMonitor | None = None,
+    step: int = 0,
+) -> tuple[Held, Tensor]:
+    """Return the stream and the buffer of `reference.scale_and_add`, fused where possible."""
+    bits = fixed.fraction_bits
+    if not _fused(held, buffer, increment, width):
+        return reference.scale_and_add(held, buffer, increment, ratio, width, bits, monitor, step)
+    if monitor is not None:
+        monitor.sample(increment, fixed.unit, step)
+    new = empty(held.value, bits)
+    after = torch.empty_like(new.value, dtype=width)
+    if new.value.numel() == 0 or is_fake(new.value):
+        return new, after
+    held = Held(like(held.value, new.value), like(held.residual, new.value))
+    buffer = None if buffer is None else like(buffer, new.value)
+    increment = like(increment, new.value)
+    if new.value.is_cpu:
+        cpu.scale_and_add(held, buffer, increment, new, after, ratio, bits, monitor, step)
+        return new, after
+    finding = None if monitor is None else monitor.prepare(new.value.device).key
+    if _launched(held, buffer, increment, new, after, finding, 1, ratio, bits, key_of(step)):
+        return new, after
+    return reference.scale_and_add(held, buffer, increment, ratio, width, bits, monitor, step)
+
+
+def subtract_and_divide(
+    held: Held,
+    buffer: Tensor,
+    increment: Tensor,
+    ratio: Ratio,
+    width: torch.dtype | None,
+    fixed: Fixed,
+) -> tuple[Held, Tensor | None]:
+    """Return the stream and the buffer that `scale_and_add` was given; width None: no buffer."""
+    bits = fixed.fraction_bits
+    new = empty(held.value, bits) if _fused(held, buffer, increment, width) else None
+    if new is not None:
+        before = None if width is None else torch.empty_like(new.value, dtype=width)
+        if new.value.numel() == 0 or is_fake(new.value):
+            return new, before
+        held = Held(like(held.value, new.value), like(held.residual, new.value))
+        buffer, increment = like(buffer, new.value), like(increment, new.value)
+        if new.value.is_cpu:
+            cpu.subtract_and_divide(held, buffer, increment, new, before, ratio, bits)
+            return new, before
+        if _launched(held, buffer, increment, new, before, None, -1, ratio, bits, 0):
+            return new, before
+    stream, rest = reference.subtract_and_divide(
+        held, buffer, increment, ratio, width or torch.int64, bits
+    )
+    return stream, None if width is None else rest
+
+
+def _fused(held: Held, buffer: Tensor | None, increment: Tensor, width: torch.dtype | None) -> bool:
+    """Return whether one fused pass may do it: plain memory, and a buffer below 2^53."""
+    dtypes = width, None if buffer is None else buffer.dtype
+    tensors = (*held, increment) if buffer is None else (*held, increment, buffer)
+    return torch.int64 not in dtypes and fusible(tensors)
+
+
+def _launched(
+    held: Held,
+    buffer: Tensor | None,
+    increment: Tensor,
+    new: Held,
+    new_buffer: Tensor | None,
+    finding: Tensor | None,
+    sign: int,
+    ratio: Ratio,
+    fraction_bits: int,
+    key: int,
+) -> bool:
+    """Write to `new` by the Triton kernel; return False where there is none."""
+    if launcher() is None:
+        return False
+    from .cuda import launch_scaled
+
+    bound = format.bound(fraction_bits, new.value.dtype)
+    return launch_scaled(
+        held, buffer, increment, new, new_buffer, finding, sign, ratio, fraction_bits, bound, key
+    )
