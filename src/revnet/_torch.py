@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,26 @@ def after_backward(callback: Callable[[], None]) -> None:
     Without it recomputed state would outlive a backward call that did not reach the first step.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def untraced(function: _Function) -> _Function:
+    """Keep Dynamo from compiling or inlining a function, and what that calls.
+
+    Without it a compiled built-in module would have the engine's hooks compiled: Dynamo skips the
+    frames of torch.nn, and then meets the hooks that torch calls inside of them. The mark lies on
+    the code object, so that a call costs no more than before.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    strategy = dynamo._FrameExecStrategy(skip, skip)
+    dynamo.set_code_exec_strategy(function.__code__, strategy)  # type: ignore[attr-defined]
+    # Where Dynamo itself comes upon the function, as in compiled autograd, the graph breaks.
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "part of revnet's engine"  # type: ignore[attr-defined]
+    return function
 
 
 def records_operators() -> bool:
