@@ -17,7 +17,7 @@ from .._kept import Hosted
 from .._state.undo import Undo
 from .._step import branch_output
 from .._streams.arithmetic import Stream
-from .._torch import after_backward, current_backward, untraced
+from .._torch import after_backward, current_backward, outside_transforms, untraced
 from .._trees import tree_map
 from . import checksums
 from .hooks import PackHook, RecomputeHook, Saving, same_tensor
@@ -50,7 +50,8 @@ def recover(tape: Tape, hook: PackHook, number: int) -> Saving:
         if collected is None or number not in collected:
             try:
                 recomputed = tape.backwards.get(backward) or _begin(tape, backward)
-                collected = _walk(tape, recomputed, hook)
+                with outside_transforms():
+                    collected = _walk(tape, recomputed, hook)
             except BaseException:
                 tape.backwards.pop(backward, None)
                 raise

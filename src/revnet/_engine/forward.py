@@ -22,7 +22,7 @@ from .._state.random import RandomState, devices_of
 from .._state.results import Results
 from .._step import BoundStep, branch_output
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
-from .._torch import is_capturing, is_faking, records_operators, untraced
+from .._torch import is_capturing, is_faking, is_forward_mode, records_operators, untraced
 from .._trees import tree_leaves, tree_map
 from .backward import Lock, recover
 from .checksums import tree_checksum
@@ -56,7 +56,9 @@ class Call:
         self.memory = Memory() if memory is None else memory
         # Where operators are noted down the recomputation would be, too, and draw new random
         # numbers: run as a plain loop there.
-        self.recording = torch.is_grad_enabled() and not records_operators()
+        self.recording = (
+            torch.is_grad_enabled() and not records_operators() and not is_forward_mode()
+        )
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.devices = devices_of(leaves)
         self.environment = Environment([device.type for device in self.devices])

@@ -154,6 +154,10 @@ class _Valued(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         return grads[0], None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        return tangents[0]
+
 
 def _stream(held: Any) -> Held:
     stream: Held = held.stream if isinstance(held, BufferedStream) else held
