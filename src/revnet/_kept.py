@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._errors import ReversibleError
+from ._torch import untraced
 
 
 class _Keep(torch.autograd.Function):
@@ -130,6 +131,7 @@ class Hosted:
             torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
         return pytree.tree_unflatten(arrived, self.spec)
 
+    @untraced
     def __del__(self) -> None:
         for buffer in self.buffers:
             _Pool.give(buffer)

@@ -5,12 +5,14 @@ Every function says what breaks without it. All were seen in torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 # Identifies the backward call that runs in this thread, -1 outside of one. Without it two backward
@@ -41,6 +43,26 @@ def after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def untraced(function: _Function) -> _Function:
+    """Keep Dynamo from compiling or inlining a function, and what that calls.
+
+    Without it a compiled built-in module would have the engine's hooks compiled: Dynamo skips the
+    frames of torch.nn, and then meets the hooks that torch calls inside of them. The mark lies on
+    the code object, so that a call costs no more than before.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP
+    strategy = dynamo._FrameExecStrategy(skip, skip)
+    dynamo.set_code_exec_strategy(function.__code__, strategy)
+    # Where Dynamo itself comes upon the function, as in compiled autograd, the graph breaks.
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "part of revnet's engine"  # type: ignore[attr-defined]
+    return function
+
+
 def records_operators() -> bool:
     """Check whether operators are being noted down, by make_fx or jit.trace.
 
@@ -62,6 +84,35 @@ def is_capturing() -> bool:
 def is_transformed() -> bool:
     """Check whether a transform of torch.func is at work, which allows no saved-tensor hooks."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Leave the transforms of torch.func, and the vmap of `is_grads_batched`, while inside.
+
+    Without it a replay for several gradients at once could not draw the numbers of its dropout.
+    """
+    # Both return the level that they lead to; nothing only reads it.
+    torch._C._vmapmode_increment_nesting()
+    levels = torch._C._vmapmode_decrement_nesting()
+    if not levels and not is_transformed():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        with temporarily_clear_interpreter_stack():
+            yield
+    finally:
+        for _ in range(levels):
+            torch._C._vmapmode_increment_nesting()
+
+
+def is_forward_mode() -> bool:
+    """Check for a level of forward-mode differentiation, whose tangents a replay would not see."""
+    return forward_ad._current_level >= 0
 
 
 def is_exporting() -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .._kept import Hosted
 from .._state.undo import Undo
 from .._step import branch_output
 from .._streams.arithmetic import Stream
-from .._torch import after_backward, current_backward
+from .._torch import after_backward, current_backward, outside_transforms, untraced
 from .._trees import tree_map
 from . import checksums
 from .hooks import PackHook, RecomputeHook, Saving, same_tensor
@@ -49,7 +50,8 @@ def recover(tape: Tape, hook: PackHook, number: int) -> Saving:
         if collected is None or number not in collected:
             try:
                 recomputed = tape.backwards.get(backward) or _begin(tape, backward)
-                collected = _walk(tape, recomputed, hook)
+                with outside_transforms():
+                    collected = _walk(tape, recomputed, hook)
             except BaseException:
                 tape.backwards.pop(backward, None)
                 raise
@@ -63,18 +65,19 @@ def _begin(tape: Tape, backward: int) -> Recomputed:
     if backward == -1:
         return recomputed
     tape.backwards[backward] = recomputed
-    reference = weakref.ref(tape)
-
-    def forget() -> None:
-        alive = reference()
-        if alive is not None:
-            alive.backwards.pop(backward, None)
-            for hook_reference in alive.hooks:
-                if (hook := hook_reference()) is not None:
-                    hook.forget(backward)
-
-    after_backward(forget)
+    after_backward(partial(_forget, weakref.ref(tape), backward))
     return recomputed
+
+
+@untraced
+def _forget(reference: weakref.ref[Tape], backward: int) -> None:
+    """Free what a backward call recomputed, at its end."""
+    tape = reference()
+    if tape is not None:
+        tape.backwards.pop(backward, None)
+        for hook_reference in tape.hooks:
+            if (hook := hook_reference()) is not None:
+                hook.forget(backward)
 
 
 def _nearest(tape: Tape, recomputed: Recomputed, step: int) -> tuple[int, list[Stream]]:

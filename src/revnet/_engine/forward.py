@@ -22,7 +22,14 @@ from .._state.random import RandomState, devices_of
 from .._state.results import Results
 from .._step import BoundStep, branch_output
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
-from .._torch import is_autocasting, is_capturing, is_faking, records_operators
+from .._torch import (
+    is_autocasting,
+    is_capturing,
+    is_faking,
+    is_forward_mode,
+    records_operators,
+    untraced,
+)
 from .._trees import tree_leaves, tree_map
 from .backward import Lock, recover
 from .checksums import tree_checksum
@@ -41,6 +48,7 @@ class Call:
         memory: what earlier calls of the same program found.
     """
 
+    @untraced
     def __init__(
         self,
         streams: Sequence[Any],
@@ -55,7 +63,9 @@ class Call:
         self.memory = Memory() if memory is None else memory
         # Where operators are noted down the recomputation would be, too, and draw new random
         # numbers: run as a plain loop there.
-        self.recording = torch.is_grad_enabled() and not records_operators()
+        self.recording = (
+            torch.is_grad_enabled() and not records_operators() and not is_forward_mode()
+        )
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.devices = devices_of(leaves)
         self.environment = Environment([device.type for device in self.devices])
@@ -72,6 +82,7 @@ class Call:
         # Where `pause` saved the state that the next pause replaces.
         self.paused: int | None = None
 
+    @untraced
     def enter(self, *streams: Any) -> None:
         """Continue from a block's inputs, which a hook may have replaced (rule 9)."""
         self._check_unwritten()
@@ -89,6 +100,7 @@ class Call:
             self.tape.add_barrier(self.streams)
         self.streams = [self.arithmetic.encode(value) for value in streams]
 
+    @untraced
     def step(self, index: int, step: BoundStep, within: bool = False) -> None:
         """Apply a step to the streams.
 
@@ -169,11 +181,13 @@ class Call:
             self.random = RandomState(self.devices)
             state.settle(self.random)
 
+    @untraced
     def start(self) -> list[Any]:
         """Return the streams before the next step, as branches read them."""
         self.versions = self._versions()
         return [value for value, _ in self.streams]
 
+    @untraced
     def finish(self, *streams: Any) -> Sequence[Any]:
         """Return the streams after the last step, as its block gave them.
 

@@ -11,7 +11,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn import Parameter
 
 from .._errors import ReversibleError
-from .._torch import current_backward, current_node, storage_id
+from .._torch import current_backward, current_node, storage_id, untraced
 from .._trees import tree_leaves
 from .tape import Record
 
@@ -72,6 +72,7 @@ class PackHook:
         if passing := self.record.state.modules.passing():
             self.passing = passing - set(map(storage_id, self.sources))
 
+    @untraced
     def pack(self, tensor: Tensor) -> Any:
         # Called for each tensor that each step saves: every attribute counts.
         saved = self.record.saved
@@ -91,6 +92,7 @@ class PackHook:
         saved.append(describe(tensor))
         return len(saved) - 1
 
+    @untraced
     def unpack(self, packed: Any) -> Tensor:
         if packed.__class__ is tuple:
             tensor, version = packed
@@ -173,6 +175,7 @@ class RecomputeHook:
         self.early = early
         self.stopped = False
 
+    @untraced
     def pack(self, tensor: Tensor) -> Tensor:
         # Called for each tensor that each step saves: every attribute counts.
         index = self.count
@@ -222,6 +225,7 @@ class RecomputeHook:
             )
 
 
+@untraced
 def same_tensor(tensor: Tensor) -> Tensor:
     """Return `tensor`: the unpack hook of a replay, whose graph nobody differentiates."""
     return tensor

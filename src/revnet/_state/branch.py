@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection, Iterator, MutableMapping
 from functools import partial
 from operator import is_
 from typing import Any
@@ -69,6 +70,61 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], bool]:
         forget = partial(_simple.pop, id(module))
         _simple[id(module)] = weakref.ref(module, forget), len(own), found
     return found, simple
+
+
+class ScriptTable(MutableMapping[str, Any]):
+    """What a scripted or traced module holds in C++, under these names, as a dict."""
+
+    def __init__(self, holder: Any, names: Collection[str]) -> None:
+        self.holder = holder
+        self.names = names
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.holder.getattr(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.holder.setattr(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a scripted module keeps the attributes that it was made with")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def copy(self) -> dict[str, Any]:
+        """Return the present contents."""
+        return dict(self)
+
+
+Table = dict[str, Any] | ScriptTable
+
+
+def tables_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return children, parameters and buffers of a module.
+
+    They are the module's own dicts; of a scripted one, where torch has none, they are copies.
+    """
+    children, parameters, buffers = module._modules, module._parameters, module._buffers
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(children.items()), dict(parameters.items()), dict(buffers.items())
+    return children, parameters, buffers
+
+
+def scripted_tables(module: Any) -> list[Table]:
+    """Return buffers, and numbers and strings, that a scripted module holds in C++."""
+    numbers = [
+        name
+        for name in (*module._concrete_type.get_attributes(), "training")
+        if module._c.hasattr(name) and _is_simple(getattr(module, name, ...))
+    ]
+    buffers = module._buffers
+    tables = ScriptTable(buffers._c, buffers.keys()), ScriptTable(module._c, numbers)
+    return [table for table in tables if table.names]
 
 
 def is_compiled(fn: nn.Module) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._errors import ReversibleError
 from .._torch import is_dtensor, storage_id
 from . import fsdp
-from .branch import MACHINERY, attributes_of, modules_of
+from .branch import MACHINERY, Table, attributes_of, modules_of, scripted_tables, tables_of
 from .objects import Container, Copies, Large, Objects, refill, stands_for
 from .tensors import TensorState, replacements
 from .undo import Undo
@@ -25,7 +26,7 @@ _ABSENT: Any = object()
 class _Owner(NamedTuple):
     """A dict that holds containers or tensors: attributes or buffers of a module."""
 
-    own: dict[str, Any]
+    own: Table
     found: dict[str, Any]
     size: int
 
@@ -55,6 +56,7 @@ class Structure:
         "values",
         "others",
         "buffered",
+        "scripted",
         "parameters",
         "parameter_owns",
         "parameter_names",
@@ -71,6 +73,8 @@ class Structure:
         # Modules with other attributes, and modules with buffers.
         self.others: list[nn.Module] = []
         self.buffered: list[nn.Module] = []
+        # What scripted modules hold.
+        self.scripted: list[Table] = []
         self.parameters: list[Any] = []
         self.parameter_owns: list[dict[str, Any]] = []
         self.parameter_names: list[str] = []
@@ -81,13 +85,15 @@ class Structure:
     def _add(self, module: nn.Module) -> None:
         own = module.__dict__
         attributes, simple = attributes_of(module)
-        children, parameters, buffers = own["_modules"], own["_parameters"], own["_buffers"]
+        children, parameters, buffers = tables_of(module)
         if simple:
             self._hold(own, attributes)
         else:
             self.others.append(module)
         self._hold(children, children.copy())
-        if buffers:
+        if isinstance(module, torch.jit.ScriptModule):
+            self.scripted += scripted_tables(module)
+        elif buffers:
             self.buffered.append(module)
         self.dicts += (parameters, buffers)
         for name, parameter in parameters.items():
@@ -171,6 +177,8 @@ class ModuleState:
             buffers = module._buffers
             self.owners.append(_Owner(buffers, objects.take_all(buffers), len(buffers)))
         objects.eager = True
+        for table in structure.scripted:
+            self.owners.append(_Owner(table, objects.take_all(table.copy()), len(table)))
         self.versions = list(map(_version, structure.parameters))
         self.flags = list(map(_requires_grad, structure.parameters))
         self.lazy = UninitializedParameter in map(type, structure.parameters)
@@ -324,14 +332,14 @@ _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
 
 
-def _set(own: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _set(own: Table, wanted: dict[str, Any]) -> None:
     """Let a dict hold this and nothing else, but for what torch keeps there for itself."""
     for name in own.keys() - wanted.keys() - MACHINERY:
         del own[name]
     own.update(wanted)
 
 
-def _reset(dicts: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def _reset(dicts: Sequence[tuple[Table, dict[str, Any]]]) -> None:
     for own, before in dicts:
         for name in own.keys() - before.keys():
             del own[name]

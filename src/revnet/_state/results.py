@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._errors import ReversibleError
 from .._kept import Saved
+from .._torch import untraced
 from .random import RandomState
 
 
@@ -98,6 +99,7 @@ class RecordResults(TorchDispatchMode):
         self.results = results
         self.devices = devices
 
+    @untraced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = self.results
@@ -158,6 +160,7 @@ class ReplayResults(TorchDispatchMode):
         assert results.saved is not None, "the call has ended"
         self.outputs = results.saved.load()
 
+    @untraced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results, i = self.results, self.count
         if not results.keeps(func, args, kwargs or {}):

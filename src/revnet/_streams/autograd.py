@@ -39,6 +39,13 @@ class _FixedAdd(torch.autograd.Function):
         return grad, None, increment, None, None, None
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
+        value, _, increment = tangents[:3]
+        if value is None or increment is None:
+            return increment if value is None else value, None
+        return value + increment.to(value.dtype), None
+
+    @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *args: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -67,6 +74,7 @@ class _FixedAddNow(torch.autograd.Function):
         return output
 
     backward = _FixedAdd.backward
+    jvp = _FixedAdd.jvp
 
 
 class _FixedEncode(torch.autograd.Function):
@@ -82,6 +90,10 @@ class _FixedEncode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         return grads[0], None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
+        return tangents[0], None
 
     @staticmethod
     def vmap(
