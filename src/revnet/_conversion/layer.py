@@ -202,7 +202,7 @@ def _steps(
     )
     node: Any = y.grad_fn
     if type(node) is _NODE:
-        node.open_call = hold
+        vars(node)["open_call"] = hold
     else:
         _OPEN[y] = hold
     if place == len(stack.layers) - 1 and isinstance(call.arithmetic, FixedArithmetic):
