@@ -153,7 +153,7 @@ TRANSFORMERS = [
     _decoder("gpt_neox"),
     _decoder("opt", _SIZES, ffn_dim=64, word_embed_proj_dim=32),
     _decoder("bloom", _OLD),
-    _decoder("falcon"),
+    _decoder("falcon", {k: v for k, v in _SIZES.items() if k != "head_dim"}),
     _decoder("mixtral", **_EXPERTS),
     _decoder("qwen3_moe", **_EXPERTS, moe_intermediate_size=32),
     _decoder("mamba", state_size=4, time_step_rank=4),
@@ -223,7 +223,7 @@ TIMM = [
     _timm("swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(2, 2), embed_dim=16, num_heads=(2, 4)),
     _timm("convnext_atto", depths=(2, 2, 3, 2), dims=(8, 16, 24, 32)),
     _timm("resnet18"),
-    _timm("mixer_s32_224", 32, img_size=32, num_blocks=3, embed_dim=32),
+    _timm("gmlp_s16_224", 32, img_size=32),
 ]
 
 

@@ -108,10 +108,12 @@ def _stack(name: str, module: nn.Module) -> Found | None:
     """Return what a container holds of layers, None where it holds none."""
     children = dict(_children(name, module))
     counts = Counter(type(child) for child in children.values())
+    # ALBERT calls the one layer of its list many times.
+    alone = isinstance(module, nn.ModuleList) and len(children) == 1
     layers = {
         key: child
         for key, child in children.items()
-        if _is_residual(child) and (is_layer(child) or counts[type(child)] > 1)
+        if _is_residual(child) and (alone or is_layer(child) or counts[type(child)] > 1)
     }
     if not layers:
         return None
