@@ -754,3 +754,37 @@ def test_weights_that_change_before_backward_raise() -> None:
         net.layers[1].enter.weight.mul_(2)
     with pytest.raises(ReversibleError, match="changed in place"):
         loss.backward()
+
+
+# Dynamo looks at the gradient of every input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("when", ["before", "after", "whole"])
+def test_compiled_layers_compile_their_own_computation(when: str) -> None:
+    """One graph for all layers, which are equal, and none of a function of the engine."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    net, x = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 3, WIDTH)
+    found = []
+    for execution in ("store", "invert"):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        own = copy.deepcopy(net)
+        if when == "before":
+            for layer in own.layers:
+                layer.compile(backend=counter)
+        conversion = revnet.convert(own, execution=execution)
+        if when == "after":
+            for layer in own.layers:
+                layer.compile(backend=counter)
+        conversion.stacks[0].unseen.clear()
+        compiled = torch.compile(own, backend=counter) if when == "whole" else own
+        results(compiled, whole, x)
+        found.append(results(compiled, whole, x))
+        assert counter.frame_count == 1
+        # The layer's norm, its two products and GELU, and the two additions around.
+        assert counter.op_count == len(list(Block().children())) + 2
+    assert_same(*found)
+    plain = copy.deepcopy(net)
+    revnet.convert(plain)
+    for a, b in zip(results(plain, whole, x), found[0], strict=True):
+        torch.testing.assert_close(a, b)

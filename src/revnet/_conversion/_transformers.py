@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+# What `gradient_checkpointing_enable` sets in layers.
+FLAG_OF_LAYERS = "gradient_checkpointing"
 # What layers call their caches.
 _CACHE_NAMES = frozenset(
     ("past_key_values", "past_key_value", "layer_past", "cache_params", "past_bucket_states")

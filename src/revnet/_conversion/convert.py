@@ -15,9 +15,10 @@ from .._execution import resolve
 from .._program import _callers_level, _streams
 from .._state.call_state import devices_of
 from .._streams.fixed import Fixed, Float
+from ._timm import checkpoints_blocks
 from ._transformers import was_loaded
 from .find import Found, find, named
-from .layer import KEY, converted_class
+from .layer import KEY, OWN, converted_class, switching_class
 from .rules import RULES
 from .stack import HEADROOM, Stack
 
@@ -234,6 +235,11 @@ def convert(
             layer.__dict__[KEY] = (stack, place)
             own: Any = type(layer)
             layer.__class__ = converted_class(own)
+    for module in model.modules():
+        inside = any(KEY in vars(child) for child in module.modules() if child is not module)
+        if inside and checkpoints_blocks(module):
+            around: Any = type(module)
+            module.__class__ = switching_class(around)
     conversion = Conversion(model)
     conversion.left_out = {name: why for each in found for name, why in each.left_out.items()}
     try:
@@ -265,14 +271,15 @@ def unconvert(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} is not converted: call revnet.convert(model) first."
         )
     for module in converted:
-        if "_revnet_own" not in vars(type(module)):
+        if OWN not in vars(type(module)):
             raise ReversibleError(
                 f"{type(module).__name__} was given another class after its conversion (by "
                 f"fully_shard?). Load the state_dict into an ordinary model instead."
             )
-    for module in converted:
-        module.__class__ = vars(type(module))["_revnet_own"]
-        del module.__dict__[KEY]
+    for module in model.modules():
+        if OWN in vars(type(module)):
+            module.__class__ = vars(type(module))[OWN]
+            vars(module).pop(KEY, None)
     return model
 
 

@@ -23,12 +23,16 @@ from .._errors import ReversibleError
 from .._execution import STORE
 from .._state.call_state import AutocastState, RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
-from ._transformers import is_cache, is_empty
+from ._dynamo import compiling_with, keep_out
+from ._timm import FLAG
+from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
 from .rules import HandOn, Readout, TakeUp
 from .stack import Stack, low_precision
 
 # Where a converted layer finds its stack, and its place there.
 KEY = "_revnet_place"
+# Where a class that conversion made finds the class before it.
+OWN = "_revnet_own"
 
 
 @dataclass(slots=True)
@@ -69,6 +73,7 @@ class _Update(nn.Module):
         layer: the converted layer.
         own: its class before conversion, whose `forward` is called.
         dtype: of the tensor that the layer was given.
+        compiler: at work where the layer was called.
         watch: told the largest magnitude around the layer; returns whether the range has room.
     """
 
@@ -77,12 +82,14 @@ class _Update(nn.Module):
         layer: nn.Module,
         own: Any,
         dtype: torch.dtype,
+        compiler: Any,
         watch: Callable[[float], bool] | None,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.own = own
         self.given = dtype
+        self.compiler = compiler
         self.watch = watch
         # The dtype of the layer's output, and where nothing is recorded the output itself. A list,
         # so that the engine sees no attribute change.
@@ -91,11 +98,13 @@ class _Update(nn.Module):
     def forward(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
         x = x.to(self.given)
-        out = (
-            self.seen[1]
-            if len(self.seen) > 1
-            else self.own.forward(self.layer, x, *positional, **kwargs)
-        )
+        if len(self.seen) > 1:
+            out = self.seen[1]
+        elif self.compiler is None:
+            out = self.own.forward(self.layer, x, *positional, **kwargs)
+        else:
+            with compiling_with(self.compiler):
+                out = self.own.forward(self.layer, x, *positional, **kwargs)
         y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
         if not isinstance(y, Tensor):
             raise _Aside(f"it returns {type(y).__name__}, not a tensor")
@@ -122,18 +131,18 @@ def _magnitude(x: Tensor, y: Tensor) -> float:
         return float(torch.stack((x.abs().amax().float(), y.abs().amax().float())).amax())
 
 
-def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Call a converted layer."""
+def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler: Any) -> Any:
+    """Call a converted layer; `compiler` is at work around it, and off here."""
     stack, place = vars(layer)[KEY]
     bound = _bind(own, args, kwargs)
     if bound is None or place in stack.outside:
-        return own.forward(layer, *args, **kwargs)
+        return _plainly(layer, own, args, kwargs, compiler)
     x, keywords = bound
     recording = _recording()
     if recording and not _without_caches(stack, keywords):
-        return own.forward(layer, *args, **kwargs)
+        return _plainly(layer, own, args, kwargs, compiler)
     unseen = place in stack.unseen and not active()
-    update = _Update(layer, own, x.dtype, stack.fits if unseen else None)
+    update = _Update(layer, own, x.dtype, compiler, stack.fits if unseen else None)
     random = RandomState(devices_of([x])) if unseen else None
     try:
         try:
@@ -156,7 +165,13 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         stack.outside[place] = str(reason)
     if random is not None:
         random.set()
-    return own.forward(layer, *args, **kwargs)
+    return _plainly(layer, own, args, kwargs, compiler)
+
+
+def _plainly(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler: Any) -> Any:
+    """Call a layer as it was before conversion."""
+    with compiling_with(compiler):
+        return own.forward(layer, *args, **kwargs)
 
 
 def _steps(
@@ -336,41 +351,48 @@ def converted_class(own: Any) -> Any:
 
     @wraps(own.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(self, own, args, kwargs)
+        with compiling_with(None) as compiler:
+            return run(self, own, args, kwargs, compiler)
 
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        # The class has no name that a pickle could refer to.
-        reduced: Any = object.__reduce_ex__(self, protocol)
-        return _revive, (own,), *reduced[2:]
-
-    namespace = {
-        "__module__": own.__module__,
-        "__qualname__": own.__qualname__,
-        "__doc__": own.__doc__,
-        "__reduce_ex__": reduce,
-        "gradient_checkpointing": property(_not_checkpointed, _set_checkpointed),
-        "_revnet_own": own,
-    }
-    made: Any = type(own.__name__, (own,), namespace)
+    keep_out(forward)
+    made = _derived(own, converted_class, {FLAG_OF_LAYERS: property(_unset, _switch)})
     # Set afterwards: transformers wraps what a class is made with.
     made.forward = forward
     return made
 
 
-def _revive(own: Any) -> Any:
-    made = converted_class(own)
+@cache
+def switching_class(own: Any) -> Any:
+    """Return the class of a module around layers, equal but for its flag of checkpointing."""
+    return _derived(own, switching_class, {FLAG: property(_unset, _switch)})
+
+
+def _derived(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # The class has no name that a pickle could refer to.
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        return _revive, (make.__name__, own), *reduced[2:]
+
+    own_names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (own,), {**own_names, **namespace, "__reduce_ex__": reduce, OWN: own})
+
+
+def _revive(make: str, own: Any) -> Any:
+    made = {"converted_class": converted_class, "switching_class": switching_class}[make](own)
     return made.__new__(made)
 
 
-def _not_checkpointed(layer: nn.Module) -> bool:
-    """Return False: the layer is rebuilt by its conversion, not by a checkpoint around it."""
+def _unset(module: nn.Module) -> bool:
+    """Return False: layers are rebuilt by their conversion, not by a checkpoint around them."""
     return False
 
 
-def _set_checkpointed(layer: nn.Module, enabled: bool) -> None:
-    """Switch a layer between `"invert"` and `"store"`, as transformers switches checkpointing."""
-    stack, place = vars(layer)[KEY]
-    if not enabled:
-        stack.set_execution(place, "store")
-    elif stack.execution[place] == "store":
-        stack.set_execution(place, "invert")
+def _switch(module: nn.Module, enabled: bool) -> None:
+    """Switch the layers inside between `"invert"` and `"store"`, as checkpointing is switched."""
+    for layer in module.modules():
+        if KEY in vars(layer):
+            stack, place = vars(layer)[KEY]
+            if not enabled:
+                stack.set_execution(place, "store")
+            elif stack.execution[place] == "store":
+                stack.set_execution(place, "invert")
