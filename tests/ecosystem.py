@@ -158,18 +158,40 @@ TRANSFORMERS = [
     _decoder("qwen3_moe", **_EXPERTS, moe_intermediate_size=32),
     _decoder("mamba", state_size=4, time_step_rank=4),
     _decoder("mamba2", state_size=4, num_heads=8, n_groups=2, chunk_size=4),
-    _decoder("jamba", **_EXPERTS, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
+    _decoder(
+        "jamba", **_EXPERTS, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False
+    ),
     _encoder("bert"),
     _encoder("roberta"),
     _encoder("electra", embedding_size=32),
-    _encoder("distilbert", {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4}),
+    _encoder(
+        "distilbert",
+        {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4},
+    ),
     _encoder("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     _encoder("albert", embedding_size=16),
     _encoder("modernbert"),
     _vision("vit"),
     _vision("dinov2"),
-    _hugging("swin", "AutoModel", image(), {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2}),
-    _hugging("convnext", "AutoModel", image(size=32), {"hidden_sizes": [8, 16, 16, 32], "depths": [2, 2, 2, 2]}),
+    _hugging(
+        "swin",
+        "AutoModel",
+        image(),
+        {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": 2,
+        },
+    ),
+    _hugging(
+        "convnext",
+        "AutoModel",
+        image(size=32),
+        {"hidden_sizes": [8, 16, 16, 32], "depths": [2, 2, 2, 2]},
+    ),
     _hugging(
         "wav2vec2",
         "AutoModel",
@@ -199,7 +221,16 @@ TRANSFORMERS = [
         "t5",
         "AutoModel",
         pair,
-        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "pad_token_id": 0, "decoder_start_token_id": 0},
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 3,
+            "num_heads": 4,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 0,
+        },
     ),
     _hugging("bart", "AutoModel", pair, _PAIR),
     _hugging("marian", "AutoModel", pair, _PAIR),
@@ -220,7 +251,14 @@ TIMM = [
     _timm("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=48, drop_path_rate=0.3),
     _timm("deit3_small_patch16_224", img_size=32, depth=3, embed_dim=48, num_heads=4),
     _timm("eva02_tiny_patch14_224", 28, img_size=28, depth=3, embed_dim=48, num_heads=4),
-    _timm("swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(2, 2), embed_dim=16, num_heads=(2, 4)),
+    _timm(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=4,
+        depths=(2, 2),
+        embed_dim=16,
+        num_heads=(2, 4),
+    ),
     _timm("convnext_atto", depths=(2, 2, 3, 2), dims=(8, 16, 24, 32)),
     _timm("resnet18"),
     _timm("gmlp_s16_224", 32, img_size=32),
@@ -261,3 +299,16 @@ OTHERS = [
 ]
 
 CASES = [*TRANSFORMERS, *TIMM, *OTHERS]
+
+
+def leaves(out: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's output."""
+    if isinstance(out, Tensor):
+        return [out]
+    values = out.to_tuple() if hasattr(out, "to_tuple") else out
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def weighted(y: Tensor) -> Tensor:
+    """A scalar in which every element counts differently."""
+    return (torch.linspace(0.5, 2.0, y.numel()).view_as(y) * y.float()).square().mean()

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import revnet
 from revnet import ReversibleError
 from revnet._conversion import layer as conversion_layer
+from revnet.testing import check_conversion
 
 WIDTH, DEPTH = 8, 5
 
@@ -788,3 +789,33 @@ def test_compiled_layers_compile_their_own_computation(when: str) -> None:
     revnet.convert(plain)
     for a, b in zip(results(plain, whole, x), found[0], strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_check_conversion_reports_shift_and_bytes() -> None:
+    net, x = Net(depth=10), torch.randn(64, 3, WIDTH)
+    with pytest.raises(ReversibleError, match="not converted"):
+        check_conversion(net, x)
+    ordinary = copy.deepcopy(net)
+    revnet.convert(net)
+    generator = torch.get_rng_state()
+    report = check_conversion(net, x, weighted)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(p.grad is None for p in net.parameters())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert report.ordinary_loss == weighted(ordinary(x)).item()
+    assert 0 < abs(report.shift) < 0.1 * report.ordinary_loss
+    assert report.saved_bytes < 0.3 * report.stored_bytes
+    assert check_conversion(net, (x,)).loss == check_conversion(net, {"x": x}).loss
+
+
+def test_check_conversion_finds_randomness_of_its_own() -> None:
+    class Own(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, torch.rand(1, generator=generator))
+
+    generator = torch.Generator().manual_seed(0)
+    net = Net(layer=Own)
+    revnet.convert(net)
+    with pytest.raises(ReversibleError, match="two stored runs with the same seed differ"):
+        check_conversion(net, torch.randn(2, 3, WIDTH))

@@ -1,7 +1,7 @@
 """What conversion relies on in timm: names of version 1.0, nothing imported.
 
-`set_grad_checkpointing` sets the attribute `grad_checkpointing` of models and of their stages, which
-then run their blocks under a checkpoint.
+`set_grad_checkpointing` sets the attribute `grad_checkpointing` of models and of their stages,
+which then run their blocks under a checkpoint.
 """
 
 from __future__ import annotations

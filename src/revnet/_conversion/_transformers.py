@@ -2,7 +2,8 @@
 
 `GradientCheckpointingLayer` (modeling_layers), the base of layers, and its attribute
 `gradient_checkpointing`, which `gradient_checkpointing_enable` and `_disable` set; `Cache`
-(cache_utils) with `get_seq_length`; `name_or_path` of a model that was loaded.
+(cache_utils) with `get_seq_length`
+and `has_previous_state`; `name_or_path` of a model that was loaded.
 """
 
 from __future__ import annotations
@@ -36,8 +37,15 @@ def is_cache(name: str, value: Any) -> bool:
 
 def is_empty(cache: Any) -> bool:
     """Check whether a cache holds nothing yet, so that a layer may be run without it."""
-    length = getattr(cache, "get_seq_length", None)
-    return callable(length) and int(length()) == 0
+    # Some hold keys and values, some the state of a recurrence, some both.
+    for name in ("get_seq_length", "has_previous_state"):
+        length = getattr(cache, name, None)
+        try:
+            if callable(length) and int(length()) != 0:
+                return False
+        except ValueError:
+            continue
+    return hasattr(cache, "get_seq_length")
 
 
 def was_loaded(model: nn.Module) -> bool:
