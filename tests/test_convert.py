@@ -666,6 +666,22 @@ def test_large_activations_find_their_range(calibrated: bool) -> None:
     assert_same(first, second)
 
 
+def test_small_updates_find_a_finer_format() -> None:
+    """As with LayerScale at its initialisation."""
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        for layer in net.layers[2:]:
+            layer.leave.weight.mul_(1e-6)
+            layer.leave.bias.mul_(1e-6)
+    conversion = revnet.convert(net)
+    assert_same(
+        executed(revnet.unconvert(copy.deepcopy(net)), "invert", whole, x),
+        executed(revnet.unconvert(copy.deepcopy(net)), "store", whole, x),
+    )
+    results(net, whole, x)
+    assert conversion.stacks[0].streams == revnet.Fixed(37)
+
+
 def test_leaving_the_range_names_layer_magnitude_and_remedy() -> None:
     net, x = Net(), torch.randn(2, 3, WIDTH)
     revnet.convert(net, calibrate=x)

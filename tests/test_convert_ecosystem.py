@@ -1,4 +1,4 @@
-"""Conversion of models of other libraries, tiny and at random weights; skipped where they are not."""
+"""Conversion of tiny models of other libraries at random weights; skipped without them."""
 
 from __future__ import annotations
 

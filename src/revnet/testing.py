@@ -159,6 +159,7 @@ def check_conversion(
     """
     conversion = Conversion(model)
     own = conversion.execution
+    gradients = [(p, p.grad) for p in model.parameters()]
 
     def passed() -> tuple[Tensor, dict[str, Tensor | None]]:
         value = total()
@@ -173,6 +174,8 @@ def check_conversion(
             out = _called(model, batch)
         return (_loss_of if loss is None else loss)(out)
 
+    # Measuring memory runs backward: not into the caller's gradients.
+    model.zero_grad()
     with _same_buffers(model), _seeded(model, seed), torch.no_grad():
         # The first batch chooses the range of the streams.
         _called(model, batch)
@@ -198,6 +201,8 @@ def check_conversion(
             saved_bytes = measure_memory(total).saved_bytes
     finally:
         conversion.execution = own
+        for p, grad in gradients:
+            p.grad = grad
     ordinary = unconvert(copy.deepcopy(model))
     with torch.no_grad(), _seeded(model, seed):
         plain = (_loss_of if loss is None else loss)(_called(ordinary, batch))

@@ -43,7 +43,7 @@ def is_empty(cache: Any) -> bool:
         try:
             if callable(length) and int(length()) != 0:
                 return False
-        except ValueError:
+        except (AttributeError, ValueError):
             continue
     return hasattr(cache, "get_seq_length")
 

@@ -63,7 +63,7 @@ class _Aside(Exception):
 
 
 class _Range(Exception):
-    """The range of the streams is too small for this layer."""
+    """The format of the streams does not fit this layer."""
 
 
 class _Update(nn.Module):
@@ -74,7 +74,7 @@ class _Update(nn.Module):
         own: its class before conversion, whose `forward` is called.
         dtype: of the tensor that the layer was given.
         compiler: at work where the layer was called.
-        watch: told the largest magnitude around the layer; returns whether the range has room.
+        watch: told magnitudes around the layer; returns whether the format fits them.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class _Update(nn.Module):
         own: Any,
         dtype: torch.dtype,
         compiler: Any,
-        watch: Callable[[float], bool] | None,
+        watch: Callable[[float, float], bool] | None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -113,22 +113,26 @@ class _Update(nn.Module):
         if not y.is_floating_point():
             raise _Aside(f"it returns {y.dtype}")
         self.seen[:] = [y.dtype]
-        if self.watch is not None and not self.watch(_magnitude(x, y)):
+        update = y - x
+        if self.watch is not None and not self.watch(*_magnitudes(x, y, update)):
             if not torch.is_grad_enabled():
                 self.seen.append(out)
             raise _Range
-        update = y - x
         return update if rest is None else (update, rest)
 
 
 _POSITIONAL = "_positional"
 
 
-def _magnitude(x: Tensor, y: Tensor) -> float:
+def _magnitudes(x: Tensor, y: Tensor, update: Tensor) -> tuple[float, float]:
+    """Return the largest magnitude around a layer, and the mean one of its update."""
     if x.is_meta or x.numel() == 0:
-        return 0.0
+        return 0.0, 0.0
     with torch.no_grad():
-        return float(torch.stack((x.abs().amax().float(), y.abs().amax().float())).amax())
+        largest = torch.maximum(x.abs().amax(), y.abs().amax())
+        mean = update.abs().mean(dtype=torch.float32)
+        first, second = torch.stack((largest.float(), mean)).tolist()
+    return first, second
 
 
 def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler: Any) -> Any:
@@ -148,8 +152,8 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
         try:
             return _steps(stack, place, update, x, keywords, _find(x, stack, recording))
         except _Range:
-            # A coarser format begins with a new call.
-            stack.widen()
+            # Another format begins with a new call.
+            stack.fit()
             update.watch = None
             assert random is not None
             random.set()

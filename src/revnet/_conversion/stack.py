@@ -19,6 +19,8 @@ from .rules import RULES, Momentum, TwoStreams
 
 # How far the range reaches above the largest value of the first batch.
 HEADROOM = 16
+# Updates whose mean is below this many units of the default format take a finer one.
+DIGITS = 64
 
 
 class Stack:
@@ -58,6 +60,8 @@ class Stack:
         # Layers whose range is still to be seen.
         self.unseen = set(range(len(layers))) if streams is None else set()
         self.largest = 0.0
+        # Whether updates are so small that the default format would round most of them away.
+        self.fine = False
         # Layers that run as they are, and why.
         self.outside: dict[int, str] = {}
         self.options = options
@@ -107,26 +111,32 @@ class Stack:
         if isinstance(self.streams, Fixed):
             self._raise(self.monitor.check(), self.streams)
 
-    def fits(self, magnitude: float) -> bool:
-        """Note the largest value around a layer; return whether the range has room for it."""
-        if not isinstance(self.streams, Fixed) or not magnitude < float("inf"):
-            return True
-        self.largest = max(self.largest, magnitude)
-        return HEADROOM * magnitude < self.streams.limit
+    def fits(self, largest: float, update: float) -> bool:
+        """Note magnitudes around a layer; return whether the format fits them.
 
-    def widen(self) -> None:
-        """Choose fraction bits for the largest value seen.
-
-        Raises:
-            ReversibleError: no format holds it.
+        Args:
+            largest: of what it reads and returns.
+            update: the mean magnitude of what it adds.
         """
+        if not isinstance(self.streams, Fixed) or not largest < float("inf"):
+            return True
+        self.largest = max(self.largest, largest)
+        self.fine = self.fine or 0 < update < DIGITS * Fixed().unit
+        return self.streams == self._fitting()
+
+    def fit(self) -> None:
+        """Choose fraction bits for the magnitudes seen."""
+        self.streams = self._fitting()
+
+    def _fitting(self) -> Fixed:
         bits = fitting_fraction_bits(HEADROOM * self.largest)
         if bits is None:
             raise ReversibleError(
                 f"{self.name}: activations reach {self.largest:.3g}, and no format of fixed "
                 f"streams holds {HEADROOM} times that. Use streams='float'."
             )
-        self.streams = Fixed(min(bits, DEFAULT_FRACTION_BITS))
+        # Finer formats than the default leave twice the bits over.
+        return Fixed(bits if self.fine else min(bits, DEFAULT_FRACTION_BITS))
 
     def _raise(self, found: OutOfRange | None, fixed: Fixed) -> None:
         for step, share in self.monitor.vanishing().items():
@@ -171,6 +181,7 @@ class Stack:
             "execution": list(self.execution),
             "fraction_bits": fixed,
             "largest": self.largest,
+            "fine": self.fine,
             "unseen": sorted(self.unseen),
             "outside": {str(place): reason for place, reason in self.outside.items()},
         }
@@ -181,7 +192,8 @@ class Stack:
         self.execution = list(numbers["execution"])
         fixed = numbers["fraction_bits"]
         self.streams = Float() if fixed is None else Fixed(fixed)
-        self.largest, self.unseen = numbers["largest"], set(numbers["unseen"])
+        self.largest, self.fine = numbers["largest"], numbers["fine"]
+        self.unseen = set(numbers["unseen"])
         self.outside = {int(place): reason for place, reason in numbers["outside"].items()}
 
 
