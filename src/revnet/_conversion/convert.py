@@ -13,7 +13,7 @@ from .._engine import Options
 from .._errors import ReversibleError
 from .._execution import resolve
 from .._program import _callers_level, _streams
-from .._state.call_state import devices_of
+from .._state.random import devices_of
 from .._streams.fixed import Fixed, Float
 from ._timm import checkpoints_blocks
 from ._transformers import was_loaded

@@ -21,13 +21,14 @@ from .._compiled.function import active
 from .._engine import Call
 from .._errors import ReversibleError
 from .._execution import STORE
-from .._state.call_state import AutocastState, RandomState, devices_of
+from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
+from .._torch import records_operators
 from ._dynamo import compiling_with, keep_out
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
 from .rules import HandOn, Readout, TakeUp
-from .stack import Stack, low_precision
+from .stack import Bookkeeping, Stack, low_precision
 
 # Where a converted layer finds its stack, and its place there.
 KEY = "_revnet_place"
@@ -66,6 +67,14 @@ class _Range(Exception):
     """The format of the streams does not fit this layer."""
 
 
+class _Seen(Bookkeeping):
+    """What a layer returned: its dtype, and where nothing is recorded the output itself."""
+
+    def __init__(self) -> None:
+        self.dtype = torch.float32
+        self.out: Any = None
+
+
 class _Update(nn.Module):
     """What a layer adds to its input.
 
@@ -91,15 +100,13 @@ class _Update(nn.Module):
         self.given = dtype
         self.compiler = compiler
         self.watch = watch
-        # The dtype of the layer's output, and where nothing is recorded the output itself. A list,
-        # so that the engine sees no attribute change.
-        self.seen: list[Any] = []
+        self.seen = _Seen()
 
     def forward(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
         x = x.to(self.given)
-        if len(self.seen) > 1:
-            out = self.seen[1]
+        if self.seen.out is not None:
+            out = self.seen.out
         elif self.compiler is None:
             out = self.own.forward(self.layer, x, *positional, **kwargs)
         else:
@@ -112,11 +119,11 @@ class _Update(nn.Module):
             raise _Aside(f"it changes the shape, {tuple(x.shape)} to {tuple(y.shape)}")
         if not y.is_floating_point():
             raise _Aside(f"it returns {y.dtype}")
-        self.seen[:] = [y.dtype]
+        self.seen.dtype = y.dtype
         update = y - x
         if self.watch is not None and not self.watch(*_magnitudes(x, y, update)):
             if not torch.is_grad_enabled():
-                self.seen.append(out)
+                self.seen.out = out
             raise _Range
         return update if rest is None else (update, rest)
 
@@ -206,7 +213,7 @@ def _steps(
         call.streams, call.aux = [], {}
     readout = rule.readout(bits, turn)
     value, hidden = streams[readout.place][0], streams[1 - readout.place][0]
-    y = HandOn.apply(value, hidden, readout.own, readout.other, update.seen[0])
+    y = HandOn.apply(value, hidden, readout.own, readout.other, update.seen.dtype)
     hold = _Open(
         call,
         streams,
@@ -263,7 +270,6 @@ def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
         and (active() or found.address == x.data_ptr())
         and found.hooks == _hooks()
         and found.call.recording is recording
-        and AutocastState(found.call.autocast.types).state == found.call.autocast.state
         and not (node is None and x.requires_grad)
     )
     return found if same else None
@@ -275,7 +281,7 @@ _NODE = HandOn._backward_cls
 
 
 def _recording() -> bool:
-    return torch.is_grad_enabled() and not torch._C._is_tracing()
+    return torch.is_grad_enabled() and not records_operators()
 
 
 def _hooks() -> Any:
