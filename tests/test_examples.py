@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # error of a gradient: zero with fixed streams.
 EXPECTED = {
     "equilibrium": (0.2, 0.0),
+    "finetune": (0.1, 0.0),
     "glow": (0.1, 0.0),
     "irevnet_stage": (0.3, 0.0),
     "momentum_net": (0.5, 0.0),

@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._conversion.convert import Conversion as Conversion
+    from ._conversion.convert import convert as convert
+    from ._conversion.convert import unconvert as unconvert
     from ._couplings import Additive as Additive
     from ._couplings import Affine as Affine
     from ._couplings import Bijection as Bijection
@@ -33,6 +36,7 @@ _MODULES = {
     "Additive": "_couplings",
     "Affine": "_couplings",
     "Bijection": "_couplings",
+    "Conversion": "_conversion.convert",
     "Coupling": "_couplings",
     "Deterministic": "_state.random",
     "Fixed": "_streams.fixed",
@@ -48,11 +52,13 @@ _MODULES = {
     "ReversibleSequence": "_sequence",
     "SequentialSequence": "_sequence",
     "Step": "_step",
+    "convert": "_conversion.convert",
     "measure_memory": "_memory",
     "plan": "_planning.planner",
     "remember": "_state.decisions",
     "replaying": "_state.decisions",
     "route_args": "_routing",
+    "unconvert": "_conversion.convert",
 }
 
 __all__ = [*_MODULES]

@@ -112,7 +112,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Return the plan that `save` wrote to `path`, which may come from anybody: it is only data.
+        """Return the plan that `save` wrote to `path`. It is read as data, whoever wrote it.
 
         Raises:
             ValueError: the file holds something else.

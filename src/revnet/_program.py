@@ -91,13 +91,13 @@ class Program(nn.Module):
         return ()
 
     def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
-        """Apply the steps to the streams of a call; returns the streams, if not as the last step left them."""
+        """Apply the steps; return the streams where a block returned others than its steps."""
         for index, part in parts:
             call.step(index, part)
         return ()
 
     def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The streams after one pass, followed by a dict of the branches' extra outputs if there are any."""
+        """Return the streams after one pass, and a dict of extra outputs if there are any."""
         again = partial(self._run, streams, kwargs)
         if self._random_depth and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
@@ -239,7 +239,7 @@ class Program(nn.Module):
 
 
 class Reversible(Program):
-    """Steps over any number of streams, trained with activation memory that does not grow with their number.
+    """Steps over any number of streams, whose activation memory does not grow with depth.
 
     Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step`
     object may occur many times: its parameters are registered once.

@@ -1,4 +1,4 @@
-"""Sequences of residual blocks: programs that alternate two additive steps, and their plain twin."""
+"""Sequences of residual blocks: two additive steps each, and their twin on one stream."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _residual(
     name: str = "",
     updates: tuple[int, int] = (0, 1),
 ) -> BoundSteps:
-    """The steps of a block, counted from `first`: each branch updates one stream and reads the other."""
+    """Return the steps of a block: each branch updates one stream and reads the other."""
     f, g = branches
     f_args, g_args = keywords
     a, b = updates
@@ -149,7 +149,7 @@ class ReversibleBlock(Program):
     def inverse(
         self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
     ) -> tuple[Tensor, Tensor]:
-        """The streams before the block, from those after it; differentiable. Randomness is not repeated."""
+        """Return the streams before the block. Differentiable; randomness is not repeated."""
         x1, x2 = self._undo((y1, y2), self._parts((y1, y2), {"f_args": f_args, "g_args": g_args}))
         return x1, x2
 
@@ -188,7 +188,7 @@ class ReversibleBlock(Program):
 def _unwrap_deterministic(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
 ) -> None:
-    """Accept checkpoints of classes that wrap each branch, with keys `f.net.…` where ours are `f.…`."""
+    """Accept checkpoints of classes that wrap each branch: keys `f.net.…` for our `f.…`."""
     expected = {prefix + key for key in module.state_dict()}
     for branch in ("f", "g"):
         start = f"{prefix}{branch}."
@@ -447,7 +447,7 @@ class SequentialSequence(BlockSequence):
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        """`x` after the last layer: same shape and dtype; `(x, aux)` if branches returned extra outputs."""
+        """Return `x` after the last layer, or `(x, aux)` if branches returned extra outputs."""
         check_stream(x, "x")
         y, *aux = self._run((x,), kwargs)
         return (y, *aux) if aux else y

@@ -63,7 +63,7 @@ class Step(nn.Module):
 
 
 class BoundStep(NamedTuple):
-    """A step of one call: `streams[target] = coupling.combine(streams[target], fn(*streams[source], **kwargs))`."""
+    """A step of one call, with its keywords: see `Step`."""
 
     name: str
     fn: Any

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._conversion.convert import Conversion, unconvert
 from ._couplings import Coupling
 from ._errors import ReversibleError
+from ._memory import measure_memory
 
-__all__ = ["check_gradients", "check_inverse"]
+__all__ = ["ConversionReport", "check_conversion", "check_gradients", "check_inverse"]
 
 
 def check_inverse(
@@ -125,6 +129,139 @@ def check_gradients(
     return _compare(actual, expected, tolerance, rounded)
 
 
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `check_conversion` measured.
+
+    Attributes:
+        loss: of the converted model.
+        ordinary_loss: of the same weights run as the ordinary network.
+        saved_bytes: kept for backward by the converted model.
+        stored_bytes: kept with `execution="store"`.
+    """
+
+    loss: float
+    ordinary_loss: float
+    saved_bytes: int
+    stored_bytes: int
+
+    @property
+    def shift(self) -> float:
+        """The loss of the converted model less that of the ordinary network."""
+        return self.loss - self.ordinary_loss
+
+
+def check_conversion(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    *,
+    tolerance: float = 0.0,
+    seed: int = 0,
+) -> ConversionReport:
+    """Compare a converted model with stored execution, and with the ordinary network.
+
+    The `.grad` of parameters, buffers, generators and settings are left as they were.
+
+    Args:
+        model: a model that `revnet.convert` converted.
+        batch: a mapping of keywords, a tuple of arguments, or one argument of the model.
+        loss: gives a scalar from the model's output; by default its `loss`, or a weighted sum over
+            all elements.
+        tolerance: largest relative error of a gradient, with respect to stored execution.
+        seed: of the randomness of each pass.
+
+    Raises:
+        ReversibleError: a wrong gradient, or a layer that gives another result when called again.
+    """
+    conversion = Conversion(model)
+    own = conversion.execution
+    gradients = [(p, p.grad) for p in model.parameters()]
+
+    def passed() -> tuple[Tensor, dict[str, Tensor | None]]:
+        value = total()
+        names, parameters = zip(
+            *((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True
+        )
+        grads = torch.autograd.grad(value, parameters, allow_unused=True)
+        return value.detach(), dict(zip(names, grads, strict=True))
+
+    def total() -> Tensor:
+        with _seeded(model, seed):
+            out = _called(model, batch)
+        return (_loss_of if loss is None else loss)(out)
+
+    # Measuring memory runs backward: not into the caller's gradients.
+    model.zero_grad()
+    with _same_buffers(model), _seeded(model, seed), torch.no_grad():
+        # The first batch chooses the range of the streams.
+        _called(model, batch)
+    try:
+        conversion.execution = "store"
+        with _same_buffers(model):
+            value, expected = passed()
+        with _same_buffers(model):
+            again, repeated = passed()
+        _deterministic([value], [again], expected, repeated)
+        with _same_buffers(model):
+            stored_bytes = measure_memory(total).saved_bytes
+        conversion.execution = own
+        with _same_buffers(model):
+            value, actual = passed()
+        if not torch.equal(value, again):
+            raise ReversibleError(
+                f"the loss is {value.item()} with execution={own!r} and {again.item()} stored: a "
+                f"layer reads what its own calls change, such as a counter. Keep it in buffers."
+            )
+        _compare(actual, expected, tolerance, list)
+        with _same_buffers(model):
+            saved_bytes = measure_memory(total).saved_bytes
+    finally:
+        conversion.execution = own
+        for p, grad in gradients:
+            p.grad = grad
+    ordinary = unconvert(copy.deepcopy(model))
+    with torch.no_grad(), _seeded(model, seed):
+        plain = (_loss_of if loss is None else loss)(_called(ordinary, batch))
+    return ConversionReport(value.item(), plain.item(), saved_bytes, stored_bytes)
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*(batch if isinstance(batch, tuple) else (batch,)))
+
+
+def _loss_of(out: Any) -> Tensor:
+    loss = getattr(out, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
+    leaves = _floating(dict(out) if isinstance(out, Mapping) else out)
+    # Mean over elements, so that the loss does not grow with them.
+    return torch.stack([_weighted(leaf) / leaf.numel() for leaf in leaves]).sum()
+
+
+@contextlib.contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Draw from this seed inside; leave the generators as they were."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _same_buffers(program: nn.Module) -> Iterator[None]:
+    """Leave the buffers as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in program.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
 def _pass(
     program: nn.Module, execution: Any, streams: Any, kwargs: Mapping[str, Any], seed: int
 ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
@@ -153,15 +290,12 @@ def _pass(
 def _executed(program: nn.Module, execution: Any) -> Iterator[None]:
     """Set another execution; afterwards restore the execution and the buffers."""
     own = program.execution
-    buffers = [(buffer, buffer.detach().clone()) for buffer in program.buffers()]
     program.execution = execution
     try:
-        yield
+        with _same_buffers(program):
+            yield
     finally:
         program.execution = own
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def _run(program: nn.Module, streams: Any, kwargs: Any) -> Any:

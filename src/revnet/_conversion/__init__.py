@@ -1,0 +1,1 @@
+"""Conversion of ordinary residual networks, in place and with unchanged weights."""

@@ -1,0 +1,34 @@
+"""What conversion relies on in torch.compile: of torch 2.11 to 2.13, in torch._C, so nothing loads.
+
+A compiled model breaks its graph at a converted layer (`_torchdynamo_disable`), whose `forward` is
+not compiled itself (`set_code_exec_strategy`). Inside, the compiler is switched off
+(`set_eval_frame`), and on again for the layer's own computation, in forward and in replays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch._C._dynamo import eval_frame
+
+
+def keep_out(function: Callable[..., Any]) -> None:
+    """Have compilers call this function instead of looking into it."""
+    skip = eval_frame._FrameExecStrategy(
+        eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    )
+    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    vars(function)["_torchdynamo_disable"] = True
+    vars(function)["_torchdynamo_disable_msg"] = "a layer converted by revnet"
+
+
+@contextmanager
+def compiling_with(compiler: Any) -> Iterator[Any]:
+    """Compile inside with this compiler (None: not at all); gives the one that was at work."""
+    found = eval_frame.set_eval_frame(compiler)
+    try:
+        yield found
+    finally:
+        eval_frame.set_eval_frame(found)

@@ -1,0 +1,408 @@
+"""A converted layer: when the model's own loop calls it, it takes its steps in an open call.
+
+A layer returns a readout of the streams, and keeps the call open for whoever gives it exactly this
+tensor next. The open call hangs on the returned tensor: on its node in the graph, or where it has
+none in a table with weak keys. So it dies with the tensor, after exceptions too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._compiled.function import active
+from .._engine import Call
+from .._errors import ReversibleError
+from .._execution import STORE
+from .._state.random import RandomState, devices_of
+from .._streams.arithmetic import FixedArithmetic, Stream
+from .._torch import records_operators
+from ._dynamo import compiling_with, keep_out
+from ._timm import FLAG
+from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
+from .rules import HandOn, Readout, TakeUp
+from .stack import Bookkeeping, Stack, low_precision
+
+# Where a converted layer finds its stack, and its place there.
+KEY = "_revnet_place"
+# Where a class that conversion made finds the class before it.
+OWN = "_revnet_own"
+
+
+@dataclass(slots=True)
+class _Open:
+    """A call between two of its layers."""
+
+    call: Call
+    streams: list[Stream]
+    stack: Stack
+    format: Any
+    bits: int
+    turn: int
+    readout: Readout
+    # Of the tensor that was returned.
+    version: int
+    address: int
+    # Hooks on saved tensors at the opening: a layer under a checkpoint of its own opens a call,
+    # since the checkpoint gives it another tensor when it recomputes.
+    hooks: Any
+
+
+# Open calls by the tensor that was returned, where it has no node in the graph.
+_OPEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class _Aside(Exception):
+    """A layer that does not fit, and why."""
+
+
+class _Range(Exception):
+    """The format of the streams does not fit this layer."""
+
+
+class _Seen(Bookkeeping):
+    """What a layer returned: its dtype, and where nothing is recorded the output itself."""
+
+    def __init__(self) -> None:
+        self.dtype = torch.float32
+        self.out: Any = None
+
+
+class _Update(nn.Module):
+    """What a layer adds to its input.
+
+    Args:
+        layer: the converted layer.
+        own: its class before conversion, whose `forward` is called.
+        dtype: of the tensor that the layer was given.
+        compiler: at work where the layer was called.
+        watch: told magnitudes around the layer; returns whether the format fits them.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        own: Any,
+        dtype: torch.dtype,
+        compiler: Any,
+        watch: Callable[[float, float], bool] | None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.own = own
+        self.given = dtype
+        self.compiler = compiler
+        self.watch = watch
+        self.seen = _Seen()
+
+    def forward(self, x: Tensor, /, **kwargs: Any) -> Any:
+        positional = kwargs.pop(_POSITIONAL, ())
+        x = x.to(self.given)
+        if self.seen.out is not None:
+            out = self.seen.out
+        elif self.compiler is None:
+            out = self.own.forward(self.layer, x, *positional, **kwargs)
+        else:
+            with compiling_with(self.compiler):
+                out = self.own.forward(self.layer, x, *positional, **kwargs)
+        y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
+        if not isinstance(y, Tensor):
+            raise _Aside(f"it returns {type(y).__name__}, not a tensor")
+        if y.shape != x.shape:
+            raise _Aside(f"it changes the shape, {tuple(x.shape)} to {tuple(y.shape)}")
+        if not y.is_floating_point():
+            raise _Aside(f"it returns {y.dtype}")
+        self.seen.dtype = y.dtype
+        update = y - x
+        if self.watch is not None and not self.watch(*_magnitudes(x, y, update)):
+            if not torch.is_grad_enabled():
+                self.seen.out = out
+            raise _Range
+        return update if rest is None else (update, rest)
+
+
+_POSITIONAL = "_positional"
+
+
+def _magnitudes(x: Tensor, y: Tensor, update: Tensor) -> tuple[float, float]:
+    """Return the largest magnitude around a layer, and the mean one of its update."""
+    if x.is_meta or x.numel() == 0:
+        return 0.0, 0.0
+    with torch.no_grad():
+        largest = torch.maximum(x.abs().amax(), y.abs().amax())
+        mean = update.abs().mean(dtype=torch.float32)
+        first, second = torch.stack((largest.float(), mean)).tolist()
+    return first, second
+
+
+def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler: Any) -> Any:
+    """Call a converted layer; `compiler` is at work around it, and off here."""
+    stack, place = vars(layer)[KEY]
+    bound = _bind(own, args, kwargs)
+    if bound is None or place in stack.outside:
+        return _plainly(layer, own, args, kwargs, compiler)
+    x, keywords = bound
+    recording = _recording()
+    if recording and not _without_caches(stack, keywords):
+        return _plainly(layer, own, args, kwargs, compiler)
+    unseen = place in stack.unseen and not active()
+    update = _Update(layer, own, x.dtype, compiler, stack.fits if unseen else None)
+    random = RandomState(devices_of([x])) if unseen else None
+    try:
+        try:
+            return _steps(stack, place, update, x, keywords, _find(x, stack, recording))
+        except _Range:
+            # Another format begins with a new call.
+            stack.fit()
+            update.watch = None
+            assert random is not None
+            random.set()
+            return _steps(stack, place, update, x, keywords, None)
+        finally:
+            stack.unseen.discard(place)
+    except _Aside as reason:
+        if stack.chosen:
+            raise ReversibleError(
+                f"{stack.layers[place]} ({stack.kind}): {reason}. A converted layer maps a tensor "
+                f"to a tensor of its shape, alone or first in a tuple: leave it out of `layers`."
+            ) from None
+        stack.outside[place] = str(reason)
+    if random is not None:
+        random.set()
+    return _plainly(layer, own, args, kwargs, compiler)
+
+
+def _plainly(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler: Any) -> Any:
+    """Call a layer as it was before conversion."""
+    with compiling_with(compiler):
+        return own.forward(layer, *args, **kwargs)
+
+
+def _steps(
+    stack: Stack,
+    place: int,
+    update: _Update,
+    x: Tensor,
+    keywords: dict[str, Any],
+    found: _Open | None,
+) -> Any:
+    """Take the steps of a layer in the open call that was found, or in a new one."""
+    rule, bits = stack.rule, stack.bits[place]
+    if found is None:
+        call = _new_call(stack, x)
+        turn, before = 0, bits
+    else:
+        call, turn, before = found.call, found.turn + 1, found.bits
+        call.resume(_taken_up(found, x))
+    name = stack.layers[place]
+    first = place * rule.steps_per_layer
+    try:
+        for i, part in enumerate(rule.steps(name, update, keywords, before, bits, turn)):
+            call.step(first + i, part)
+        rest = call.aux.pop(name, None)
+        streams = call.pause()
+    finally:
+        # After an exception the call must not hold the graph.
+        call.streams, call.aux = [], {}
+    readout = rule.readout(bits, turn)
+    value, hidden = streams[readout.place][0], streams[1 - readout.place][0]
+    y = HandOn.apply(value, hidden, readout.own, readout.other, update.seen.dtype)
+    hold = _Open(
+        call,
+        streams,
+        stack,
+        stack.streams,
+        bits,
+        turn,
+        readout,
+        _version(y),
+        y.data_ptr() if not active() else 0,
+        _hooks(),
+    )
+    node: Any = y.grad_fn
+    if type(node) is _NODE:
+        vars(node)["open_call"] = hold
+    else:
+        _OPEN[y] = hold
+    if place == len(stack.layers) - 1 and isinstance(call.arithmetic, FixedArithmetic):
+        stack.monitor.flush()
+    return y if rest is None else (y, *rest)
+
+
+def _new_call(stack: Stack, x: Tensor) -> Call:
+    if low_precision(x.dtype) and torch.is_autocast_enabled(x.device.type):
+        # Layers return float32 then, unless they end with a product.
+        x = x.float()
+    executions = [STORE] * len(stack.executions) if active() else stack.executions
+    return Call(stack.rule.streams(x), stack.arithmetic(), stack.options, executions)
+
+
+def _taken_up(found: _Open, x: Tensor) -> list[Stream]:
+    """Return the streams of an open call, as functions of the tensor that was handed on."""
+    place, own, other = found.readout
+    streams = list(found.streams)
+    (value, held), (hidden, _) = streams[place], streams[1 - place]
+    streams[place] = TakeUp.apply(x, hidden, value, own, other), held
+    return streams
+
+
+def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
+    """Return the open call that returned this tensor, and take it from the tensor."""
+    node: Any = x.grad_fn
+    place = x.output_nr
+    while type(node).__name__ in _PASSING and place < len(node.next_functions):
+        node, place = node.next_functions[place]
+    if type(node) is _NODE:
+        found = vars(node).pop("open_call", None)
+    else:
+        found = _OPEN.pop(x, None)
+    if found is None or found.stack is not stack or found.format != stack.streams:
+        return None
+    same = (
+        found.version == _version(x)
+        and (active() or found.address == x.data_ptr())
+        and found.hooks == _hooks()
+        and found.call.recording is recording
+        and not (node is None and x.requires_grad)
+    )
+    return found if same else None
+
+
+# Nodes of functions that return their inputs: of FSDP2 and of backward hooks of modules.
+_PASSING = frozenset(("RegisterPostBackwardFunctionBackward", "BackwardHookFunctionBackward"))
+_NODE = HandOn._backward_cls
+
+
+def _recording() -> bool:
+    return torch.is_grad_enabled() and not records_operators()
+
+
+def _hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _without_caches(stack: Stack, keywords: dict[str, Any]) -> bool:
+    """Take empty caches from the keywords; return whether no other cache is left."""
+    caches = [name for name, value in keywords.items() if is_cache(name, value)]
+    if not caches:
+        return True
+    if not all(is_empty(keywords[name]) for name in caches):
+        stack.warn_once(
+            "filled cache",
+            f"{stack.name}: a key-value cache that holds something was given in training. The "
+            f"layers that read it keep their activations.",
+        )
+        return False
+    stack.warn_once(
+        "cache",
+        f"{stack.name}: a key-value cache was given in training, and is ignored: layers are "
+        f"evaluated again in backward, and would fill it twice. Pass use_cache=False.",
+    )
+    for name in caches:
+        keywords[name] = None
+    if "use_cache" in keywords:
+        keywords["use_cache"] = False
+    return True
+
+
+def _bind(
+    own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]] | None:
+    """Return the stream that a layer is given, and the rest by name; None where there is none."""
+    names, named = _signature(own)
+    keywords = dict(kwargs)
+    if args:
+        x, positional = args[0], args[1:]
+        if named and len(positional) < len(names):
+            keywords.update(zip(names[1:], positional, strict=False))
+            if len(keywords) < len(kwargs) + len(positional):
+                return None
+        elif positional:
+            keywords[_POSITIONAL] = positional
+    elif names and names[0] in keywords:
+        x = keywords.pop(names[0])
+    else:
+        return None
+    plain = isinstance(x, Tensor) and not x.is_nested and x.is_floating_point()
+    return (x, keywords) if plain else None
+
+
+@cache
+def _signature(own: Any) -> tuple[list[str], bool]:
+    """Return the names of the positional parameters, and whether all may be given by name."""
+    parameters = list(inspect.signature(own.forward).parameters.values())[1:]
+    kinds = inspect.Parameter
+    positional = [
+        p for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    named = all(p.kind is kinds.POSITIONAL_OR_KEYWORD for p in positional[1:])
+    named = named and not any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
+    return [p.name for p in positional], named
+
+
+@cache
+def converted_class(own: Any) -> Any:
+    """Return the class of converted layers of this class: equal but for `forward`.
+
+    A class, not an attribute of each layer: copies, pickles and replicas have it as well, and call
+    it with their own parameters.
+    """
+
+    @wraps(own.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with compiling_with(None) as compiler:
+            return run(self, own, args, kwargs, compiler)
+
+    keep_out(forward)
+    made = _derived(own, converted_class, {FLAG_OF_LAYERS: property(_unset, _switch)})
+    # Set afterwards: transformers wraps what a class is made with.
+    made.forward = forward
+    return made
+
+
+@cache
+def switching_class(own: Any) -> Any:
+    """Return the class of a module around layers, equal but for its flag of checkpointing."""
+    return _derived(own, switching_class, {FLAG: property(_unset, _switch)})
+
+
+def _derived(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # The class has no name that a pickle could refer to.
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        return _revive, (make.__name__, own), *reduced[2:]
+
+    own_names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (own,), {**own_names, **namespace, "__reduce_ex__": reduce, OWN: own})
+
+
+def _revive(make: str, own: Any) -> Any:
+    made = {"converted_class": converted_class, "switching_class": switching_class}[make](own)
+    return made.__new__(made)
+
+
+def _unset(module: nn.Module) -> bool:
+    """Return False: layers are rebuilt by their conversion, not by a checkpoint around them."""
+    return False
+
+
+def _switch(module: nn.Module, enabled: bool) -> None:
+    """Switch the layers inside between `"invert"` and `"store"`, as checkpointing is switched."""
+    for layer in module.modules():
+        if KEY in vars(layer):
+            stack, place = vars(layer)[KEY]
+            if not enabled:
+                stack.set_execution(place, "store")
+            elif stack.execution[place] == "store":
+                stack.set_execution(place, "invert")

@@ -1,0 +1,837 @@
+"""Converted networks: `"invert"` equals `"store"` in every bit, however layers are called."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import revnet
+from revnet import ReversibleError
+from revnet._conversion import layer as conversion_layer
+from revnet.testing import check_conversion
+
+WIDTH, DEPTH = 8, 5
+
+
+class Block(nn.Module):
+    """A residual layer with a norm, dropout and what a model may hand to it."""
+
+    def __init__(self, width: int = WIDTH, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.enter = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.leave = nn.Linear(2 * width, width)
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, *, shift: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.enter(self.norm(x))
+        hidden = hidden if scale is None else hidden * scale
+        hidden = hidden if shift is None else hidden + shift
+        return x + self.leave(self.dropout(F.gelu(hidden)))
+
+
+class Net(nn.Module):
+    """A loop over layers, which a test may replace."""
+
+    def __init__(self, depth: int = DEPTH, layer: Callable[[], nn.Module] = Block) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList([layer() for _ in range(depth)])
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+Loss = Callable[[Any, Tensor], Tensor]
+Results = list[Tensor | None]
+
+
+def weighted(y: Tensor) -> Tensor:
+    return (torch.linspace(0.5, 2.0, y.numel()).view_as(y) * y.float()).square().sum()
+
+
+def whole(net: nn.Module, x: Tensor) -> Tensor:
+    return weighted(net(x))
+
+
+def without(*places: int) -> Loss:
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x = net.embed(x)
+        for i, layer in enumerate(net.layers):
+            x = x if i in places else layer(x)
+        return weighted(net.norm(x))
+
+    return loss
+
+
+def exit_after(depth: int) -> Loss:
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x = net.embed(x)
+        for layer in net.layers[:depth]:
+            x = layer(x)
+        return weighted(net.norm(x))
+
+    return loss
+
+
+def hidden_alone(place: int) -> Loss:
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x, states = net.embed(x), []
+        for layer in net.layers:
+            x = layer(x)
+            states.append(x)
+        return weighted(states[place])
+
+    return loss
+
+
+def all_hidden(net: Any, x: Tensor) -> Tensor:
+    x, total = net.embed(x), torch.zeros(())
+    for layer in net.layers:
+        x = layer(x)
+        total = total + weighted(x)
+    return total + weighted(net.norm(x))
+
+
+def one_alone(net: Any, x: Tensor) -> Tensor:
+    return weighted(net.layers[2](net.embed(x)))
+
+
+def one_alone_between(net: Any, x: Tensor) -> Tensor:
+    y = net(x)
+    other = net.layers[2](x.sin())
+    return weighted(y) + weighted(other)
+
+
+def interleaved(net: Any, x: Tensor) -> Tensor:
+    a, b = net.embed(x), net.embed(x.cos())
+    for layer in net.layers:
+        a, b = layer(a), layer(b)
+    return weighted(a) + weighted(b)
+
+
+def looped(net: Any, x: Tensor) -> Tensor:
+    x = net.embed(x)
+    for layer in [*net.layers, *net.layers]:
+        x = layer(x)
+    return weighted(net.norm(x))
+
+
+def branching(net: Any, x: Tensor) -> Tensor:
+    """Two layers are given the output of one; the first of them goes on with its call."""
+    x = net.layers[0](net.embed(x))
+    y, z = net.layers[1](x), net.layers[2](x)
+    return weighted(net.layers[3](y)) + weighted(net.layers[4](z))
+
+
+def changed_between(net: Any, x: Tensor) -> Tensor:
+    x = net.embed(x)
+    for i, layer in enumerate(net.layers):
+        x = layer(x)
+        if i == 1:
+            x = x.tanh()
+        if i == 3:
+            x.mul_(0.5)
+    return weighted(x)
+
+
+def cut_between(net: Any, x: Tensor) -> Tensor:
+    x = net.layers[1](net.layers[0](net.embed(x)))
+    return weighted(net.layers[3](net.layers[2](x.detach()))) + weighted(x)
+
+
+def checkpointed(net: Any, x: Tensor) -> Tensor:
+    return weighted(checkpoint(net, x, use_reentrant=False))
+
+
+def checkpointed_reentrant(net: Any, x: Tensor) -> Tensor:
+    return weighted(checkpoint(net, x.requires_grad_(), use_reentrant=True))
+
+
+def checkpointed_layers(net: Any, x: Tensor) -> Tensor:
+    x = net.embed(x)
+    for layer in net.layers:
+        x = checkpoint(layer, x, use_reentrant=False)
+    return weighted(x)
+
+
+def checkpointed_layers_reentrant(net: Any, x: Tensor) -> Tensor:
+    x = net.embed(x)
+    for layer in net.layers:
+        x = checkpoint(layer, x, use_reentrant=True)
+    return weighted(x)
+
+
+def autocast_in_part(net: Any, x: Tensor) -> Tensor:
+    x = net.embed(x)
+    for i, layer in enumerate(net.layers):
+        with torch.autocast("cpu", torch.bfloat16, enabled=i in (1, 2)):
+            x = layer(x)
+    return weighted(x)
+
+
+def with_keywords(net: Any, x: Tensor) -> Tensor:
+    scale = net.embed.weight.sum() * torch.ones(2 * WIDTH)
+    x = net.embed(x)
+    for i, layer in enumerate(net.layers):
+        x = layer(x, scale) if i % 2 else layer(x=x, scale=scale * i, shift=scale.cos())
+    return weighted(x)
+
+
+def two_backwards(net: Any, x: Tensor) -> Tensor:
+    """A loss inside, whose backward runs before the rest of the forward pass."""
+    x = net.layers[1](net.layers[0](net.embed(x)))
+    weighted(x).backward(retain_graph=True)
+    return weighted(net.layers[3](net.layers[2](x)))
+
+
+def freed_and_continued(net: Any, x: Tensor) -> Tensor:
+    """The graph of the first layers is freed before the next layers go on."""
+    x = net.layers[1](net.layers[0](net.embed(x)))
+    weighted(x).backward()
+    y = net.layers[3](net.layers[2](x))
+    torch.autograd.grad(weighted(y), list(net.layers[3].parameters()))
+    return weighted(net.layers[4](net.embed(x.detach())))
+
+
+def reduced_by_hand(net: Any, x: Tensor) -> Tensor:
+    y = net(x)
+    grads = torch.autograd.grad(weighted(y), list(net.layers[1].parameters()), create_graph=True)
+    return weighted(y) + sum(weighted(g) for g in grads)
+
+
+LOSSES: dict[str, Loss] = {
+    "whole": whole,
+    "first dropped": without(0),
+    "middle dropped": without(2),
+    "last dropped": without(DEPTH - 1),
+    "several dropped": without(0, 2, 4),
+    "exit after 1": exit_after(1),
+    "exit after 3": exit_after(3),
+    "hidden state 0 alone": hidden_alone(0),
+    "hidden state 2 alone": hidden_alone(2),
+    "all hidden states": all_hidden,
+    "one alone": one_alone,
+    "one alone, between": one_alone_between,
+    "interleaved": interleaved,
+    "looped": looped,
+    "branching": branching,
+    "changed between": changed_between,
+    "cut between": cut_between,
+    "checkpoint": checkpointed,
+    "checkpoint, reentrant": checkpointed_reentrant,
+    "checkpoint of layers": checkpointed_layers,
+    "checkpoint of layers, reentrant": checkpointed_layers_reentrant,
+    "autocast in part": autocast_in_part,
+    "keywords": with_keywords,
+    "two backwards": two_backwards,
+    "freed and continued": freed_and_continued,
+    "second derivative": reduced_by_hand,
+}
+
+
+def results(net: nn.Module, loss: Loss, x: Tensor) -> Results:
+    """The loss, and the gradients of input and parameters."""
+    torch.manual_seed(1)
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    value = loss(net, x * 1.0)
+    value.backward()
+    return [value.detach(), x.grad, *(p.grad for p in net.parameters())]
+
+
+def assert_same(actual: Results, expected: Results) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (torch.equal(a, b) and not a.isnan().any())
+
+
+def executed(net: nn.Module, execution: Any, loss: Loss, x: Tensor, **options: Any) -> Results:
+    own = copy.deepcopy(net)
+    revnet.convert(own, execution=execution, **options)
+    return results(own, loss, x)
+
+
+MIXED = ["invert", "store", "checkpoint", "invert", "select"]
+
+
+@pytest.mark.parametrize("rule", ["momentum", "two-stream"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_invert_equals_store(name: str, rule: str) -> None:
+    net, x, loss = Net(), torch.randn(2, 3, WIDTH), LOSSES[name]
+    expected = executed(net, "store", loss, x, rule=rule)
+    assert_same(executed(net, "invert", loss, x, rule=rule), expected)
+    assert_same(executed(net, MIXED, loss, x, rule=rule), expected)
+    assert_same(executed(net, MIXED[::-1], loss, x, rule=rule), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["whole", "all hidden states", "middle dropped"])
+def test_invert_equals_store_in_other_types(name: str, dtype: torch.dtype) -> None:
+    net, x = Net().to(dtype), torch.randn(2, 3, WIDTH, dtype=dtype)
+    expected = executed(net, "store", LOSSES[name], x)
+    assert_same(executed(net, "invert", LOSSES[name], x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_invert_equals_store_under_autocast(dtype: torch.dtype) -> None:
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return weighted(net(x))
+
+    net, x = Net().to(dtype), torch.randn(2, 3, WIDTH, dtype=dtype)
+    assert_same(executed(net, "invert", loss, x), executed(net, "store", loss, x))
+
+
+def recurrence(net: Any, x: Tensor, bits: list[int]) -> list[Tensor]:
+    """What the layers return, as the paper's recurrence gives it in float64."""
+    v, x, states = torch.zeros_like(x), net.embed(x), []
+    before = bits[0]
+    for layer, b in zip(net.layers, bits, strict=True):
+        mu, last = 2.0**-b, 2.0**-before
+        keep = last * (1 - mu) / (1 - last)
+        v = keep * v + (1 - mu) * (layer(x) - x)
+        x = x + v
+        states.append(x + mu / (1 - mu) * v)
+        before = b
+    return states
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8, [3, 1, 2, 2, 5]], ids=str)
+def test_every_layer_returns_the_readout_of_the_recurrence(bits: int | list[int]) -> None:
+    net, x = Net(layer=lambda: Block(dropout=0.0)).double(), torch.randn(2, 3, WIDTH).double()
+    per_layer = [bits] * DEPTH if isinstance(bits, int) else bits
+    expected = recurrence(net, x, per_layer)
+    grads = torch.autograd.grad(sum(map(weighted, expected)), list(net.layers.parameters()))
+    revnet.convert(net, bits=bits, streams=revnet.Fixed(37))
+    own, states = net.embed(x), []
+    for layer in net.layers:
+        own = layer(own)
+        states.append(own)
+    for a, b in zip(states, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    found = torch.autograd.grad(sum(map(weighted, states)), list(net.layers.parameters()))
+    for a, b in zip(found, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-7)
+
+
+def test_the_readout_is_the_residual_stream_where_layers_do_not_read_it() -> None:
+    """Updates that do not depend on the stream add up, whatever the bits of each layer."""
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.update = nn.Linear(1, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.update.bias
+
+    net, x = Net(layer=Constant).double(), torch.randn(2, 3, WIDTH).double()
+    expected = net(x)
+    revnet.convert(net, "layers", bits=[1, 4, 2, 8, 3], streams=revnet.Fixed(37))
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-9)
+
+
+def test_one_layer_alone_is_the_ordinary_layer() -> None:
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    expected = net.layers[1](x)
+    revnet.convert(net)
+    torch.testing.assert_close(net.layers[1](x), expected, rtol=0, atol=1e-6)
+
+
+def test_evaluation_gives_the_values_of_training() -> None:
+    net, x = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 3, WIDTH)
+    revnet.convert(net)
+    trained = net(x)
+    with torch.no_grad():
+        assert torch.equal(net(x), trained)
+    with torch.inference_mode():
+        assert torch.equal(net(x), trained)
+
+
+def test_names_states_and_hooks_stay() -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    keys, shown, seen = list(net.state_dict()), repr(net), []
+    names = [name for name, _ in net.named_modules()]
+    handles = [
+        layer.register_forward_hook(lambda layer, args, out: seen.append((layer, args[0], out)))
+        for layer in net.layers
+    ]
+    revnet.convert(net)
+    assert list(net.state_dict()) == keys
+    assert repr(net) == shown
+    assert [name for name, _ in net.named_modules()] == names
+    assert all(isinstance(layer, Block) for layer in net.layers)
+    net(x).sum().backward()
+    assert [layer for layer, _, _ in seen] == list(net.layers)
+    assert all(a[2] is b[1] for a, b in pairwise(seen))
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_hook_that_puts_another_tensor_in() -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    for module in (net.layers[1], net.layers[2]):
+        module.register_forward_hook(lambda layer, args, out: out * 0.5)
+        module.register_forward_pre_hook(lambda layer, args: (args[0].tanh(), *args[1:]))
+    assert_same(executed(net, "invert", whole, x), executed(net, "store", whole, x))
+
+
+def test_backward_hooks_of_layers_sit_on_the_path_of_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    for layer in net.layers:
+        layer.register_full_backward_hook(lambda layer, grads, given: (grads[0] * 0.5,))
+    assert_same(executed(net, "invert", whole, x), executed(net, "store", whole, x))
+    seen: list[int] = []
+    own = copy.deepcopy(net)
+    revnet.convert(own, calibrate=x)
+    calls = opened(monkeypatch)
+    for i, layer in enumerate(own.layers):
+        layer.register_full_backward_pre_hook(lambda layer, grads, i=i: seen.append(i))
+    whole(own, x).backward()
+    assert seen == list(range(DEPTH))[::-1]
+    # The hooks hand on other tensor objects, but all layers share one call.
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("rule", "per_element"), [("momentum", 20), ("two-stream", 12)])
+def test_memory_does_not_grow_with_activations(rule: str, per_element: int) -> None:
+    """What stays: two streams of float32 and int16, and a buffer of 63 bits."""
+    x = torch.randn(512, 4, WIDTH)
+    for depth in (8, 16):
+        net = Net(depth, lambda: Block(dropout=0.0))
+        conversion = revnet.convert(net, rule=rule, calibrate=x)
+        around = revnet.measure_memory(lambda x, net=net: net.norm(net.embed(x)), x).saved_bytes
+        kept = revnet.measure_memory(net, x).saved_bytes - around
+        assert 11 * x.numel() < kept <= 1.05 * per_element * x.numel()
+        conversion.execution = "store"
+        assert revnet.measure_memory(net, x).saved_bytes > 24 * depth * x.numel()
+
+
+def test_deepcopy_pickle_and_replicas_are_models_of_their_own() -> None:
+    import io
+
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    revnet.convert(net)
+    first = net(x)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(net), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x), first)
+        assert_same(results(other, whole, x), results(net, whole, x))
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1.5)
+        changed = other(x)
+        assert torch.equal(net(x), first)
+        assert not torch.equal(changed, first)
+        revnet.Conversion(other).bits = 1
+        assert revnet.Conversion(net).bits == 3
+        revnet.unconvert(other)
+        ordinary = Net().eval()
+        ordinary.load_state_dict(other.state_dict())
+        assert torch.equal(other(x), ordinary(x))
+
+
+def test_replicas_compute_with_their_own_parameters() -> None:
+    """As nn.DataParallel makes them: parameters are plain attributes, with a graph."""
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, calibrate=x)
+    scaled = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in scaled.parameters():
+            p.mul_(1.5)
+    modules = list(net.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    leaves = []
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = replicas[child]
+        for name, p in module._parameters.items():
+            leaves.append(p)
+            object.__setattr__(replica, name, p * 1.5)
+            replica.__dict__[name] = p * 1.5
+    y = replicas[net](x)
+    assert torch.equal(y, scaled(x))
+    grads = torch.autograd.grad(weighted(y), leaves)
+    expected = torch.autograd.grad(weighted(scaled(x)), list(scaled.parameters()))
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, 1.5 * b)
+
+
+def test_unconvert_gives_the_first_outputs() -> None:
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    first = results(net, whole, x)
+    revnet.convert(net)
+    converted = results(net, whole, x)
+    assert revnet.unconvert(net) is net
+    assert_same(results(net, whole, x), first)
+    assert not torch.equal(converted[0], first[0])
+    assert all(type(layer) is Block for layer in net.layers)
+    assert not any("revnet" in key for layer in net.layers for key in vars(layer))
+
+
+def test_two_threads() -> None:
+    net, inputs = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 4, 3, WIDTH)
+    revnet.convert(net, calibrate=inputs[0])
+    expected = [torch.autograd.grad(weighted(net(x)), list(net.parameters())) for x in inputs]
+    found: list[Any] = [None, None]
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            found[i] = torch.autograd.grad(weighted(net(inputs[i])), list(net.parameters()))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(found, expected, strict=True):
+        assert_same(list(a), list(b))
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Weak references to the calls that are opened from now on."""
+    calls: list[weakref.ref[Any]] = []
+    new = conversion_layer._new_call
+
+    def noted(*args: Any) -> Any:
+        call = new(*args)
+        calls.append(weakref.ref(call))
+        return call
+
+    monkeypatch.setattr(conversion_layer, "_new_call", noted)
+    return calls
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("execution", ["invert", "store"])
+def test_a_call_dies_with_its_last_output(execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, execution=execution)
+    calls = opened(monkeypatch)
+    y = net.layers[1](net.layers[0](x))
+    assert len(calls) == 1
+    assert calls[0]() is not None
+    del y
+    assert calls[0]() is None
+    whole(net, x).backward()
+    with torch.no_grad():
+        net(x)
+    assert len(calls) == 3
+    assert not any(call() for call in calls)
+    assert not conversion_layer._OPEN
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_call_dies_after_an_exception(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, calibrate=x)
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise RuntimeError("out of memory, say")
+
+    calls = opened(monkeypatch)
+    handle = net.layers[place].leave.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        net(x)
+    assert len(calls) == 1
+    assert calls[0]() is None
+    handle.remove()
+    assert_same(results(net, whole, x), results(copy.deepcopy(net), whole, x))
+
+
+def test_a_layer_that_failed_can_be_called_again() -> None:
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x = net.layers[1](net.layers[0](net.embed(x)))
+        handle = net.layers[2].leave.register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            net.layers[2](x)
+        handle.remove()
+        return weighted(net.layers[2](x)) + weighted(x)
+
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    assert_same(executed(net, "invert", loss, x), executed(net, "store", loss, x))
+
+
+def test_frozen_layers_cost_no_gradient() -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    for module in (net.embed, net.layers[0], net.layers[1]):
+        module.requires_grad_(False)
+
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return weighted(net(x.detach()))
+
+    assert_same(executed(net, "invert", loss, x), executed(net, "store", loss, x))
+
+
+def test_layers_that_return_tuples() -> None:
+    class Tuple(Block):
+        def forward(self, x: Tensor, bias: Tensor | None = None) -> Any:
+            scores = self.enter(x).softmax(-1)
+            scale = scores if bias is None else scores + bias
+            return super().forward(x, scale), None, scores
+
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x, bias, total = net.embed(x), None, torch.zeros(())
+        for layer in net.layers:
+            x, nothing, scores = layer(x, bias=bias)
+            assert nothing is None
+            bias = scores if bias is None else bias
+            total = total + weighted(scores)
+        return total + weighted(x)
+
+    net, x = Net(layer=Tuple), torch.randn(2, 3, WIDTH)
+    expected = executed(net, "store", loss, x)
+    assert_same(executed(net, "invert", loss, x), expected)
+    assert_same(executed(net, MIXED, loss, x), expected)
+
+
+def test_bits_are_set_anew() -> None:
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    ordinary = net(x)
+    conversion = revnet.convert(net)
+    outputs = []
+    for bits in (1, 3, 8):
+        conversion.bits = bits
+        outputs.append((net(x) - ordinary).abs().max().item())
+    assert outputs[0] > outputs[1] > outputs[2]
+    conversion.anneal(0.5)
+    assert conversion.bits in (5, 6)
+    conversion.anneal(2.0)
+    assert conversion.bits == 8
+    conversion.bits = [1, 2, 3, 4, 5]
+    assert conversion.bits == [1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="4 entries for 5"):
+        conversion.bits = [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="from 1 to 8"):
+        conversion.bits = 9
+
+
+def test_a_conversion_is_resumed_from_numbers_and_names() -> None:
+    import json
+
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH) * 1e4
+    conversion = revnet.convert(net, bits=[1, 2, 3, 4, 5], execution=MIXED)
+    y = net(x)
+    state = json.loads(json.dumps(conversion.state_dict()))
+    other = Net().eval()
+    other.load_state_dict(net.state_dict())
+    resumed = revnet.convert(other)
+    resumed.load_state_dict(state)
+    assert torch.equal(other(x), y)
+    assert resumed.bits == [1, 2, 3, 4, 5]
+    assert resumed.execution == MIXED
+    assert repr(resumed) == repr(conversion)
+    with pytest.raises(ReversibleError, match=r"stacks \{'layers': 5\}.*but the model has"):
+        revnet.convert(Net(3)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_large_activations_find_their_range(calibrated: bool) -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    for place in (1, 3):
+        with torch.no_grad():
+            net.layers[place].leave.weight.mul_(1e5)
+    batch = x if calibrated else None
+    expected = executed(net, "store", whole, x, calibrate=batch)
+    assert_same(executed(net, "invert", whole, x, calibrate=batch), expected)
+    conversion = revnet.convert(net, calibrate=batch)
+    results(net, whole, x)
+    (stack,) = conversion.stacks
+    assert stack.streams.limit > 16 * stack.largest > 1e5
+    assert f"fraction_bits={stack.streams.fraction_bits}" in repr(conversion)
+    # From the second batch on, one call goes through all layers.
+    first, second = results(net, whole, x), results(net, whole, x)
+    assert_same(first, second)
+
+
+def test_small_updates_find_a_finer_format() -> None:
+    """As with LayerScale at its initialisation."""
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        for layer in net.layers[2:]:
+            layer.leave.weight.mul_(1e-6)
+            layer.leave.bias.mul_(1e-6)
+    conversion = revnet.convert(net)
+    assert_same(
+        executed(revnet.unconvert(copy.deepcopy(net)), "invert", whole, x),
+        executed(revnet.unconvert(copy.deepcopy(net)), "store", whole, x),
+    )
+    results(net, whole, x)
+    assert conversion.stacks[0].streams == revnet.Fixed(37)
+
+
+def test_leaving_the_range_names_layer_magnitude_and_remedy() -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, calibrate=x)
+    with torch.no_grad():
+        net.layers[2].leave.weight.mul_(1e6)
+    net(x)
+    with pytest.raises(ReversibleError, match=r"layers\.2: a stream left.*fraction_bits=\d+"):
+        net(x)
+    net(x)
+    with pytest.raises(ReversibleError, match=r"layers\.2: a stream left"):
+        revnet.Conversion(net).check()
+
+
+@pytest.mark.parametrize("kind", ["sequential", "named"])
+def test_containers(kind: str) -> None:
+    net = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), nn.Sequential(*(Block() for _ in range(4))), nn.LayerNorm(WIDTH)
+    )
+    x = torch.randn(2, 3, WIDTH)
+    options = {"layers": "1"} if kind == "named" else {}
+    expected = executed(net, "store", whole, x, **options)
+    assert_same(executed(net, "invert", whole, x, **options), expected)
+    conversion = revnet.convert(net, **options)
+    assert "1: 4 × Block" in repr(conversion)
+
+
+def test_a_found_layer_that_changes_shape_stays_outside() -> None:
+    class Wider(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return torch.cat((super().forward(x), x), 1)
+
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    net.layers[0], net.layers[1] = Wider(), Wider()
+    assert_same(executed(net, "invert", whole, x), executed(net, "store", whole, x))
+    conversion = revnet.convert(net)
+    net(x)
+    assert "left out: layers.1 (it changes the shape, (2, 6, 8) to (2, 12, 8))" in repr(conversion)
+    revnet.unconvert(net)
+    revnet.convert(net, "layers")
+    with pytest.raises(ReversibleError, match=r"layers\.0 .*changes the shape.*leave it out"):
+        net(x)
+
+
+def test_errors() -> None:
+    with pytest.raises(ReversibleError, match=r"no stack.*Name it.*'0' \(2 × Linear\)"):
+        revnet.convert(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    with pytest.raises(ReversibleError, match="'blocks', which is not there in Net"):
+        revnet.convert(Net(), "blocks")
+    with pytest.raises(ReversibleError, match="'embed', which is a Linear in Net"):
+        revnet.convert(Net(), ["layers", "embed"])
+    with pytest.raises(ValueError, match="rule 'leapfrog' is not one of"):
+        revnet.convert(Net(), rule="leapfrog")
+    with pytest.raises(ValueError, match="bits 0: expected an integer from 1 to 8"):
+        revnet.convert(Net(), bits=0)
+    with pytest.raises(ValueError, match="execution 'keep' is not one of"):
+        revnet.convert(Net(), execution="keep")
+    net = Net()
+    with pytest.raises(ValueError, match="2 entries for 5 converted layers"):
+        revnet.convert(net, bits=[3, 3])
+    with pytest.raises(ReversibleError, match="Net is not converted"):
+        revnet.unconvert(net)
+    revnet.convert(net)
+    with pytest.raises(ReversibleError, match="Net is converted already"):
+        revnet.convert(net)
+    net = Net()
+    net.layers[1].forward = net.layers[1].forward
+    with pytest.raises(ReversibleError, match=r"layers\.1 has a forward of its own"):
+        revnet.convert(net)
+
+
+def test_a_layer_that_writes_to_its_input_raises() -> None:
+    class Writes(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    net = Net(layer=Writes)
+    revnet.convert(net)
+    with pytest.raises(ReversibleError, match=r"layers\.0 changed its input in place"):
+        net(torch.randn(2, 3, WIDTH))
+
+
+def test_weights_that_change_before_backward_raise() -> None:
+    net = Net()
+    revnet.convert(net)
+    loss = whole(net, torch.randn(2, 3, WIDTH))
+    with torch.no_grad():
+        net.layers[1].enter.weight.mul_(2)
+    with pytest.raises(ReversibleError, match="changed in place"):
+        loss.backward()
+
+
+# Dynamo looks at the gradient of every input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("when", ["before", "after", "whole"])
+def test_compiled_layers_compile_their_own_computation(when: str) -> None:
+    """One graph for all layers, which are equal, and none of a function of the engine."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    net, x = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 3, WIDTH)
+    found = []
+    for execution in ("store", "invert"):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        own = copy.deepcopy(net)
+        if when == "before":
+            for layer in own.layers:
+                layer.compile(backend=counter)
+        conversion = revnet.convert(own, execution=execution)
+        if when == "after":
+            for layer in own.layers:
+                layer.compile(backend=counter)
+        conversion.stacks[0].unseen.clear()
+        compiled = torch.compile(own, backend=counter) if when == "whole" else own
+        results(compiled, whole, x)
+        found.append(results(compiled, whole, x))
+        assert counter.frame_count == 1
+        # The layer's norm, its two products and GELU, and the two additions around.
+        assert counter.op_count == len(list(Block().children())) + 2
+    assert_same(*found)
+    plain = copy.deepcopy(net)
+    revnet.convert(plain)
+    for a, b in zip(results(plain, whole, x), found[0], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_check_conversion_reports_shift_and_bytes() -> None:
+    net, x = Net(depth=10), torch.randn(64, 3, WIDTH)
+    with pytest.raises(ReversibleError, match="not converted"):
+        check_conversion(net, x)
+    ordinary = copy.deepcopy(net)
+    revnet.convert(net)
+    generator = torch.get_rng_state()
+    report = check_conversion(net, x, weighted)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(p.grad is None for p in net.parameters())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert report.ordinary_loss == weighted(ordinary(x)).item()
+    assert 0 < abs(report.shift) < 0.1 * report.ordinary_loss
+    assert report.saved_bytes < 0.3 * report.stored_bytes
+    assert check_conversion(net, (x,)).loss == check_conversion(net, {"x": x}).loss
+
+
+def test_check_conversion_finds_randomness_of_its_own() -> None:
+    class Own(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, torch.rand(1, generator=generator))
+
+    generator = torch.Generator().manual_seed(0)
+    net = Net(layer=Own)
+    revnet.convert(net)
+    with pytest.raises(ReversibleError, match="two stored runs with the same seed differ"):
+        check_conversion(net, torch.randn(2, 3, WIDTH))
