@@ -1,0 +1,1713 @@
+"""A replay sees everything that its call saw, and leaves no trace: one case for each kind of fault.
+
+Each gradient is compared with that of the plain stored loop in float64; in fixed streams, with that
+of stored steps, bit by bit.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import revnet
+from oracle import StoredSequence, assert_near, assert_same_gradients, gradients_of, weighted
+from revnet import Coupling, Momentum, Reversible, ReversibleError, ReversibleSequence, Step
+
+WIDTH = 8
+FLOAT = [("float", execution) for execution in ("invert", "checkpoint", "select", "offload")]
+FIXED = [("fixed", execution) for execution in ("invert", "checkpoint", "select")]
+MODES = [pytest.param(mode, id="-".join(mode)) for mode in FLOAT + FIXED]
+FLOAT_MODES = [pytest.param(mode, id="-".join(mode)) for mode in FLOAT]
+
+# torch itself scripts what it needs for forward mode.
+JIT = "ignore:.*torch.jit.*:DeprecationWarning"
+
+Make = Callable[..., nn.Module]
+Run = Callable[[Any, Tensor], Tensor]
+
+
+def twice(net: nn.Module, x: Tensor) -> Tensor:
+    return weighted(net(x)) + weighted(net(2 * x))
+
+
+def once(net: nn.Module, x: Tensor) -> Tensor:
+    return weighted(net(x))
+
+
+def pairs(branch: Callable[[], nn.Module], depth: int = 2) -> Make:
+    """Return what builds a sequence of the given class with this branch in each f."""
+    return lambda kind, route=None, **options: kind(
+        [(branch(), nn.Linear(WIDTH, WIDTH)) for _ in range(depth)], route or {}, **options
+    )
+
+
+def picture(net: nn.Module) -> Any:
+    """Return what tells whether the branches of a net, or anything in them, changed."""
+    own = type(net).__module__.partition(".")[0]
+    seen: dict[int, Any] = {}
+    return [
+        _picture(module, seen)
+        for module in net.modules()
+        if own != "revnet" or not type(module).__module__.startswith("revnet")
+    ]
+
+
+def _picture(value: Any, seen: dict[int, Any]) -> Any:
+    if id(value) in seen:
+        return id(value)
+    if isinstance(value, Tensor):
+        return id(value), value.tolist()
+    if value is None or isinstance(value, int | float | str | bytes | frozenset):
+        return repr(value)
+    seen[id(value)] = value
+    parts: list[Any] = [id(value), type(value).__name__]
+    if isinstance(value, nn.Module):
+        own = [name for name in vars(value) if "hook" not in name]
+        return [*parts, *((name, _picture(vars(value)[name], seen)) for name in sorted(own))]
+    if isinstance(value, dict):
+        parts += [(repr(key), _picture(part, seen)) for key, part in value.items()]
+    elif isinstance(value, set):
+        parts += sorted(map(repr, value))
+    elif isinstance(value, list | tuple | collections.deque):
+        parts += [_picture(part, seen) for part in value]
+    if hasattr(value, "__dict__") and not isinstance(value, type | types.FunctionType):
+        parts.append(_picture(vars(value), seen))
+    return parts
+
+
+def outcome(net: nn.Module, run: Run, retain: bool = False) -> dict[str, Tensor | None]:
+    """Return the gradients of one step from seed 1; check that backward left no trace."""
+    net = net.double()
+    torch.manual_seed(1)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    loss = run(net, x)
+    before, random = picture(net), torch.get_rng_state()
+    if retain:
+        first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    loss.backward()
+    if retain:
+        assert torch.equal(first, x.grad)
+    for name, p in net.named_parameters():
+        assert p.grad is None or p.grad.isfinite().all(), name
+    assert picture(net) == before, "backward left a trace in the modules"
+    assert torch.equal(random, torch.get_rng_state()), "backward moved the generator"
+    assert not revnet.replaying()
+    found = {"loss": loss.detach(), "x": x.grad, **gradients_of(net)}
+    return found | {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
+def check(make: Make, run: Run, mode: tuple[str, str], **options: Any) -> None:
+    """Compare with the plain loop, or in fixed streams with stored steps."""
+    streams, execution = mode
+    torch.manual_seed(0)
+    found = outcome(make(ReversibleSequence, streams=streams, execution=execution), run, **options)
+    torch.manual_seed(0)
+    if streams == "fixed":
+        expected = outcome(make(ReversibleSequence, streams=streams, execution="store"), run)
+        for name, value in expected.items():
+            assert found[name] is None if value is None else torch.equal(found[name], value), name
+    torch.manual_seed(0)
+    plain = outcome(make(StoredSequence), run)
+    assert_same_gradients(found, plain, 1e-12 if streams == "float" else 1e-5)
+
+
+# --- attributes of every kind, changed by the call, by the user, and between two forwards
+
+
+@dataclasses.dataclass
+class Record:
+    count: int = 0
+    tensors: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    count: int = 0
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Dict(dict):  # noqa: FURB189
+    pass
+
+
+class Pair(NamedTuple):
+    count: int
+    log: list[int]
+
+
+def _add(name: str) -> Callable[[nn.Module], float]:
+    def advance(module: nn.Module) -> float:
+        setattr(module.state, name, getattr(module.state, name) + 1)
+        return getattr(module.state, name)
+
+    return advance
+
+
+def _key(module: nn.Module) -> float:
+    module.state["count"] = module.state.get("count", 0) + 1
+    return module.state["count"]
+
+
+def _append(module: nn.Module) -> float:
+    module.state.append(len(module.state))
+    return len(module.state)
+
+
+def _number(module: nn.Module) -> float:
+    module.state += 1
+    return module.state
+
+
+def _string(module: nn.Module) -> float:
+    module.state += "a"
+    return len(module.state)
+
+
+def _none(module: nn.Module) -> float:
+    module.state = 3.0 if module.state is None else None
+    return module.state or 1.0
+
+
+def _set(module: nn.Module) -> float:
+    module.state.add(len(module.state))
+    return len(module.state)
+
+
+def _nested(module: nn.Module) -> float:
+    module.state["a"][0]["b"].append(1)
+    return len(module.state["a"][0]["b"])
+
+
+def _dataclass(module: nn.Module) -> float:
+    module.state.count += 1
+    module.state.tensors.append(torch.ones(()))
+    return module.state.count + len(module.state.tensors)
+
+
+def _tuple(module: nn.Module) -> float:
+    module.state = (*module.state, len(module.state))
+    return len(module.state)
+
+
+def _named(module: nn.Module) -> float:
+    module.state.log.append(1)
+    module.state = module.state._replace(count=module.state.count + 1)
+    return module.state.count + len(module.state.log)
+
+
+def _tensor(module: nn.Module) -> Any:
+    module.state = module.state + 1
+    return module.state
+
+
+def _in_place(module: nn.Module) -> Any:
+    module.state += 1
+    return module.state.clone()
+
+
+def _tensors(module: nn.Module) -> Any:
+    module.state.append(torch.ones(()) + len(module.state))
+    return sum(module.state)
+
+
+def _new(module: nn.Module) -> float:
+    # An attribute that was not there, then goes.
+    if hasattr(module, "extra"):
+        del module.extra
+        return 1.0
+    module.extra = 2.0
+    return 2.0
+
+
+def _itself(module: nn.Module) -> float:
+    assert module.state[0] is module.state
+    module.state.append(1)
+    return len(module.state)
+
+
+def _cycle(module: nn.Module) -> float:
+    assert module.state.other.other is module.state
+    module.state.other.count += 1
+    return module.state.other.other.other.count
+
+
+def _cyclic() -> Any:
+    one, two = Plain(), Plain()
+    one.other, two.other = two, one
+    return one
+
+
+def _holds_itself() -> Any:
+    state: list[Any] = []
+    state.append(state)
+    return state
+
+
+def _shared(module: nn.Module) -> float:
+    assert module.state["a"] is module.state["b"]
+    module.state["a"].append(1)
+    return len(module.state["b"])
+
+
+def _pop(module: nn.Module) -> float:
+    module.state.rotate(1)
+    return module.state[0]
+
+
+def _order(module: nn.Module) -> float:
+    module.state.move_to_end(next(iter(module.state)))
+    return next(iter(module.state.values()))
+
+
+def _counter(module: nn.Module) -> float:
+    module.state["a"] += 1
+    return module.state["a"]
+
+
+def _bytes(module: nn.Module) -> float:
+    module.state[0] += 1
+    return module.state[0]
+
+
+def _iterator(module: nn.Module) -> float:
+    return next(module.state)
+
+
+def _user_dict(module: nn.Module) -> float:
+    module.state["count"] = module.state.get("count", 0) + 1
+    return module.state["count"]
+
+
+def _twice_the_same() -> Any:
+    log: list[int] = []
+    return {"a": log, "b": log}
+
+
+STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "number": (lambda: 0, _number),
+    "float": (lambda: 0.5, _number),
+    "string": (lambda: "", _string),
+    "none": (lambda: None, _none),
+    "list": (list, _append),
+    "dict": (dict, _key),
+    "dict subclass": (Dict, _key),
+    "ordered dict": (collections.OrderedDict, _key),
+    "order of a dict": (lambda: collections.OrderedDict(a=1.0, b=2.0, c=3.0), _order),
+    "default dict": (lambda: collections.defaultdict(int), _key),
+    "user dict": (collections.UserDict, _user_dict),
+    "user list": (collections.UserList, _append),
+    "chain map": (collections.ChainMap, _key),
+    "deque": (collections.deque, _append),
+    "bounded deque": (lambda: collections.deque([1.0, 2.0, 3.0], maxlen=3), _pop),
+    "set": (set, _set),
+    "tuple": (tuple, _tuple),
+    "named tuple": (lambda: Pair(0, []), _named),
+    "nested": (lambda: {"a": ({"b": []},)}, _nested),
+    "dataclass": (Record, _dataclass),
+    "slots": (Slots, _add("count")),
+    "namespace": (lambda: types.SimpleNamespace(count=0), _add("count")),
+    "object": (Plain, _add("count")),
+    "cycle of objects": (_cyclic, _cycle),
+    "list in itself": (_holds_itself, _itself),
+    "one list twice": (_twice_the_same, _shared),
+    "attribute that comes and goes": (lambda: None, _new),
+    "tensor rebound": (lambda: torch.ones(()), _tensor),
+    "tensor list": (lambda: [torch.ones(())], _tensors),
+}
+# A user's write in place to a tensor raises, so only the call writes here.
+WRITTEN = {"tensor in place": (lambda: torch.ones(()), _in_place)}
+# What has no `__dict__` to copy: right, or an error that names it.
+OTHERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "counter": (collections.Counter, _counter),
+    "bytearray": (lambda: bytearray(b"\0\0"), _bytes),
+    "iterator": (lambda: iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]), _iterator),
+}
+
+
+class Counting(nn.Module):
+    """Scales by what its state says, and moves the state on."""
+
+    def __init__(self, start: Callable[[], Any], advance: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.state, self._advance = start(), advance
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.lin(x) * self._advance(self)).tanh()
+
+
+def by_user(net: Any, x: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=x.dtype)
+    for part in (x, 2 * x):
+        total = total + weighted(net(part))
+        for block in net.blocks:
+            block.f._advance(block.f)
+    return total
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [once, twice, by_user])
+@pytest.mark.parametrize("kind", STATES)
+def test_attribute(kind: str, run: Run, mode: tuple[str, str]) -> None:
+    check(pairs(lambda: Counting(*STATES[kind])), run, mode, retain=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [once, twice])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_tensor_attribute_written_by_the_call(kind: str, run: Run, mode: tuple[str, str]) -> None:
+    check(pairs(lambda: Counting(*WRITTEN[kind])), run, mode, retain=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_attribute_that_holds_its_state_elsewhere(kind: str, mode: tuple[str, str]) -> None:
+    with contextlib.suppress(ReversibleError):
+        check(pairs(lambda: Counting(*OTHERS[kind])), once, mode)
+
+
+def test_user_write_in_place_to_an_attribute_raises() -> None:
+    net = pairs(lambda: Counting(lambda: torch.ones(WIDTH), lambda m: m.state))(ReversibleSequence)
+    loss = net(torch.randn(2, WIDTH)).sum()
+    net.blocks[1].f.state.mul_(2)
+    with pytest.raises(ReversibleError, match="attribute 'state'"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_state_shared_by_two_modules(mode: tuple[str, str]) -> None:
+    class Writes(nn.Module):
+        def __init__(self, log: list[Any]) -> None:
+            super().__init__()
+            self.log = log
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.log.append(x.detach().mean())
+            return x
+
+    class Reads(nn.Module):
+        def __init__(self, log: list[Any]) -> None:
+            super().__init__()
+            self.lin, self.log = nn.Linear(WIDTH, WIDTH), {"of": log}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x).tanh() * sum(self.log["of"])
+
+    def branch() -> nn.Module:
+        log: list[Any] = []
+        return nn.Sequential(Writes(log), Reads(log))
+
+    check(pairs(branch), twice, mode, retain=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modules_in_a_plain_list(mode: tuple[str, str]) -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+            # Not registered: neither a parameter nor a buffer of the branch.
+            self.parts = [Tracked()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts[0](self.lin(x))
+
+    class Tracked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(WIDTH, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean.mul_(0.5).add_(x.detach().mean((0, 1)))
+            return (x - self.mean).tanh()
+
+    check(pairs(Hidden), twice, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_child_exchanged_between_forward_and_backward(mode: tuple[str, str]) -> None:
+    class Switch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+            self.act = nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.parts[0](x))
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        loss = once(net, x)
+        for block in net.blocks:
+            block.f.act = nn.Sigmoid()
+        loss = loss + once(net, x)
+        for block in net.blocks:
+            block.f.act = nn.ReLU()
+        return loss
+
+    check(pairs(Switch), run, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_flag_changed_between_forward_and_backward(mode: tuple[str, str]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        loss = once(net, x)
+        net.eval()
+        return loss
+
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5), nn.Tanh())
+
+    check(pairs(branch), run, mode)
+
+
+# --- gradients of attributes
+
+
+class Film(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.context: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.context
+        if isinstance(context, dict):
+            context = context["scale"][0]
+        return self.lin(x).tanh() * context
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"scale": [t]}], ids=["bare", "nested"])
+@pytest.mark.parametrize("cleared", [False, True])
+def test_attribute_with_gradient(wrap: Any, cleared: bool, mode: tuple[str, str]) -> None:
+    def make(kind: Any, **options: Any) -> nn.Module:
+        net = pairs(Film)(kind, **options)
+        net.encoder = nn.Linear(WIDTH, WIDTH)
+        return net
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=x.dtype)
+        for part in (x[:1], x[1:]):
+            context = net.encoder(part)
+            for block in net.blocks:
+                block.f.context = wrap(context)
+            total = total + weighted(net(part))
+        if cleared:
+            for block in net.blocks:
+                block.f.context = None
+        return total
+
+    check(make, run, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attribute_that_is_a_leaf_with_gradient(mode: tuple[str, str]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        context = torch.ones(WIDTH, dtype=x.dtype, requires_grad=True)
+        for block in net.blocks:
+            block.f.context = context
+        loss = once(net, x)
+        (grad,) = torch.autograd.grad(loss, context, retain_graph=True)
+        return loss + grad.sum().detach()
+
+    check(pairs(Film), run, mode)
+
+
+# --- aliases
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("view", [False, True])
+def test_one_buffer_under_two_names(view: bool, mode: tuple[str, str]) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+            memory = torch.ones(3 * WIDTH, dtype=torch.float64)
+            self.register_buffer("memory", memory)
+            self.register_buffer("part", memory[WIDTH : 2 * WIDTH] if view else memory)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.memory.mul_(0.5).add_(x.detach().mean())
+            return self.lin(x).tanh() * self.part[:WIDTH]
+
+    check(pairs(Both), twice, mode, retain=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_large_buffers_that_share_memory(mode: tuple[str, str]) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+            memory = torch.ones(4096, dtype=torch.float64)
+            self.register_buffer("memory", memory)
+            self.register_buffer("part", memory.view(-1, WIDTH)[100])
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.part.mul_(0.5).add_(x.detach().mean())
+            return self.lin(x).tanh() * self.memory[800 : 800 + WIDTH]
+
+    check(pairs(Both), twice, mode, retain=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_list_under_two_keywords(mode: tuple[str, str]) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, one: list[Any], two: list[Any]) -> Tensor:
+            assert one is two
+            one.append(len(two) + 1.0)
+            return self.lin(x).tanh() * sum(two)
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        shared: list[Any] = []
+        loss = weighted(net(x, one=shared, two=shared))
+        shared.append(7.0)
+        loss = loss + weighted(net(x, one=shared, two=shared))
+        shared.clear()
+        return loss
+
+    route = {name: ((True, False),) * 2 for name in ("one", "two")}
+    check(lambda kind, **o: pairs(Both)(kind, route, **o), run, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_list_as_keyword_and_attribute(mode: tuple[str, str]) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+            self.log: list[Any] = []
+
+        def forward(self, x: Tensor, log: Any) -> Tensor:
+            log["of"].append(len(self.log) + 1.0)
+            return self.lin(x).tanh() * sum(self.log)
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        shared: list[Any] = []
+        for block in net.blocks:
+            block.f.log = shared
+        return weighted(net(x, log={"of": shared})) + weighted(net(x, log={"of": shared}))
+
+    route = {"log": ((True, False),) * 2}
+    check(lambda kind, **o: pairs(Both)(kind, route, **o), run, mode)
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select", "offload"])
+def test_stream_read_twice_is_one_tensor(execution: str) -> None:
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, one: Tensor, two: Tensor) -> Tensor:
+            return self.lin(one).tanh() * 2 if one is two else self.lin(one) * two
+
+    found = []
+    for each in ("store", execution):
+        torch.manual_seed(0)
+        steps = [Step(Same(), i % 2, (1 - i % 2,) * 2) for i in range(4)]
+        net = Reversible(steps, execution=each).double()
+        x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+        weighted(*net(x, x.sin())).backward()
+        found.append({"x": x.grad, **gradients_of(net)})
+    assert_same_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select", "offload"])
+def test_two_streams_that_are_one_tensor(execution: str) -> None:
+    found = []
+    for each in ("store", execution):
+        torch.manual_seed(0)
+        steps = [
+            Step(nn.Bilinear(WIDTH, WIDTH, WIDTH), i % 3, ((i + 1) % 3, (i + 2) % 3))
+            for i in range(6)
+        ]
+        net = Reversible(steps, execution=each).double()
+        x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+        y = x.sin()
+        weighted(*net(y, y, y)).backward()
+        found.append({"x": x.grad, **gradients_of(net)})
+    assert_same_gradients(found[1], found[0])
+
+
+# --- keywords
+
+
+class Given(nn.Module):
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.lin, self._read = nn.Linear(WIDTH, WIDTH), read
+
+    def forward(self, x: Tensor, given: Any) -> Tensor:
+        return self.lin(x).tanh() * self._read(given)
+
+
+class Encoding(collections.UserDict):
+    """As tokenizers return it: a UserDict whose items are attributes as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _fresh() -> Tensor:
+    return torch.rand(5, 1, dtype=torch.float64)
+
+
+def _put_attribute(given: Any) -> None:
+    given.mask = _fresh()
+
+
+def _put_item(given: Any) -> None:
+    given["mask"] = _fresh()
+
+
+def _namespace() -> Any:
+    return types.SimpleNamespace(mask=_fresh())
+
+
+KEYWORDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "dict": (lambda: {"mask": _fresh()}, lambda g: g["mask"], _put_item),
+    "dict subclass": (lambda: Dict(mask=_fresh()), lambda g: g["mask"], _put_item),
+    "user dict": (lambda: collections.UserDict(mask=_fresh()), lambda g: g["mask"], _put_item),
+    "encoding": (lambda: Encoding(mask=_fresh()), lambda g: g.mask, _put_item),
+    "ordered": (lambda: collections.OrderedDict(mask=_fresh()), lambda g: g["mask"], _put_item),
+    "list": (lambda: [_fresh()], lambda g: g[0], lambda g: g.__setitem__(0, _fresh())),
+    "deque": (
+        lambda: collections.deque([_fresh()]),
+        lambda g: g[0],
+        lambda g: g.__setitem__(0, _fresh()),
+    ),
+    "set": (lambda: {2.0}, lambda g: float(sum(g)), lambda g: g.add(3.0 + len(g))),
+    "namespace": (_namespace, lambda g: g.mask, _put_attribute),
+    "named tuple": (
+        lambda: Pair(1, [2]),
+        lambda g: g.count + sum(g.log),
+        lambda g: g.log.append(3),
+    ),
+    "nested": (
+        lambda: ({"a": [_namespace()]},),
+        lambda g: g[0]["a"][0].mask,
+        lambda g: _put_attribute(g[0]["a"][0]),
+    ),
+    "user list": (
+        lambda: collections.UserList([_fresh()]),
+        lambda g: g[0],
+        lambda g: g.__setitem__(0, _fresh()),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KEYWORDS)
+def test_keyword_changed_between_forward_and_backward(kind: str, mode: tuple[str, str]) -> None:
+    start, read, change = KEYWORDS[kind]
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        given, total = start(), torch.zeros((), dtype=x.dtype)
+        for part in (x, 2 * x):
+            total = total + weighted(net(part, given=given))
+            change(given)
+        return total
+
+    route = {"given": ((True, False),) * 2}
+    check(lambda kind, **o: pairs(lambda: Given(read))(kind, route, **o), run, mode)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dict", "dict subclass", "user dict", "encoding", "list", "namespace", "nested"]
+)
+def test_keyword_tensor_written_in_place_raises(kind: str) -> None:
+    start, read, _ = KEYWORDS[kind]
+    route = {"given": ((True, False),) * 2}
+    net = pairs(lambda: Given(read))(ReversibleSequence, route).double()
+    given = start()
+    loss = net(torch.randn(2, 5, WIDTH, dtype=torch.float64), given=given).sum()
+    read(given).mul_(2)
+    with pytest.raises(ReversibleError, match="keyword tensor 'given'"):
+        loss.backward()
+
+
+class View(collections.abc.Mapping):
+    """A mapping with its contents where no copy finds them."""
+
+    __slots__ = ("_get",)
+
+    def __init__(self, get: Callable[[], dict[str, Any]]) -> None:
+        self._get = get
+
+    def __getitem__(self, key: str) -> Any:
+        return self._get()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._get())
+
+    def __len__(self) -> int:
+        return len(self._get())
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (lambda: (i for i in range(3)), "generator"),
+        (lambda: iter([1, 2]), "list_iterator"),
+        (lambda: map(str, [1]), "map"),
+        (lambda: {"a": [zip([1], [2], strict=True)]}, "zip"),
+        (lambda: types.MappingProxyType({"mask": 1}), "mappingproxy"),
+        (lambda: {"a": 1}.keys(), "dict_keys"),
+        (lambda: memoryview(b"abc"), "memoryview"),
+        (lambda: bytearray(b"abc"), "bytearray"),
+    ],
+    ids=lambda p: p if isinstance(p, str) else "",
+)
+def test_keyword_that_cannot_be_copied_raises(given: Any, name: str) -> None:
+    route = {"given": ((True, False),) * 2}
+    net = pairs(lambda: Given(lambda _: 1.0))(ReversibleSequence, route)
+    with pytest.raises(ReversibleError, match=rf"'given'.*{name}"):
+        net(torch.randn(2, WIDTH, requires_grad=True), given=given())
+
+
+def test_mapping_without_contents_is_right_or_raises() -> None:
+    inner = {"mask": torch.ones(WIDTH, dtype=torch.float64)}
+    route = {"given": ((True, False),) * 2}
+    net = pairs(lambda: Given(lambda g: g["mask"]))(ReversibleSequence, route).double()
+    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+    try:
+        loss = weighted(net(x, given=View(lambda: inner)))
+        (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+        inner["mask"] = torch.full((WIDTH,), 3.0, dtype=torch.float64)
+        (found,) = torch.autograd.grad(loss, x)
+    except ReversibleError:
+        return
+    assert_near(found, expected)
+
+
+# --- containers of more than a thousand leaves
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+@pytest.mark.parametrize("kind", [dict, list, set])
+def test_large_container_that_stays(kind: Any, mode: tuple[str, str]) -> None:
+    def start() -> Any:
+        return dict.fromkeys(range(2000), 1.5) if kind is dict else kind(range(2000))
+
+    check(pairs(lambda: Counting(start, lambda m: len(m.state) / 1000)), twice, mode)
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+def test_large_container_of_another_length_raises(mode: tuple[str, str]) -> None:
+    net = pairs(lambda: Counting(lambda: list(range(2000)), lambda m: m.state[-1]))(
+        ReversibleSequence, execution=mode[1]
+    )
+    loss = net(torch.randn(2, WIDTH)).sum()
+    net.blocks[0].f.state.append(5)
+    with pytest.raises(ReversibleError, match="list of 2000"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+def test_large_container_changed_by_the_call_raises(mode: tuple[str, str]) -> None:
+    net = pairs(lambda: Counting(lambda: list(range(2000)), _append))(
+        ReversibleSequence, execution=mode[1]
+    )
+    with pytest.raises(ReversibleError):
+        net(torch.randn(2, WIDTH)).sum().backward()
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+def test_large_container_replaced_between_is_right(mode: tuple[str, str]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        loss = once(net, x)
+        for block in net.blocks:
+            block.f.state = [9.0] * 1500
+        return loss
+
+    check(pairs(lambda: Counting(lambda: [0.5] * 2000, lambda m: m.state[-1])), run, mode)
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+def test_tensors_in_a_large_container_changed_in_place(mode: tuple[str, str]) -> None:
+    """A tensor in there is saved by the branch: its version is checked, or the result is right."""
+
+    def start() -> Any:
+        return {i: torch.ones(WIDTH, dtype=torch.float64) for i in range(1200)}
+
+    net = pairs(lambda: Counting(start, lambda m: m.state[7].sin()))(
+        ReversibleSequence, execution=mode[1]
+    ).double()
+    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+    loss = weighted(net(x))
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    for block in net.blocks:
+        block.f.state[7].mul_(3)
+    try:
+        (found,) = torch.autograd.grad(loss, x)
+    except ReversibleError:
+        return
+    assert_near(found, expected)
+
+
+# --- buffers: the first write may come in any call
+
+
+class Late(nn.Module):
+    """Writes to a large buffer in some of its calls."""
+
+    def __init__(self, first: int, every: bool, size: int = 4096, data: bool = False) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.calls, self.first, self.every, self.data = 0, first, every, data
+        self.register_buffer("table", torch.ones(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out = self.lin(x).tanh() * self.table[:WIDTH]
+        if self.calls == self.first or (self.every and self.calls > self.first):
+            table = self.table.data if self.data else self.table
+            with torch.no_grad():
+                table[:WIDTH].mul_(0.5).add_(x.detach().mean((0, 1)))
+                out = out * self.table[:WIDTH]
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("first", [1, 3, 50])
+def test_first_write_to_a_large_buffer(
+    first: int, every: bool, data: bool, mode: tuple[str, str]
+) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        for i in range(first - 1):
+            # Some of the calls before have a backward of their own.
+            with torch.set_grad_enabled(i % 2 == 0):
+                loss = once(net, x)
+            if i % 2 == 0:
+                loss.backward()
+        return twice(net, x)
+
+    check(pairs(lambda: Late(first, every, data=data)), run, mode)
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("size", [WIDTH, 4096])
+def test_first_write_by_a_later_call_is_right_or_raises(
+    size: int, data: bool, mode: tuple[str, str]
+) -> None:
+    """The first of two calls before one backward left the buffer alone."""
+    with contextlib.suppress(ReversibleError):
+        check(pairs(lambda: Late(2, False, size=size, data=data)), twice, mode)
+
+
+def test_large_buffer_written_in_every_call_is_right_for_many_steps() -> None:
+    found = []
+    for execution in ("store", "invert"):
+        torch.manual_seed(0)
+        net = pairs(lambda: Late(1, True, size=2**20))(
+            ReversibleSequence, execution=execution
+        ).double()
+        x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+        for _ in range(4):
+            weighted(net(x)).backward()
+        found.append({"x": x.grad, "table": net.blocks[1].f.table, **gradients_of(net)})
+    assert_same_gradients(found[1], found[0])
+
+
+class Codebook(nn.Module):
+    """Vector quantisation with codes that move by `.data`."""
+
+    def __init__(self, codes: int = 200) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("codes", torch.randn(codes, WIDTH))
+        self.register_buffer("counts", torch.ones(codes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.lin(x)
+        flat = z.detach().flatten(0, -2)
+        # Remembered, because rounding may tip a tie.
+        index = revnet.remember(torch.cdist(flat, self.codes).argmin(-1))
+        hot = F.one_hot(index, len(self.codes)).to(z.dtype)
+        quantised = self.codes[index].view_as(z)
+        self.counts.data.mul_(0.9).add_(hot.sum(0), alpha=0.1)
+        self.codes.data.copy_(
+            torch.where(
+                hot.sum(0)[:, None] > 0, 0.9 * self.codes + 0.1 * hot.mT @ flat, self.codes
+            )
+        )
+        return z + (quantised - z).detach() + 0.1 * (z - quantised).tanh()
+
+
+@pytest.mark.parametrize("mode", FLOAT_MODES)
+@pytest.mark.parametrize("codes", [4, 200])
+def test_codebook_moved_by_data(codes: int, mode: tuple[str, str]) -> None:
+    check(pairs(lambda: Codebook(codes)), twice, mode, retain=True)
+
+
+class Adaptive(nn.Module):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, width)
+        self.back = nn.Linear(width, WIDTH)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("var", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lin(x).flatten(0, -2)
+        y = F.batch_norm(y, self.mean, self.var, training=True, momentum=0.3)
+        y = y * self.var + self.mean
+        return self.back(y).view_as(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [WIDTH, 1024])
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_in_training_whatever_the_module(
+    width: int, training: bool, mode: tuple[str, str]
+) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        net.train(training)
+        return twice(net, x)
+
+    check(pairs(lambda: Adaptive(width)), run, mode, retain=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffer_from_none(mode: tuple[str, str]) -> None:
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+            self.register_buffer("made", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.made is None:
+                self.made = x.detach().mean((0, 1))
+            else:
+                self.made.mul_(0.5)
+            return self.lin(x).tanh() * self.made
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        loss = twice(net, x)
+        for block in net.blocks:
+            block.f.made = None
+        return loss
+
+    check(pairs(Made), run, mode, retain=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameter_initialised_from_data_is_right_or_raises(mode: tuple[str, str]) -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(WIDTH))
+            self.done = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.done:
+                with torch.no_grad():
+                    self.scale.copy_(1 / x.std((0, 1)))
+                self.done = True
+            return (x * self.scale).tanh()
+
+    with contextlib.suppress(ReversibleError):
+        check(pairs(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Norm())), once, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameter_data_moved_by_the_call_is_right_or_raises(mode: tuple[str, str]) -> None:
+    """Spectral normalisation and weight clipping write to `.data` of parameters."""
+
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.lin(x).tanh()
+            self.lin.weight.data.mul_(0.5)
+            return out
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return once(net, x)
+
+    with contextlib.suppress(ReversibleError):
+        torch.manual_seed(0)
+        net = pairs(Clipped)(ReversibleSequence, streams=mode[0], execution=mode[1]).double()
+        x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+        run(net, x).backward()
+        weights = net.blocks[0].f.lin.weight.clone()
+        torch.manual_seed(0)
+        plain = pairs(Clipped)(StoredSequence).double()
+        run(plain, x).detach()
+        assert_near(weights, plain.blocks[0].f.lin.weight, "the weights after backward")
+
+
+# --- randomness, decisions and results
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select", "offload"])
+@pytest.mark.parametrize("coupling", [None, lambda: Momentum(0.9)])
+def test_noise_that_is_filled_after_it_was_saved(coupling: Any, execution: str) -> None:
+    found = []
+    for each in ("store", execution):
+        torch.manual_seed(0)
+        steps = [
+            Step(
+                nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.RReLU(0.1, 0.9)),
+                i % 2,
+                1 - i % 2,
+                *([coupling()] if coupling else []),
+            )
+            for i in range(4)
+        ]
+        net = Reversible(steps, execution=each).double()
+        x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+        loss = weighted(*net(x, x.sin()))
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        loss.backward()
+        assert torch.equal(first, x.grad)
+        found.append({"x": x.grad, **gradients_of(net)})
+    assert_same_gradients(found[1], found[0])
+
+
+class Draws(nn.Module):
+    """Does something else in its replay than in its call, as a broken branch may."""
+
+    def __init__(self, draw: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.lin, self._draw = nn.Linear(WIDTH, WIDTH), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._draw(self.lin(x), revnet.replaying()).tanh()
+
+
+def _twice_as_many(x: Tensor, again: bool) -> Tensor:
+    x = F.dropout(x, 0.5)
+    return x + 0 * torch.rand(3).sum().item() if again else x
+
+
+def _fewer(x: Tensor, again: bool) -> Tensor:
+    return x + torch.zeros_like(x) if again else x + torch.randn_like(x)
+
+
+def _another_shape(x: Tensor, again: bool) -> Tensor:
+    rows = 3 if again else 2
+    return x + (torch.ones(rows, 4, dtype=x.dtype) @ torch.ones(4, WIDTH, dtype=x.dtype)).sum()
+
+
+def _one_product_more(x: Tensor, again: bool) -> Tensor:
+    if again:
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    return x
+
+
+def _another_type(x: Tensor, again: bool) -> Tensor:
+    kind = torch.float32 if again else torch.float64
+    return x + (torch.ones(2, 2, dtype=kind) @ torch.ones(2, 2, dtype=kind)).sum()
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+@pytest.mark.parametrize("draw", [_twice_as_many, _fewer])
+def test_another_number_of_draws_raises(draw: Any, execution: str) -> None:
+    net = pairs(lambda: Draws(draw))(ReversibleSequence, execution=execution).double()
+    loss = net(torch.randn(2, WIDTH, dtype=torch.float64)).sum()
+    with pytest.raises(ReversibleError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("draw", [_another_shape, _one_product_more, _another_type])
+def test_other_kept_results_raise(draw: Any) -> None:
+    net = pairs(lambda: Draws(draw))(ReversibleSequence, execution="select").double()
+    loss = net(torch.randn(2, WIDTH, dtype=torch.float64)).sum()
+    with pytest.raises(ReversibleError):
+        loss.backward()
+
+
+class DropAdd(Coupling):
+    """Drops part of the increment, and decides on a sign that replays must repeat."""
+
+    def __init__(self, decides: bool) -> None:
+        super().__init__()
+        self.decides, self.count = decides, 0
+        self.register_buffer("mean", torch.ones(()))
+
+    def increment(self, out: Any) -> Any:
+        out = F.dropout(out, 0.5, self.training)
+        if self.decides:
+            self.count += 1
+            sign = revnet.remember(torch.randint(0, 2, (1,)) * 2 - 1)
+            self.mean.mul_(0.5)
+            out = out * sign * self.count * self.mean.clone()
+        return out
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = revnet.remember(torch.rand(WIDTH) > 0.5)
+        return self.drop(self.lin(x)).tanh() * gate
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select", "offload"])
+@pytest.mark.parametrize("decides", [False, True])
+@pytest.mark.parametrize("branch", [lambda: nn.Linear(WIDTH, WIDTH), Dropped])
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_state_of_a_coupling(streams: str, branch: Any, decides: bool, execution: str) -> None:
+    found = []
+    for each in ("store", execution):
+        torch.manual_seed(0)
+        steps = [Step(branch(), i % 2, 1 - i % 2, DropAdd(decides)) for i in range(4)]
+        net = Reversible(steps, execution=each, streams=streams).double()
+        x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+        loss = weighted(*net(x, x.sin())) + weighted(*net(x, x.cos()))
+        before, random = picture(net), torch.get_rng_state()
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        loss.backward()
+        assert torch.equal(first, x.grad)
+        assert picture(net) == before
+        assert torch.equal(random, torch.get_rng_state())
+        found.append({"x": x.grad, **gradients_of(net)})
+    assert_same_gradients(found[1], found[0])
+
+
+# --- wrappers around a block
+
+
+@pytest.mark.parametrize("inner", ["invert", "checkpoint", "select", "store", "offload", "mixed"])
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_checkpoint_wrapper(stateful: bool, streams: str, inner: str) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def branch() -> nn.Module:
+        parts = [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
+        return nn.Sequential(*parts, nn.Dropout(0.4)) if stateful else nn.Sequential(*parts)
+
+    make = pairs(branch, 3)
+    execution: Any = ["invert", "checkpoint", "store"] * 2 if inner == "mixed" else inner
+    torch.manual_seed(0)
+    net = make(ReversibleSequence, streams=streams, execution=execution)
+    for i in (0, 2):
+        net.blocks[i] = checkpoint_wrapper(net.blocks[i])
+    found = outcome(net, once)
+    torch.manual_seed(0)
+    expected = outcome(make(ReversibleSequence, streams=streams, execution="store"), once)
+    assert len(found) == len(expected)
+    for got, wanted in zip(found.values(), expected.values(), strict=True):
+        assert_near(got, wanted)
+
+
+# --- settings of the process
+
+
+class Setting(NamedTuple):
+    read: Callable[[], Any]
+    change: Callable[[], Any]
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    kernels = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_math_sdp(kernels[0])
+    torch.backends.cuda.enable_flash_sdp(kernels[1])
+
+
+SETTINGS = {
+    "precision": Setting(
+        torch.get_float32_matmul_precision, lambda: torch.set_float32_matmul_precision("high")
+    ),
+    "math": Setting(
+        torch.backends.cuda.math_sdp_enabled, lambda: torch.backends.cuda.enable_math_sdp(False)
+    ),
+    "flash": Setting(
+        torch.backends.cuda.flash_sdp_enabled, lambda: torch.backends.cuda.enable_flash_sdp(False)
+    ),
+    "autocast": Setting(
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda: torch.set_autocast_enabled("cpu", True),
+    ),
+}
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select", "offload"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_setting_of_the_call_is_replayed(name: str, execution: str) -> None:
+    setting = SETTINGS[name]
+    seen: list[Any] = []
+
+    class Sees(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(setting.read())
+            return self.lin(x).tanh()
+
+    net = pairs(Sees)(ReversibleSequence, execution=execution, streams="float")
+    first = setting.read()
+    loss = net(torch.randn(2, WIDTH, requires_grad=True)).sum()
+    try:
+        setting.change()
+        changed = setting.read()
+        assert changed != first
+        loss.backward()
+        assert setting.read() == changed
+    finally:
+        torch.set_autocast_enabled("cpu", False)
+    assert len(seen) == 4
+    assert set(seen) == {first}
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+def test_sdpa_kernel_around_the_call_is_replayed(execution: str) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    seen: list[Any] = []
+
+    class Sees(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((torch._C._get_flash_sdp_enabled(), torch._C._get_math_sdp_enabled()))
+            return F.scaled_dot_product_attention(self.lin(x), x, x)
+
+    net = pairs(Sees)(ReversibleSequence, execution=execution).double()
+    before = torch._C._get_flash_sdp_enabled(), torch._C._get_math_sdp_enabled()
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = net(torch.randn(2, 3, WIDTH, dtype=torch.float64)).sum()
+    loss.backward()
+    assert set(seen) == {(False, True)}
+    assert before == (torch._C._get_flash_sdp_enabled(), torch._C._get_math_sdp_enabled())
+
+
+# --- revnet.replaying
+
+
+@pytest.mark.parametrize(
+    ("execution", "expected"),
+    [
+        ("store", [False, False]),
+        ("invert", [False, False, True, True]),
+        ("checkpoint", [False, False, True, True]),
+        ("select", [False, False, True, True]),
+        ("offload", [False, False, True, True]),
+    ],
+)
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_replaying(streams: str, execution: str, expected: list[bool]) -> None:
+    seen: list[bool] = []
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(revnet.replaying())
+            return self.lin(x).tanh()
+
+    net = pairs(Asks)(ReversibleSequence, execution=execution, streams=streams)
+    loss = net(torch.randn(2, WIDTH, requires_grad=True)).sum()
+    loss.backward()
+    assert seen == expected
+    assert not revnet.replaying()
+
+
+def test_replaying_is_of_the_thread_and_ends_with_an_error() -> None:
+    elsewhere: list[bool] = []
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if revnet.replaying():
+                thread = threading.Thread(target=lambda: elsewhere.append(revnet.replaying()))
+                thread.start()
+                thread.join()
+                raise ZeroDivisionError
+            return self.lin(x)
+
+    loss = pairs(Asks)(ReversibleSequence)(torch.randn(2, WIDTH)).sum()
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    assert elsewhere == [False]
+    assert not revnet.replaying()
+
+
+# --- faults in the middle of a replay
+
+
+class Stateful(nn.Module):
+    """A bit of every kind of state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2)
+        self.count, self.log, self.names = 0, [torch.ones(())], {"a": [1]}
+        self.record = types.SimpleNamespace(steps=0)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("table", torch.zeros(1024))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.log.append(x.detach().mean())
+        self.names["a"].append(self.count)
+        self.record.steps += 2
+        self.mean = 0.5 * self.mean + x.detach().mean((0, 1))
+        self.table[:WIDTH] += self.mean
+        keep = revnet.remember(torch.rand(WIDTH) > 0.3)
+        out = self.drop(self.lin(x - self.mean)) * keep
+        return out.tanh() * (self.count + sum(self.log) + len(self.names["a"]) + self.table[:WIDTH])
+
+
+def _interrupted(
+    loss: Tensor, inputs: list[Tensor], place: int, kind: type[BaseException]
+) -> tuple[bool, Any]:
+    """Differentiate and raise at a line of the library; return whether that place was reached."""
+    root = os.path.dirname(revnet.__file__)
+    count = 0
+
+    def local(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == place:
+                sys.settrace(None)
+                raise kind("interrupted")
+        return local
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        return local if frame.f_code.co_filename.startswith(root) else None
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        grads = torch.autograd.grad(loss, inputs, retain_graph=True)
+    except kind:
+        return True, None
+    finally:
+        sys.settrace(previous)
+    return count >= place, grads
+
+
+@pytest.mark.parametrize(
+    ("streams", "execution", "kind"),
+    [
+        ("float", "invert", KeyboardInterrupt),
+        ("float", "checkpoint", RuntimeError),
+        ("float", "select", KeyboardInterrupt),
+        ("fixed", "invert", KeyboardInterrupt),
+    ],
+)
+def test_interrupt_anywhere_in_a_replay(
+    streams: str, execution: str, kind: type[BaseException]
+) -> None:
+    from revnet._state.decisions import _active
+
+    torch.manual_seed(0)
+    net = pairs(Stateful, 1)(ReversibleSequence, streams=streams, execution=execution).double()
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    # The second call of the branches reads what the first left.
+    loss = weighted(net(x)) + weighted(net(x.sin()))
+    net.blocks[0].f.names = {"b": [3]}
+    parameters = [x, *net.parameters()]
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    before, random = picture(net), torch.get_rng_state()
+    failed, place, reached = [], 1, True
+    while reached:
+        reached, grads = _interrupted(loss, parameters, place, kind)
+        if picture(net) != before:
+            failed.append((place, "modules"))
+            break
+        if not torch.equal(random, torch.get_rng_state()):
+            failed.append((place, "generator"))
+            torch.set_rng_state(random)
+        if revnet.replaying() or _active.decisions:
+            failed.append((place, "decisions"))
+            break
+        # A prime, so that over the loops all of their lines are met.
+        place += 17
+    assert not failed
+    assert place > 500
+    for found, wanted in zip(
+        torch.autograd.grad(loss, parameters), expected, strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+def test_exception_in_the_branch_of_a_replay(execution: str) -> None:
+    class Fails(Stateful):
+        fail = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            if revnet.replaying() and Fails.fail:
+                self.table.add_(5)
+                self.log.clear()
+                raise torch.OutOfMemoryError("no memory left")
+            return out
+
+    net = pairs(Fails)(ReversibleSequence, execution=execution).double()
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    loss = weighted(net(x))
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    before, random = picture(net), torch.get_rng_state()
+    Fails.fail = True
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(loss, x, retain_graph=True)
+    assert picture(net) == before
+    assert torch.equal(random, torch.get_rng_state())
+    Fails.fail = False
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_fork_while_another_thread_replays() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if revnet.replaying() and threading.current_thread() is not threading.main_thread():
+                inside.set()
+                go_on.wait(30)
+            return self.lin(x)
+
+    net = pairs(Waits)(ReversibleSequence)
+    thread = threading.Thread(target=lambda: net(torch.randn(2, WIDTH)).sum().backward())
+    thread.start()
+    assert inside.wait(30)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if not revnet.replaying():
+                other = pairs(lambda: nn.Linear(WIDTH, WIDTH))(ReversibleSequence)
+                torch.set_num_threads(1)
+                other(torch.randn(2, WIDTH)).sum().backward()
+                code = 0
+        finally:
+            os._exit(code)
+    try:
+        status, waited = 0, 0.0
+        while waited < 20:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            threading.Event().wait(0.05)
+            waited += 0.05
+        else:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        assert status == 0
+    finally:
+        go_on.set()
+        thread.join(30)
+
+
+# --- how often a branch runs
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+@pytest.mark.parametrize("reads", [1, 3])
+def test_function_that_reads_what_it_saved_many_times(reads: int, execution: str) -> None:
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x.sin(), x.cos(), x.exp())
+            return x.sin() * x.exp()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            for _ in range(reads):
+                sine, cosine, power = (
+                    ctx.saved_tensors[0],
+                    ctx.saved_tensors[1],
+                    ctx.saved_tensors[2],
+                )
+            return grad * power * (sine + cosine)
+
+    calls: list[int] = []
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return Op.apply(self.lin(x))
+
+    net = ReversibleSequence([(Branch(), Branch()) for _ in range(3)], execution=execution)
+    net(torch.randn(2, WIDTH)).sum().backward()
+    assert len(calls) == 12
+
+
+# --- transforms
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_jacobian_vectorized_with_dropout(streams: str, execution: str) -> None:
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.4), nn.Tanh())
+
+    found = []
+    for each in ("store", execution):
+        torch.manual_seed(0)
+        net = pairs(branch)(ReversibleSequence, execution=each, streams=streams).double()
+        torch.manual_seed(1)
+        x = torch.randn(3, WIDTH).double()
+        found.append(torch.autograd.functional.jacobian(net, x, vectorize=True))
+    assert_near(found[1], found[0])
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+def test_batched_gradients_of_a_stateful_branch(execution: str) -> None:
+    found = []
+    for each in ("store", execution):
+        torch.manual_seed(0)
+        net = pairs(Stateful)(ReversibleSequence, execution=each).double()
+        x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+        y = net(x)
+        before = picture(net)
+        directions = torch.randn(3, *y.shape, dtype=torch.float64)
+        found.append(torch.autograd.grad(y, x, directions, is_grads_batched=True)[0])
+        assert picture(net) == before
+    assert_near(found[1], found[0])
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+def test_compiled_autograd_of_a_stateful_branch(execution: str) -> None:
+    import torch._dynamo.compiled_autograd as compiled_autograd
+
+    found = []
+    for each in ("store", execution):
+        torch.manual_seed(0)
+        net = pairs(lambda: Counting(list, _append))(ReversibleSequence, execution=each)
+        loss = net(torch.randn(3, WIDTH)).pow(2).sum()
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        found.append(gradients_of(net))
+    assert_same_gradients(found[1], found[0], 1e-5)
+
+
+@pytest.mark.filterwarnings(JIT)
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+def test_forward_mode(execution: str, streams: str) -> None:
+    torch.manual_seed(0)
+    net = pairs(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))(
+        ReversibleSequence, execution=execution
+    ).double()
+    x, v = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    plain = StoredSequence([(block.f, block.g) for block in net.blocks])
+    expected = torch.func.jvp(plain, (x,), (v,))[1]
+    net.streams = streams
+    assert_near(torch.func.jvp(net, (x,), (v,))[1], expected, tolerance=1e-6)
+
+
+@pytest.mark.filterwarnings(JIT)
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+def test_reverse_over_forward(execution: str) -> None:
+    import torch.autograd.forward_ad as forward_ad
+
+    found = []
+    for kind, options in ((StoredSequence, {}), (ReversibleSequence, {"execution": execution})):
+        torch.manual_seed(0)
+        net = pairs(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))(kind, **options)
+        net = net.double()
+        x, v = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+        with forward_ad.dual_level():
+            loss = net(forward_ad.make_dual(x, v)).pow(2).sum()
+            tangent = forward_ad.unpack_dual(loss).tangent
+            grads = torch.autograd.grad(tangent, list(net.parameters()))
+        found.append(dict(zip(map(str, range(len(grads))), grads, strict=True)))
+    assert_same_gradients(found[1], found[0])
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+@pytest.mark.parametrize("kind", ["script", "trace"])
+@pytest.mark.filterwarnings(JIT)
+def test_scripted_pieces(kind: str, execution: str) -> None:
+    def piece() -> nn.Module:
+        linear = nn.Linear(WIDTH, WIDTH).double()
+        if kind == "script":
+            return torch.jit.script(linear)
+        return torch.jit.trace(linear, torch.randn(2, 5, WIDTH, dtype=torch.float64))
+
+    check(
+        pairs(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), piece(), nn.Dropout(0.3))),
+        once,
+        ("float", execution),
+    )
+
+
+def test_expanded_input_without_elements() -> None:
+    x = torch.randn(1, WIDTH, requires_grad=True)
+    pairs(lambda: nn.Linear(WIDTH, WIDTH))(ReversibleSequence)(x.expand(0, WIDTH)).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()),
+        lambda: nn.MultiheadAttention(WIDTH, 2),
+    ],
+)
+def test_module_that_only_looks_like_a_pair_is_refused(module: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        ReversibleSequence([module() for _ in range(3)])
+
+
+@pytest.mark.parametrize("kind", [tuple, list, nn.ModuleList])
+def test_pairs_are_tuples_lists_and_module_lists(kind: Any) -> None:
+    net = ReversibleSequence(
+        [kind([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)]) for _ in range(2)]
+    )
+    assert len(net.blocks) == 2
