@@ -60,8 +60,6 @@ class Run:
                 )
             path.mkdir(parents=True, exist_ok=True)
             others = [] if again else [entry.name for entry in path.iterdir()]
-        except PermissionError as error:
-            raise UserError(f"cannot create the run folder {path}: {error.strerror}") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"cannot create the run folder {path}: {reason}") from error
