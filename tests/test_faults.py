@@ -955,9 +955,7 @@ class Codebook(nn.Module):
         quantised = self.codes[index].view_as(z)
         self.counts.data.mul_(0.9).add_(hot.sum(0), alpha=0.1)
         self.codes.data.copy_(
-            torch.where(
-                hot.sum(0)[:, None] > 0, 0.9 * self.codes + 0.1 * hot.mT @ flat, self.codes
-            )
+            torch.where(hot.sum(0)[:, None] > 0, 0.9 * self.codes + 0.1 * hot.mT @ flat, self.codes)
         )
         return z + (quantised - z).detach() + 0.1 * (z - quantised).tanh()
 
@@ -1467,9 +1465,7 @@ def test_interrupt_anywhere_in_a_replay(
         place += 17
     assert not failed
     assert place > 500
-    for found, wanted in zip(
-        torch.autograd.grad(loss, parameters), expected, strict=True
-    ):
+    for found, wanted in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
         assert torch.equal(found, wanted)
 
 

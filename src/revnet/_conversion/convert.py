@@ -219,7 +219,7 @@ def convert(
     if format_ == "auto":
         raise ValueError("streams 'auto' is not 'fixed', 'float' or a revnet.Fixed")
     options = Options(preserve_rng_state, determinism_check, None)
-    chosen_format = None if streams == "fixed" else format_
+    chosen_format = None if streams == "fixed" or isinstance(format_, str) else format_
     for each in found:
         stack = Stack(
             each.name,
