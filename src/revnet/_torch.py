@@ -115,6 +115,13 @@ def is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def without_tangents() -> contextlib.AbstractContextManager[Any]:
+    """Switch forward-mode differentiation off inside, as `no_grad` does not."""
+    if torch.compiler.is_compiling() or not (is_forward_mode() or is_transformed()):
+        return contextlib.nullcontext()
+    return forward_ad._set_fwd_grad_enabled(False)
+
+
 def is_exporting() -> bool:
     """Check whether torch.export is at work.
 

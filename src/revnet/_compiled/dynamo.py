@@ -12,10 +12,12 @@ from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
 from torch.utils import _pytree as pytree
 
-from .purity import forget, reason
+from .purity import forget, reason, unused_names
 
 _found: list[str] = []
 _told: list[bool] = []
+# Pairs of the name of a step and of a parameter on which its branch does not depend.
+_unused: set[tuple[str, str]] = set()
 
 
 def inspect(ctx: Any) -> None:
@@ -39,6 +41,9 @@ def inspect(ctx: Any) -> None:
             or _changed(ctx, steps)
             or reason(steps, streams, blocks)
         ]
+        _unused.clear()
+        if not _found[0]:
+            _unused.update((name, unused) for name, fn, *_ in steps for unused in unused_names(fn))
     except _UnknownError as error:
         _found[:] = [f"a branch is given {error}, which the graph makes or changes"]
     if _found[0] and getattr(tracer, "one_graph", False):
@@ -136,8 +141,14 @@ def told() -> bool:
     return _told[0]
 
 
+def is_unused(step: str, parameter: str) -> bool:
+    """Check whether `inspect` found that a branch does not depend on this parameter."""
+    return (step, parameter) in _unused
+
+
 # torch.compile calls such a function once, while it traces, and takes the result for a constant.
-verdict._dynamo_marked_constant = told._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for constant in (verdict, told, is_unused):
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.compiler.disable(

@@ -264,12 +264,12 @@ def _reversibly(
         # from a second.
         for prefix, module in part.fn.named_modules():
             # What named_parameters and named_buffers list; those take far longer to trace.
-            for tensors in (module._parameters, module._buffers):
+            for tensors in (module._parameters, module._buffers, _attributes(module)):
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         state.append((f"{prefix}.{name}" if prefix else name, table.add(tensor)))
         kwargs = table.lift(part.kwargs)
-        used = [slot for _, slot in state] + _slots(kwargs)
+        used = [slot for name, slot in state if not _is_unused(part.name, name)] + _slots(kwargs)
         differentiated = []
         for slot in used:
             if slot not in differentiated and _takes_gradient(table.tensors[slot]):
@@ -289,6 +289,22 @@ def _reversibly(
         else [Held(*parts) for parts in zip(values, outputs[len(streams) :], strict=True)]
     )
     return list(zip(values, held, strict=True))
+
+
+def _is_unused(step: str, name: str) -> bool:
+    """Check whether a branch does not depend on a parameter, which then has no gradient."""
+    if not torch.compiler.is_dynamo_compiling():
+        return False
+    from .dynamo import is_unused
+
+    return is_unused(step, name)
+
+
+def _attributes(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors among the attributes of a module; as inputs, their versions are checked."""
+    if not torch.compiler.is_dynamo_compiling():
+        return {}
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 def _slots(value: Any) -> list[int]:

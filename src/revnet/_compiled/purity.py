@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,8 +35,8 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
     for name, fn, coupling, target, source, kwargs in steps:
         if not coupling.translates or target in source or any(True for _ in coupling.parameters()):
             return (
-                f"{name}: its coupling, {coupling}, is none that adds to a stream that the branch "
-                "does not read"
+                f"{name}: its coupling, {coupling}, is not supported in a compiled graph: use an "
+                "additive coupling whose branch does not read its target"
             )
         found = obstacle(fn, [streams[i] for i in source], streams[target], kwargs)
         if found:
@@ -84,6 +85,8 @@ def obstacle(
     modules = list(fn.modules())
     if hooked(modules):
         return "has hooks"
+    if parametrize._cache_enabled:
+        return "may read weights from torch.nn.utils.parametrize.cached(), which no replay finds"
     held = _held(kwargs)
     if held:
         return (
@@ -100,8 +103,38 @@ def obstacle(
             known.clear()
         # The compiler may be at work on the functions around this one, and then lets nobody change
         # its stance.
-        known[key] = torch.compiler.disable(_run)(fn, sources, target, kwargs, transformed)
+        known[key] = torch.compiler.disable(_run)(
+            fn, sources, target, kwargs, transformed, _unused.setdefault(fn, TensorSet())
+        )
     return known[key]
+
+
+class TensorSet:
+    """Tensors by identity, without keeping them."""
+
+    def __init__(self) -> None:
+        self.references: dict[int, weakref.ref[Tensor]] = {}
+
+    def replace(self, tensors: Iterable[Tensor]) -> None:
+        """Hold these tensors and no others."""
+        self.references = {id(tensor): weakref.ref(tensor) for tensor in tensors}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        reference = self.references.get(id(tensor))
+        return reference is not None and reference() is tensor
+
+
+# Per branch, the parameters on which its output did not depend when it was last inspected.
+_unused: weakref.WeakKeyDictionary[nn.Module, TensorSet] = weakref.WeakKeyDictionary()
+
+
+def unused_names(fn: nn.Module) -> list[str]:
+    """Return the names of the parameters on which the output of a branch does not depend."""
+    unused = _unused.get(fn)
+    if unused is None:
+        return []
+    named = fn.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if parameter in unused]
 
 
 def forget() -> None:
@@ -159,7 +192,12 @@ def _key(leaf: Any) -> Any:
 
 
 def _run(
-    fn: nn.Module, sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any], transformed: bool
+    fn: nn.Module,
+    sources: Sequence[Any],
+    target: Any,
+    kwargs: Mapping[str, Any],
+    transformed: bool,
+    unused: TensorSet,
 ) -> str:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_transforms())
@@ -204,8 +242,11 @@ def _run(
         return "returns extra outputs"
     if not isinstance(out, Tensor) or out.shape != _imitate(target, fake).shape:
         return "returns no tensor of the shape of its stream"
-    if _custom(out):
+    nodes = _nodes(out)
+    if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
         return "contains a torch.autograd.Function"
+    reached = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    unused.replace(tensor for tensor, fake in tensors.items() if id(fake) not in reached)
     return ""
 
 
@@ -281,18 +322,15 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {**own, **module._buffers}
 
 
-def _custom(out: Tensor) -> bool:
-    """Whether a Function written in Python takes part in the gradient of `out`."""
+def _nodes(out: Tensor) -> set[Any]:
+    """Return every node of the graph behind a tensor."""
     waiting, seen = [out.grad_fn], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return seen
 
 
 class _Running(threading.local):

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._couplings import Coupling, fitting
 from .._errors import ReversibleError
 from .._step import branch_output
+from .._torch import without_tangents
 from .._trees import tree_map, tree_unzip
 from . import scaled
 from .autograd import Valued, fixed_add, fixed_encode, straight_through
@@ -107,7 +108,7 @@ class FixedArithmetic:
         like = coupling.combine(value, out)
         if not self.undoes(coupling):
             return self.encode(like, index)
-        with torch.no_grad():
+        with torch.no_grad(), without_tangents():
             if coupling.rearranges:
                 return like, _moved(held, lambda part: coupling.combine(part, out), like)
             held = multiply(
