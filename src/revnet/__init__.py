@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._block import ReversibleBlock as ReversibleBlock
     from ._conversion.convert import Conversion as Conversion
     from ._conversion.convert import convert as convert
     from ._conversion.convert import unconvert as unconvert
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ._planning.planner import plan as plan
     from ._program import Reversible as Reversible
     from ._routing import route_args as route_args
-    from ._sequence import ReversibleBlock as ReversibleBlock
     from ._sequence import ReversibleSequence as ReversibleSequence
     from ._sequence import SequentialSequence as SequentialSequence
     from ._state.decisions import remember as remember
@@ -47,7 +47,7 @@ _MODULES = {
     "Momentum": "_couplings",
     "Plan": "_plan",
     "Reversible": "_program",
-    "ReversibleBlock": "_sequence",
+    "ReversibleBlock": "_block",
     "ReversibleError": "_errors",
     "ReversibleSequence": "_sequence",
     "SequentialSequence": "_sequence",

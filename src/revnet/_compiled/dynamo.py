@@ -148,7 +148,7 @@ def is_unused(step: str, parameter: str) -> bool:
 
 # torch.compile calls such a function once, while it traces, and takes the result for a constant.
 for constant in (verdict, told, is_unused):
-    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(constant)["_dynamo_marked_constant"] = True
 
 
 @torch.compiler.disable(

@@ -4,6 +4,7 @@
 check and restore before a replay, verify after it.
 
     objects      containers and plain objects, copied to any depth with one memo
+    copies       what a replay reads in their place
     tensors      tensors without gradient, copied only where somebody writes to them
     branch       the modules of a step: the one visitor
     modules      attributes, buffers, parameters and keywords of a step

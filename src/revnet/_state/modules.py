@@ -15,7 +15,8 @@ from .._errors import ReversibleError
 from .._torch import is_dtensor, storage_id
 from . import fsdp
 from .branch import MACHINERY, Table, attributes_of, modules_of, scripted_tables, tables_of
-from .objects import Container, Copies, Large, Objects, refill, stands_for
+from .copies import Copies, refill
+from .objects import Container, Large, Objects, stands_for
 from .tensors import TensorState, replacements
 from .undo import Undo
 
