@@ -1,4 +1,4 @@
-"""Sequences as one differentiable operation, for `torch.compile` and for the transforms of `torch.func`.
+"""Sequences as one differentiable operation, for `torch.compile` and transforms of `torch.func`.
 
 Neither allows saved-tensor hooks, on which the engine rests. Here a run of steps that are not
 stored is one `torch.autograd.Function` that saves the streams after its last step and the tensors
@@ -38,7 +38,7 @@ Arithmetic = FloatArithmetic | FixedArithmetic
 
 
 def active() -> bool:
-    """Whether hooks on saved tensors are out of reach: in a traced graph, or under a transform of `torch.func`."""
+    """Check whether saved-tensor hooks are not allowed: in a graph, or under a transform."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -55,7 +55,7 @@ def run_traced(
     blocks: Sequence[nn.Module] = (),
     obstacle: str = "",
 ) -> Any:
-    """The streams after all steps, followed by a dict of the branches' extra outputs if there are any.
+    """Return the streams after all steps, followed by a dict of extra outputs if there are any.
 
     Args:
         parts: the steps, each with its index in the program.
@@ -101,7 +101,7 @@ def run_traced(
 def _rebuilds(
     again: Sequence[BoundStep], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str
 ) -> bool | None:
-    """Whether backward evaluates these steps again; None where only the engine can do so, outside the graph."""
+    """Check whether backward evaluates these steps again; None where only the engine can do so."""
     # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in
     # any graph.
     exporting = torch.compiler._is_exporting_flag
@@ -128,7 +128,7 @@ def _rebuilds(
 def _stored(
     index: int, part: BoundStep, states: Sequence[Stream], arithmetic: Arithmetic
 ) -> tuple[Stream, Any]:
-    """The target after an ordinary step, and the extra output of its branch."""
+    """Return the target after an ordinary step, and the extra output of its branch."""
     target = states[part.target]
     out, extra = branch_output(
         part.fn(*(states[i][0] for i in part.source), **part.kwargs), target[0]
@@ -140,7 +140,7 @@ def _stored(
 
 
 def outside(engine: Callable[[], Any]) -> Any:
-    """Breaks the graph: what `engine` does is not compiled, except what compiles itself."""
+    """Break the graph: what `engine` does is not compiled, except what compiles itself."""
     from .dynamo import call
 
     return call(engine)
@@ -149,7 +149,7 @@ def outside(engine: Callable[[], Any]) -> Any:
 def _replayable(
     parts: Sequence[BoundStep], streams: list[Any], blocks: list[nn.Module], obstacle: str
 ) -> bool:
-    """Whether the graph may evaluate the steps again; asked while it is traced."""
+    """Check whether the graph may evaluate the steps again, while it is traced."""
     from .dynamo import comptime, inspect, verdict
 
     # A plain tuple is the same to every version of the tracer.
@@ -162,7 +162,7 @@ def _replayable(
 
 
 def _prepared(monitor: RangeMonitor | None, streams: list[Any]) -> RangeMonitor | None:
-    """Allocates the monitor's memory while the graph is traced: its own would be gone after a call. None if untold."""
+    """Allocate the monitor's memory while the graph is traced; return None if it is not told."""
     from .dynamo import comptime, prepare, told
 
     comptime(prepare)
@@ -247,7 +247,7 @@ class _Program(NamedTuple):
 def _reversibly(
     parts: Sequence[tuple[int, BoundStep]], states: list[Stream], arithmetic: Arithmetic
 ) -> list[Stream]:
-    """The streams after the steps, as one operation whose backward rebuilds them."""
+    """Return the streams after the steps, by one operation whose backward rebuilds them."""
     table = _Tensors()
     streams = tuple([table.add(value) for value, _ in states])
     fixed = monitor = None
@@ -301,7 +301,7 @@ def _is_unused(step: str, name: str) -> bool:
 
 
 def _attributes(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors among the attributes of a module; as inputs, their versions are checked."""
+    """Return the tensors among the attributes of a module, whose versions are checked as inputs."""
     if not torch.compiler.is_dynamo_compiling():
         return {}
     return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
@@ -348,7 +348,7 @@ def _without_autocast(state: tuple[str, bool, torch.dtype]) -> torch.autocast:
 def _increment(
     step: _Evaluation, target: Tensor, tensors: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
-    """What a step adds to its target, as a function of its sources and of its tensors that take a gradient."""
+    """Return what a step adds, as a function of its sources and of what takes a gradient."""
 
     def increment(*inputs: Tensor) -> Tensor:
         count = len(step.part.source)
@@ -367,7 +367,7 @@ def _evaluated(
     tensors: Sequence[Tensor],
     swap: bool = True,
 ) -> Tensor:
-    """What a step adds to its target; its modules have these tensors already, unless told to `swap` them in."""
+    """Return what a step adds to its target; `swap` puts the tensors into its modules first."""
     fn, kwargs = step.part.fn, _filled(step.part.kwargs, tensors)
     if swap:
         state = {name: tensors[slot] for name, slot in step.state}
@@ -419,7 +419,7 @@ class _Walk(torch.autograd.Function):
 
 
 def _up(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The streams after the steps and, of fixed ones, what is left over of each."""
+    """Return the streams after the steps and, of fixed ones, what is left over of each."""
     fixed = program.fixed
     values = [tensors[slot] for slot in program.streams]
     residuals = [tensors[slot] for slot in program.residuals]
@@ -452,7 +452,7 @@ def _modes(program: _Program) -> list[bool]:
 
 
 def _followed(tensors: Sequence[Tensor]) -> bool:
-    """Whether something outside of the innermost transform differentiates with respect to these tensors."""
+    """Check whether a transform outside of the innermost one differentiates by these tensors."""
     functorch = torch._C._functorch
     for tensor in tensors:
         while functorch.is_functorch_wrapped_tensor(tensor):
@@ -465,7 +465,7 @@ def _followed(tensors: Sequence[Tensor]) -> bool:
 def _down(
     program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the operation's tensors, from what its forward saved and the gradients of the last streams."""
+    """Return the gradients of all tensors from those of the last streams."""
     fixed = program.fixed
     count = len(program.streams)
     values = list(saved[:count])

@@ -1,4 +1,4 @@
-"""Whether a branch can be evaluated twice without a record of what its first evaluation saw."""
+"""Check whether a branch is a pure function of its tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Module]) -> str:
-    """The first obstacle to evaluating the steps twice, as a sentence without its end; empty if there is none.
+    """Return why the steps cannot be evaluated twice, without a full stop; empty if they can.
 
     Args:
         steps: as tuples in the order of `_traced.BoundStep`.
@@ -45,7 +45,7 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
 
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether a call of one of these modules would run hooks."""
+    """Check whether a call of one of these modules would run hooks."""
     return any(getattr(module, hooks, None) for module in modules for hooks in _HOOKS)
 
 
@@ -69,7 +69,7 @@ _PLAIN = (
 def obstacle(
     fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]
 ) -> str:
-    """Why `fn(*sources, **kwargs)` is not a function of its tensors alone, as the end of a sentence; empty if it is.
+    """Return why a branch is no function of its tensors alone, as the end of a sentence.
 
     A copy of the branch runs once on tensors without memory, so nothing of it is changed.
 
@@ -143,7 +143,7 @@ def forget() -> None:
 
 
 def _held(kwargs: Mapping[str, Any]) -> str:
-    """The type of a keyword, or of a part of one, that holds tensors in a way that the traced path does not follow."""
+    """Return the type of a keyword, or of a part of one, whose tensors would not be found."""
     for leaf in pytree.tree_leaves(
         kwargs, is_leaf=lambda value: type(value) not in (dict, list, tuple)
     ):
@@ -155,7 +155,7 @@ def _held(kwargs: Mapping[str, Any]) -> str:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What a module does depends on this: a rate of dropout may be raised, or a child replaced, between two calls."""
+    """Return what a module's result depends on: a rate or a child may change between calls."""
     found = [
         (name, _setting(value))
         for name, value in vars(module).items()
