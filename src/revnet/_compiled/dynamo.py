@@ -1,4 +1,4 @@
-"""What the traced path needs of torch._dynamo; imported only while that traces."""
+"""Dynamo integration of the compiled path; imported only while Dynamo traces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _unused: set[tuple[str, str]] = set()
 
 
 def inspect(ctx: Any) -> None:
-    """Look at the steps of the function that is being traced, and remember why they cannot be replayed in the graph.
+    """Find out why the steps of the function that is traced cannot be replayed in the graph.
 
     Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle
     raises at once.
@@ -63,7 +63,7 @@ def inspect(ctx: Any) -> None:
 
 
 def _changed(ctx: Any, steps: Sequence[Any]) -> str:
-    """The first attribute of a branch that the graph has changed: the module itself has it only after the call."""
+    """Return the first attribute of a branch that the graph changes, which happens after it."""
     effects = _effects(ctx)
     for name, fn, *_ in steps:
         for module in fn.modules() if isinstance(fn, nn.Module) else ():
@@ -88,7 +88,7 @@ def _changed(ctx: Any, steps: Sequence[Any]) -> str:
 
 
 def _effects(ctx: Any) -> Any:
-    """What the graph that is being traced has changed so far, and will write back after the call."""
+    """Return what the graph has changed so far, and will write back after the call."""
     return ctx._ComptimeContext__tx.output.side_effects
 
 
@@ -117,7 +117,7 @@ def _hooks() -> str:
 
 
 def prepare(ctx: Any) -> None:
-    """Allocate what the monitor in the local `monitor` writes to, on the devices of the local `streams`.
+    """Allocate the memory of the local `monitor` on the devices of the local `streams`.
 
     Transforms allow no write to it, nor does it take findings that are distributed: `told` says
     whether it is told any.
@@ -132,12 +132,12 @@ def prepare(ctx: Any) -> None:
 
 
 def verdict() -> str:
-    """What `inspect` found."""
+    """Return what `inspect` found."""
     return _found[0]
 
 
 def told() -> bool:
-    """What `prepare` found."""
+    """Return what `prepare` found."""
     return _told[0]
 
 
@@ -155,7 +155,7 @@ for constant in (verdict, told, is_unused):
     reason="revnet: a sequence that cannot be replayed in a graph runs outside it"
 )  # type: ignore[untyped-decorator]
 def call(engine: Callable[[], Any]) -> Any:
-    """What `engine` returns, computed outside the graph."""
+    """Return what `engine` returns, computed outside the graph."""
     return engine()
 
 
@@ -166,7 +166,7 @@ def _value(ctx: Any, name: str) -> Any:
 
 
 def _realized(variable: Any, effects: Any) -> Any:
-    """The value of a variable of the function that is being traced, its tensors without memory."""
+    """Return the value of a variable of the traced function, its tensors without memory."""
     from torch._dynamo.variables import ConstDictVariable, TensorVariable
     from torch._dynamo.variables.lists import BaseListVariable
     from torch._dynamo.variables.tensor import SymNodeVariable
