@@ -837,6 +837,29 @@ def test_checksum_sees_every_change(dtype: torch.dtype, monkeypatch: pytest.Monk
     assert total == checksum(x)
 
 
+def test_checksum_applies_negative_and_conjugate_bits() -> None:
+    for dtype in (torch.complex64, torch.complex128):
+        x = torch.randn(3, 5, dtype=dtype)
+        assert checksum(x.conj()) == checksum(x.conj().resolve_conj())
+        assert checksum(x.conj()) != checksum(x)
+        negative = x.conj().imag
+        assert negative.is_neg()
+        assert checksum(negative) == checksum(negative.resolve_neg())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_expanded_inputs_without_elements(shape: tuple[int, int]) -> None:
+    x = torch.randn(1, 1)[:, : shape[1]][: shape[0]].expand(shape).requires_grad_()
+    monitor = RangeMonitor()
+    encoded = fixed_encode(x, Fixed(), monitor)
+    new = fixed_add(encoded, x, Fixed(), monitor)
+    new.value.sum().backward()
+    assert new.value.shape == encoded.residual.shape == shape
+    assert int(checksum(encoded.residual)) == 0
+    with torch.no_grad():
+        assert Fixed().subtract(new, x).value.shape == shape
+
+
 def test_checksum_sees_places() -> None:
     x = torch.arange(20, dtype=torch.int64)
     totals = {int(checksum(x))}
