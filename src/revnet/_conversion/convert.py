@@ -206,43 +206,17 @@ def convert(
         raise ValueError(
             f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'"
         )
+    if streams == "auto":
+        raise ValueError("streams 'auto' is not 'fixed', 'float' or a revnet.Fixed")
     if any(KEY in vars(module) for module in model.modules()):
         raise ReversibleError(
             f"{type(model).__name__} is converted already. Change bits and execution on its "
             f"Conversion, or call revnet.unconvert(model) first."
         )
-    chosen = layers is not None
     found = find(model) if layers is None else named(model, layers)
-    for each in found:
-        _check_layers(each)
-    format_ = _streams(streams)
-    if format_ == "auto":
-        raise ValueError("streams 'auto' is not 'fixed', 'float' or a revnet.Fixed")
+    format_: Any = None if streams == "fixed" else _streams(streams)
     options = Options(preserve_rng_state, determinism_check, None)
-    chosen_format = None if streams == "fixed" or isinstance(format_, str) else format_
-    for each in found:
-        stack = Stack(
-            each.name,
-            list(each.layers),
-            each.kind,
-            chosen,
-            rule,
-            [3] * len(each.layers),
-            chosen_format,
-            ["invert"] * len(each.layers),
-            options,
-        )
-        for place, layer in enumerate(each.layers.values()):
-            layer.__dict__[KEY] = (stack, place)
-            own: Any = type(layer)
-            layer.__class__ = converted_class(own)
-    for module in model.modules():
-        inside = any(KEY in vars(child) for child in module.modules() if child is not module)
-        if inside and checkpoints_blocks(module):
-            around: Any = type(module)
-            module.__class__ = switching_class(around)
-    conversion = Conversion(model)
-    conversion.left_out = {name: why for each in found for name, why in each.left_out.items()}
+    conversion = _enter(model, found, layers is not None, rule, format_, options)
     try:
         conversion.bits = bits
         conversion.execution = execution
@@ -257,6 +231,44 @@ def convert(
         )
     if calibrate is not None:
         conversion.calibrate(calibrate)
+    return conversion
+
+
+def _enter(
+    model: nn.Module,
+    found: list[Found],
+    chosen: bool,
+    rule: str,
+    format_: Fixed | Float | None,
+    options: Options,
+) -> Conversion:
+    """Give the layers that were found their stacks and classes."""
+    for each in found:
+        _check_layers(each)
+    for each in found:
+        count = len(each.layers)
+        stack = Stack(
+            each.name,
+            list(each.layers),
+            each.kind,
+            chosen,
+            rule,
+            [1] * count,
+            format_,
+            ["invert"] * count,
+            options,
+        )
+        for place, layer in enumerate(each.layers.values()):
+            layer.__dict__[KEY] = (stack, place)
+            own: Any = type(layer)
+            layer.__class__ = converted_class(own)
+    for module in model.modules():
+        inside = any(KEY in vars(child) for child in module.modules() if child is not module)
+        if inside and checkpoints_blocks(module):
+            around: Any = type(module)
+            module.__class__ = switching_class(around)
+    conversion = Conversion(model)
+    conversion.left_out = {name: why for each in found for name, why in each.left_out.items()}
     return conversion
 
 

@@ -23,7 +23,7 @@ from .._errors import ReversibleError
 from .._execution import STORE
 from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
-from .._torch import records_operators
+from .._torch import is_faking, records_operators
 from ._dynamo import compiling_with, keep_out
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
@@ -152,7 +152,7 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
     recording = _recording()
     if recording and not _without_caches(stack, keywords):
         return _plainly(layer, own, args, kwargs, compiler)
-    unseen = place in stack.unseen and not active()
+    unseen = place in stack.unseen and not active() and not is_faking()
     update = _Update(layer, own, x.dtype, compiler, stack.fits if unseen else None)
     random = RandomState(devices_of([x])) if unseen else None
     try:
@@ -166,7 +166,8 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
             random.set()
             return _steps(stack, place, update, x, keywords, None)
         finally:
-            stack.unseen.discard(place)
+            if unseen:
+                stack.unseen.discard(place)
     except _Aside as reason:
         if stack.chosen:
             raise ReversibleError(
@@ -223,7 +224,7 @@ def _steps(
         turn,
         readout,
         _version(y),
-        y.data_ptr() if not active() else 0,
+        _address(y),
         _hooks(),
     )
     node: Any = y.grad_fn
@@ -267,7 +268,7 @@ def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
         return None
     same = (
         found.version == _version(x)
-        and (active() or found.address == x.data_ptr())
+        and found.address == _address(x)
         and found.hooks == _hooks()
         and found.call.recording is recording
         and not (node is None and x.requires_grad)
@@ -286,6 +287,11 @@ def _recording() -> bool:
 
 def _hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _address(x: Tensor) -> int:
+    # Tensors of transforms and of FakeTensorMode have none.
+    return 0 if active() or is_faking() else x.data_ptr()
 
 
 def _version(x: Tensor) -> int:
