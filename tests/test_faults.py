@@ -140,7 +140,7 @@ class Plain:
         self.count = 0
 
 
-class Dict(dict):  # noqa: FURB189
+class Dict(dict):
     pass
 
 
@@ -585,7 +585,7 @@ def test_one_list_under_two_keywords(mode: tuple[str, str]) -> None:
         shared.clear()
         return loss
 
-    route = {name: ((True, False),) * 2 for name in ("one", "two")}
+    route = dict.fromkeys(("one", "two"), ((True, False),) * 2)
     check(lambda kind, **o: pairs(Both)(kind, route, **o), run, mode)
 
 
@@ -1446,7 +1446,7 @@ def test_interrupt_anywhere_in_a_replay(
     before, random = picture(net), torch.get_rng_state()
     failed, place, reached = [], 1, True
     while reached:
-        reached, grads = _interrupted(loss, parameters, place, kind)
+        reached, _ = _interrupted(loss, parameters, place, kind)
         if picture(net) != before:
             failed.append((place, "modules"))
             break
