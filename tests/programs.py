@@ -109,6 +109,8 @@ class Gated(Branch):
 class Normed(Branch):
     def __init__(self, wide: bool) -> None:
         super().__init__(wide)
+        # Before a batch norm a bias has no gradient but rounding noise.
+        self.lin = nn.Linear(WIDTH, self.lin.out_features, bias=False)
         self.norm = nn.BatchNorm1d(self.lin.out_features, momentum=0.3)
 
     def between(self, x: Tensor) -> Tensor:
