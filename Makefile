@@ -1,5 +1,6 @@
 # make train   build the environment and run the main job
 # make test    build the environment and run all tests
+# make fuzz    run 100,000 random programs of each kind, or until one fails
 #
 # PYTHON=python3.12   the interpreter to build the environment from (3.11 or newer)
 # TORCH=system        use the torch (2.11 or newer, CUDA for instance) that PYTHON already has instead of the pinned one
@@ -21,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install 
 
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: train test lint types check format clean
+.PHONY: train test fuzz lint types check format clean
 
 train: $(STAMP)
 	$(BIN)/revnet train $(ARGS)
@@ -29,6 +30,10 @@ train: $(STAMP)
 # One thread per worker, and a worker more than two cores: some tests wait for processes of theirs.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# A failure is kept in .hypothesis and tried first the next time.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -x --timeout 0 --hypothesis-profile fuzz --hypothesis-show-statistics $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,6 +27,13 @@ settings.register_profile(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+# For hours: `make fuzz`. Other programs each time, and a failure is tried again first.
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=100_000,
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("revnet")
 
 
