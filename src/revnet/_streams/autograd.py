@@ -27,7 +27,7 @@ class _FixedAdd(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
-        ctx.increment_dtype = inputs[2].dtype
+        ctx.value_dtype, ctx.increment_dtype = inputs[0].dtype, inputs[2].dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -39,11 +39,8 @@ class _FixedAdd(torch.autograd.Function):
         return grad, None, increment, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
-        value, _, increment = tangents[:3]
-        if value is None or increment is None:
-            return increment if value is None else value, None
-        return value + increment.to(value.dtype), None
+    def jvp(ctx: Any, value: Any, residual: Any, increment: Any, *_: Any) -> Any:
+        return _sum(value, increment, ctx.value_dtype), None
 
     @staticmethod
     def vmap(
@@ -92,8 +89,8 @@ class _FixedEncode(torch.autograd.Function):
         return grads[0], None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
-        return tangents[0], None
+    def jvp(ctx: Any, x: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+        return x, None
 
     @staticmethod
     def vmap(
