@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from revnet._streams import cuda, reference
+from revnet._streams import reference
 from revnet._streams.fixed import Fixed
 from revnet._streams.format import Held
 from revnet._streams.monitor import RangeMonitor
@@ -115,6 +115,8 @@ def table(
 
 
 def sweep(shape: list[int], device: torch.device, repeats: int) -> None:
+    from revnet._streams import cuda
+
     print("\n| fraction bits | value | increment | block | warps | add, ms | subtract, ms |")
     print("|---|---|---|---|---|---|---|")
     for fixed, (value_dtype, increment_dtype) in itertools.product(FORMATS, STREAMS[:2]):

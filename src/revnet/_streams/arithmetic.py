@@ -16,7 +16,7 @@ from .._step import branch_output
 from .._torch import without_tangents
 from .._trees import tree_map, tree_unzip
 from . import scaled
-from .autograd import Valued, fixed_add, fixed_encode, straight_through
+from .autograd import fixed_add, fixed_encode, with_gradient_of
 from .buffer import (
     BufferedStream,
     divide,
@@ -119,8 +119,7 @@ class FixedArithmetic:
                 return self.fixed.add(held, increment, self.monitor, index)
 
             held = _added(held, held.stream.value, coupling.increment(out), add)
-        valued = straight_through if torch.compiler._is_exporting_flag else Valued.apply
-        return tree_map(valued, like, held.stream.value), held
+        return tree_map(with_gradient_of, like, held.stream.value), held
 
     def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
         value = _stream(held).value

@@ -39,10 +39,6 @@ class _FixedAdd(torch.autograd.Function):
         return grad, None, increment, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, value: Any, residual: Any, increment: Any, *_: Any) -> Any:
-        return _sum(value, increment, ctx.value_dtype), None
-
-    @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *args: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -50,7 +46,15 @@ class _FixedAdd(torch.autograd.Function):
             _batch_first(x, dim, info.batch_size)
             for x, dim in zip(args[:3], in_dims[:3], strict=True)
         )
-        return tuple(_FixedAdd.apply(*batched, *args[3:])), (0, 0)
+        return tuple(_DualAdd.apply(*batched, *args[3:])), (0, 0)
+
+
+class _DualAdd(_FixedAdd):
+    """Add with forward-mode differentiation, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, value: Any, residual: Any, increment: Any, *_: Any) -> Any:
+        return _sum(value, increment, ctx.value_dtype), None
 
 
 class _FixedAddNow(torch.autograd.Function):
@@ -71,7 +75,7 @@ class _FixedAddNow(torch.autograd.Function):
         return output
 
     backward = _FixedAdd.backward
-    jvp = _FixedAdd.jvp
+    jvp = _DualAdd.jvp
 
 
 class _FixedEncode(torch.autograd.Function):
@@ -89,16 +93,20 @@ class _FixedEncode(torch.autograd.Function):
         return grads[0], None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
-        return x, None
-
-    @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *args: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         return tuple(
-            _FixedEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])
+            _DualEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])
         ), (0, 0)
+
+
+class _DualEncode(_FixedEncode):
+    """Encode with forward-mode differentiation, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+        return x, None
 
 
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -127,8 +135,12 @@ def fixed_add(
         return Held(
             straight_through(held.value + increment.to(held.value.dtype), new.value), new.residual
         )
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    add = _FixedAdd if transformed else _FixedAddNow
+    if torch.compiler.is_compiling():
+        add: Any = _FixedAdd
+    elif torch._C._are_functorch_transforms_active():
+        add = _DualAdd
+    else:
+        add = _FixedAddNow
     return Held(*add.apply(*held, increment, fixed, monitor, step))
 
 
@@ -139,7 +151,8 @@ def fixed_encode(
     if torch.compiler._is_exporting_flag:
         held = fixed.encode(x, monitor, step)
         return Held(straight_through(x, held.value), held.residual)
-    return Held(*_FixedEncode.apply(x, fixed, monitor, step))
+    encode = _FixedEncode if torch.compiler.is_compiling() else _DualEncode
+    return Held(*encode.apply(x, fixed, monitor, step))
 
 
 def straight_through(like: Tensor, value: Tensor) -> Tensor:
@@ -211,17 +224,23 @@ def scaled_add(
             )
         # The gradient is that of the rule on floats.
         smooth = torch.ops.aten.mul.Scalar(held.value, factor) + increment.to(held.value.dtype)
-        valued = straight_through if torch.compiler._is_exporting_flag else Valued.apply
-        return Held(valued(smooth, new.value), new.residual), after
+        return Held(with_gradient_of(smooth, new.value), new.residual), after
     value, residual, after = _ScaledAdd.apply(
         *held, buffer, increment, ratio, width, fixed, monitor, step
     )
     return Held(value, residual), after
 
 
-class Valued(torch.autograd.Function):
+def with_gradient_of(like: Tensor, value: Tensor) -> Tensor:
     """Return the second of two tensors of equal shape, with the gradient of the first."""
+    if torch.compiler._is_exporting_flag:
+        return straight_through(like, value)
+    valued = _Valued if torch.compiler.is_compiling() else _DualValued
+    new: Tensor = valued.apply(like, value)
+    return new
 
+
+class _Valued(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -235,6 +254,10 @@ class Valued(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         return grads[0], None
+
+
+class _DualValued(_Valued):
+    """The same with forward-mode differentiation, which torch.compile does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, like: Tensor | None, value: Tensor | None) -> Tensor | None:
