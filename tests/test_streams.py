@@ -837,6 +837,18 @@ def test_checksum_sees_every_change(dtype: torch.dtype, monkeypatch: pytest.Monk
     assert total == checksum(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_checksum_of_lazy_and_expanded_tensors(dtype: torch.dtype) -> None:
+    z = torch.randn(3, 4, dtype=dtype)
+    lazy = [z.conj(), z.conj().imag, z.conj().imag[:, :1].expand(3, 4), z[:1].expand(3, 4)]
+    for x in lazy:
+        plain = x.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        assert checksum(x) == checksum(plain)
+        plain.view(-1)[5] += 1
+        assert checksum(x) != checksum(plain)
+    assert checksum(z.conj()) != checksum(z)
+
+
 def test_checksum_sees_places() -> None:
     x = torch.arange(20, dtype=torch.int64)
     totals = {int(checksum(x))}

@@ -20,10 +20,14 @@ def checksum(x: Tensor) -> Tensor:
     Independent of strides, and equal on every device.
 
     Args:
-        x: integers or floating point, any shape.
+        x: numbers of any dtype and shape.
     """
+    # Negations and conjugations that torch put off have to be in the bits.
+    x = x.detach().resolve_conj().resolve_neg()
+    if x.is_complex():
+        x = torch.view_as_real(x)
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    bits = x.detach().reshape(-1).view(width)
+    bits = x.reshape(-1).view(width)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, bits.numel(), _PIECE_OF_CHECKSUM):
         piece = bits[start : start + _PIECE_OF_CHECKSUM].to(torch.int64)
