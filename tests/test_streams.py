@@ -1175,6 +1175,53 @@ def test_cuda_equals_cpu(
 
 
 @pytest.mark.gpu
+@every_ratio
+@every_dtype
+@pytest.mark.parametrize("size", [1 << 20, 999_983])
+def test_scaled_steps_on_cuda_equal_the_cpu(ratio: Fraction, dtype: torch.dtype, size: int) -> None:
+    need_kernel()
+    fixed = Fixed()
+    x = fixed.encode((torch.randn(size + 1) * fixed.limit / 8).to(dtype))
+    increment = (torch.randn(size + 1) * torch.logspace(-12, 1, size + 1) * fixed.limit).to(dtype)
+    for begin in (0, 1):  # memory that does and does not allow 16-byte accesses
+        part = slice(begin, begin + size)
+        here: Any = Held(*(piece[part] for piece in x))
+        start = Held(*(piece.cuda()[part] for piece in x))
+        there: Any = start
+        addend = increment.cuda()[part]
+        for index in range(7):
+            here = multiply_and_add(here, ratio, increment[part], fixed, None, index)
+            there = multiply_and_add(there, ratio, addend, fixed, None, index)
+        assert equal_streams(to(there, "cpu"), here)
+        known = ~there.stream.value.isnan()
+        for _ in range(7):
+            there = subtract_and_divide(there, ratio, addend, fixed)
+        assert all(a[known].equal(b[known]) for a, b in zip(there, start, strict=True))
+
+
+@pytest.mark.gpu
+def test_scaled_steps_do_not_synchronise() -> None:
+    need_kernel()
+    fixed, monitor, ratio = Fixed(), RangeMonitor(), Fraction(1, 8)
+    x = torch.randn(64, 64, device="cuda", requires_grad=True)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        held: Any = fixed_encode(x, fixed, monitor)
+        for index in range(7):
+            held = multiply_and_add(held, ratio, x, fixed, monitor, index)
+        held.stream.value.sum().backward()
+        held = pytree.tree_map(torch.Tensor.detach, held)
+        for _ in range(7):
+            held = subtract_and_divide(held, ratio, x.detach(), fixed)
+        multiply_and_add(held, ratio, torch.full_like(x, math.inf), fixed, monitor, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert equal(held, fixed.encode(x.detach()))
+    assert monitor.check() == (8, math.inf)
+
+
+@pytest.mark.gpu
 def test_cuda_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     need_kernel()
     from revnet._streams import cuda

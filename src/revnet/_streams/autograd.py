@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import without_tangents
 from . import scaled
 from .fixed import Fixed
 from .format import Held
@@ -218,7 +219,7 @@ def scaled_add(
     """Return `scaled.scale_and_add`, differentiable straight through."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         factor = ratio[0] / ratio[1]
-        with torch.no_grad():
+        with torch.no_grad(), without_tangents():
             new, after = scaled.scale_and_add(
                 held, buffer, increment, ratio, width, fixed, monitor, step
             )
