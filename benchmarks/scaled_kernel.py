@@ -1,37 +1,37 @@
-"""What does a scaled step of fixed-point streams cost against its plain operations?
+"""What does one scaled step of fixed-point streams cost, forward and back, against floats?
 
-    python benchmarks/scaled_kernel.py                   # a stream of 2 × 4096 × 2048; CUDA if any
+    python benchmarks/scaled_kernel.py                          # CUDA where there is one
     python benchmarks/scaled_kernel.py --shape 4 256 256 --device cpu
 
-A scaled step multiplies its target by μ, remembers the remainder and adds an increment. Each row is
-first compared, in every bit, with the plain torch operations. All rows run in turn; the table shows
-medians. "host" is the time until the call returns.
+A step is `v ← γ v + f` with its remainder kept. Every row is first compared, in every bit, with the
+plain torch operations. All rows of a table run in turn; the table shows medians. Buffers are those
+of the middle of a run of 24 steps. A second table lists the bytes an element that buffers take.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import torch
-from combine_kernel import in_turn
+from combine_kernel import Combine, in_turn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revnet._streams import scaled
+from revnet._streams import reference
 from revnet._streams.buffer import BufferedStream, multiply_and_add, subtract_and_divide
 from revnet._streams.fixed import Fixed
 from revnet._streams.monitor import RangeMonitor
 
-RATIOS = (Fraction(1, 8), Fraction(9, 10))
+RATIOS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8), Fraction(9, 10), Fraction(99, 100))
+# value, increment: fp32 streams under bf16 autocast; pure bf16; pure fp32.
 STREAMS = (
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.float32),
 )
+STEPS = 12
 
 
 def main() -> None:
@@ -40,84 +40,122 @@ def main() -> None:
     )
     parser.add_argument("--shape", type=int, nargs="+", default=[2, 4096, 2048], help="of a stream")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=30, help="how often each row runs")
-    parser.add_argument("--steps", type=int, default=12, help="which step to measure")
+    parser.add_argument("--repeats", type=int, default=50, help="how often each row runs")
     options = parser.parse_args()
     device = torch.device(options.device)
-    print(f"{device}, torch {torch.__version__}, stream {'×'.join(map(str, options.shape))}\n")
-    print("| μ | value | increment | row | ms | × float | host, µs |")
-    print("|---|---|---|---|---|---|---|")
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(f"{name}, torch {torch.__version__}, stream {'×'.join(map(str, options.shape))}")
     for value_dtype, increment_dtype in STREAMS:
-        for ratio in RATIOS:
-            x = torch.randn(options.shape, device=device).to(value_dtype)
-            increment = torch.randn(options.shape, device=device).to(increment_dtype)
-            table(x, increment, ratio, options.steps, options.repeats)
+        table(options.shape, device, options.repeats, value_dtype, increment_dtype)
+    buffers()
 
 
-def table(x: Tensor, increment: Tensor, ratio: Fraction, steps: int, repeats: int) -> None:
-    fixed, monitor = Fixed(), RangeMonitor()
-    before: Any = fixed.encode(x)
-    for step in range(steps - 1):
-        before = multiply_and_add(before, ratio, increment, fixed, monitor, step)
-
-    def forward() -> BufferedStream:
-        return multiply_and_add(before, ratio, increment, fixed, monitor, 0)
-
-    after = forward()
-
-    def inverse() -> Any:
-        return subtract_and_divide(after, ratio, increment, fixed)
-
-    assert same(after, plain(forward)()), "the fused step differs from plain operations"
-    assert same(inverse(), before), "the fused inverse does not come back"
-    assert same(inverse(), plain(inverse)()), "the fused inverse differs from plain operations"
-    assert monitor.check() is None
-    rows: dict[str, Callable[[], object]] = {
-        "float multiply and add": lambda: x * float(ratio) + increment,
-        "step": forward,
-        "inverse": inverse,
-        "step, plain torch": plain(forward),
-        "inverse, plain torch": plain(inverse),
+def table(
+    shape: list[int],
+    device: torch.device,
+    repeats: int,
+    value_dtype: torch.dtype,
+    increment_dtype: torch.dtype,
+) -> None:
+    fixed = Fixed()
+    x = torch.randn(shape, device=device).to(value_dtype)
+    increment = torch.randn(shape, device=device).to(increment_dtype)
+    rows: dict[str, Combine] = {
+        "float add": lambda: x + increment,
+        "float scale and add": lambda: x * 0.125 + increment,
     }
-    times = in_turn(rows, x.device, repeats)
+    size, wide = x.element_size(), increment.element_size()
+    widths = dict.fromkeys(rows, 2 * size + wide)
+    start = fixed.encode(x)
+    rows["fixed add"] = lambda: fixed.add(start, increment)
+    widths["fixed add"] = 2 * stream_bytes(start) + wide
+    for ratio in RATIOS:
+        monitor = RangeMonitor()
+        held: Any = start
+        for index in range(STEPS):
+            before = held
+            held = multiply_and_add(held, ratio, increment, fixed, monitor, index)
+        check(fixed, ratio, before, held, increment)
+        ours: dict[str, Combine] = {
+            f"{ratio}: step": lambda b=before, r=ratio, m=monitor: multiply_and_add(
+                b, r, increment, fixed, m, 0
+            ),
+            f"{ratio}: inverse": lambda h=held, r=ratio: subtract_and_divide(
+                h, r, increment, fixed
+            ),
+            f"{ratio}: step, plain torch": lambda b=before, h=held, r=ratio: by_reference(
+                fixed, r, b, h, increment
+            ),
+        }
+        rows |= ours
+        moved = 2 * stream_bytes(start) + wide + held.buffer.element_size()
+        moved += 0 if held.past.begun else before.buffer.element_size()
+        widths |= dict.fromkeys(ours, moved)
+        assert monitor.check() is None
+    times = in_turn(rows, device, repeats)
+
+    print(f"\nvalue {str(value_dtype)[6:]}, increment {str(increment_dtype)[6:]}\n")
+    print("| step | ms | × float add | × fixed add | bytes per element | GB/s |")
+    print("|---|---|---|---|---|---|")
     for row, seconds in times.items():
-        relative = seconds / times["float multiply and add"]
+        rate = widths[row] * x.numel() / seconds / 1e9
         print(
-            f"| {ratio} | {str(x.dtype)[6:]} | {str(increment.dtype)[6:]} | {row} "
-            f"| {seconds * 1e3:.4f} | {relative:.2f} | {host(rows[row], x.device):.0f} |"
+            f"| {row} | {seconds * 1e3:.4f} | {seconds / times['float add']:.2f} | "
+            f"{seconds / times['fixed add']:.2f} | {widths[row]} | {rate:.0f} |"
         )
 
 
-def plain(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the call by plain torch operations."""
-
-    def call() -> Any:
-        fused = scaled._fused
-        scaled._fused = lambda *arguments: False
-        try:
-            return run()
-        finally:
-            scaled._fused = fused
-
-    return call
-
-
-def host(run: Callable[[], object], device: torch.device) -> float:
-    """Return the microseconds until a call returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(20):
-        run()
-    microseconds = (time.perf_counter() - begin) / 20 * 1e6
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return microseconds
+def buffers() -> None:
+    print("\n| γ | bits a step | bytes an element after 24 steps | after 96 steps |")
+    print("|---|---|---|---|")
+    fixed = Fixed()
+    for ratio in (*RATIOS[:3], Fraction(1, 16), *RATIOS[3:]):
+        sizes = []
+        held: Any = fixed.encode(torch.zeros(1))
+        for index in range(96):
+            held = multiply_and_add(held, ratio, torch.zeros(1), fixed, None, index)
+            if index in (23, 95):
+                sizes.append(sum(x.element_size() for x in (*held.full, held.buffer)))
+        bits = torch.tensor(float(1 / ratio)).log2().item()
+        print(f"| {ratio} | {bits:.3f} | {sizes[0]} | {sizes[1]} |")
 
 
-def same(a: Any, b: Any) -> bool:
-    leaves = pytree.tree_leaves(a), pytree.tree_leaves(b)
-    return all(torch.equal(x, y) for x, y in zip(*leaves, strict=True))
+def stream_bytes(held: Any) -> int:
+    return sum(part.element_size() for part in held)
+
+
+def by_reference(
+    fixed: Fixed, ratio: Fraction, before: Any, after: BufferedStream, increment: Tensor
+) -> tuple[Any, Tensor]:
+    """Return the step in plain torch operations."""
+    assert after.past is not None
+    return reference.scale_and_add(
+        before.stream if isinstance(before, BufferedStream) else before,
+        None if after.past.begun else before.buffer,
+        increment,
+        (ratio.numerator, ratio.denominator),
+        after.buffer.dtype,
+        fixed.fraction_bits,
+        None,
+        0,
+    )
+
+
+def check(
+    fixed: Fixed, ratio: Fraction, before: Any, after: BufferedStream, increment: Tensor
+) -> None:
+    """Compare with plain torch operations, and undo."""
+    (value, residual), buffer = by_reference(fixed, ratio, before, after, increment)
+    assert torch.equal(after.stream.value, value)
+    assert torch.equal(after.stream.residual, residual)
+    assert torch.equal(after.buffer, buffer)
+    back = subtract_and_divide(after, ratio, increment, fixed)
+    leaves = pytree.tree_leaves(back), pytree.tree_leaves(before)
+    assert all(torch.equal(part, old) for part, old in zip(*leaves, strict=True))
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ class Momentum(Coupling):
         return f"gamma={self.gamma}"
 
 
-# Of a larger one, less would be left of a buffer of 63 bits.
+# Of a larger one, few digits would fit into a buffer.
 _LARGEST_DENOMINATOR = 10_000
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import without_tangents
 from . import scaled
 from .fixed import Fixed
 from .format import Held
@@ -27,7 +28,7 @@ class _FixedAdd(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
-        ctx.increment_dtype = inputs[2].dtype
+        ctx.value_dtype, ctx.increment_dtype = inputs[0].dtype, inputs[2].dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -46,18 +47,15 @@ class _FixedAdd(torch.autograd.Function):
             _batch_first(x, dim, info.batch_size)
             for x, dim in zip(args[:3], in_dims[:3], strict=True)
         )
-        return tuple(_FixedAddDual.apply(*batched, *args[3:])), (0, 0)
+        return tuple(_DualAdd.apply(*batched, *args[3:])), (0, 0)
 
 
-class _FixedAddDual(_FixedAdd):
-    """Add with forward mode, whose Functions Dynamo refuses."""
+class _DualAdd(_FixedAdd):
+    """Add with forward-mode differentiation, which torch.compile does not trace."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
-        value, _, increment = tangents[:3]
-        if value is None or increment is None:
-            return increment if value is None else value, None
-        return value + increment.to(value.dtype), None
+    def jvp(ctx: Any, value: Any, residual: Any, increment: Any, *_: Any) -> Any:
+        return _sum(value, increment, ctx.value_dtype), None
 
 
 class _FixedAddNow(torch.autograd.Function):
@@ -78,7 +76,7 @@ class _FixedAddNow(torch.autograd.Function):
         return output
 
     backward = _FixedAdd.backward
-    jvp = _FixedAddDual.jvp
+    jvp = _DualAdd.jvp
 
 
 class _FixedEncode(torch.autograd.Function):
@@ -100,16 +98,16 @@ class _FixedEncode(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *args: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         return tuple(
-            _FixedEncodeDual.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])
+            _DualEncode.apply(_batch_first(args[0], in_dims[0], info.batch_size), *args[1:])
         ), (0, 0)
 
 
-class _FixedEncodeDual(_FixedEncode):
-    """Encode with forward mode, whose Functions Dynamo refuses."""
+class _DualEncode(_FixedEncode):
+    """Encode with forward-mode differentiation, which torch.compile does not trace."""
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
-        return tangents[0], None
+    def jvp(ctx: Any, x: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+        return x, None
 
 
 def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -138,11 +136,12 @@ def fixed_add(
         return Held(
             straight_through(held.value + increment.to(held.value.dtype), new.value), new.residual
         )
-    add: type[torch.autograd.Function] = _FixedAddNow
     if torch.compiler.is_compiling():
-        add = _FixedAdd
+        add: Any = _FixedAdd
     elif torch._C._are_functorch_transforms_active():
-        add = _FixedAddDual
+        add = _DualAdd
+    else:
+        add = _FixedAddNow
     return Held(*add.apply(*held, increment, fixed, monitor, step))
 
 
@@ -153,7 +152,7 @@ def fixed_encode(
     if torch.compiler._is_exporting_flag:
         held = fixed.encode(x, monitor, step)
         return Held(straight_through(x, held.value), held.residual)
-    encode = _FixedEncode if torch.compiler.is_compiling() else _FixedEncodeDual
+    encode = _FixedEncode if torch.compiler.is_compiling() else _DualEncode
     return Held(*encode.apply(x, fixed, monitor, step))
 
 
@@ -220,7 +219,7 @@ def scaled_add(
     """Return `scaled.scale_and_add`, differentiable straight through."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         factor = ratio[0] / ratio[1]
-        with torch.no_grad():
+        with torch.no_grad(), without_tangents():
             new, after = scaled.scale_and_add(
                 held, buffer, increment, ratio, width, fixed, monitor, step
             )
@@ -234,16 +233,15 @@ def scaled_add(
 
 
 def with_gradient_of(like: Tensor, value: Tensor) -> Tensor:
-    """Return `value` with the gradient of `like`, both of one shape."""
+    """Return the second of two tensors of equal shape, with the gradient of the first."""
     if torch.compiler._is_exporting_flag:
         return straight_through(like, value)
-    valued = _Valued if torch.compiler.is_compiling() else _ValuedDual
-    return valued.apply(like, value)  # type: ignore[no-any-return]
+    valued = _Valued if torch.compiler.is_compiling() else _DualValued
+    new: Tensor = valued.apply(like, value)
+    return new
 
 
 class _Valued(torch.autograd.Function):
-    """Return the second of two tensors of equal shape, with the gradient of the first."""
-
     generate_vmap_rule = True
 
     @staticmethod
@@ -259,8 +257,8 @@ class _Valued(torch.autograd.Function):
         return grads[0], None
 
 
-class _ValuedDual(_Valued):
-    """The same with forward mode, whose Functions Dynamo refuses."""
+class _DualValued(_Valued):
+    """The same with forward-mode differentiation, which torch.compile does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, like: Tensor | None, value: Tensor | None) -> Tensor | None:

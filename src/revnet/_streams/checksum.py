@@ -20,9 +20,9 @@ def checksum(x: Tensor) -> Tensor:
     Independent of strides, and equal on every device.
 
     Args:
-        x: integers, floating point or complex, any shape.
+        x: numbers of any dtype and shape.
     """
-    # Views of other types read memory as it is: negative and conjugate bits must be applied first.
+    # Negations and conjugations that torch put off have to be in the bits.
     x = x.detach().resolve_conj().resolve_neg()
     if x.is_complex():
         x = torch.view_as_real(x)

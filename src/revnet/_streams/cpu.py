@@ -143,7 +143,6 @@ def subtract_and_divide(
         lowest, highest = torch.aminmax(other)
         if n == 1:
             count.copy_(other)
-            other.zero_()
         else:
             torch.div(other, n, out=count).floor_()
             other.sub_(count, alpha=n)
@@ -181,6 +180,11 @@ def _exchanged(quotient: Tensor, rest: Tensor, digits: Tensor, n: int, d: int) -
         digits.mul_(d).add_(rest)
         return
     high = torch.div(digits, n).floor_()
+    if d == 1:
+        # A division by one leaves no rest: only a digit comes back.
+        quotient.mul_(n).add_(digits).sub_(high, alpha=n)
+        digits.copy_(high)
+        return
     digits.sub_(high, alpha=n)
     rest.mul_(n).add_(digits)
     torch.div(rest, d, out=digits).floor_()
