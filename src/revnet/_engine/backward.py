@@ -254,10 +254,10 @@ class _Replay:
             return layouts.apply(value)
         return tree_map(Layout.apply, layouts, value)
 
-    def _rule(self, plays: bool) -> Any:
+    def _rule(self, plays: bool, again: bool = False) -> Any:
         if self.record.state.quiet:
             return contextlib.nullcontext()
-        return self.record.state.replaying_rule(self.mark, plays)
+        return self.record.state.replaying_rule(self.mark, plays, again)
 
     def _collect_rule(self, out: Any) -> None:
         """Collect what the rule of the step saved (rule 10)."""
@@ -268,7 +268,7 @@ class _Replay:
         hook = RecomputeHook(record, saved, self.collected, self.compare)
         value = self._read(self.state[record.step.target], record.target_layout)
         with (
-            self._rule(plays=True),
+            self._rule(plays=True, again=True),
             torch.enable_grad(),
             saved_tensors_hooks(hook.pack, same_tensor),
         ):

@@ -191,17 +191,23 @@ class StepState:
             return None
         random = None if self.random is None else self.random.now()
         count = 0 if self._player is None else self._player.count
-        return random, self.decisions.place, count
+        modules = ModuleState(self.modules.structure, {}, self.name)
+        return random, self.decisions.place, count, modules
 
     @contextlib.contextmanager
-    def replaying_rule(self, mark: Any, plays: bool) -> Iterator[None]:
+    def replaying_rule(self, mark: Any, plays: bool, again: bool) -> Iterator[None]:
         """Run the rule of the step, or its inverse, inside, from this mark on.
 
         Args:
             mark: how far the branch came.
             plays: whether it runs the operations of the forward pass.
+            again: whether the rule has run since, and may have changed its modules.
         """
-        random, self.decisions.place, count = mark
+        random, self.decisions.place, count, modules = mark
+        if again:
+            modules.settle()
+            # What this changes is taken back at the end of the replay, with everything else.
+            modules.restore(Undo())
         if random is not None:
             random.set()
         with contextlib.ExitStack() as stack:

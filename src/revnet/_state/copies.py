@@ -105,6 +105,8 @@ def _fill(copy: Any, container: Container, items: list[Any]) -> None:
         dict.update(copy, zip(container.keys or (), items, strict=True))
     elif isinstance(copy, list):
         list.extend(copy, items)
+    elif isinstance(copy, bytearray):
+        bytearray.extend(copy, items)
     elif isinstance(copy, set):
         set.update(copy, items)
     elif isinstance(copy, deque):
@@ -128,8 +130,8 @@ def refill(container: Container, originals: dict[int, Any]) -> None:
     if container.matches(*contents_of(present)):
         return
     items = [original(item) for item in container.items]
-    if isinstance(present, list | set | dict | deque):
-        bases: tuple[Any, ...] = (list, set, OrderedDict, dict, deque)
+    if isinstance(present, list | set | dict | deque | bytearray):
+        bases: tuple[Any, ...] = (list, set, OrderedDict, dict, deque, bytearray)
         next(base for base in bases if isinstance(present, base)).clear(present)
         _fill(present, container, items)
     if container.attributes:

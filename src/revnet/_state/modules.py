@@ -16,7 +16,7 @@ from .._torch import is_dtensor, storage_id
 from . import fsdp
 from .branch import MACHINERY, Table, attributes_of, modules_of, scripted_tables, tables_of
 from .copies import Copies, refill
-from .objects import Container, Large, Objects, stands_for
+from .objects import Container, Large, Objects, modules_in, stands_for
 from .tensors import TensorState, replacements
 from .undo import Undo
 
@@ -79,11 +79,12 @@ class Structure:
         self.parameters: list[Any] = []
         self.parameter_owns: list[dict[str, Any]] = []
         self.parameter_names: list[str] = []
+        known = set(self.modules)
         for module in self.modules:
-            self._add(module)
+            self._add(module, known)
         self.sizes = list(map(len, self.dicts))
 
-    def _add(self, module: nn.Module) -> None:
+    def _add(self, module: nn.Module, known: set[nn.Module]) -> None:
         own = module.__dict__
         attributes, simple = attributes_of(module)
         children, parameters, buffers = tables_of(module)
@@ -91,6 +92,11 @@ class Structure:
             self._hold(own, attributes)
         else:
             self.others.append(module)
+            for hidden in modules_in(attributes.values()):
+                # A module that holds the branch is no part of it.
+                if hidden not in known and self.modules[0] not in hidden.modules():
+                    known.add(hidden)
+                    self.modules.append(hidden)
         self._hold(children, children.copy())
         if isinstance(module, torch.jit.ScriptModule):
             self.scripted += scripted_tables(module)
@@ -219,7 +225,7 @@ class ModuleState:
             # A lazy module gives its parameters memory in its first call.
             self.versions = list(map(_version, self.structure.parameters))
         objects = self.objects
-        if objects.tensors or objects.containers:
+        if objects.tensors or objects.containers or objects.iterations:
             objects.settle(self._values())
 
     def _values(self) -> Iterator[tuple[Any, Any]]:

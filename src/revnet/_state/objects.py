@@ -14,12 +14,13 @@ import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
-from operator import is_
+from operator import is_, length_hint
 from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
+from .._errors import ReversibleError
 from .tensors import TensorState
 
 # Types of which a value never changes, or is handed out as it is.
@@ -35,8 +36,18 @@ ATOMS = frozenset(
 # step.
 LARGEST = 1000
 
-_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
-BUILTIN: tuple[Any, ...] = (dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque)
+_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, deque, bytearray)
+BUILTIN: tuple[Any, ...] = (
+    dict,
+    OrderedDict,
+    defaultdict,
+    list,
+    tuple,
+    set,
+    frozenset,
+    deque,
+    bytearray,
+)
 _BASES = frozenset([*BUILTIN, object, Generic, types.SimpleNamespace])
 # Classes of these packages hold locks, threads or memory that no copy of `__dict__` shares rightly.
 _FOREIGN = frozenset({"asyncio", "concurrent", "logging", "multiprocessing", "threading", "torch"})
@@ -62,7 +73,8 @@ def is_container(kind: Any) -> bool:
             continue
         if not base.__flags__ & _PYTHON_CLASS:
             return False
-        if "__reduce__" in vars(base) or "__reduce_ex__" in vars(base):
+        pickled = "__reduce__" in vars(base) or "__reduce_ex__" in vars(base)
+        if pickled and not issubclass(kind, BUILTIN):
             return False
     return True
 
@@ -193,6 +205,26 @@ def stands_for(recorded: Any, present: Any) -> bool:
     return False
 
 
+class Iteration:
+    """An iterator as it was: what a call takes from it, its replay would not find."""
+
+    __slots__ = ("original", "progress")
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.progress = _progress(original)
+
+    def moved(self) -> bool:
+        """Check whether something was taken from it since."""
+        return bool(_progress(self.original) != self.progress)
+
+
+def _progress(value: Any) -> Any:
+    frame = getattr(value, "gi_frame", None)
+    # A generator has a frame until it ends, `itertools.count` says where it is.
+    return length_hint(value, -1), frame and frame.f_lasti, repr(value)
+
+
 class _TooLargeError(Exception):
     """A container has more leaves than are copied."""
 
@@ -200,12 +232,13 @@ class _TooLargeError(Exception):
 class Objects:
     """The containers and tensors that some values reach, each once."""
 
-    __slots__ = ("containers", "tensors", "large", "eager", "_left")
+    __slots__ = ("containers", "tensors", "large", "iterations", "eager", "_left")
 
     def __init__(self) -> None:
         self.containers: dict[int, Container] = {}
         self.tensors: dict[int, TensorState] = {}
         self.large: dict[int, Large] = {}
+        self.iterations: list[Iteration] = []
         # Whether tensors that earlier calls wrote to are copied at once.
         self.eager = True
         self._left = 0
@@ -229,8 +262,7 @@ class Objects:
         if isinstance(value, Tensor):
             return self._tensor(value, keyword)
         if not is_container(value.__class__):
-            if keyword:
-                _check_readable(value)
+            self._check(value, keyword)
             return value
         known = self.containers.get(id(value)) or self.large.get(id(value))
         if known is not None:
@@ -252,8 +284,7 @@ class Objects:
         if isinstance(value, Tensor):
             return self._tensor(value, keyword)
         if not is_container(value.__class__):
-            if keyword:
-                _check_readable(value)
+            self._check(value, keyword)
             return value
         known = self.containers.get(id(value)) or self.large.get(id(value))
         if known is not None:
@@ -277,6 +308,13 @@ class Objects:
                 name: self._take(item, keyword) for name, item in attributes.items()
             }
         return container
+
+    def _check(self, value: Any, keyword: bool) -> None:
+        """Raise or watch where something can be read only once."""
+        if isinstance(value, Iterator) and not keyword:
+            self.iterations.append(Iteration(value))
+        elif keyword and isinstance(value, Iterator | Mapping | Sequence | Set):
+            raise TypeError(type(value).__name__)
 
     def _tensor(self, tensor: Tensor, keyword: bool) -> Any:
         state = self.tensors.get(id(tensor))
@@ -342,10 +380,31 @@ class Objects:
                 container.changed = id(container) not in originals
         for state in self.tensors.values():
             state.settle()
+        for iteration in self.iterations:
+            if iteration.moved():
+                kind = type(iteration.original).__name__
+                raise ReversibleError(
+                    f"a branch took something from a {kind} that an attribute holds, which its "
+                    "replay could not find there again. Keep a list and an index instead."
+                )
 
 
-def _check_readable(value: Any) -> None:
-    if isinstance(value, Iterator) or (
-        isinstance(value, Mapping | Sequence | Set) and type(value) not in ATOMS
-    ):
-        raise TypeError(type(value).__name__)
+def modules_in(values: Iterable[Any]) -> list[nn.Module]:
+    """Return the modules that containers hold which are not modules themselves."""
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = [value for value in values if is_container(value.__class__)]
+    while waiting and len(seen) < LARGEST:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        _, items, attributes = contents_of(value)
+        if len(items) > LARGEST:
+            continue
+        for item in (*items, *attributes.values()):
+            if isinstance(item, nn.Module):
+                found.append(item)
+            elif is_container(item.__class__):
+                waiting.append(item)
+    return found
