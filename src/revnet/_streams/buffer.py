@@ -100,7 +100,9 @@ def multiply_and_add(
         step: see `monitor`.
     """
     n, d = ratio.numerator, ratio.denominator
-    past, begun, buffer, full = _advanced(held, n, d, _widest(n, d))
+    # Compiled steps keep their targets, and nothing reads the buffer.
+    widest = torch.int64 if torch.compiler.is_compiling() else _widest(n, d)
+    past, begun, buffer, full = _advanced(held, n, d, widest)
     stream = held.stream if isinstance(held, BufferedStream) else held
 
     def leaf(
