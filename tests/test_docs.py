@@ -114,3 +114,48 @@ def test_the_first_example_is_short():
 def test_the_two_commands_exist(target: str):
     assert f"make {target}" in (ROOT / "README.md").read_text()
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+# --- how_it_works.md
+
+
+HOW = ROOT / "docs" / "how_it_works.md"
+
+
+def test_the_rules_have_the_numbers_of_the_engine_and_an_example_each():
+    sections = re.split(r"^##+ ", HOW.read_text(), flags=re.MULTILINE)
+    examples = {
+        int(section.split(".")[0]): section.count("```python")
+        for section in sections
+        if re.match(r"\d+\. ", section)
+    }
+    rules = re.findall(r"^ ?(\d+)\. ", importlib.import_module("revnet._engine").__doc__, re.M)
+    assert examples == dict.fromkeys(map(int, rules), 1)
+
+
+@pytest.mark.parametrize("page", [HOW, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_files_that_a_page_sends_to_exist(page: Path):
+    files = [str(path) for top in ("src", "tests", "docs") for path in (ROOT / top).rglob("*.py")]
+    named = set(re.findall(r"`([\w/]+\.py)`", page.read_text()))
+    assert named
+    assert [each for each in named if not any(file.endswith(f"/{each}") for file in files)] == []
+
+
+def test_the_picture_is_what_its_script_draws():
+    script = ROOT / "docs" / "draw_how_it_works.py"
+    spec = importlib.util.spec_from_file_location("draw_how_it_works", script)
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    assert HOW.with_suffix(".svg").read_text(encoding="utf-8") == drawing.draw()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_a_page_links_how_it_works_before_the_other_docs(page: str):
+    links = re.findall(r"\]\((docs/\w+\.md)", (ROOT / page).read_text())
+    assert links[0] == "docs/how_it_works.md"
+
+
+@pytest.mark.parametrize("page", [HOW, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+def test_lines_of_prose_are_at_most_100_columns(page: Path):
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
