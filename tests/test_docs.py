@@ -19,8 +19,12 @@ import revnet
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # Triton, which the kernels need, comes with CUDA builds of torch alone.
-WITHOUT = {"__main__"} if importlib.util.find_spec("triton") else {"__main__", "_kernels"}
-MODULES = sorted({path.stem for path in (ROOT / "src" / "revnet").glob("*.py")} - WITHOUT)
+WITHOUT = {"__main__"} if importlib.util.find_spec("triton") else {"__main__", "_streams.cuda"}
+LIBRARY = ROOT / "src" / "revnet"
+FILES = [*LIBRARY.glob("*.py"), *LIBRARY.glob("_*/[!_]*.py")]
+MODULES = sorted(
+    {".".join(path.relative_to(LIBRARY).with_suffix("").parts) for path in FILES} - WITHOUT
+)
 
 
 def name(path: Path) -> str:
