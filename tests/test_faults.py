@@ -964,7 +964,8 @@ def test_codebook_moved_by_data(codes: int, mode: tuple[str, str]) -> None:
 class Adaptive(nn.Module):
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.lin = nn.Linear(WIDTH, width)
+        # Before a batch norm a bias has no gradient but rounding noise.
+        self.lin = nn.Linear(WIDTH, width, bias=False)
         self.back = nn.Linear(width, WIDTH)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("var", torch.ones(width))
