@@ -1621,8 +1621,10 @@ def test_compiled_autograd_of_a_stateful_branch(execution: str) -> None:
     for each in ("store", execution):
         torch.manual_seed(0)
         net = pairs(lambda: Counting(list, _append))(ReversibleSequence, execution=each)
-        loss = net(torch.randn(3, WIDTH)).pow(2).sum()
-        with compiled_autograd._enable(torch.compile(backend="eager")):
+        # Nothing outside of the sequence saves a tensor with a graph: torch itself warns of those.
+        loss = (net(torch.randn(3, WIDTH)) * torch.arange(WIDTH)).sum()
+        compiled = compiled_autograd._enable(torch.compile(backend="eager"))
+        with contextlib.nullcontext() if each == "store" else compiled:
             loss.backward()
         found.append(gradients_of(net))
     assert_same_gradients(found[1], found[0], 1e-5)
