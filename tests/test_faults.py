@@ -943,7 +943,7 @@ def test_codebook_moved_by_data(codes: int, mode: tuple[str, str]) -> None:
 class Adaptive(nn.Module):
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        # A bias would have the gradient zero: batch norm takes it out again.
+        # Before a batch norm a bias has no gradient but rounding noise.
         self.lin = nn.Linear(WIDTH, width, bias=False)
         self.back = nn.Linear(width, WIDTH)
         self.register_buffer("mean", torch.zeros(width))
@@ -1588,8 +1588,10 @@ def test_compiled_autograd_of_a_stateful_branch(execution: str) -> None:
     for each in ("store", execution):
         torch.manual_seed(0)
         net = pairs(lambda: Counting(list, _append))(ReversibleSequence, execution=each)
-        loss = net(torch.randn(3, WIDTH)).pow(2).sum()
-        with compiled_autograd._enable(torch.compile(backend="eager")):
+        # Nothing outside of the sequence saves a tensor with a graph: torch itself warns of those.
+        loss = (net(torch.randn(3, WIDTH)) * torch.arange(WIDTH)).sum()
+        compiled = compiled_autograd._enable(torch.compile(backend="eager"))
+        with contextlib.nullcontext() if each == "store" else compiled:
             loss.backward()
         found.append(gradients_of(net))
     assert_same_gradients(found[1], found[0], 1e-5)
