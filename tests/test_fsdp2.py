@@ -34,8 +34,9 @@ from parallel import (
     run_checks,
     sequence,
 )
-from revnet import ReversibleError, ReversibleSequence, _replay
+from revnet import ReversibleError, ReversibleSequence
 from revnet._execution import EXECUTIONS
+from revnet._state import fsdp as fsdp_state
 from test_ddp import Whole
 
 # Many checks share one start of the ranks.
@@ -261,10 +262,10 @@ def replays_that_do_not_cast(rank: int, world_size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FSDPState, "_cast_forward_inputs", inputs)
         patch.setattr(FSDPState, "_cast_output_dtype", output)
-        patch.setattr(_replay, "_FSDP_REPLAYS_UNCAST", True)
+        patch.setattr(fsdp_state, "REPLAYS_UNCAST", True)
         for policy in POLICIES[1:]:
             assert_exact_in_mixed_precision(shard_branches_in_float32, policy, rank, world_size)
-        patch.setattr(_replay, "_FSDP_REPLAYS_UNCAST", False)
+        patch.setattr(fsdp_state, "REPLAYS_UNCAST", False)
         with pytest.raises(
             ReversibleError, match=r"float32 .* in the replay but was .* torch.bfloat16"
         ):

@@ -81,6 +81,18 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def choose_attention_kernel_once() -> None:
+    """Let torch put the kernels of attention into the order of this device.
+
+    It does so in the first call of scaled_dot_product_attention. Without it the replays of that
+    call would find another order, and choose another kernel.
+    """
+    if not is_capturing() and not is_faking():
+        with torch.no_grad():
+            query = torch.zeros(1, 1, 1, 8, dtype=torch.float16, device="cuda")
+            torch._fused_sdp_choice(query, query, query)
+
+
 def is_transformed() -> bool:
     """Check whether a transform of torch.func is at work, which allows no saved-tensor hooks."""
     return torch._C._functorch.peek_interpreter_stack() is not None

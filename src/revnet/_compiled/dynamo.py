@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
@@ -18,6 +18,7 @@ _found: list[str] = []
 _told: list[bool] = []
 # Pairs of the name of a step and of a parameter on which its branch does not depend.
 _unused: set[tuple[str, str]] = set()
+_tensors: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 def inspect(ctx: Any) -> None:
@@ -42,8 +43,14 @@ def inspect(ctx: Any) -> None:
             or reason(steps, streams, blocks)
         ]
         _unused.clear()
+        _tensors.clear()
         if not _found[0]:
             _unused.update((name, unused) for name, fn, *_ in steps for unused in unused_names(fn))
+            for name, fn, *_ in steps:
+                for prefix, module in fn.named_modules():
+                    _tensors[name, prefix] = tuple(
+                        key for key, value in vars(module).items() if isinstance(value, Tensor)
+                    )
     except _UnknownError as error:
         _found[:] = [f"a branch is given {error}, which the graph makes or changes"]
     if _found[0] and getattr(tracer, "one_graph", False):
@@ -146,8 +153,13 @@ def is_unused(step: str, parameter: str) -> bool:
     return (step, parameter) in _unused
 
 
+def tensor_attributes(step: str, prefix: str) -> tuple[str, ...]:
+    """Return the names of the attributes that `inspect` found to be tensors."""
+    return _tensors.get((step, prefix), ())
+
+
 # torch.compile calls such a function once, while it traces, and takes the result for a constant.
-for constant in (verdict, told, is_unused):
+for constant in (verdict, told, is_unused, tensor_attributes):
     vars(constant)["_dynamo_marked_constant"] = True
 
 

@@ -264,10 +264,15 @@ def _reversibly(
         # from a second.
         for prefix, module in part.fn.named_modules():
             # What named_parameters and named_buffers list; those take far longer to trace.
-            for tensors in (module._parameters, module._buffers, _attributes(module)):
+            start = f"{prefix}." if prefix else ""
+            for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        state.append((f"{prefix}.{name}" if prefix else name, table.add(tensor)))
+                        state.append((f"{start}{name}", table.add(tensor)))
+            state += [
+                (f"{start}{name}", table.add(getattr(module, name)))
+                for name in _tensor_attributes(part.name, prefix)
+            ]
         kwargs = table.lift(part.kwargs)
         used = [slot for name, slot in state if not _is_unused(part.name, name)] + _slots(kwargs)
         differentiated = []
@@ -300,11 +305,13 @@ def _is_unused(step: str, name: str) -> bool:
     return is_unused(step, name)
 
 
-def _attributes(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors among the attributes of a module, whose versions are checked as inputs."""
+def _tensor_attributes(step: str, prefix: str) -> tuple[str, ...]:
+    """Return the names of a module's attributes that are tensors: as inputs they are checked."""
     if not torch.compiler.is_dynamo_compiling():
-        return {}
-    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+        return ()
+    from .dynamo import tensor_attributes
+
+    return tensor_attributes(step, prefix)
 
 
 def _slots(value: Any) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .._torch import is_autocasting
+from .._torch import choose_attention_kernel_once, is_autocasting
 from .undo import Undo
 
 Reader = Callable[[], Any]
@@ -117,6 +117,8 @@ SETTINGS: tuple[type[Setting], ...] = (Autocast, MatmulPrecision, AttentionKerne
 @cache
 def _readers(device_types: tuple[str, ...]) -> tuple[list[Reader], list[tuple[Any, int, int]]]:
     """Return all readers, and for each setting the range of its own among them."""
+    if "cuda" in device_types:
+        choose_attention_kernel_once()
     readers: list[Reader] = []
     ranges = []
     for setting in SETTINGS:
