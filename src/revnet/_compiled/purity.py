@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._state.decisions import Decisions
 from .._state.results import arguments, draws
+from .stand_ins import Held, imitate, size_of, stand_in_for
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -188,7 +189,12 @@ class _Bare:
 def _key(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return repr(leaf)
-    return tuple(map(_size, leaf.shape)), tuple(map(_size, leaf.stride())), leaf.dtype, leaf.device
+    return (
+        tuple(map(size_of, leaf.shape)),
+        tuple(map(size_of, leaf.stride())),
+        leaf.dtype,
+        leaf.device,
+    )
 
 
 def _run(
@@ -207,11 +213,11 @@ def _run(
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         copies: dict[nn.Module, nn.Module] = {}
         tensors: dict[Tensor, Tensor] = {}
-        stand_in = _copy(fn, copies, tensors, fake)
-        before = {copied: _attributes(copied) for copied in copies.values()}
+        stand_in = stand_in_for(fn, copies, tensors, fake)
+        held = Held(copies.values())
         inner = stack.enter_context(_Inner())
         given = pytree.tree_map_only(
-            Tensor, lambda x: _imitate(x, fake), (tuple(sources), dict(kwargs))
+            Tensor, lambda x: imitate(x, fake), (tuple(sources), dict(kwargs))
         )
         for source in pytree.tree_leaves(given[0]):
             source.requires_grad_()
@@ -231,16 +237,14 @@ def _run(
         return "remembers decisions"
     if inner.found:
         return "contains a reversible sequence"
-    for copied in before:
-        for name, value in _attributes(copied).items():
-            if before[copied].get(name, _MISSING) is not value:
-                return f"changes its attribute {name!r}"
+    if name := held.changed():
+        return f"changes its attribute {name!r}"
     after, structure_after = pytree.tree_flatten(given)
     if structure != structure_after or any(a is not b for a, b in zip(leaves, after, strict=True)):
         return "changes its keywords"
     if isinstance(out, tuple):
         return "returns extra outputs"
-    if not isinstance(out, Tensor) or out.shape != _imitate(target, fake).shape:
+    if not isinstance(out, Tensor) or out.shape != imitate(target, fake).shape:
         return "returns no tensor of the shape of its stream"
     nodes = _nodes(out)
     if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
@@ -248,9 +252,6 @@ def _run(
     reached = {id(node.variable) for node in nodes if hasattr(node, "variable")}
     unused.replace(tensor for tensor, fake in tensors.items() if id(fake) not in reached)
     return ""
-
-
-_MISSING = object()
 
 
 @contextlib.contextmanager
@@ -277,49 +278,6 @@ def _without_transforms() -> Iterator[None]:
 
     with temporarily_clear_interpreter_stack():
         yield
-
-
-def _size(size: Any) -> int:
-    """A dimension as a number; for a symbol the one it was made from, without a guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _imitate(x: Tensor, mode: FakeTensorMode) -> Tensor:
-    shape, strides = [_size(n) for n in x.shape], [_size(n) for n in x.stride()]
-    with mode:
-        imitated = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-    if isinstance(x, nn.Parameter):
-        return nn.Parameter(imitated, x.requires_grad)
-    return imitated
-
-
-def _copy(
-    module: nn.Module,
-    copies: dict[nn.Module, nn.Module],
-    tensors: dict[Tensor, Tensor],
-    mode: FakeTensorMode,
-) -> nn.Module:
-    """The module with its own attributes, and parameters and buffers without memory."""
-    if module in copies:
-        return copies[module]
-    copied = copies[module] = type(module).__new__(type(module))
-    copied.__dict__ = dict(module.__dict__)
-    copied.__dict__["_compiled_call_impl"] = None
-    for kind in ("_parameters", "_buffers"):
-        copied.__dict__[kind] = {
-            name: None if value is None else tensors.setdefault(value, _imitate(value, mode))
-            for name, value in module.__dict__[kind].items()
-        }
-    copied.__dict__["_modules"] = {
-        name: None if child is None else _copy(child, copies, tensors, mode)
-        for name, child in module.__dict__["_modules"].items()
-    }
-    return copied
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    own = {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
-    return {**own, **module._buffers}
 
 
 def _nodes(out: Tensor) -> set[Any]:

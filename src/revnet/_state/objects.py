@@ -247,6 +247,16 @@ class Objects:
         """Return what stands for each of some values, by their names."""
         return {name: self.take(value) for name, value in values.items()}
 
+    def take_keywords(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the same for values to which nobody writes; what has no copy stays as it is."""
+        taken = {}
+        for name, value in values.items():
+            try:
+                taken[name] = self.take(value, keyword=True)
+            except TypeError:
+                taken[name] = value
+        return taken
+
     def take(self, value: Any, keyword: bool = False) -> Any:
         """Return what stands for a value; `value` itself where that never changes.
 
