@@ -48,7 +48,16 @@ class TensorState:
         version: its version, None where writes to it are no matter, since there is a copy.
     """
 
-    __slots__ = ("tensor", "keyword", "attached", "copy", "version", "_address", "_original")
+    __slots__ = (
+        "tensor",
+        "keyword",
+        "attached",
+        "copy",
+        "version",
+        "_address",
+        "_shared",
+        "_original",
+    )
 
     def __init__(self, tensor: Tensor, keyword: bool = False, eager: bool = True) -> None:
         self.keyword = keyword
@@ -60,6 +69,8 @@ class TensorState:
         self.tensor = tensor
         self.copy: Tensor | None = None
         self._address: int | None = None
+        # Shares the memory until somebody writes to it after the call.
+        self._shared: Tensor | None = None
         # A tensor of inference mode has no version: nothing outside of that mode writes to it. A
         # lazy module gives its buffers memory in its first call.
         self.version = None if is_lazy(tensor) or tensor.is_inference() else tensor._version
@@ -123,6 +134,25 @@ class TensorState:
             self.version = None
         else:
             self.copy = None
+            self._watch()
+
+    def _watch(self) -> None:
+        """Notice writes after the call that leave no version, as those to `.data`."""
+        tensor = self.tensor
+        if id(tensor) in _shadows or not are_plain((tensor,)) or is_capturing():
+            return
+        try:
+            self._shared = lazy_clone(tensor)
+            self._address = data_address(tensor)
+        except (RuntimeError, NotImplementedError):
+            self._shared = None
+
+    def contents(self) -> Tensor | None:
+        """Return what the call found, None where the tensor still holds that."""
+        shared = self._shared
+        if shared is not None and data_address(self.tensor) != self._address:
+            return shared
+        return self.copy
 
     def changed(self) -> bool:
         """Check whether somebody wrote to a tensor that the call left alone."""
@@ -168,7 +198,8 @@ def replacements(states: Iterable[TensorState]) -> dict[int, Tensor]:
             by_memory.setdefault(storage_id(state.tensor), []).append(state)
     made: dict[int, Tensor] = {}
     for sharing in by_memory.values():
-        copy = next((state.copy for state in sharing if state.copy is not None), None)
+        copies = (state.contents() for state in sharing)
+        copy = next((copy for copy in copies if copy is not None), None)
         if copy is None:
             continue
         if len(sharing) == 1:
