@@ -145,7 +145,7 @@ def llama() -> tuple[Any, dict[str, Any]]:
 
 
 def test_a_filled_cache_in_training_gives_the_gradient_of_the_ordinary_network() -> None:
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     model, batch = llama()
     converted = copy.deepcopy(model)

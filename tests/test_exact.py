@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Attention, Linear, Mlp, build, randn, with_dropout
+from cases import Attention, Linear, Mlp, build, noted, randn, with_dropout
 from oracle import weighted
 from revnet import Fixed, Reversible, ReversibleError, ReversibleSequence, Step
 
@@ -653,14 +653,11 @@ class OwnGenerator(Linear):
 
 
 class Counting(Linear):
-    """Its output depends on how often it was called, which an iterator of its own knows."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.calls = itertools.count(1)
+    """Its output depends on how often it was called, which is known outside of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).tanh() * (1 + 0.1 * next(self.calls))
+        noted(self).append(x.shape)
+        return super().forward(x).tanh() * (1 + 0.1 * len(noted(self)))
 
 
 class CountingInBuffer(Linear):

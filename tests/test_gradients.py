@@ -5,7 +5,6 @@ asked for them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,6 +32,7 @@ from cases import (
     build,
     every,
     named,
+    noted,
     randn,
     with_dropout,
 )
@@ -664,12 +664,10 @@ class Fails(Exception):
 
 
 class FailsOnce(Mlp):
-    """Raises in the evaluations for which True is planned, by an iterator that replays share."""
-
-    planned: Iterator[bool] = iter(())
+    """Raises in the evaluations for which True is planned: a list that replays share."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if next(self.planned, False):
+        if noted(self) and noted(self).pop(0):
             raise Fails
         return super().forward(x)
 
@@ -682,7 +680,7 @@ def test_an_exception_in_a_replay_and_then_a_second_try(place: tuple[int, str]):
     torch.manual_seed(0)
     wanted = torch.autograd.grad(weighted(oracle(expected)), [expected, *oracle.parameters()])
     torch.manual_seed(0)
-    getattr(net.blocks[place[0]], place[1]).planned = iter([False, True])
+    noted(getattr(net.blocks[place[0]], place[1])).extend([False, True])
     loss = weighted(net(x))
     state, flags = torch.get_rng_state(), [m.training for m in net.modules()]
     with pytest.raises(Fails):
@@ -701,7 +699,7 @@ def test_an_exception_in_a_replay_and_then_a_second_try(place: tuple[int, str]):
 def test_an_exception_in_a_forward_and_then_a_second_try():
     pairs = build([(FailsOnce, with_dropout(Mlp))] * 4, 8)
     net, oracle = ReversibleSequence(pairs), stored_copy(pairs)
-    net.blocks[2].f.planned = iter([True])
+    noted(net.blocks[2].f).append(True)
     with pytest.raises(Fails):
         net(randn(2, 6, 8, requires_grad=True))
     x = randn(2, 6, 8, requires_grad=True)

@@ -225,7 +225,7 @@ def bits(x: Tensor) -> Tensor:
     """Return x's bits as integers; all NaN have the same."""
     if x.is_floating_point():
         x = torch.where(x.isnan(), math.nan, x)
-    return x.contiguous().view(torch.uint8)
+    return x.contiguous().view(-1).view(torch.uint8)
 
 
 def same(a: Held, b: Held) -> bool:

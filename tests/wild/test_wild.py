@@ -411,6 +411,7 @@ def test_fixed_like_stored(name: str, execution: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name: str) -> None:
     """Compiled, a sequence falls back to eager where a branch has state, or is right itself."""
