@@ -76,3 +76,11 @@ def no_collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def flags_of_cudnn_can_be_set() -> Iterator[None]:
+    """Allow again what torch's own test tools, where a test imports them, forbid the process."""
+    yield
+    flags = torch.backends.disable_global_flags.__globals__
+    flags["__allow_nonbracketed_mutation_flag"] = True

@@ -52,8 +52,6 @@ def operators() -> Iterator[tuple[str, Any, Tensor, Any, Any]]:
     """Go through the operators that have a gradient, with the first input of torch's own tests."""
     from torch.testing._internal.common_methods_invocations import op_db
 
-    # That import forbids the whole process to set the flags of cuDNN: other tests do.
-    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010
     for op in op_db:
         name = f"{op.name} {op.variant_test_name}".strip()
         if not op.supports_autograd or torch.float64 not in op.supported_dtypes("cpu"):

@@ -412,6 +412,7 @@ def test_fixed_like_stored(name: str, execution: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name: str) -> None:
     """Compiled, a sequence falls back to eager where a branch has state, or is right itself."""

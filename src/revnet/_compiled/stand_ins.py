@@ -66,8 +66,10 @@ class Held:
         own = [self._attributes(module) for module in self.modules]
         taken = Objects()
         recorded = [taken.take_keywords(found) for found in own]
+        # The tensors themselves: under FakeTensorMode a detached one would have no memory.
+        tensors = {id(state): state.original for state in taken.tensors.values()}
         # One memo for all modules: what two of them share stays shared.
-        fresh = Copies(taken, {}, {})
+        fresh = Copies(taken, {key: x for key, x in tensors.items() if x is not None}, {})
         for module, found in zip(self.modules, recorded, strict=True):
             for name, value in found.items():
                 if value.__class__ is Container:
