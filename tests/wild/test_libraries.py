@@ -190,11 +190,10 @@ class Compiled:
 # Both are what Dynamo says of its own work.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("execution", ["invert", "checkpoint"])
 @pytest.mark.parametrize(("branch", "run"), COMPILED)
-def test_compiled_sequences_give_the_same(branch: type[nn.Module], run: Run, execution: str):
+def test_compiled_sequences_give_the_same(branch: type[nn.Module], run: Run):
     expected = outcome(build(StoredSequence, branch), run)
-    net = build(ReversibleSequence, branch, execution=execution)
+    net = build(ReversibleSequence, branch)
     assert_same(outcome(net, run, Compiled(net)), expected)
 
 
