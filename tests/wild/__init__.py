@@ -1,0 +1,1 @@
+"""Branches in the form that real libraries give them, against ordinary autograd."""
