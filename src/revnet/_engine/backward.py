@@ -43,21 +43,38 @@ os.register_at_fork(after_in_child=Lock.renew)
 
 def recover(tape: Tape, hook: PackHook, number: int) -> Saving:
     """Return the tensor that was saved under a number, and the version that it has now."""
-    with Lock.lock:
-        backward = current_backward()
-        collected = hook.recomputed.get(backward)
-        # Another thread may have been here.
-        if collected is None or number not in collected:
-            try:
-                recomputed = tape.backwards.get(backward) or _begin(tape, backward)
-                with outside_transforms():
-                    collected = _walk(tape, recomputed, hook)
-            except BaseException:
-                tape.backwards.pop(backward, None)
-                raise
-            if backward != -1:
-                hook.recomputed[backward] = collected
-        return collected.pop(number)
+    lock, taken = Lock.lock, list[bool]()
+    # Twice, and without `with`: an interrupt at its end would leave the lock taken.
+    try:
+        try:
+            taken.append(lock.acquire())
+            return _recover(tape, hook, number)
+        finally:
+            _release(lock, taken)
+    finally:
+        _release(lock, taken)
+
+
+def _release(lock: Any, taken: list[bool]) -> None:
+    if taken:
+        _ = lock.release(), taken.pop()
+
+
+def _recover(tape: Tape, hook: PackHook, number: int) -> Saving:
+    backward = current_backward()
+    collected = hook.recomputed.get(backward)
+    # Another thread may have been here.
+    if collected is None or number not in collected:
+        try:
+            recomputed = tape.backwards.get(backward) or _begin(tape, backward)
+            with outside_transforms():
+                collected = _walk(tape, recomputed, hook)
+        except BaseException:
+            tape.backwards.pop(backward, None)
+            raise
+        if backward != -1:
+            hook.recomputed[backward] = collected
+    return collected.pop(number)
 
 
 def _begin(tape: Tape, backward: int) -> Recomputed:
