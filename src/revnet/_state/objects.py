@@ -267,16 +267,8 @@ class Objects:
         Raises:
             TypeError: a keyword that can be read only once, or of which no copy can be made.
         """
-        if type(value) in ATOMS:
-            return value
-        if isinstance(value, Tensor):
-            return self._tensor(value, keyword)
         if not is_container(value.__class__):
-            self._check(value, keyword)
-            return value
-        known = self.containers.get(id(value)) or self.large.get(id(value))
-        if known is not None:
-            return known
+            return self._take(value, keyword)
         self._left = LARGEST
         before = len(self.containers), len(self.tensors)
         try:
