@@ -1,5 +1,6 @@
 # make train   build the environment and run the main job
 # make test    build the environment and run all tests
+# make long    run the searches that take too long for make test
 # make fuzz    run 100,000 random programs of each kind, or until one fails
 #
 # PYTHON=python3.12   the interpreter to build the environment from (3.11 or newer)
@@ -22,7 +23,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install 
 
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: train test fuzz lint types check format clean
+.PHONY: train test long fuzz lint types check format clean
 
 train: $(STAMP)
 	$(BIN)/revnet train $(ARGS)
@@ -30,6 +31,9 @@ train: $(STAMP)
 # One thread per worker, and a worker more than two cores: some tests wait for processes of theirs.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(JOBS) --dist worksteal $(ARGS)
 
 # A failure is kept in .hypothesis and tried first the next time.
 fuzz: $(STAMP)

@@ -34,7 +34,11 @@ def operators() -> list[Any]:
     stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
     sys.modules.setdefault("expecttest", stand_in)
     from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.opinfo import core
 
+    # It looks for the test of torch that asks, through all frames: for each sample, in pytest's deep
+    # stack, longer than the operator takes.
+    core.extract_test_fn = lambda: None
     return [op for op in op_db if op.supports_autograd]
 
 

@@ -186,7 +186,7 @@ class Compiled:
         return self.call(x)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 # Both are what Dynamo says of its own work.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
