@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,9 @@ data_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[a
 
 # A tensor that shares its memory with another until one of both is written to.
 lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone
+
+# The number of in-place writes to a tensor so far.
+version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 # Whether autocast is on for any type of device. Without it every replay would clear the cache of
 # casts, whether or not there can be any.
@@ -140,6 +144,14 @@ def is_exporting() -> bool:
     Read as an attribute, since torch 2.11 takes the function for true in any graph.
     """
     return bool(torch.compiler._is_exporting_flag)
+
+
+# Set the hooks on saved tensors, and take them away again: what the context manager
+# `saved_tensors_hooks` does. Without them each step would make an object for its hooks.
+push_saved_tensor_hooks: Callable[[Any, Any], None] = (
+    torch._C._autograd._push_saved_tensors_default_hooks
+)
+pop_saved_tensor_hooks: Callable[[], None] = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 def saved_tensor_hooks() -> Any:

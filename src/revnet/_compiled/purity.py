@@ -47,7 +47,11 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
     """Check whether a call of one of these modules would run hooks."""
-    return any(getattr(module, hooks, None) for module in modules for hooks in _HOOKS)
+    for module in modules:
+        for hooks in _HOOKS:
+            if getattr(module, hooks, None):
+                return True
+    return False
 
 
 # Per branch, what was found; the keys are all that can make a difference.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from .._errors import ReversibleError
@@ -27,14 +27,17 @@ from .._torch import (
     is_capturing,
     is_faking,
     is_forward_mode,
+    pop_saved_tensor_hooks,
+    push_saved_tensor_hooks,
     records_operators,
     untraced,
+    version_of,
 )
-from .._trees import tree_leaves, tree_map
+from .._trees import tree_leaves
 from .backward import Lock, recover
 from .checksums import tree_checksum
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
-from .tape import Layout, Options, Record, Tape
+from .tape import Options, Record, Tape, layout_of
 
 
 class Call:
@@ -77,7 +80,7 @@ class Call:
         self.fake = is_faking()
         # The generators after the last step, while nobody else can have drawn since.
         self.random: RandomState | None = None
-        prefetch = max((execution.prefetch for execution in executions), default=0)
+        prefetch = max(map(_prefetch, executions), default=0)
         self.tape = Tape(arithmetic, options, prefetch)
         # Where `pause` saved the state that the next pause replaces.
         self.paused: int | None = None
@@ -121,13 +124,13 @@ class Call:
             self._combine(index, step, step.fn(*sources, **step.kwargs))
             return
         record = Record(
-            step=step._replace(kwargs={}) if step.kwargs else step,
-            state=self._state(index, step, execution),
-            layouts=[tree_map(Layout, value) for value in sources],
-            shared=_shared(sources),
-            target_layout=tree_map(Layout, self.streams[step.target][0]),
-            kept=self._keep(execution, step),
-            saved=[],
+            step._replace(kwargs={}) if step.kwargs else step,
+            self._state(index, step, execution),
+            [layout_of(value) for value in sources],
+            _ALONE if len(sources) == 1 else _shared(sources),
+            layout_of(self.streams[step.target][0]),
+            self._keep(execution, step),
+            [],
         )
         tape = self.tape
         hook = PackHook(record, len(tape.records), partial(recover, tape), tape.name)
@@ -157,12 +160,13 @@ class Call:
     ) -> None:
         """Run a step so that it can be replayed."""
         state = record.state
-        versions = [tensor._version for tensor in hook.sources]
-        with saved_tensors_hooks(hook.pack, hook.unpack):
+        versions = list(map(version_of, hook.sources))
+        push_saved_tensor_hooks(hook.pack, hook.unpack)
+        try:
             with state.recording(self.devices):
                 out = step.fn(*sources, **step.kwargs)
             record.saved_by_branch = len(record.saved)
-            if versions != [tensor._version for tensor in hook.sources]:
+            if versions != list(map(version_of, hook.sources)):
                 raise ReversibleError(
                     f"{step.name} changed its input in place. The stream it reads is needed to "
                     "rebuild the activations: work on a copy, or use the out-of-place operation."
@@ -171,15 +175,18 @@ class Call:
                 target, encoded = self.streams[step.target]
                 update = branch_output(out, target)[0]
                 record.checksums = tree_checksum(encoded), tree_checksum(update)
-            with state.recording_rule(self.devices):
+            if state.quiet:
                 self._combine(index, step, out)
+            else:
+                with state.recording_rule(self.devices):
+                    self._combine(index, step, out)
+        finally:
+            pop_saved_tensor_hooks()
         if record.kept is not None:
             record.stops = may_stop_at_last_save(tensors_in(out))
-        if state.random is None:
-            state.settle(None)
-        else:
+        if state.random is not None:
             self.random = RandomState(self.devices)
-            state.settle(self.random)
+        state.settle(self.random)
 
     @untraced
     def start(self) -> list[Any]:
@@ -288,10 +295,13 @@ class Call:
             raise ReversibleError(f"{step.name} {error}") from error
 
 
+_prefetch = attrgetter("prefetch")
+# What `_shared` returns for one source.
+_ALONE = [0]
+
+
 def _shared(sources: list[Any]) -> list[int]:
     """Return for each source the first place that holds the same object."""
-    if len(sources) < 2:
-        return [0] * len(sources)
     places: dict[int, int] = {}
     return [places.setdefault(id(source), place) for place, source in enumerate(sources)]
 

@@ -66,11 +66,12 @@ class PackHook:
     def read(self, sources: Sequence[Any]) -> None:
         """Record the tensors this step reads, so that `pack` can tell them from parameters."""
         for value in sources:
-            for leaf in tree_leaves(value):
+            for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
                 base = leaf._base
                 self.sources += (leaf,) if base is None else (leaf, base)
-        if passing := self.record.state.modules.passing():
-            self.passing = passing - set(map(storage_id, self.sources))
+        modules = self.record.state.modules
+        if modules.objects.tensors:
+            self.passing = modules.passing() - set(map(storage_id, self.sources))
 
     @untraced
     def pack(self, tensor: Tensor) -> Any:
@@ -89,7 +90,11 @@ class PackHook:
         elif self.passing and storage_id(tensor) in self.passing:
             saved.append(None)
             return tensor, tensor._version
-        saved.append(describe(tensor))
+        try:
+            # What `describe` returns, without a call.
+            saved.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        except RuntimeError:
+            saved.append(describe(tensor))
         return len(saved) - 1
 
     @untraced
@@ -185,7 +190,13 @@ class RecomputeHook:
         if index < len(saved):
             forward = saved[index]
             if forward.__class__ is tuple:
-                if self.compare and describe(tensor) != forward:
+                shape, strides, dtype, device = forward
+                if self.compare and (
+                    tensor.dtype is not dtype
+                    or tensor.shape != shape
+                    or (strides is not None and tensor.stride() != strides)
+                    or tensor.device != device
+                ):
                     raise ReversibleError(
                         _mismatch(self.record.step.name, index, forward, describe(tensor))
                     )

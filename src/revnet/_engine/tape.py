@@ -61,6 +61,11 @@ class Layout:
         return tensor.expand(self.shape)
 
 
+def layout_of(value: Any) -> Any:
+    """Return the layout of a stream, a tree like that."""
+    return Layout(value) if isinstance(value, Tensor) else tree_map(Layout, value)
+
+
 @dataclass(eq=False, slots=True)
 class Record:
     """What the replay of one step needs.

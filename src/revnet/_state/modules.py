@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._errors import ReversibleError
-from .._torch import is_dtensor, storage_id
+from .._torch import is_dtensor, storage_id, version_of
 from . import fsdp
 from .branch import MACHINERY, Table, attributes_of, modules_of, scripted_tables, tables_of
 from .copies import Copies, refill
@@ -61,6 +61,9 @@ class Structure:
         "parameters",
         "parameter_owns",
         "parameter_names",
+        "lazy",
+        "simple",
+        "everything",
     )
 
     def __init__(self, fn: nn.Module, coupling: nn.Module) -> None:
@@ -83,6 +86,14 @@ class Structure:
         for module in self.modules:
             self._add(module, known)
         self.sizes = list(map(len, self.dicts))
+        self.lazy = UninitializedParameter in map(type, self.parameters)
+        self.everything = (
+            self.owns + self.parameter_owns,
+            self.names + self.parameter_names,
+            self.values + self.parameters,
+        )
+        # Whether there is nothing in them that is copied or watched.
+        self.simple = not (self.others or self.buffered or self.scripted or self.lazy)
 
     def _add(self, module: nn.Module, known: set[nn.Module]) -> None:
         own = module.__dict__
@@ -122,6 +133,13 @@ class Structure:
             map(is_, map(_get, self.owns, self.names), self.values)
         )
 
+    def current(self) -> bool:
+        """Check that every dict holds what it held, parameters included."""
+        owns, names, values = self.everything
+        return list(map(len, self.dicts)) == self.sizes and all(
+            map(is_, map(_get, owns, names), values)
+        )
+
     def same_parameters(self) -> bool:
         """Check that the modules have these parameters."""
         present = map(_get, self.parameter_owns, self.parameter_names)
@@ -151,7 +169,7 @@ class Memory:
         known = self._structures.get(number)
         if known is not None and known[0] is fn and known[1] is coupling:
             structure = known[2]
-            if structure.same() and structure.same_parameters():
+            if structure.current():
                 return structure
         structure = Structure(fn, coupling)
         self._structures[number] = fn, coupling, structure
@@ -173,8 +191,14 @@ class ModuleState:
 
     def __init__(self, structure: Structure, kwargs: Mapping[str, Any], where: str) -> None:
         self.structure = structure
-        self.objects = objects = Objects()
         self.owners: list[_Owner] = []
+        self.versions = list(map(version_of, structure.parameters))
+        self.flags = list(map(_requires_grad, structure.parameters))
+        self.lazy = structure.lazy and UninitializedParameter in map(type, structure.parameters)
+        if structure.simple and not kwargs:
+            self.objects, self.kwargs = _NOTHING, _NO_KEYWORDS
+            return
+        self.objects = objects = Objects()
         for module in structure.others:
             found = objects.take_all(attributes_of(module)[0])
             self.owners.append(_Owner(module.__dict__, found, len(module.__dict__)))
@@ -186,10 +210,7 @@ class ModuleState:
         objects.eager = True
         for table in structure.scripted:
             self.owners.append(_Owner(table, objects.take_all(table.copy()), len(table)))
-        self.versions = list(map(_version, structure.parameters))
-        self.flags = list(map(_requires_grad, structure.parameters))
-        self.lazy = UninitializedParameter in map(type, structure.parameters)
-        self.kwargs: dict[str, Any] = self._keywords(kwargs, where) if kwargs else {}
+        self.kwargs = self._keywords(kwargs, where)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -221,10 +242,12 @@ class ModuleState:
 
     def settle(self) -> None:
         """Note what the call changed."""
+        objects = self.objects
+        if objects is _NOTHING:
+            return
         if self.lazy:
             # A lazy module gives its parameters memory in its first call.
-            self.versions = list(map(_version, self.structure.parameters))
-        objects = self.objects
+            self.versions = list(map(version_of, self.structure.parameters))
         if objects.tensors or objects.containers or objects.iterations:
             objects.settle(self._values())
 
@@ -241,7 +264,7 @@ class ModuleState:
             ReversibleError: a parameter, a keyword tensor, or a tensor of a module that the call
                 left alone; or a container that is too large to be copied.
         """
-        if list(map(_version, self.structure.parameters)) != self.versions:
+        if list(map(version_of, self.structure.parameters)) != self.versions:
             self._check_parameters(where)
         for state in self.objects.tensors.values():
             if state.changed():
@@ -285,10 +308,6 @@ class ModuleState:
         Returns:
             The keywords for the replay.
         """
-        objects = self.objects
-        replaced = replacements(objects.tensors.values()) if objects.tensors else {}
-        originals = objects.locate(self._values()) if objects.containers else {}
-        copies = Copies(objects, replaced, originals)
         structure = self.structure
         if structure.same():
             undo.add(structure.put_back)
@@ -296,9 +315,15 @@ class ModuleState:
             undo.add(partial(_reset, [(own, own.copy()) for own, _ in structure.founds]))
             for own, found in structure.founds:
                 _set(own, found)
+        self._restore_parameters(undo)
+        objects = self.objects
+        if objects is _NOTHING:
+            return {}
+        replaced = replacements(objects.tensors.values()) if objects.tensors else {}
+        originals = objects.locate(self._values()) if objects.containers else {}
+        copies = Copies(objects, replaced, originals)
         if self.owners:
             self._restore_owners(copies, undo)
-        self._restore_parameters(undo)
         return {name: copies.make(value) for name, value in self.kwargs.items()}
 
     def _restore_owners(self, copies: Copies, undo: Undo) -> None:
@@ -335,7 +360,9 @@ class ModuleState:
 
 
 _get = dict.get
-_version = attrgetter("_version")
+# Of a step without keywords whose modules hold nothing but numbers and parameters.
+_NOTHING = Objects()
+_NO_KEYWORDS: dict[str, Any] = {}
 _requires_grad = attrgetter("requires_grad")
 
 

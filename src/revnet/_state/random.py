@@ -22,7 +22,7 @@ class RandomState:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         # Words compare six times as fast as bytes.
         self.cpu = torch.default_generator.get_state().view(torch.int64)
-        self.devices = [(device, _read_generator(device)) for device in devices]
+        self.devices = _read_generators(devices) if devices else []
 
     def same(self, other: RandomState) -> bool:
         """Check that no generator was drawn from in between."""
@@ -58,6 +58,10 @@ class RandomState:
             yield
         finally:
             undo.run()
+
+
+def _read_generators(devices: Sequence[torch.device]) -> list[tuple[torch.device, Any]]:
+    return [(device, _read_generator(device)) for device in devices]
 
 
 def _read_generator(device: torch.device) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._couplings import Coupling, fitting
+from .._couplings import Additive, Coupling, fitting
 from .._errors import ReversibleError
 from .._step import branch_output
 from .._torch import without_tangents
@@ -49,7 +49,19 @@ class FloatArithmetic:
 
     def combine(self, coupling: Coupling, stream: Stream, out: Any, index: int) -> Stream:
         """The stream after step `index`; differentiable."""
-        value = coupling.combine(stream[0], out)
+        value = stream[0]
+        if (
+            type(coupling) is Additive
+            and isinstance(value, Tensor)
+            and isinstance(out, Tensor)
+            and value.dtype is out.dtype
+            and value.shape == out.shape
+            and value.device == out.device
+        ):
+            # Most steps: what the rule does, without its calls.
+            value = value + out
+        else:
+            value = coupling.combine(value, out)
         return value, value
 
     def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
