@@ -102,18 +102,27 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@contextlib.contextmanager
-def outside_transforms() -> Iterator[None]:
+def _vmap_levels() -> int:
+    # Both return the level that they lead to; nothing only reads it.
+    torch._C._vmapmode_increment_nesting()
+    levels: int = torch._C._vmapmode_decrement_nesting()
+    return levels
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[None]:
     """Leave the transforms of torch.func, and the vmap of `is_grads_batched`, while inside.
 
     Without it a replay for several gradients at once could not draw the numbers of its dropout.
     """
-    # Both return the level that they lead to; nothing only reads it.
-    torch._C._vmapmode_increment_nesting()
-    levels = torch._C._vmapmode_decrement_nesting()
-    if not levels and not is_transformed():
-        yield
-        return
+    levels = _vmap_levels()
+    return _outside_transforms(levels) if levels or is_transformed() else _NO_CONTEXT
+
+
+_NO_CONTEXT = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _outside_transforms(levels: int) -> Iterator[None]:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     for _ in range(levels):

@@ -17,7 +17,14 @@ from .._kept import Hosted
 from .._state.undo import Undo
 from .._step import branch_output
 from .._streams.arithmetic import Stream
-from .._torch import after_backward, current_backward, outside_transforms, untraced
+from .._torch import (
+    after_backward,
+    current_backward,
+    outside_transforms,
+    pop_saved_tensor_hooks,
+    push_saved_tensor_hooks,
+    untraced,
+)
 from .._trees import tree_map
 from . import checksums
 from .hooks import PackHook, RecomputeHook, Saving, same_tensor
@@ -208,9 +215,12 @@ class _Replay:
         """Replay the branch and undo the step with its output."""
         step, arithmetic = self.record.step, self.tape.arithmetic
         out = self._branch(early=False)
-        with self._rule(plays=step.coupling.linear):
-            encoded = self.state[step.target][1]
+        encoded = self.state[step.target][1]
+        if self.record.state.quiet:
             self.state[step.target] = arithmetic.invert(step.coupling, encoded, out)
+        else:
+            with self._rule(plays=step.coupling.linear):
+                self.state[step.target] = arithmetic.invert(step.coupling, encoded, out)
         if arithmetic.exact:
             checksums.compare(self.record, 0, self.state[step.target][1])
         self._collect_rule(out)
@@ -234,12 +244,9 @@ class _Replay:
         early = early and record.saved_by_branch == len(record.saved)
         hook = RecomputeHook(record, 0, self.collected, self.compare, self.running, early)
         sources = self._sources()
+        push_saved_tensor_hooks(hook.pack, same_tensor)
         try:
-            with (
-                torch.enable_grad(),
-                record.state.replaying(self.running),
-                saved_tensors_hooks(hook.pack, same_tensor),
-            ):
+            with torch.enable_grad(), record.state.replaying(self.running):
                 out = step.fn(*sources, **self.keywords)
         except Exception:
             # The branch may have put another exception in its place.
@@ -247,6 +254,8 @@ class _Replay:
                 raise
             self.stopped = True
             return None
+        finally:
+            pop_saved_tensor_hooks()
         hook.check(record.saved_by_branch)
         if self.compare and not self.running:
             record.state.verify()

@@ -140,11 +140,6 @@ class Structure:
             map(is_, map(_get, owns, names), values)
         )
 
-    def same_parameters(self) -> bool:
-        """Check that the modules have these parameters."""
-        present = map(_get, self.parameter_owns, self.parameter_names)
-        return all(map(is_, present, self.parameters))
-
     def put_back(self) -> None:
         """Put into every dict what it held, where something is different."""
         if not self.same():
@@ -309,13 +304,17 @@ class ModuleState:
             The keywords for the replay.
         """
         structure = self.structure
-        if structure.same():
+        current = structure.current()
+        if current or structure.same():
             undo.add(structure.put_back)
         else:
             undo.add(partial(_reset, [(own, own.copy()) for own, _ in structure.founds]))
             for own, found in structure.founds:
                 _set(own, found)
-        self._restore_parameters(undo)
+        if not current:
+            self._restore_parameters(undo)
+        if list(map(_requires_grad, structure.parameters)) != self.flags:
+            self._restore_flags(undo)
         objects = self.objects
         if objects is _NOTHING:
             return {}
@@ -344,19 +343,18 @@ class ModuleState:
 
     def _restore_parameters(self, undo: Undo) -> None:
         structure = self.structure
-        parameters = structure.parameters
-        if not structure.same_parameters():
-            places = zip(structure.parameter_owns, structure.parameter_names, strict=True)
-            for (own, name), parameter in zip(places, parameters, strict=True):
-                present = own.get(name, _ABSENT)
-                if present is not parameter and not fsdp.exchanged(parameter, present):
-                    undo.add(partial(_put, own, name, present))
-                    own[name] = parameter
-        if list(map(_requires_grad, parameters)) != self.flags:
-            for parameter, flag in zip(parameters, self.flags, strict=True):
-                if parameter.requires_grad is not flag and parameter.is_leaf:
-                    undo.add(partial(parameter.requires_grad_, not flag))
-                    parameter.requires_grad_(flag)
+        places = zip(structure.parameter_owns, structure.parameter_names, strict=True)
+        for (own, name), parameter in zip(places, structure.parameters, strict=True):
+            present = own.get(name, _ABSENT)
+            if present is not parameter and not fsdp.exchanged(parameter, present):
+                undo.add(partial(_put, own, name, present))
+                own[name] = parameter
+
+    def _restore_flags(self, undo: Undo) -> None:
+        for parameter, flag in zip(self.structure.parameters, self.flags, strict=True):
+            if parameter.requires_grad is not flag and parameter.is_leaf:
+                undo.add(partial(parameter.requires_grad_, not flag))
+                parameter.requires_grad_(flag)
 
 
 _get = dict.get
