@@ -59,4 +59,6 @@ class Crosslinks(griffe.Extension):
         """Link the names in the docstring of an object, its own excepted."""
         if obj.docstring:
             own = {obj.name, obj.parent.name if obj.parent else ""}
-            obj.docstring.value = link_names(obj.docstring.value, frozenset(own), every=True)
+            # The name by which griffe knows a section of examples.
+            text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = link_names(text, frozenset(own), every=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,15 @@ def run(path: Path, write: bool) -> float:
     # The site is built without them.
     import nbformat
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     notebook = nbformat.read(path, as_version=4)
     started = time.monotonic()
-    folder = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=300, resources=folder, record_timing=False).execute()
+    with tempfile.TemporaryDirectory() as folder:
+        # Sockets of this user, instead of ports that every user of the machine can listen to.
+        sockets = {"transport": "ipc", "ip": f"{folder}/kernel"}
+        config = Config({"KernelManager": sockets})
+        NotebookClient(notebook, timeout=300, record_timing=False, config=config).execute()
     if write:
         # What depends on who ran it last is no part of the notebook.
         notebook.metadata = {"kernelspec": {"display_name": "Python 3", "name": "python3"}}
