@@ -10,11 +10,11 @@ from typing import Any
 import griffe
 
 LIBRARY = Path(__file__).parents[2] / "src" / "revnet"
-# What no link may stand in: blocks of code, headings, other links, and code of more than a name.
-_TOKENS = re.compile(
-    r"^```.*?^```$|^(?: {4}|#|>>>|\.\.\. ).*?$|\[[^\]\n]*\](?:\([^)\n]*\)|\[[^\]\n]*\])|`[^`\n]+`",
-    re.MULTILINE | re.DOTALL,
-)
+# What no link may stand in: code of more than a name, headings, and other links.
+_LINKS_AND_CODE = r"^(?:#|>>>|\.\.\. ).*?$|\[[^\]\n]*\](?:\([^)\n]*\)|\[[^\]\n]*\])|`[^`\n]+`"
+_PAGE = re.compile(rf"^```.*?^```$|^ {{4}}.*?$|{_LINKS_AND_CODE}", re.MULTILINE | re.DOTALL)
+# Indented lines of a docstring describe parameters.
+_DOCSTRING = re.compile(rf"^ *(?:>>>|\.\.\. ).*?$|{_LINKS_AND_CODE}", re.MULTILINE)
 
 
 def _constant(file: str, name: str) -> Any:
@@ -30,26 +30,34 @@ TESTING = {f"testing.{name}": f"revnet.testing.{name}" for name in _constant("te
 NAMES = PUBLIC | TESTING
 
 
-def link_names(text: str, known: frozenset[str] = frozenset(), every: bool = False) -> str:
-    """Return Markdown in which public names in backticks are links.
-
-    Args:
-        text: Markdown.
-        known: names that stay as they are.
-        every: link every mention instead of the first of each name.
-    """
-    seen = set(known)
+def link_page(text: str) -> str:
+    """Return Markdown in which the first mention of each public name in backticks is a link."""
+    seen: set[str] = set()
 
     def link(match: re.Match[str]) -> str:
-        found = match[0]
-        name = found.strip("`").removeprefix("revnet.").removesuffix("()")
-        if not found.startswith("`") or name not in NAMES or name in seen:
-            return found
-        if not every:
-            seen.add(name)
-        return f"[{found}][{NAMES[name]}]"
+        name = _name(match[0])
+        if not name or name in seen:
+            return match[0]
+        seen.add(name)
+        return f"[{match[0]}][{NAMES[name]}]"
 
-    return _TOKENS.sub(link, text)
+    return _PAGE.sub(link, text)
+
+
+def link_docstring(text: str, own: set[str]) -> str:
+    """Return a docstring in which public names are links, but those of the object itself."""
+
+    def link(match: re.Match[str]) -> str:
+        name = _name(match[0])
+        return f"[{match[0]}][{NAMES[name]}]" if name and name not in own else match[0]
+
+    return _DOCSTRING.sub(link, text)
+
+
+def _name(code: str) -> str:
+    """Return the public name that a piece of code in backticks is, or nothing."""
+    name = code.strip("`").removeprefix("revnet.").removesuffix("()")
+    return name if code.startswith("`") and name in NAMES else ""
 
 
 class Crosslinks(griffe.Extension):
@@ -61,4 +69,4 @@ class Crosslinks(griffe.Extension):
             own = {obj.name, obj.parent.name if obj.parent else ""}
             # The name by which griffe knows a section of examples.
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
-            obj.docstring.value = link_names(text, frozenset(own), every=True)
+            obj.docstring.value = link_docstring(text, own)

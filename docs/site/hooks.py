@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from crosslinks import link_names
+from crosslinks import link_page
 from notebooks import as_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,8 @@ REPORTS = "benchmarks/results"
 # Pages that name everything public, or nothing as it is now.
 WITHOUT_NAMES = ("changelog.md", "reference.md", "reports")
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+# Badges come from another server, which pages of the site do not ask.
+_BADGE = re.compile(r"^!\[[^\]]*\]\(https://img\.shields\.io/.*\)\n", re.MULTILINE)
 _PICTURE = re.compile(r'(<img src=")([^"]+)')
 
 
@@ -71,9 +73,8 @@ def _list_of_reports() -> str:
     for source, page in SOURCES.items():
         if source.startswith(REPORTS) and page.endswith(".md"):
             title = (ROOT / source).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            question, _, rest = Path(page).stem.partition("_h")
-            hardware = Path(page).stem.split("_")[-2:]
-            lines.append(f"- [{title}](../{source}), {', '.join(hardware)}")
+            *_, hardware, day = Path(page).stem.split("_")
+            lines.append(f"- [{title}](../{source}), {hardware}, {day}")
     return "\n".join(lines) + "\n"
 
 
@@ -103,6 +104,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         found = place(target)
         return words if found is None else f"{sign}[{words}]({found})"
 
-    markdown = _LINK.sub(link, markdown)
+    markdown = _LINK.sub(link, _BADGE.sub("", markdown))
     markdown = _PICTURE.sub(lambda match: match[1] + (place(match[2]) or ""), markdown)
-    return markdown if uri.startswith(WITHOUT_NAMES) else link_names(markdown)
+    return markdown if uri.startswith(WITHOUT_NAMES) else link_page(markdown)
