@@ -90,6 +90,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return target
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
         found = SOURCES.get(path, path.removeprefix("docs/"))
+        if path == REPORTS:
+            found = "reports.md"
         if found.endswith(".ipynb"):
             found = found.removesuffix(".ipynb") + ".md"
         if files.get_file_from_path(found):
