@@ -1,9 +1,9 @@
 """Metadata of the package that follow from the address of the repository.
 
-The address stands in pyproject.toml alone, as `repository` below `[tool.hatch.metadata.hooks.custom]`.
-From it come the project's URLs and, because a package index does not know the repository, absolute
-links in place of the README's relative ones. Without an address there are no URLs, and links stay
-as they are.
+The address stands in pyproject.toml alone: `repository`, below
+`[tool.hatch.metadata.hooks.custom]`. From it come the project's URLs and, because a package index
+does not know the repository, absolute links in place of the README's relative ones. Without an
+address there are no URLs, and links stay as they are.
 """
 
 from __future__ import annotations

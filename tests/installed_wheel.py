@@ -1,4 +1,6 @@
-"""Check that a wheel works where nothing else of the project is: `python tests/installed_wheel.py dist`.
+"""Check that a wheel works where nothing else of the project is.
+
+    python tests/installed_wheel.py dist
 
 The wheel goes into an empty environment, whose only other packages are those of the interpreter
 that runs this, by a .pth file: torch takes longer to install than all the rest of the checks. A

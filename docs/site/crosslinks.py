@@ -26,7 +26,9 @@ def _constant(file: str, name: str) -> Any:
 
 
 PUBLIC = {name: f"revnet.{name}" for name in _constant("__init__.py", "_MODULES")}
-TESTING = {f"testing.{name}": f"revnet.testing.{name}" for name in _constant("testing.py", "__all__")}
+TESTING = {
+    f"testing.{name}": f"revnet.testing.{name}" for name in _constant("testing.py", "__all__")
+}
 NAMES = PUBLIC | TESTING
 
 

@@ -23,7 +23,11 @@ from crosslinks import link_page
 from notebooks import as_markdown
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
 REPORTS = "benchmarks/results"
 # Pages that name everything public, or nothing as it is now.
 WITHOUT_NAMES = ("changelog.md", "reference.md", "reports")
@@ -69,7 +73,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _list_of_reports() -> str:
-    lines = ["# Measurements", "", "Each with the command that made it, its hardware and versions.", ""]
+    lines = [
+        "# Measurements",
+        "",
+        "Each with the command that made it, its hardware and versions.",
+        "",
+    ]
     for source, page in SOURCES.items():
         if source.startswith(REPORTS) and page.endswith(".md"):
             title = (ROOT / source).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

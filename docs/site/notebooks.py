@@ -57,6 +57,7 @@ def run(path: Path, write: bool) -> float:
 
 
 def main() -> None:
+    """Run all notebooks, and say how long each took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="keep what the cells print")
     write = parser.parse_args().write
