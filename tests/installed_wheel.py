@@ -27,7 +27,7 @@ from torch import nn
 import revnet
 
 net = revnet.ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4))])
-net(torch.randn(2, 4)).sum().backward()
+print(net(torch.randn(2, 4)).requires_grad)
 print(revnet.__file__)
 print(revnet.__version__)
 """
@@ -69,7 +69,8 @@ def main(folder: Path) -> None:
         (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
         user = place / "user.py"
         user.write_text(USER)
-        where, found = run(python, user, cwd=place).splitlines()
+        gradient, where, found = run(python, user, cwd=place).splitlines()
+        assert gradient == "True"
         assert Path(where).is_relative_to(site), where
         assert found == version, (found, version)
         command = python.with_name("revnet")
