@@ -191,13 +191,14 @@ def test_figures_of_the_readme_are_those_of_the_reports():
         (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
         for name in ("time_vs_depth_h100_2026-11-22", "conversion_cost_h200_2026-11-28")
     ]
-    first, second = ([float(n) for n in re.findall(r"\d+(?:\.\d+)?(?:e\+\d+)?", report)] for report in reports)
+    number = r"\d+(?:\.\d+)?(?:e\+\d+)?"
+    first, second = (list(map(float, re.findall(number, report))) for report in reports)
     assert len(rows) == 8
     for row, known in zip(rows, [first] * 4 + [second] * 4, strict=True):
         figures = [cell.strip(" *").replace(",", "") for cell in row.split("|")[2:5]]
         for figure in figures:
             digits = len(figure.partition(".")[2])
-            assert float(figure) in {round(number, digits) for number in known}, row
+            assert float(figure) in {round(each, digits) for each in known}, row
 
 
 @pytest.mark.parametrize("page", [HOW, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)

@@ -82,8 +82,7 @@ def _list_of_reports() -> str:
     for source, page in SOURCES.items():
         if source.startswith(REPORTS) and page.endswith(".md"):
             title = (ROOT / source).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            *_, hardware, day = Path(page).stem.split("_")
-            lines.append(f"- [{title}](../{source}), {hardware}, {day}")
+            lines.append(f"- [{title}](../{source}) `{Path(page).stem}`")
     return "\n".join(lines) + "\n"
 
 
