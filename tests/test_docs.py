@@ -10,12 +10,14 @@ import importlib.util
 import inspect
 import json
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import revnet
@@ -43,7 +45,16 @@ def code_of(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in blocks]
 
 
+@pytest.fixture
+def no_process_group() -> Iterator[None]:
+    """Ends the process group of a page that failed before it did."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 # torch's own, when it compiles.
+@pytest.mark.usefixtures("no_process_group")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=name)
