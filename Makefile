@@ -2,6 +2,9 @@
 # make test    build the environment and run all tests
 # make long    run the searches that take too long for make test
 # make fuzz    run 100,000 random programs of each kind, or until one fails
+# make docs    build the documentation into site/; warnings are errors
+# make notebooks    run the notebooks of docs/notebooks; ARGS=--write keeps what they print
+# make dist    build and check what a package index gets, in dist/
 #
 # PYTHON=python3.12   the interpreter to build the environment from (3.11 or newer)
 # TORCH=system        use the torch (2.11 or newer, CUDA for instance) that PYTHON already has instead of the pinned one
@@ -10,7 +13,7 @@
 PYTHON ?= python3
 TORCH ?= pinned
 VENV ?= .venv
-EXTRAS ?= app,icons,tensorboard,dev
+EXTRAS ?= app,icons,tensorboard
 JOBS ?= 3
 ARGS ?=
 
@@ -23,7 +26,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install 
 
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: train test long fuzz lint types check format clean
+.PHONY: train test long fuzz lint types check format docs notebooks dist clean
 
 train: $(STAMP)
 	$(BIN)/revnet train $(ARGS)
@@ -53,16 +56,37 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+# The variable silences a notice of each build: Material for MkDocs has fixes until May 2027, and a successor that reads
+# the same mkdocs.yml.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+notebooks: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/notebooks.py $(ARGS)
+
+dist: $(VENV)/.installed-release
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/installed_wheel.py dist
+
+clean:
+	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache
+
+# The packages of the group are installed when a target first asks for them: training and tests do without.
+$(VENV)/.installed-docs $(VENV)/.installed-release: $(VENV)/.installed-%: $(STAMP)
+	$(PIP_INSTALL) --constraint constraints.txt --group $*
+	@touch $@
+
+# pip first: the one that Python brings may not know dependency groups.
 # torch is installed before anything that depends on it, so that the pin alone decides which build is taken.
 $(VENV)/.installed-pinned: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --constraint constraints.txt pip
 	$(PIP_INSTALL) --constraint constraints.txt torch==2.13.0
 	$(PIP_INSTALL) --constraint constraints.txt hatchling editables
-	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --group dev --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # An interpreter in an environment lends its packages by the .pth file; the option is for those of the system.
@@ -72,6 +96,7 @@ $(VENV)/.installed-system: constraints.txt pyproject.toml
 	$(PYTHON) -c '$(PACKAGES)' > "$$($(BIN)/python -c '$(PACKAGES)')/outer.pth"
 	@$(BIN)/python -c 'import torch; print("using torch", torch.__version__)'
 	grep --invert-match --extended-regexp '^(torch|setuptools)==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt pip
 	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt hatchling editables
-	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(PIP_INSTALL) --constraint $(VENV)/constraints.txt --no-build-isolation --group dev --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -5,7 +5,7 @@ network?
     python benchmarks/reconstruction_error.py --device cuda --width 256 --tokens 128
 
 By depth, by how much the output weights have grown, and by precision; other libraries run in the
-same process where they are installed (pip install 'revnet[peers]', and pip install --no-deps
+same process where they are installed (pip install --group peers, and pip install --no-deps
 dalle-pytorch). The error is the relative distance of all gradients, of parameters and input, from
 those of the same library's network executed by plain autograd.
 """

@@ -2,8 +2,6 @@ import ast
 import inspect
 import subprocess
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -20,13 +18,6 @@ def test_the_lazy_names_are_those_that_type_checkers_see():
     }
     assert seen == set(revnet._MODULES.items())
     assert all(name in dir(revnet) for name in revnet.__all__)
-
-
-def test_the_version_is_that_of_the_project():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
-        "project"
-    ]
-    assert revnet.__version__ == project["version"]
 
 
 def test_an_unknown_name_raises():

@@ -63,10 +63,11 @@ _MODULES = {
 
 __all__ = [*_MODULES]
 
+# The version of the package, which the build reads here.
+__version__ = "0.2.0"
+
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version(__name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn
 
+import revnet
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
 from revnet.app.errors import MachineError, UserError, first_line
 from revnet.app.terminal import complain, show, visible_line
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="revnet", description="Train reversible transformers, and see what it saves."
     )
+    top.add_argument("--version", action="version", version=f"revnet {revnet.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_sample(commands)
