@@ -48,6 +48,7 @@ BUILTIN: tuple[Any, ...] = (
     deque,
     bytearray,
 )
+_SIZED: tuple[Any, ...] = (dict, *_SEQUENCES)
 _BASES = frozenset([*BUILTIN, object, Generic, types.SimpleNamespace])
 # Classes of these packages hold locks, threads or memory that no copy of `__dict__` shares rightly.
 _FOREIGN = frozenset({"asyncio", "concurrent", "logging", "multiprocessing", "threading", "torch"})
@@ -183,8 +184,12 @@ class Large:
 
 
 def _length(value: Any) -> int:
-    _, items, attributes = contents_of(value)
-    return len(items) + len(attributes)
+    """Return how many items and attributes a container has."""
+    kind = type(value)
+    # A class of the user's may count in another way.
+    base = next((base for base in _SIZED if issubclass(kind, base)), None)
+    items: int = 0 if base is None else base.__len__(value)
+    return items if kind in BUILTIN else items + len(attributes_of(value))
 
 
 def _identity(value: Any) -> int:
@@ -291,10 +296,11 @@ class Objects:
         known = self.containers.get(id(value)) or self.large.get(id(value))
         if known is not None:
             return known
-        keys, items, attributes = contents_of(value)
-        self._left -= len(items) + len(attributes)
+        # Counted first: to list what a large one holds would take longer than the step.
+        self._left -= _length(value)
         if self._left < 0:
             raise _TooLargeError
+        keys, items, attributes = contents_of(value)
         plain = ATOMS.issuperset(map(type, items)) and ATOMS.issuperset(
             map(type, attributes.values())
         )
@@ -401,9 +407,9 @@ def modules_in(values: Iterable[Any]) -> list[nn.Module]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        _, items, attributes = contents_of(value)
-        if len(items) > LARGEST:
+        if _length(value) > LARGEST:
             continue
+        _, items, attributes = contents_of(value)
         for item in (*items, *attributes.values()):
             if isinstance(item, nn.Module):
                 found.append(item)

@@ -1,0 +1,170 @@
+"""What does it cost that a replay sees the attributes and buffers of a branch as its call found
+them?
+
+    python benchmarks/state_cost.py --out benchmarks/results/state_cost_cpu.md
+
+Each row is a network whose branches hold something that they do not use; it is timed in turn with
+the same network whose branches hold nothing. Gradients are compared first: they are equal in every
+bit. Times are those of the process, since other work on the machine would show in any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import revnet
+
+Holding = Callable[[nn.Module], Any]
+
+
+class Branch(nn.Module):
+    """A small MLP that also holds something."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.enter, self.leave = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(nn.functional.gelu(self.enter(self.norm(x))))
+
+
+def numbers(count: int) -> Holding:
+    def hold(branch: nn.Module) -> None:
+        for i in range(count):
+            setattr(branch, f"number_{i}", i)
+
+    return hold
+
+
+def lists(count: int) -> Holding:
+    def hold(branch: nn.Module) -> None:
+        for i in range(count):
+            setattr(branch, f"list_{i}", [i, i + 1])
+
+    return hold
+
+
+def tensors(count: int) -> Holding:
+    def hold(branch: nn.Module) -> None:
+        for i in range(count):
+            setattr(branch, f"tensor_{i}", torch.zeros(8))
+
+    return hold
+
+
+def entries(count: int) -> Holding:
+    def hold(branch: nn.Module) -> None:
+        branch.table = dict.fromkeys(range(count), 0)  # type: ignore[assignment]
+
+    return hold
+
+
+def buffer(mib: int) -> Holding:
+    def hold(branch: nn.Module) -> None:
+        branch.register_buffer("mask", torch.zeros(mib * 2**18))
+
+    return hold
+
+
+ROWS: dict[str, Holding] = {
+    "10 numbers": numbers(10),
+    "100 numbers": numbers(100),
+    "10 lists": lists(10),
+    "100 lists": lists(100),
+    "10 tensors": tensors(10),
+    "100 tensors": tensors(100),
+    "a dict of 131,072 entries": entries(2**17),
+    "a buffer of 64 MiB": buffer(64),
+}
+
+
+def network(options: argparse.Namespace, hold: Holding | None) -> revnet.ReversibleSequence:
+    torch.manual_seed(0)
+    width = options.width
+    pairs = [(Branch(width), Branch(width)) for _ in range(options.blocks)]
+    for branch in (branch for pair in pairs for branch in pair):
+        if hold is not None:
+            hold(branch)
+    return revnet.ReversibleSequence(pairs, streams=options.streams)
+
+
+def train(net: nn.Module, x: Tensor) -> tuple[float, list[Tensor]]:
+    """Return the seconds of one training step, and the gradients."""
+    net.zero_grad()
+    start = time.process_time()
+    net(x).square().sum().backward()
+    seconds = time.process_time() - start
+    return seconds, [p.grad for p in net.parameters() if p.grad is not None]
+
+
+def table(options: argparse.Namespace) -> list[str]:
+    torch.manual_seed(1)
+    x = torch.randn(options.batch, options.tokens, options.width)
+    plain = network(options, None)
+    lines = [
+        "| each branch holds | ms per step | ÷ nothing | bytes kept above nothing |",
+        "|---|---|---|---|",
+    ]
+    kept = revnet.measure_memory(plain, x).saved_bytes
+    for name, hold in ROWS.items():
+        net = network(options, hold)
+        pairs = zip(train(net, x)[1], train(plain, x)[1], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), f"{name}: other gradients"
+        more = revnet.measure_memory(net, x).saved_bytes - kept
+        for arm in (net, plain):
+            for _ in range(3):
+                train(arm, x)
+        times = [(train(net, x)[0], train(plain, x)[0]) for _ in range(options.rounds)]
+        seconds = statistics.median(a for a, _ in times)
+        ratio = statistics.median(a / b for a, b in times)
+        lines.append(f"| {name} | {1e3 * seconds:.2f} | {ratio:.3f} | {more:,} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--streams", choices=("float", "fixed"), default="float")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lines = [
+        "# What it costs to replay attributes and buffers",
+        "",
+        f"{options.blocks} blocks of two MLPs, width {options.width}, {options.batch} × "
+        f"{options.tokens} tokens, {options.streams} streams; CPU, {options.threads} thread, torch "
+        f"{torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}.",
+        "",
+        f"`{' '.join(['python', *sys.argv])}`",
+        "",
+        "Stored is no arm here: both networks rebuild. Times are of the process, medians of "
+        f"{options.rounds} steps in turn.",
+        "",
+        *table(options),
+    ]
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
