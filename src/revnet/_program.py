@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
 from ._plan import Plan
-from ._routing import check_keywords
+from ._routing import (
+    StepRoutes,
+    check_step_routes,
+    explain,
+    keywords_of,
+    sliced,
+)
+from ._slices import part_of
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._state.modules import Memory
 from ._step import BoundStep, Step
@@ -123,7 +130,14 @@ class Program(nn.Module):
                 )
             )
         with self._call(streams, arithmetic) as call:
-            outputs = tuple(call.finish(*self._through(call, parts)))
+            try:
+                through = self._through(call, parts)
+            except Exception as error:
+                if call.at is not None and not isinstance(error, ReversibleError):
+                    error.add_note(explain(error, call.at, getattr(self, "args_route", None)))
+                raise
+            outputs = tuple(call.finish(*through))
+            del through
             self._monitor.flush()
             if isinstance(self.execution, Plan):
                 # In a backward inside autocast, casts of biases would take memory beside the plan.
@@ -246,8 +260,10 @@ class Reversible(Program):
 
     Args:
         steps: in the order in which they are applied.
-        args_route: for each keyword of the forward pass, one boolean per step: whether its branch
-            takes it.
+        args_route: for each keyword of the forward pass, whether the branch of each step takes it:
+            one boolean for all steps, or one per step. `"signature"` and names in place of
+            booleans are as in `ReversibleSequence`. What a `Step` takes by its own `args` and
+            `kwargs` needs no route.
         streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales
             its target, which float streams cannot undo.
         execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked
@@ -270,7 +286,7 @@ class Reversible(Program):
         self,
         steps: Iterable[Step],
         *,
-        args_route: Mapping[str, Sequence[bool]] = {},
+        args_route: StepRoutes = {},
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
@@ -285,19 +301,18 @@ class Reversible(Program):
                 raise TypeError(
                     f"step {i} is {type(step).__name__}, but a program consists of revnet.Step"
                 )
-        for key, route in args_route.items():
-            if len(route) != len(program):
-                raise ValueError(
-                    f"args_route[{key!r}] has {len(route)} entries for {len(program)} steps: give "
-                    f"one boolean per step"
-                )
+        check_step_routes(args_route, len(program))
         super().__init__(
             len(program), streams, execution, preserve_rng_state, determinism_check, context_fn
         )
+        self.args_route: Any = args_route if isinstance(args_route, str) else dict(args_route)
+        self._arrange(program)
+
+    def _arrange(self, program: Sequence[Step]) -> None:
+        """Register each step once, in the order in which they first occur."""
         places = {step: place for place, step in enumerate(dict.fromkeys(program))}
         self.steps = nn.ModuleList(places)
         self._order = [places[step] for step in program]
-        self.args_route = dict(args_route)
         self._width = 1 + max(max((step.target, *step.source)) for step in places)
         undoes = FloatArithmetic().undoes
         self._needs_fixed = any(
@@ -318,6 +333,30 @@ class Reversible(Program):
         """
         return self._run(streams, kwargs)
 
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> Reversible: ...
+    def __getitem__(self, index: int | slice) -> Step | Reversible:
+        """Return a step, or a program of some: the same steps, settings of its own.
+
+        Slices are those of `ReversibleSequence`.
+        """
+        steps = cast(list[Step], list(self.steps))
+        if not isinstance(index, slice):
+            return steps[self._order[index]]
+        chosen = range(len(self))[index]
+        part = part_of(self, Reversible, chosen)
+        part._arrange([steps[self._order[i]] for i in chosen])
+        part.args_route = sliced(self.args_route, chosen)
+        return part
+
     def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams before the first step, from those after the last; differentiable.
 
@@ -334,17 +373,13 @@ class Reversible(Program):
         for i, stream in enumerate(streams):
             for leaf in tree_leaves(stream):
                 check_stream(leaf, f"stream {i}")
-        check_keywords(self.args_route, kwargs)
-        routed = {key: value for key, value in kwargs.items() if key in self.args_route}
         steps = cast(list[Step], list(self.steps))
-        parts = []
-        for i, place in enumerate(self._order):
-            step = steps[place]
-            keywords = {key: value for key, value in routed.items() if self.args_route[key][i]}
-            parts.append(
-                (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, keywords))
-            )
-        return parts
+        program = [steps[place] for place in self._order]
+        flat = keywords_of(self.args_route, kwargs, program, group=1)
+        return [
+            (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, flat[i]))
+            for i, step in enumerate(program)
+        ]
 
 
 def callers_level() -> int:
