@@ -210,7 +210,7 @@ def test_sequences_of_both_kinds_load_one_another(kinds: Any, prefix: str):
     assert list(state) == before
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert list(other[1:].state_dict())[0].endswith("norm.weight")
+    assert next(iter(other[1:].state_dict())).endswith("norm.weight")
     other[1:].load_state_dict(one[1:].state_dict(), strict=True)
 
 

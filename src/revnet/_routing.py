@@ -241,6 +241,7 @@ def inner(branch: Any) -> Any:
 
 def _hands_on(forward: Callable[..., Any]) -> bool:
     kinds = {parameter.kind for parameter in _signature(forward)}
+    kinds.discard(inspect.Parameter.KEYWORD_ONLY)
     return kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
@@ -250,7 +251,9 @@ def _parameters(branch: Any) -> _Parameters:
     if branch is None:
         return _Parameters(frozenset(), frozenset(), False)
     behind = _signature(branch.forward if isinstance(branch, nn.Module) else branch)
-    names, positional, takes_any = list[str](), list[str](), False
+    names: list[str] = []
+    positional: list[str] = []
+    takes_any = False
     for place, parameter in enumerate(behind):
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             takes_any = True
@@ -310,7 +313,8 @@ def explain(error: Exception, step: BoundStep, args_route: Any) -> str:
     wrong = [key for key in given if not found.takes_any and key not in found.names]
     if not isinstance(error, TypeError) or not (missing or wrong):
         return note
-    note += f": its forward takes ({', '.join(map(str, parameters))})."
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+    note += f": its forward takes {inspect.Signature(plain)}."
     if missing:
         note += (
             f" It got no {', '.join(map(repr, missing))}: give it in the call, and send it here."
