@@ -124,6 +124,9 @@ def test_routes_and_executions_are_sliced():
     assert net[::2].args_route["scale"] == ((False, False),) * 3
     steps = program(args_route={"c": [i % 2 for i in range(DEPTH + 1)], "d": True})
     assert steps[1:3].args_route == {"c": (1, 0), "d": True}
+    two = Reversible(list(steps)[:2], args_route={"c": (True, False)})
+    assert two[1:].args_route == {"c": (False,)}
+    assert ReversibleSequence(pairs(), "signature")[:2].args_route == "signature"
 
 
 def test_a_plan_becomes_a_list_of_executions():

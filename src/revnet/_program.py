@@ -32,6 +32,7 @@ from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
 from ._streams.fixed import Fixed, fitting_fraction_bits
 from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
+from ._taps import Taps, positions_of
 from ._trees import tree_leaves
 
 Execution = str | Sequence[str] | Plan
@@ -97,21 +98,36 @@ class Program(nn.Module):
         """Modules that a pass enters by their `__call__`."""
         return ()
 
-    def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
+    def _through(self, call: Call, parts: BoundSteps, taps: Taps | None) -> Sequence[Any]:
         """Apply the steps; return the streams where a block returned others than its steps."""
         for index, part in parts:
+            if taps is not None:
+                taps.reach(index, call.values)
             call.step(index, part)
         return ()
 
-    def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the streams after one pass, and a dict of extra outputs if there are any."""
-        again = partial(self._run, streams, kwargs)
+    def _tapped(self, *streams: Any) -> Any:
+        """Return what a tap gives of the streams on the way."""
+        return streams
+
+    def _run(
+        self,
+        streams: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        positions: Sequence[int] | None = None,
+    ) -> tuple[Any, ...]:
+        """Return the streams after one pass, and a dict of extra outputs if there are any.
+
+        Between them comes the list of what was read at `positions`, unless None.
+        """
+        again = partial(self._run, streams, kwargs, positions)
         if self._random_depth and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
         parts = self._parts(streams, kwargs)
         leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
         self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
+        taps = None if positions is None else Taps(positions, self._tapped)
         if active():
             obstacle = ""
             if self._settings.options.replays_specially:
@@ -127,17 +143,21 @@ class Program(nn.Module):
                     again,
                     self._called_blocks,
                     obstacle,
+                    taps,
                 )
             )
         with self._call(streams, arithmetic) as call:
             try:
-                through = self._through(call, parts)
+                through = self._through(call, parts, taps)
             except Exception as error:
                 if call.at is not None and not isinstance(error, ReversibleError):
                     error.add_note(explain(error, call.at, getattr(self, "args_route", None)))
                 raise
             outputs = tuple(call.finish(*through))
             del through
+            if taps is not None:
+                taps.reach(self._count, outputs)
+                outputs = (*outputs, taps.results())
             self._monitor.flush()
             if isinstance(self.execution, Plan):
                 # In a backward inside autocast, casts of biases would take memory beside the plan.
@@ -319,19 +339,23 @@ class Reversible(Program):
             step.coupling.scales and not undoes(step.coupling) for step in places
         )
 
-    def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def forward(
+        self, *streams: Any, taps: Sequence[int] | None = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
         """The streams after the last step.
 
         Args:
             streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or
                 more.
+            taps: steps after which all streams are read as well.
             **kwargs: passed to the branches that `args_route` names.
 
         Returns:
-            As many streams, and a dict from step to extra output if branches returned `(update,
-            aux)`.
+            As many streams; with `taps`, a list of the tuples of streams after these steps; and a
+            dict from step to extra output if branches returned `(update, aux)`.
         """
-        return self._run(streams, kwargs)
+        positions = None if taps is None else positions_of(taps, len(self), 1, "step")
+        return self._run(streams, kwargs, positions)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -354,7 +378,7 @@ class Reversible(Program):
         chosen = range(len(self))[index]
         part = part_of(self, Reversible, chosen)
         part._arrange([steps[self._order[i]] for i in chosen])
-        part.args_route = sliced(self.args_route, chosen)
+        part.args_route = sliced(self.args_route, chosen, group=1)
         return part
 
     def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:

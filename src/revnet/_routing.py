@@ -118,18 +118,16 @@ def _spread(route: Any, count: int, group: int) -> list[Entry]:
     return [entry for pair in route for entry in pair]
 
 
-def sliced(args_route: Any, places: Sequence[int]) -> Any:
+def sliced(args_route: Any, places: Sequence[int], group: int = 2) -> Any:
     """Return the routes of some blocks, or steps."""
     if args_route == SIGNATURE:
         return args_route
-    return {key: _some(route, places) for key, route in args_route.items()}
-
-
-def _some(route: Any, places: Sequence[int]) -> Any:
-    if isinstance(route, bool | str) or not (_is_pair(route[0]) or len(route) != 2):
-        # One pair for all blocks looks like the entries of two steps, which are not to be cut.
-        return route
-    return tuple(route[i] for i in places)
+    return {
+        key: route
+        if route == SIGNATURE or is_one(route, group)
+        else tuple(route[i] for i in places)
+        for key, route in args_route.items()
+    }
 
 
 def check_routes(args_route: Any, depth: int) -> None:

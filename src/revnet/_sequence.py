@@ -31,6 +31,7 @@ from ._program import (
 from ._routing import Routes, check_routes, keywords_of, sliced
 from ._slices import P, part_of
 from ._step import BoundStep
+from ._taps import Taps, positions_of
 from ._torch import saved_tensor_hooks
 
 
@@ -186,20 +187,33 @@ class ReversibleSequence(BlockSequence):
             block._take_place(self._settings, 2 * i)
         self.blocks = nn.ModuleList(own)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The merged streams after the last block.
 
         Args:
             x: any shape, floating-point. With `split="chunk"`, even in size along `dim`.
+            taps: blocks after which the merged streams are returned as well: hidden states, for
+                deep supervision, say. They are differentiable, and the memory of each is its own.
+                In a compiled graph the two streams stay there besides. Early exits are slices:
+                `net[:4](x)`.
             **kwargs: passed to the branches that `args_route` names.
 
         Returns:
             A tensor of the dtype of `x`, of its shape unless `split` and `merge` say otherwise;
-            `(y, aux)` if branches returned extra outputs, `aux` a dict from branch to output.
+            `(y, aux)` if branches returned extra outputs, `aux` a dict from branch to output; with
+            `taps`, `(y, hidden)` or `(y, hidden, aux)`, `hidden` a list of tensors like `y`, one
+            for each of `taps` in its order.
+
+        Raises:
+            IndexError: `taps` names a block that is not there.
         """
-        y1, y2, *aux = self.run(*self._split(x), **kwargs)
+        positions = None if taps is None else positions_of(taps, len(self), 2, "block")
+        y1, y2, *more = self._run(self._split(x), kwargs, positions)
         y = self._merge(y1, y2)
-        return (y, *aux) if aux else y
+        return (y, *more) if more else y
+
+    def _tapped(self, *streams: Any) -> Any:
+        return self._merge(*streams)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_stream(x, "x")
@@ -279,11 +293,13 @@ class ReversibleSequence(BlockSequence):
     def _called_blocks(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
-    def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
+    def _through(self, call: Call, parts: BoundSteps, taps: Taps | None) -> Sequence[Any]:
         doors, streams = self._called_blocks, ()
         for i in range(0, len(parts), 2):
             block = parts[i : i + 2]
             (first, f), (_, g) = block
+            if taps is not None:
+                taps.reach(first, streams or call.values)
             door = doors[first // 2]
             if runs_only_steps(door):
                 if streams:
@@ -330,11 +346,18 @@ class SequentialSequence(BlockSequence):
         super().__init__(args_route, layer_dropout, len(pairs), "float", execution)
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        """Return `x` after the last layer, or `(x, aux)` if branches returned extra outputs."""
+    def forward(self, x: Tensor, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """Return `x` after the last layer, or `(x, aux)` if branches returned extra outputs.
+
+        With `taps` the list of `x` after these layers comes second, as in `ReversibleSequence`.
+        """
         check_stream(x, "x")
-        y, *aux = self._run((x,), kwargs)
-        return (y, *aux) if aux else y
+        positions = None if taps is None else positions_of(taps, len(self), 2, "layer")
+        y, *more = self._run((x,), kwargs, positions)
+        return (y, *more) if more else y
+
+    def _tapped(self, *streams: Any) -> Any:
+        return streams[0]
 
     @overload
     def __getitem__(self, index: int) -> nn.ModuleList: ...

@@ -188,6 +188,11 @@ class Call:
             self.random = RandomState(self.devices)
             state.settle(self.random)
 
+    @property
+    def values(self) -> list[Any]:
+        """The streams before the next step, to be looked at."""
+        return [value for value, _ in self.streams]
+
     @untraced
     def start(self) -> list[Any]:
         """Return the streams before the next step, as branches read them."""
