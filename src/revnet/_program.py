@@ -197,7 +197,9 @@ class Program(nn.Module):
             return self.streams
         # One stream in low precision is enough for wrong gradients.
         low = any(leaf.dtype in LOW_PRECISION for leaf in leaves)
-        low = low or torch.is_autocast_enabled(leaves[0].device.type)
+        device = leaves[0].device.type
+        # The meta device has no autocast.
+        low = low or (device != "meta" and torch.is_autocast_enabled(device))
         low = low or (not active() and casts_to_low_precision(self._called_blocks))
         return (
             Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
