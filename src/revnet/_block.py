@@ -141,7 +141,15 @@ class ReversibleBlock(Program):
                 call.step(index, step, within)
             y1, y2 = call.start()
             return y1, y2
-        y1, y2, *_ = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
+        y1, y2, *aux = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
+        if aux and self._place is None and not active() and not self._settings.warned:
+            self._settings.warned = True
+            warnings.warn(
+                f"{', '.join(aux[0])} returned (update, aux), but a block that is called by itself "
+                f"returns its streams alone: aux is dropped. Return the update alone, or use "
+                f"revnet.ReversibleSequence([block]), which hands aux on.",
+                stacklevel=callers_level(),
+            )
         return y1, y2
 
     def inverse(

@@ -16,6 +16,7 @@ from ._compiled.function import active, outside, run_traced
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
+from ._forgotten import attention_weights
 from ._plan import Plan
 from ._routing import (
     StepRoutes,
@@ -51,6 +52,8 @@ class Settings:
     executions: list[Any] = field(default_factory=list)
     # Whether it was said that hooks cast the streams to low precision.
     warned: bool = False
+    # Whether extra outputs were looked at: once, as that waits for the device.
+    looked: bool = False
 
 
 class Program(nn.Module):
@@ -159,6 +162,10 @@ class Program(nn.Module):
                 taps.reach(self._count, outputs)
                 outputs = (*outputs, taps.results())
             self._monitor.flush()
+            if call.aux and not self._settings.looked and not call.capturing:
+                self._settings.looked = True
+                if warning := attention_weights(call.aux, outputs[0]):
+                    warnings.warn(warning, stacklevel=callers_level())
             if isinstance(self.execution, Plan):
                 # In a backward inside autocast, casts of biases would take memory beside the plan.
                 torch.clear_autocast_cache()

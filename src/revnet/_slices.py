@@ -40,7 +40,9 @@ def part_of(program: Any, kind: type[P], steps: Sequence[int]) -> P:
     execution = settings.execution
     if not isinstance(execution, str):
         execution = [execution.name for execution in executions]
-    part._settings = replace(settings, executions=executions, execution=execution, warned=False)
+    part._settings = replace(
+        settings, executions=executions, execution=execution, warned=False, looked=False
+    )
     part._count = len(steps)
     # They number the steps and the modules of one program.
     part._monitor, part._memory = RangeMonitor(), Memory()
