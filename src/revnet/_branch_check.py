@@ -144,7 +144,7 @@ def _adds_its_input(out: Tensor, leaf: Tensor) -> bool:
                 return True
             continue
         inputs = [function for function, _ in node.next_functions]
-        kind = node.name().partition("Backward")[0]
+        kind = node.name().rpartition("::")[2].partition("Backward")[0]
         if kind in ("Add", "Sub", "CopySlices"):
             # A bias is no second term. CopySlices is an addition in place to a view.
             terms = [each for each in inputs if each is not None and not _is_given(each, leaf)]
