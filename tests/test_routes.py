@@ -161,11 +161,17 @@ def test_a_pair_for_all_blocks_is_told_from_a_pair_for_each(depth: int):
         ({"a": True}, r"args_route\['a'\] is True: give a pair \(to_f, to_g\)"),
         ({"a": (True,)}, r"has 1 pairs for 3 blocks.*a=\(True, False\)"),
         ({"a": (True, (True, False), True)}, r"args_route\['a'\]\[0\] is True"),
+        ({"taps": (True, False)}, r"args_route\['taps'\]: `taps` is a parameter of"),
     ],
 )
 def test_a_wrong_route_is_named(route: Any, match: str):
     with pytest.raises(ValueError, match=match):
         ReversibleSequence(blocks(), route)
+    net = ReversibleSequence(blocks())
+    net.args_route = route
+    if "taps" not in route:
+        with pytest.raises(ValueError, match=match):
+            net(x(), a=1.0)
 
 
 # --- by signature
@@ -380,6 +386,24 @@ def test_a_missing_keyword_names_block_branch_and_route():
     note = notes(lambda: ReversibleSequence(blocks(), "signature")(x()))
     assert "In block 0, branch f, Scaled" in note
     assert note.endswith("args_route='signature'")
+
+
+def test_a_long_route_is_shortened():
+    net = ReversibleSequence(blocks() * 20, {"scale": ((True, True),) * 60})
+    note = notes(lambda: net(x(), scale=1.0))
+    assert "In block 0, branch g" in note
+    assert len(note) < 400
+
+
+class NoSelf(nn.Linear):
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        module, x = args
+        assert sorted(kwargs) == ["scale"]
+        return nn.Linear.forward(module, x)
+
+
+def test_a_forward_without_named_parameters_gets_all_keywords():
+    ReversibleSequence([(NoSelf(8, 8), NoSelf(8, 8))], "signature")(x(), scale=1.0)
 
 
 def test_any_error_of_a_branch_names_it():

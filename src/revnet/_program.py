@@ -20,6 +20,7 @@ from ._forgotten import attention_weights
 from ._plan import Plan
 from ._routing import (
     StepRoutes,
+    check_names,
     check_step_routes,
     explain,
     keywords_of,
@@ -330,6 +331,7 @@ class Reversible(Program):
                 raise TypeError(
                     f"step {i} is {type(step).__name__}, but a program consists of revnet.Step"
                 )
+        check_names(args_route)
         check_step_routes(args_route, len(program))
         super().__init__(
             len(program), streams, execution, preserve_rng_state, determinism_check, context_fn

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -42,7 +43,6 @@ def route_args(
         ...            {"mask": 0, "scale": 2}, depth=2)
         [({'mask': 0}, {}), ({'mask': 0}, {'by': 2})]
     """
-    check_routes(router, depth)
     known = {key: value for key, value in args.items() if key in router}
     flat = keywords_of(router, known, [None] * (2 * depth), 2)
     return [(flat[2 * i], flat[2 * i + 1]) for i in range(depth)]
@@ -61,7 +61,11 @@ def keywords_of(
 
     Raises:
         TypeError: a keyword that no branch takes, or that a branch gets twice.
+        ValueError: a route that fits no program of so many branches.
     """
+    # `args_route` may have been changed since the last call.
+    check = check_routes if group == 2 else check_step_routes
+    check(args_route, len(branches) // group)
     steps = [branch for branch in branches if isinstance(branch, Step)]
     claimed = [key for step in steps for key in step.names]
     check_keywords(args_route, kwargs, claimed, group)
@@ -171,6 +175,15 @@ def check_step_routes(args_route: Any, count: int) -> None:
             )
 
 
+def check_names(args_route: Any) -> None:
+    """Raise `ValueError` where the call itself has a parameter of the name of a route."""
+    if not isinstance(args_route, str) and "taps" in args_route:
+        raise ValueError(
+            "args_route['taps']: `taps` is a parameter of the network's forward. Route another "
+            "name to the branch: args_route={'places': ('taps', False)}"
+        )
+
+
 def _check_name(route: str, where: str) -> None:
     if route != SIGNATURE:
         raise ValueError(f"{where} is {route!r}, which is not 'signature' and no route")
@@ -268,8 +281,12 @@ def _signature(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
     function = getattr(forward, "__func__", None)
     if function is None or torch.compiler.is_compiling():
         return _read_signature(forward)
-    # Without the stream's owner: the cache would keep it.
-    return _cached_signature(function)[1:]
+    if function not in _signatures:
+        _signatures[function] = _read_signature(function)
+    parameters = _signatures[function]
+    # The module itself is among `*args` where there is no `self`.
+    bound = bool(parameters) and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL
+    return parameters[1:] if bound else parameters
 
 
 def _read_signature(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
@@ -279,7 +296,9 @@ def _read_signature(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...
         return ()
 
 
-_cached_signature = cache(_read_signature)
+_signatures: WeakKeyDictionary[Callable[..., Any], tuple[inspect.Parameter, ...]] = (
+    WeakKeyDictionary()
+)
 
 
 def _kind(branch: Any) -> str:
@@ -322,4 +341,4 @@ def explain(error: Exception, step: BoundStep, args_route: Any) -> str:
     if isinstance(args_route, Mapping):
         about = {key: route for key, route in args_route.items() if key in {*missing, *wrong}}
         args_route = about or dict(args_route)
-    return note if args_route is None else f"{note} The route: args_route={args_route!r}"
+    return note if args_route is None else f"{note} args_route={reprlib.repr(args_route)}"

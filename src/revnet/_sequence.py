@@ -28,7 +28,7 @@ from ._program import (
     Streams,
     check_stream,
 )
-from ._routing import Routes, check_routes, keywords_of, sliced
+from ._routing import Routes, check_names, check_routes, keywords_of, sliced
 from ._slices import P, part_of
 from ._step import BoundStep
 from ._taps import Taps, positions_of
@@ -45,6 +45,7 @@ class BlockSequence(Program):
     def __init__(self, args_route: Routes, layer_dropout: float, depth: int, *options: Any) -> None:
         if depth == 0:
             raise ValueError("blocks is empty: give at least one (f, g) pair")
+        check_names(args_route)
         check_routes(args_route, depth)
         if not 0.0 <= layer_dropout < 1.0:
             raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
