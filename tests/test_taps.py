@@ -165,9 +165,9 @@ def test_a_hook_on_a_block_comes_before_the_tap():
 
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("streams", ["float", "fixed"])
-@pytest.mark.parametrize("taps", [[3], [1, 3, 5], [0, 6, 14]], ids=str)
+@pytest.mark.parametrize("taps", [[3], [0, 2, 6]], ids=str)
 def test_a_tap_takes_the_memory_of_its_stream(taps: list[int], streams: Any):
-    net = ReversibleSequence(build([(Mlp, Linear)] * 16, 8), streams=streams).float()
+    net = ReversibleSequence(build([(Linear, Linear)] * 8, 8), streams=streams).float()
     x = torch.randn(2, 6, 8, requires_grad=True)
     net(x).sum().backward()
 
@@ -183,7 +183,7 @@ def test_a_tap_takes_the_memory_of_its_stream(taps: list[int], streams: Any):
 
 @pytest.mark.usefixtures("no_collector")
 def test_a_tap_is_free_where_the_stream_is_kept():
-    net = SequentialSequence(build([(Mlp, Linear)] * 16, 8), execution="checkpoint")
+    net = SequentialSequence(build([(Linear, Linear)] * 9, 8), execution="checkpoint")
     x = randn(2, 6, 8, requires_grad=True)
     net(x).sum().backward()
     without, found = measure_memory(net, x, taps=[]), measure_memory(net, x, taps=[3, 7])
