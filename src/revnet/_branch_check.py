@@ -26,7 +26,7 @@ def check_branch(branch: nn.Module, x: Tensor, seed: int = 0, **kwargs: Any) -> 
     to something else without an error.
 
     The residual is looked for in the graph of autograd: the input that reaches the output through
-    additions, scalings, norms and reshapes alone. It is not seen inside a custom
+    additions, scalings, norms, reshapes and a last activation alone. It is not seen inside a custom
     `torch.autograd.Function` or a fused kernel, nor where it passes an operator of another kind
     (padding, pooling, concatenation). A branch that ends so on purpose, as a nested reversible
     sequence does, need not pass.
@@ -129,6 +129,12 @@ _HANDS_ON = (
     *("NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm"),
 )
 
+# Activations that may follow the addition, as in residual networks of convolutions.
+_ACTIVATIONS = (
+    *("Relu", "LeakyRelu", "Prelu", "Rrelu", "Elu", "Gelu", "Silu", "Mish"),
+    *("Hardtanh", "Hardswish", "Softplus", "Tanh", "Sigmoid"),
+)
+
 
 def _adds_its_input(out: Tensor, leaf: Tensor) -> bool:
     """Check whether `leaf` is a term of `out`, beside another one that was computed."""
@@ -156,7 +162,7 @@ def _adds_its_input(out: Tensor, leaf: Tensor) -> bool:
                 for each, factor in (inputs, inputs[::-1])
                 if factor is None or _is_given(factor, leaf) or _is_norm(factor)
             ]
-        elif kind in _HANDS_ON:
+        elif kind in _HANDS_ON or (kind in _ACTIVATIONS and not added):
             waiting.append((inputs[0], added))
     return False
 
