@@ -351,6 +351,17 @@ def test_what_a_step_cannot_take_is_named():
         net(x(), x(), first=1.0, third=1.0)
     with pytest.raises(ValueError, match=r"args_route\['a'\] has 2 entries for 1 steps"):
         Reversible(list(net), args_route={"a": (True, True)})
+    with pytest.raises(ValueError, match=r"args_route\['a'\] is 1: give a boolean"):
+        Reversible(list(net), args_route={"a": 1})
+    with pytest.raises(ValueError, match="route_args does not know the branches"):
+        route_args("signature", {"a": 1}, 2)
+
+
+def test_a_program_drops_a_keyword_by_its_route():
+    step = Step(Scaled(), kwargs={"scale": "gain"})
+    net = Reversible([step], args_route={"use_cache": False})
+    expected = Reversible([step])(x(), x(), gain=2.0)
+    assert torch.equal(net(x(), x(), gain=2.0, use_cache=False)[0], expected[0])
 
 
 # --- what a branch raises

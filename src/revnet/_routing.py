@@ -22,7 +22,7 @@ SIGNATURE = "signature"
 
 
 def route_args(
-    router: Mapping[str, Sequence[Pair] | Pair], args: Mapping[str, Any], depth: int
+    router: Routes, args: Mapping[str, Any], depth: int
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return for each of `depth` blocks the keyword arguments of `f` and of `g`.
 
@@ -36,13 +36,16 @@ def route_args(
         `depth` pairs `(f_args, g_args)`, each a new dict.
 
     Raises:
-        ValueError: the number of pairs of a route is not `depth`.
+        ValueError: the number of pairs of a route is not `depth`; "signature", which a sequence
+            alone can look up.
 
     Example:
         >>> route_args({"mask": (True, False), "scale": ((0, 0), (0, "by"))},
         ...            {"mask": 0, "scale": 2}, depth=2)
         [({'mask': 0}, {}), ({'mask': 0}, {'by': 2})]
     """
+    if isinstance(router, str) or SIGNATURE in router.values():
+        raise ValueError("route_args does not know the branches, whose signatures it would read")
     known = {key: value for key, value in args.items() if key in router}
     flat = keywords_of(router, known, [None] * (2 * depth), 2)
     return [(flat[2 * i], flat[2 * i + 1]) for i in range(depth)]
@@ -168,7 +171,11 @@ def check_step_routes(args_route: Any, count: int) -> None:
         _check_name(args_route, "args_route")
         return
     for key, route in args_route.items():
-        if not is_one(route, 1) and len(route) != count:
+        if is_one(route, 1):
+            continue
+        if not isinstance(route, Sequence):
+            raise ValueError(f"args_route[{key!r}] is {route!r}: give a boolean, or one per step")
+        if len(route) != count:
             raise ValueError(
                 f"args_route[{key!r}] has {len(route)} entries for {count} steps: give one "
                 f"boolean for all steps, or one per step"
