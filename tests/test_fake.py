@@ -36,6 +36,35 @@ def test_a_training_step_without_memory(parameters: str, streams: Any, execution
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("execution", ["store", "select", "checkpoint", "offload", "invert"])
+@pytest.mark.parametrize("streams", ["auto", "float", "fixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_training_step_on_the_meta_device(dtype: Any, streams: Any, execution: str) -> None:
+    pairs = [(cases.with_dropout(cases.Mlp)(8), cases.Mlp(8)) for _ in range(2)]
+    net = revnet.ReversibleSequence(pairs, streams=streams, execution=execution)
+    net.to("meta", dtype)
+    x = torch.empty(2, 3, 8, device="meta", dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        assert net(x).shape == x.shape
+    y = net(x)
+    y.sum().backward()
+    net.check()
+    for tensor in (y, x.grad, *(p.grad for p in net.parameters())):
+        assert (tensor.device.type, tensor.dtype) == ("meta", dtype)
+    y1, y2 = net.run(x, x)
+    assert net.inverse(y1, y2)[0].shape == x.shape
+
+
+def test_a_program_on_the_meta_device_with_steps_that_scale() -> None:
+    steps = [
+        revnet.Step(nn.Linear(8, 8), i % 2, (i + 1) % 2, revnet.Momentum(0.9)) for i in range(4)
+    ]
+    net = revnet.Reversible(steps).to("meta")
+    x = torch.empty(2, 8, device="meta")
+    assert [y.shape for y in net(x, x)] == [x.shape] * 2
+    sum(net(x, x)).sum().backward()
+
+
 @pytest.mark.parametrize("execution", ["select", "checkpoint", "invert"])
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_a_training_step_as_a_graph_of_make_fx(mode: str, execution: str) -> None:

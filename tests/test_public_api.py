@@ -32,10 +32,10 @@ SIGNATURES: dict[str, dict[str, object]] = {
     "route_args": {"router": ..., "args": ..., "depth": ...},
 }
 METHODS: dict[tuple[str, str], dict[str, object]] = {
-    ("ReversibleSequence", "forward"): {"x": ...},
+    ("ReversibleSequence", "forward"): {"x": ..., "taps": None},
     ("ReversibleSequence", "run"): {"x1": ..., "x2": ...},
     ("ReversibleSequence", "inverse"): {"y1": ..., "y2": ...},
-    ("SequentialSequence", "forward"): {"x": ...},
+    ("SequentialSequence", "forward"): {"x": ..., "taps": None},
     ("ReversibleBlock", "forward"): {"x1": ..., "x2": ..., "f_args": {}, "g_args": {}},
     ("ReversibleBlock", "inverse"): {"y1": ..., "y2": ..., "f_args": {}, "g_args": {}},
 }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ._sequence import SequentialSequence as SequentialSequence
     from ._state.decisions import remember as remember
     from ._state.decisions import replaying as replaying
+    from ._state.outputs import remember_outputs as remember_outputs
     from ._state.random import Deterministic as Deterministic
     from ._step import Step as Step
     from ._streams.fixed import Fixed as Fixed
@@ -56,6 +57,7 @@ _MODULES = {
     "measure_memory": "_memory",
     "plan": "_planning.planner",
     "remember": "_state.decisions",
+    "remember_outputs": "_state.outputs",
     "replaying": "_state.decisions",
     "route_args": "_routing",
     "unconvert": "_conversion.convert",

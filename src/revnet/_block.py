@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 import weakref
@@ -55,16 +56,17 @@ def residual_steps(
 # sequence enters it by its `__call__`.
 entered = threading.local()
 
-# What fixed streams hold beside their values, by `id` of the value: a wrapper around a block hands
-# on the value alone when it runs the block again.
-_residuals: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+# How the streams of a call are held, and what fixed ones hold beside their values, by `id` of the
+# value: a wrapper around a block hands on the value alone when it runs the block again.
+_held: dict[int, tuple[weakref.ref[Tensor], FloatArithmetic | FixedArithmetic, Any]] = {}
 
 
-def _remember_residuals(call: Call) -> None:
+def _remember_held(call: Call) -> None:
     for value, encoded in call.streams:
-        if isinstance(encoded, Held) and isinstance(value, Tensor):
-            forget = partial(_residuals.pop, id(value))
-            _residuals[id(value)] = weakref.ref(value, forget), encoded.residual
+        if isinstance(value, Tensor):
+            forget = partial(_held.pop, id(value))
+            residual = encoded.residual if isinstance(encoded, Held) else None
+            _held[id(value)] = weakref.ref(value, forget), call.arithmetic, residual
 
 
 def enter_call(call: Call, streams: Sequence[Any], settings: Settings, branch: str) -> None:
@@ -106,7 +108,7 @@ class ReversibleBlock(Program):
                 )
         self.f = f
         self.g = g
-        self.register_load_state_dict_pre_hook(_unwrap_deterministic)
+        self.register_load_state_dict_pre_hook(unwrap_deterministic)
 
     def forward(
         self, x1: Tensor, x2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
@@ -123,14 +125,14 @@ class ReversibleBlock(Program):
         # In a graph, sequences take the steps themselves.
         found = None if active() else vars(entered).pop("call", None)
         if found is not None:
-            call, steps, hooks = found
+            call, steps, hooks, settings = found
             # A checkpoint around the block has hooks of its own, or switches gradients off.
             within = call.recording and (
                 saved_tensor_hooks() != hooks or not torch.is_grad_enabled()
             )
-            enter_call(call, (x1, x2), self._settings, steps[0][1].name)
+            enter_call(call, (x1, x2), settings, steps[0][1].name)
             if within:
-                _remember_residuals(call)
+                _remember_held(call)
             del x1, x2
             # The keywords may have gone through hooks of the block.
             for (index, step), keywords in zip(steps, (f_args, g_args), strict=True):
@@ -139,7 +141,15 @@ class ReversibleBlock(Program):
                 call.step(index, step, within)
             y1, y2 = call.start()
             return y1, y2
-        y1, y2, *_ = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
+        y1, y2, *aux = self._run((x1, x2), {"f_args": f_args, "g_args": g_args})
+        if aux and self._place is None and not active() and not self._settings.warned:
+            self._settings.warned = True
+            warnings.warn(
+                f"{', '.join(aux[0])} returned (update, aux), but a block that is called by itself "
+                f"returns its streams alone: aux is dropped. Return the update alone, or use "
+                f"revnet.ReversibleSequence([block]), which hands aux on.",
+                stacklevel=callers_level(),
+            )
         return y1, y2
 
     def inverse(
@@ -165,12 +175,15 @@ class ReversibleBlock(Program):
         again = self._place is not None and saved_tensor_hooks() is not None
         if not again:
             return super()._call(streams, arithmetic)
-        # A wrapper around the block runs it again, and manages what it saves.
+        # A wrapper around the block runs it again, and manages what it saves. A slice, whose
+        # streams may be held otherwise than here, shares its blocks with the whole sequence.
+        if (known := _held.get(id(streams[0]))) is not None:
+            arithmetic = known[1]
         call = Call(streams, arithmetic, self._settings.options, [STORE, STORE])
         for i, (value, encoded) in enumerate(call.streams):
-            known = _residuals.get(id(streams[i]))
-            if known is not None and isinstance(encoded, Held):
-                call.streams[i] = value, Held(value, known[1])
+            known = _held.get(id(streams[i]))
+            if known is not None and known[2] is not None and isinstance(encoded, Held):
+                call.streams[i] = value, Held(value, known[2])
         return call
 
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
@@ -183,12 +196,16 @@ class ReversibleBlock(Program):
         return ""
 
 
-def _unwrap_deterministic(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
+def unwrap_deterministic(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *args: Any,
+    names: Sequence[str] = "fg",
 ) -> None:
     """Accept checkpoints of classes that wrap each branch: keys `f.net.…` for our `f.…`."""
     expected = {prefix + key for key in module.state_dict()}
-    for branch in ("f", "g"):
+    for branch in names:
         start = f"{prefix}{branch}."
         wrapped = f"{start}net."
         found = [key for key in state_dict if key.startswith(start)]
@@ -200,6 +217,27 @@ def _unwrap_deterministic(
         ):
             for old, new in renamed.items():
                 state_dict[new] = state_dict.pop(old)
+
+
+def take_keys(
+    state_dict: dict[str, Any], prefix: str, given: tuple[str, str], own: tuple[str, str]
+) -> bool:
+    """Rename the keys of a sequence of the other kind; return whether there were any.
+
+    Args:
+        state_dict: changed in place. Left alone if it has keys of both kinds.
+        prefix: of the sequence.
+        given: the name of the list of blocks and one letter per branch, as in `("blocks", "fg")`.
+        own: those that they become.
+    """
+    if any(key.startswith(f"{prefix}{own[0]}.") for key in state_dict):
+        return False
+    pattern = re.compile(rf"{re.escape(prefix + given[0])}\.(\d+)\.([{given[1]}])\.(.*)", re.DOTALL)
+    found = [match for key in state_dict if (match := pattern.fullmatch(key))]
+    for match in found:
+        branch = own[1][given[1].index(match[2])]
+        state_dict[f"{prefix}{own[0]}.{match[1]}.{branch}.{match[3]}"] = state_dict.pop(match[0])
+    return bool(found)
 
 
 def runs_only_steps(block: nn.Module) -> bool:

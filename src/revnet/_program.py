@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,17 @@ from ._compiled.function import active, outside, run_traced
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
+from ._forgotten import attention_weights
 from ._plan import Plan
-from ._routing import check_keywords
+from ._routing import (
+    StepRoutes,
+    check_names,
+    check_step_routes,
+    explain,
+    keywords_of,
+    sliced,
+)
+from ._slices import part_of
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._state.modules import Memory
 from ._step import BoundStep, Step
@@ -25,6 +34,7 @@ from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
 from ._streams.fixed import Fixed, fitting_fraction_bits
 from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
+from ._taps import Taps, positions_of
 from ._trees import tree_leaves
 
 Execution = str | Sequence[str] | Plan
@@ -43,6 +53,8 @@ class Settings:
     executions: list[Any] = field(default_factory=list)
     # Whether it was said that hooks cast the streams to low precision.
     warned: bool = False
+    # Whether extra outputs were looked at: once, as that waits for the device.
+    looked: bool = False
 
 
 class Program(nn.Module):
@@ -90,21 +102,36 @@ class Program(nn.Module):
         """Modules that a pass enters by their `__call__`."""
         return ()
 
-    def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
+    def _through(self, call: Call, parts: BoundSteps, taps: Taps | None) -> Sequence[Any]:
         """Apply the steps; return the streams where a block returned others than its steps."""
         for index, part in parts:
+            if taps is not None:
+                taps.reach(index, call.values)
             call.step(index, part)
         return ()
 
-    def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the streams after one pass, and a dict of extra outputs if there are any."""
-        again = partial(self._run, streams, kwargs)
+    def _tapped(self, *streams: Any) -> Any:
+        """Return what a tap gives of the streams on the way."""
+        return streams
+
+    def _run(
+        self,
+        streams: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        positions: Sequence[int] | None = None,
+    ) -> tuple[Any, ...]:
+        """Return the streams after one pass, and a dict of extra outputs if there are any.
+
+        Between them comes the list of what was read at `positions`, unless None.
+        """
+        again = partial(self._run, streams, kwargs, positions)
         if self._random_depth and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
         parts = self._parts(streams, kwargs)
         leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
         self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
+        taps = None if positions is None else Taps(positions, self._tapped)
         if active():
             obstacle = ""
             if self._settings.options.replays_specially:
@@ -120,11 +147,26 @@ class Program(nn.Module):
                     again,
                     self._called_blocks,
                     obstacle,
+                    taps,
                 )
             )
         with self._call(streams, arithmetic) as call:
-            outputs = tuple(call.finish(*self._through(call, parts)))
+            try:
+                through = self._through(call, parts, taps)
+            except Exception as error:
+                if call.at is not None and not isinstance(error, ReversibleError):
+                    error.add_note(explain(error, call.at, getattr(self, "args_route", None)))
+                raise
+            outputs = tuple(call.finish(*through))
+            del through
+            if taps is not None:
+                taps.reach(self._count, outputs)
+                outputs = (*outputs, taps.results())
             self._monitor.flush()
+            if call.aux and not self._settings.looked and not call.capturing:
+                self._settings.looked = True
+                if warning := attention_weights(call.aux, outputs[0]):
+                    warnings.warn(warning, stacklevel=callers_level())
             if isinstance(self.execution, Plan):
                 # In a backward inside autocast, casts of biases would take memory beside the plan.
                 torch.clear_autocast_cache()
@@ -163,7 +205,9 @@ class Program(nn.Module):
             return self.streams
         # One stream in low precision is enough for wrong gradients.
         low = any(leaf.dtype in LOW_PRECISION for leaf in leaves)
-        low = low or torch.is_autocast_enabled(leaves[0].device.type)
+        device = leaves[0].device.type
+        # The meta device has no autocast.
+        low = low or (device != "meta" and torch.is_autocast_enabled(device))
         low = low or (not active() and casts_to_low_precision(self._called_blocks))
         return (
             Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
@@ -246,8 +290,10 @@ class Reversible(Program):
 
     Args:
         steps: in the order in which they are applied.
-        args_route: for each keyword of the forward pass, one boolean per step: whether its branch
-            takes it.
+        args_route: for each keyword of the forward pass, whether the branch of each step takes it:
+            one boolean for all steps, or one per step. `"signature"` and names in place of
+            booleans are as in `ReversibleSequence`. What a `Step` takes by its own `args` and
+            `kwargs` needs no route.
         streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales
             its target, which float streams cannot undo.
         execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked
@@ -270,7 +316,7 @@ class Reversible(Program):
         self,
         steps: Iterable[Step],
         *,
-        args_route: Mapping[str, Sequence[bool]] = {},
+        args_route: StepRoutes = {},
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
@@ -285,38 +331,66 @@ class Reversible(Program):
                 raise TypeError(
                     f"step {i} is {type(step).__name__}, but a program consists of revnet.Step"
                 )
-        for key, route in args_route.items():
-            if len(route) != len(program):
-                raise ValueError(
-                    f"args_route[{key!r}] has {len(route)} entries for {len(program)} steps: give "
-                    f"one boolean per step"
-                )
+        check_names(args_route)
+        check_step_routes(args_route, len(program))
         super().__init__(
             len(program), streams, execution, preserve_rng_state, determinism_check, context_fn
         )
+        self.args_route: Any = args_route if isinstance(args_route, str) else dict(args_route)
+        self._arrange(program)
+
+    def _arrange(self, program: Sequence[Step]) -> None:
+        """Register each step once, in the order in which they first occur."""
         places = {step: place for place, step in enumerate(dict.fromkeys(program))}
         self.steps = nn.ModuleList(places)
         self._order = [places[step] for step in program]
-        self.args_route = dict(args_route)
         self._width = 1 + max(max((step.target, *step.source)) for step in places)
         undoes = FloatArithmetic().undoes
         self._needs_fixed = any(
             step.coupling.scales and not undoes(step.coupling) for step in places
         )
 
-    def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def forward(
+        self, *streams: Any, taps: Sequence[int] | None = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
         """The streams after the last step.
 
         Args:
             streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or
                 more.
+            taps: steps after which all streams are read as well.
             **kwargs: passed to the branches that `args_route` names.
 
         Returns:
-            As many streams, and a dict from step to extra output if branches returned `(update,
-            aux)`.
+            As many streams; with `taps`, a list of the tuples of streams after these steps; and a
+            dict from step to extra output if branches returned `(update, aux)`.
         """
-        return self._run(streams, kwargs)
+        positions = None if taps is None else positions_of(taps, len(self), 1, "step")
+        return self._run(streams, kwargs, positions)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> Reversible: ...
+    def __getitem__(self, index: int | slice) -> Step | Reversible:
+        """Return a step, or a program of some: the same steps, settings of its own.
+
+        Slices are those of `ReversibleSequence`.
+        """
+        steps = cast(list[Step], list(self.steps))
+        if not isinstance(index, slice):
+            return steps[self._order[index]]
+        chosen = range(len(self))[index]
+        part = part_of(self, Reversible, chosen)
+        part._arrange([steps[self._order[i]] for i in chosen])
+        part.args_route = sliced(self.args_route, chosen, group=1)
+        return part
 
     def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams before the first step, from those after the last; differentiable.
@@ -334,17 +408,13 @@ class Reversible(Program):
         for i, stream in enumerate(streams):
             for leaf in tree_leaves(stream):
                 check_stream(leaf, f"stream {i}")
-        check_keywords(self.args_route, kwargs)
-        routed = {key: value for key, value in kwargs.items() if key in self.args_route}
         steps = cast(list[Step], list(self.steps))
-        parts = []
-        for i, place in enumerate(self._order):
-            step = steps[place]
-            keywords = {key: value for key, value in routed.items() if self.args_route[key][i]}
-            parts.append(
-                (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, keywords))
-            )
-        return parts
+        program = [steps[place] for place in self._order]
+        flat = keywords_of(self.args_route, kwargs, program, group=1)
+        return [
+            (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, flat[i]))
+            for i, step in enumerate(program)
+        ]
 
 
 def callers_level() -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from ._block import (
     entered,
     residual_steps,
     runs_only_steps,
+    take_keys,
+    unwrap_deterministic,
 )
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn
@@ -26,8 +28,10 @@ from ._program import (
     Streams,
     check_stream,
 )
-from ._routing import Routes, check_keywords, check_routes, route_args
+from ._routing import Routes, check_names, check_routes, keywords_of, sliced
+from ._slices import P, part_of
 from ._step import BoundStep
+from ._taps import Taps, positions_of
 from ._torch import saved_tensor_hooks
 
 
@@ -41,11 +45,12 @@ class BlockSequence(Program):
     def __init__(self, args_route: Routes, layer_dropout: float, depth: int, *options: Any) -> None:
         if depth == 0:
             raise ValueError("blocks is empty: give at least one (f, g) pair")
+        check_names(args_route)
         check_routes(args_route, depth)
         if not 0.0 <= layer_dropout < 1.0:
             raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
         super().__init__(2 * depth, *options)
-        self.args_route = dict(args_route)
+        self.args_route: Any = args_route if isinstance(args_route, str) else dict(args_route)
         self.layer_dropout = layer_dropout
         self._depth = depth
 
@@ -60,17 +65,36 @@ class BlockSequence(Program):
         kwargs: Mapping[str, Any],
         dropped: Collection[int] | None = None,
     ) -> BoundSteps:
-        check_keywords(self.args_route, kwargs)
-        routed = route_args(self.args_route, kwargs, self._depth)
+        blocks = self._branches
+        flat = keywords_of(self.args_route, kwargs, [f for branches in blocks for f in branches])
         if dropped is None:
             dropped = self._dropped()
         parts: list[tuple[int, BoundStep]] = []
-        for i, (branches, keywords) in enumerate(zip(self._branches, routed, strict=True)):
+        for i, branches in enumerate(blocks):
             if i not in dropped:
+                keywords = flat[2 * i : 2 * i + 2]
                 parts += residual_steps(
                     branches, keywords, 2 * i, f"{self._name} {i}, ", self._updates
                 )
         return parts
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        """The modules that hold the branches of each block."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self._depth
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._blocks)
+
+    def _part(self, kind: type[P], blocks: Sequence[int]) -> P:
+        """Return a sequence of some of the blocks, still without its modules."""
+        part: Any = part_of(self, kind, [step for i in blocks for step in (2 * i, 2 * i + 1)])
+        part._depth = len(blocks)
+        part.args_route = sliced(self.args_route, blocks)
+        return cast(P, part)
 
     @property
     def _random_depth(self) -> bool:
@@ -98,7 +122,11 @@ class ReversibleSequence(BlockSequence):
     Args:
         blocks: `(f, g)` pairs of modules that map a stream to a tensor of its shape (or to
             `(tensor, aux)`).
-        args_route: for each keyword of the forward pass, one pair `(to_f, to_g)` per block.
+        args_route: for each keyword of the forward pass, one pair `(to_f, to_g)` for all blocks,
+            or one per block. An entry is a boolean, or the name under which the branch takes the
+            keyword. `"signature"`, for one keyword or instead of them all, sends it to the
+            branches whose forward names it or takes `**kwargs`; wrappers with `*args, **kwargs`
+            and one child count as their child. Read in each call, so that it may be changed.
         layer_dropout: probability with which each block is skipped in training (stochastic depth).
         split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`.
         merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams.
@@ -160,20 +188,33 @@ class ReversibleSequence(BlockSequence):
             block._take_place(self._settings, 2 * i)
         self.blocks = nn.ModuleList(own)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The merged streams after the last block.
 
         Args:
             x: any shape, floating-point. With `split="chunk"`, even in size along `dim`.
+            taps: blocks after which the merged streams are returned as well: hidden states, for
+                deep supervision, say. They are differentiable, and the memory of each is its own.
+                In a compiled graph the two streams stay there besides. Early exits are slices:
+                `net[:4](x)`.
             **kwargs: passed to the branches that `args_route` names.
 
         Returns:
             A tensor of the dtype of `x`, of its shape unless `split` and `merge` say otherwise;
-            `(y, aux)` if branches returned extra outputs, `aux` a dict from branch to output.
+            `(y, aux)` if branches returned extra outputs, `aux` a dict from branch to output; with
+            `taps`, `(y, hidden)` or `(y, hidden, aux)`, `hidden` a list of tensors like `y`, one
+            for each of `taps` in its order.
+
+        Raises:
+            IndexError: `taps` names a block that is not there.
         """
-        y1, y2, *aux = self.run(*self._split(x), **kwargs)
+        positions = None if taps is None else positions_of(taps, len(self), 2, "block")
+        y1, y2, *more = self._run(self._split(x), kwargs, positions)
         y = self._merge(y1, y2)
-        return (y, *aux) if aux else y
+        return (y, *more) if more else y
+
+    def _tapped(self, *streams: Any) -> Any:
+        return self._merge(*streams)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_stream(x, "x")
@@ -216,6 +257,35 @@ class ReversibleSequence(BlockSequence):
         x1, x2 = self._undo((y1, y2), self._parts((y1, y2), kwargs, dropped=()))
         return x1, x2
 
+    @overload
+    def __getitem__(self, index: int) -> ReversibleBlock: ...
+    @overload
+    def __getitem__(self, index: slice) -> ReversibleSequence: ...
+    def __getitem__(self, index: int | slice) -> ReversibleBlock | ReversibleSequence:
+        """Return a block, or a sequence of some: the same blocks, settings of its own.
+
+        Options and routes are those of this sequence now; a `Plan` becomes a list of executions.
+        What is set later, there or here, stays there. Hooks on this sequence do not run there.
+        """
+        if not isinstance(index, slice):
+            return cast(ReversibleBlock, self.blocks[index])
+        chosen = range(len(self))[index]
+        part = self._part(ReversibleSequence, chosen)
+        # A block keeps its place in this sequence, whose settings it follows when called alone.
+        part.blocks = nn.ModuleList(self.blocks[i] for i in chosen)
+        return part
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # That of a SequentialSequence is taken, too.
+        take_keys(state_dict, prefix, given=("layers", "01"), own=("blocks", "fg"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.blocks
+
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:
         return [(block.f, block.g) for block in cast(Iterable[ReversibleBlock], self.blocks)]
@@ -224,11 +294,13 @@ class ReversibleSequence(BlockSequence):
     def _called_blocks(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
-    def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
+    def _through(self, call: Call, parts: BoundSteps, taps: Taps | None) -> Sequence[Any]:
         doors, streams = self._called_blocks, ()
         for i in range(0, len(parts), 2):
             block = parts[i : i + 2]
             (first, f), (_, g) = block
+            if taps is not None:
+                taps.reach(first, streams or call.values)
             door = doors[first // 2]
             if runs_only_steps(door):
                 if streams:
@@ -239,7 +311,7 @@ class ReversibleSequence(BlockSequence):
                 continue
             # What else runs in the block may draw random numbers.
             call.random = None
-            entered.call = call, block, saved_tensor_hooks()
+            entered.call = call, block, saved_tensor_hooks(), self._settings
             try:
                 streams = door(*(streams or call.start()), f.kwargs, g.kwargs)
             finally:
@@ -275,11 +347,47 @@ class SequentialSequence(BlockSequence):
         super().__init__(args_route, layer_dropout, len(pairs), "float", execution)
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        """Return `x` after the last layer, or `(x, aux)` if branches returned extra outputs."""
+    def forward(self, x: Tensor, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """Return `x` after the last layer, or `(x, aux)` if branches returned extra outputs.
+
+        With `taps` the list of `x` after these layers comes second, as in `ReversibleSequence`.
+        """
         check_stream(x, "x")
-        y, *aux = self._run((x,), kwargs)
-        return (y, *aux) if aux else y
+        positions = None if taps is None else positions_of(taps, len(self), 2, "layer")
+        y, *more = self._run((x,), kwargs, positions)
+        return (y, *more) if more else y
+
+    def _tapped(self, *streams: Any) -> Any:
+        return streams[0]
+
+    @overload
+    def __getitem__(self, index: int) -> nn.ModuleList: ...
+    @overload
+    def __getitem__(self, index: slice) -> SequentialSequence: ...
+    def __getitem__(self, index: int | slice) -> nn.ModuleList | SequentialSequence:
+        """Return the pair `(f, g)` of a layer, or a sequence of some layers that shares them.
+
+        Slices are those of `ReversibleSequence`.
+        """
+        if not isinstance(index, slice):
+            return cast(nn.ModuleList, self.layers[index])
+        chosen = range(len(self))[index]
+        part = self._part(SequentialSequence, chosen)
+        part.layers = nn.ModuleList(self.layers[i] for i in chosen)
+        return part
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # That of a ReversibleSequence is taken, too, whose branches may be wrapped.
+        if take_keys(state_dict, prefix, given=("blocks", "fg"), own=("layers", "01")):
+            for i, pair in enumerate(self.layers):
+                unwrap_deterministic(pair, state_dict, f"{prefix}layers.{i}.", names="01")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.layers
 
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:

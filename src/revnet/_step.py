@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ class Step(nn.Module):
         source: index of the stream that `fn` reads, or several; by default stream 1, and none where
             `fn` is None. A step that reads its target cannot be undone, and keeps it.
         coupling: the rule of the update; `Additive()` by default.
+        args: keywords of the program's call that `fn` takes by position, behind its sources.
+        kwargs: keywords of `fn`, each with that of the program's call which it is given:
+            `kwargs={"mask": "msa_mask"}` calls `fn(x, mask=msa_mask)`. One that the call lacks
+            is left out.
+        constants: keywords of `fn` with their values, the same in every call.
+
+    Raises:
+        ValueError: a negative stream, or a keyword of `fn` that is named twice.
+        TypeError: `fn` is not callable, or `coupling` no `Coupling`.
     """
 
     def __init__(
@@ -30,6 +39,10 @@ class Step(nn.Module):
         target: int = 0,
         source: int | Sequence[int] | None = None,
         coupling: Coupling | None = None,
+        *,
+        args: Sequence[str] = (),
+        kwargs: Mapping[str, str] = {},
+        constants: Mapping[str, Any] = {},
     ) -> None:
         super().__init__()
         if source is None:
@@ -51,15 +64,51 @@ class Step(nn.Module):
             raise ValueError(
                 f"Step: target {target}, source {self.source}: streams are counted from 0"
             )
+        self.args = tuple(args)
+        self.kwargs = dict(kwargs)
+        self.constants = dict(constants)
+        names = [*self.args, *self.kwargs, *self.constants]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        if twice:
+            raise ValueError(
+                f"Step: {', '.join(map(repr, twice))} is named more than once among args, kwargs "
+                f"and constants"
+            )
 
     def forward(self, *sources: Any, **kwargs: Any) -> Any:
         """The output of the branch as the coupling takes it."""
         if self.fn is not None:
+            if self.args:
+                sources = (*sources, *[kwargs.pop(name) for name in self.args if name in kwargs])
             return self.coupling.receive(self.fn(*sources, **kwargs))
         return sources[0] if sources else None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keywords of a program's call that this step asks for."""
+        return (*self.args, *self.kwargs.values())
+
+    def keywords(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keywords that this step takes from those of a call, and its constants.
+
+        Raises:
+            TypeError: one that is passed by position is there, and one before it is not.
+        """
+        found = dict(self.constants)
+        found |= {own: given[name] for own, name in self.kwargs.items() if name in given}
+        absent = [name for name in self.args if name not in given]
+        if absent and any(name in given for name in self.args[self.args.index(absent[0]) :]):
+            raise TypeError(
+                f"the call lacks {absent[0]!r}, which a branch takes by position, before others: "
+                f"args={self.args}"
+            )
+        return found | {name: given[name] for name in self.args if name in given}
+
     def extra_repr(self) -> str:
-        return f"target={self.target}, source={self.source}"
+        taken = f"target={self.target}, source={self.source}"
+        if self.args or self.kwargs:
+            taken += f", args={self.args}, kwargs={self.kwargs}"
+        return f"{taken}, constants={list(self.constants)}" if self.constants else taken
 
 
 class BoundStep(NamedTuple):

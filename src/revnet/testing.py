@@ -1,4 +1,4 @@
-"""Checks for your own couplings and branches: of inverses, and of gradients."""
+"""Checks for your own couplings and branches: of inverses, gradients and single branches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._branch_check import IN_PLACE, check_branch, unchanged
 from ._conversion.convert import Conversion, unconvert
 from ._couplings import Coupling
 from ._errors import ReversibleError
 from ._memory import measure_memory
 
-__all__ = ["ConversionReport", "check_conversion", "check_gradients", "check_inverse"]
+__all__ = [
+    "ConversionReport",
+    "check_branch",
+    "check_conversion",
+    "check_gradients",
+    "check_inverse",
+]
 
 
 def check_inverse(
@@ -54,7 +61,7 @@ def check_inverse(
             streams = outputs if isinstance(outputs, tuple) else (outputs,)
             restored = program.inverse(*streams[: len(inputs)], **kwargs)  # type: ignore[operator]
             restored = restored if isinstance(restored, tuple) else (restored,)
-    _unchanged(inputs, before, type(program).__name__, name)
+    unchanged(inputs, before, type(program).__name__, name)
     worst = 0.0
     for i, (given, back) in enumerate(zip(before, restored, strict=True)):
         if pytree.tree_structure(given) != pytree.tree_structure(back):
@@ -282,7 +289,7 @@ def _pass(
         outputs = _floating(_run(program, leaves, given))
         total = torch.stack([_weighted(out).to(outputs[0].device) for out in outputs]).sum()
         grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
-    _unchanged(leaves, streams, type(program).__name__, "stream {}".format)
+    unchanged(leaves, streams, type(program).__name__, "stream {}".format)
     return [out.detach() for out in outputs], dict(zip(wanted, grads, strict=True))
 
 
@@ -304,13 +311,7 @@ def _run(program: nn.Module, streams: Any, kwargs: Any) -> Any:
     except RuntimeError as error:
         if isinstance(error, ReversibleError) or "in-place" not in str(error):
             raise
-        raise ReversibleError(_IN_PLACE.format(type(program).__name__, "a stream")) from error
-
-
-_IN_PLACE = (
-    "{} changed {} in place. The streams that a step reads are needed to rebuild the activations: "
-    "work on a copy, or use the out-of-place operation."
-)
+        raise ReversibleError(IN_PLACE.format(type(program).__name__, "a stream")) from error
 
 
 def _compare(
@@ -382,13 +383,6 @@ def _deterministic(
             "state in buffers; and on a GPU ask for deterministic kernels with "
             "torch.use_deterministic_algorithms(True)."
         )
-
-
-def _unchanged(inputs: Any, before: Any, name: str, names: Callable[[int], str]) -> None:
-    for i, (now, then) in enumerate(zip(inputs, before, strict=True)):
-        for a, b in zip(pytree.tree_leaves(now), pytree.tree_leaves(then), strict=True):
-            if not torch.equal(a, b):
-                raise ReversibleError(_IN_PLACE.format(name, names(i)))
 
 
 def _leaves(tree: Any, differentiable: bool = False) -> Any:

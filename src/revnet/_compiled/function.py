@@ -28,6 +28,7 @@ from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._streams.buffer import BufferedStream
 from .._streams.format import Held
 from .._streams.monitor import RangeMonitor
+from .._taps import Taps
 from .purity import hooked, inspecting, reason
 from .walk import _autocast, _Evaluation, _Program, _slots, _takes_gradient, _Tensors, _up, _Walk
 
@@ -51,6 +52,7 @@ def run_traced(
     engine: Callable[[], Any],
     blocks: Sequence[nn.Module] = (),
     obstacle: str = "",
+    taps: Taps | None = None,
 ) -> Any:
     """Return the streams after all steps, followed by a dict of extra outputs if there are any.
 
@@ -63,6 +65,7 @@ def run_traced(
         engine: does the same outside a graph.
         blocks: modules around the branches, which are not called here.
         obstacle: why the steps should be left to the engine, if they should.
+        taps: reads streams on the way; what it read follows the streams.
     """
     if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
         arithmetic = FixedArithmetic(arithmetic.fixed, _prepared(arithmetic.monitor, list(streams)))
@@ -81,6 +84,11 @@ def run_traced(
     aux: dict[str, Any] = {}
     run: list[tuple[int, BoundStep]] = []
     for index, part in parts:
+        if taps is not None and taps.waits_before(index):
+            # The operation that rebuilds ends here, and keeps its last streams.
+            if run:
+                states, run = _reversibly(run, states, arithmetic), []
+            taps.reach(index, [value for value, _ in states])
         if rebuild and executions[index].rebuilds:
             run.append((index, part))
             continue
@@ -91,7 +99,10 @@ def run_traced(
             aux[part.name] = extra
     if run:
         states = _reversibly(run, states, arithmetic)
-    values = tuple(value for value, _ in states)
+    values: tuple[Any, ...] = tuple(value for value, _ in states)
+    if taps is not None:
+        taps.reach(len(executions), values)
+        values = (*values, taps.results())
     return (*values, aux) if aux else values
 
 

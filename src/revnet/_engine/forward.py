@@ -76,6 +76,8 @@ class Call:
         # Versions of the streams as a block returned them.
         self.versions: list[int] = []
         self.aux: dict[str, Any] = {}
+        # The step under way, for errors.
+        self.at: BoundStep | None = None
         self.capturing = bool(self.devices) and is_capturing()
         self.fake = is_faking()
         # The generators after the last step, while nobody else can have drawn since.
@@ -113,6 +115,11 @@ class Call:
             within: whether a wrapper, such as a checkpoint, stands between the sequence and the
                 step. The step is stored then, and the wrapper manages what it saves.
         """
+        self.at = step
+        self._take(index, step, within)
+        self.at = None
+
+    def _take(self, index: int, step: BoundStep, within: bool) -> None:
         execution = STORE if within else self.executions[index]
         if execution.keeps_results and is_compiled(step.fn):
             execution = STORE
@@ -188,6 +195,11 @@ class Call:
             self.random = RandomState(self.devices)
         state.settle(self.random)
 
+    @property
+    def values(self) -> list[Any]:
+        """The streams before the next step, to be looked at."""
+        return [value for value, _ in self.streams]
+
     @untraced
     def start(self) -> list[Any]:
         """Return the streams before the next step, as branches read them."""
@@ -246,7 +258,7 @@ class Call:
 
     def __exit__(self, *exception: Any) -> None:
         # These hold the graph.
-        self.streams, self.aux, self.random = [], {}, None
+        self.streams, self.aux, self.random, self.at = [], {}, None, None
 
     def _versions(self) -> list[int]:
         """Return the versions of the streams, where the last step is undone from them."""

@@ -232,7 +232,7 @@ class RecomputeHook:
                 f"{self.record.step.name}: the replay saved {self.count} tensors for backward "
                 f"where the forward saved {expected}. The branch did not do the same work twice: "
                 "look for a condition on state that the first call changed, or randomness of "
-                "Python or NumPy."
+                f"Python or NumPy.{_NEAR_TIE}"
             )
 
 
@@ -250,11 +250,17 @@ def describe(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.shape, None, tensor.dtype, tensor.device
 
 
+_NEAR_TIE = (
+    " If it chooses by its input, as the router of a mixture of experts does, rounding has tipped "
+    "a near tie: use streams='fixed', or revnet.remember_outputs(router)."
+)
+
+
 def _mismatch(name: str, index: int, forward: Any, replay: Any) -> str:
     return (
         f"{name}: saved tensor {index} is {_text(replay)} in the replay but was {_text(forward)} "
         "in the forward pass. The branch did not do the same work twice: look for a condition on "
-        "state that the first call changed, or randomness of Python or NumPy."
+        f"state that the first call changed, or randomness of Python or NumPy.{_NEAR_TIE}"
     )
 
 

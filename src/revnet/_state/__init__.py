@@ -12,6 +12,7 @@ check and restore before a replay, verify after it.
     random       generators
     environment  autocast, TF32 and the kernels of attention: settings of the process
     decisions    what `revnet.remember` was given
+    outputs      what modules under `revnet.remember_outputs` decided and returned
     results      results of single operations
     undo         takes back what a replay changed
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ class _Active(threading.local):
     """The calls and replays under way in this thread, outermost first."""
 
     decisions: tuple[Decisions, ...] = ()
+    # Of `remember_outputs`: the modules under way, each with its mode.
+    modes: tuple[tuple[Any, Any], ...] = ()
 
 
 _active = _Active()
@@ -28,40 +31,62 @@ class Decisions:
         name: what errors call the step.
     """
 
-    __slots__ = ("tensors", "place", "name")
+    __slots__ = ("tensors", "place", "name", "modes")
 
     def __init__(self, name: str) -> None:
         self.tensors: list[Tensor] = []
         self.place: int | None = None
         self.name = name
+        self.modes = 0
 
     def __enter__(self) -> None:
         """Let `remember` keep what it is given, or in a replay return what was kept."""
         _active.decisions = (*_active.decisions, self)
+        self.modes = len(_active.modes)
 
     def __exit__(self, *exception: object) -> None:
         _active.decisions = _active.decisions[:-1]
+        # An interrupt runs no hooks.
+        while len(_active.modes) > self.modes:
+            mode = _active.modes[-1][1]
+            _active.modes = _active.modes[:-1]
+            mode.__exit__(None, None, None)
 
-    def pass_on(self, decision: Tensor) -> Tensor:
-        """Keep a decision, or return the one that was kept."""
+    def pass_on(self, decision: Tensor, strict: bool = True) -> Tensor:
+        """Keep a decision, or return the one that was kept.
+
+        Args:
+            decision: what the call decided, or a replay.
+            strict: raise where a replay has decided on another shape.
+        """
         if self.place is None:
             # A copy: the branch may go on to write to its tensor.
-            self.tensors.append(decision.clone())
+            self.tensors.append(_copied(decision))
             return decision
         if self.place == len(self.tensors):
             raise self._error(decision)
         kept = self.tensors[self.place]
-        if kept.shape != decision.shape or kept.dtype is not decision.dtype:
+        if kept.dtype is not decision.dtype or (strict and kept.shape != decision.shape):
             raise self._error(decision)
         self.place += 1
-        return kept.clone()
+        return _copied(kept)
 
     def _error(self, decision: Tensor) -> ReversibleError:
         return ReversibleError(
             f"{self.name}: decision {self.place}, {tuple(decision.shape)}, was not made in the "
-            "forward pass. A branch calls revnet.remember as often and with the same shapes each "
-            "time."
+            "forward pass. A branch calls revnet.remember, and modules under "
+            "revnet.remember_outputs, as often and with the same shapes each time."
         )
+
+
+def _copied(x: Tensor) -> Tensor:
+    """Return a copy with the strides of x."""
+    if x.is_contiguous():
+        return x.clone()
+    # An expanded dimension has stride 0 and cannot be written to: copy one slice, expand that.
+    sizes = [1 if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True)]
+    part = x[tuple([slice(0, size) for size in sizes])]
+    return x.new_empty_strided(sizes, x.stride()).copy_(part).expand(x.shape)
 
 
 class _Replays(threading.local):

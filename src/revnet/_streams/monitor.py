@@ -223,8 +223,10 @@ def _local(x: Tensor) -> Tensor:
 
 
 def is_fake(x: Tensor) -> bool:
-    """Return whether x is a fake tensor, which has no memory."""
-    if type(x) is Tensor or torch.compiler.is_compiling():
+    """Return whether x is a fake tensor or one on the meta device, which have no memory."""
+    if torch.compiler.is_compiling():
         return False
+    if x.is_meta or type(x) is Tensor:
+        return x.is_meta
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     return fakes is not None and isinstance(x, fakes.FakeTensor)
