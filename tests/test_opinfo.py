@@ -36,8 +36,8 @@ def operators() -> list[Any]:
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.opinfo import core
 
-    # It looks for the test of torch that asks, through all frames: for each sample, in pytest's deep
-    # stack, longer than the operator takes.
+    # It looks for the test of torch that asks, through all frames: for each sample, in the deep
+    # stack of pytest, longer than the operator takes.
     core.extract_test_fn = lambda: None
     return [op for op in op_db if op.supports_autograd]
 

@@ -168,7 +168,7 @@ def check_conversion(
 ) -> ConversionReport:
     """Compare a converted model with stored execution, and with the ordinary network.
 
-    The `.grad` of parameters, buffers, generators and settings are left as they were.
+    Gradients (`.grad`), buffers, generators and settings stay as they are.
 
     Args:
         model: a model that `revnet.convert` converted.
@@ -185,40 +185,28 @@ def check_conversion(
     own = conversion.execution
     gradients = [(p, p.grad) for p in model.parameters()]
 
-    def passed() -> tuple[Tensor, dict[str, Tensor | None]]:
-        value = total()
-        names, parameters = zip(
-            *((name, p) for name, p in model.named_parameters() if p.requires_grad), strict=True
-        )
-        grads = torch.autograd.grad(value, parameters, allow_unused=True)
-        return value.detach(), dict(zip(names, grads, strict=True))
-
-    def total() -> Tensor:
+    def total(network: nn.Module = model) -> Tensor:
         with _seeded(model, seed):
-            out = _called(model, batch)
+            out = _called(network, batch)
         return (_loss_of if loss is None else loss)(out)
 
     # Measuring memory runs backward: not into the caller's gradients.
     model.zero_grad()
-    with _same_buffers(model), _seeded(model, seed), torch.no_grad():
-        # The first batch chooses the range of the streams.
-        _called(model, batch)
+    with _same_buffers(model), torch.no_grad():
+        total()  # The first batch chooses the range of the streams.
     try:
         conversion.execution = "store"
-        with _same_buffers(model):
-            value, expected = passed()
-        with _same_buffers(model):
-            again, repeated = passed()
+        value, expected = _differentiated(model, total)
+        again, repeated = _differentiated(model, total)
         _deterministic([value], [again], expected, repeated)
         with _same_buffers(model):
             stored_bytes = measure_memory(total).saved_bytes
         conversion.execution = own
-        with _same_buffers(model):
-            value, actual = passed()
+        value, actual = _differentiated(model, total)
         if not torch.equal(value, again):
             raise ReversibleError(
-                f"the loss is {value.item()} with execution={own!r} and {again.item()} stored: a "
-                f"layer reads what its own calls change, such as a counter. Keep it in buffers."
+                f"the loss is {value.item()} with execution={own!r}, {again.item()} stored: a layer "
+                "reads what its own calls change, such as a counter. Keep it in buffers."
             )
         _compare(actual, expected, tolerance, list)
         with _same_buffers(model):
@@ -227,10 +215,20 @@ def check_conversion(
         conversion.execution = own
         for p, grad in gradients:
             p.grad = grad
-    ordinary = unconvert(copy.deepcopy(model))
-    with torch.no_grad(), _seeded(model, seed):
-        plain = (_loss_of if loss is None else loss)(_called(ordinary, batch))
+    with torch.no_grad():
+        plain = total(unconvert(copy.deepcopy(model)))
     return ConversionReport(value.item(), plain.item(), saved_bytes, stored_bytes)
+
+
+def _differentiated(
+    model: nn.Module, total: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Return a loss and its gradients by parameter; the buffers stay as they are."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with _same_buffers(model):
+        value = total()
+        grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    return value.detach(), dict(zip(named, grads, strict=True))
 
 
 def _called(model: nn.Module, batch: Any) -> Any:

@@ -198,21 +198,9 @@ def convert(
 
     Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is not one of {', '.join(map(repr, RULES))}")
     bits = _checked(bits)
     resolve(execution, 1 if isinstance(execution, str) else len(execution))
-    if determinism_check not in ("default", "none", "exact"):
-        raise ValueError(
-            f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'"
-        )
-    if streams == "auto":
-        raise ValueError("streams 'auto' is not 'fixed', 'float' or a revnet.Fixed")
-    if any(KEY in vars(module) for module in model.modules()):
-        raise ReversibleError(
-            f"{type(model).__name__} is converted already. Change bits and execution on its "
-            f"Conversion, or call revnet.unconvert(model) first."
-        )
+    _check(model, rule, streams, determinism_check)
     found = find(model) if layers is None else named(model, layers)
     format_: Any = None if streams == "fixed" else _streams(streams)
     options = Options(preserve_rng_state, determinism_check, None)
@@ -224,14 +212,34 @@ def convert(
         unconvert(model)
         raise
     if rule == "two-stream" and was_loaded(model):
-        warnings.warn(
-            "rule='two-stream' is for training from scratch: pretrained weights do not carry over "
-            "(SmolLM2-135M: a loss of 3.72 becomes 16.6). Use rule='momentum' (3.74).",
-            stacklevel=callers_level(),
-        )
+        warnings.warn(_FROM_SCRATCH, stacklevel=callers_level())
     if calibrate is not None:
         conversion.calibrate(calibrate)
     return conversion
+
+
+_FROM_SCRATCH = (
+    "rule='two-stream' is for training from scratch: pretrained weights do not carry over "
+    "(SmolLM2-135M: a loss of 3.72 becomes 16.6). Use rule='momentum' (3.74)."
+)
+
+
+def _check(
+    model: nn.Module, rule: str, streams: str | Fixed | Float, determinism_check: str
+) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(map(repr, RULES))}")
+    if determinism_check not in ("default", "none", "exact"):
+        raise ValueError(
+            f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'"
+        )
+    if streams == "auto":
+        raise ValueError("streams 'auto' is not 'fixed', 'float' or a revnet.Fixed")
+    if any(KEY in vars(module) for module in model.modules()):
+        raise ReversibleError(
+            f"{type(model).__name__} is converted already. Change bits and execution on its "
+            f"Conversion, or call revnet.unconvert(model) first."
+        )
 
 
 def _enter(
