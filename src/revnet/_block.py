@@ -145,8 +145,12 @@ class ReversibleBlock(Program):
     def inverse(
         self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
     ) -> tuple[Tensor, Tensor]:
-        """Return the streams before the block. Differentiable; randomness is not repeated."""
-        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), {"f_args": f_args, "g_args": g_args}))
+        """Return the streams before the block: a pass like `forward`, in reverse order.
+
+        Its activations are rebuilt in backward. Randomness of the forward pass is not repeated.
+        """
+        parts = self._parts((y1, y2), {"f_args": f_args, "g_args": g_args})
+        x1, x2, *_ = self._invert((y1, y2), parts)
         return x1, x2
 
     @property

@@ -44,6 +44,9 @@ class Coupling(nn.Module):
     # The smallest value of `scale`, or the scale itself as a Fraction where it is constant. None:
     # fixed streams cannot bound what they must remember, and keep the target.
     least_scale: float | Fraction | None = None
+    # The largest value of `scale`, where it is not constant. None: in fixed streams the inverse
+    # pass keeps the target.
+    greatest_scale: float | None = None
     # Whether `combine` and `invert` only move elements: they then apply to integers as to floats,
     # and are exact.
     rearranges = False
@@ -63,6 +66,11 @@ class Coupling(nn.Module):
     def __init__(self, *, approximate: bool = False) -> None:
         super().__init__()
         self.approximate = approximate
+
+    @property
+    def state_owner(self) -> Coupling:
+        """Return the module that holds the state of this rule: of an adapter, the rule in it."""
+        return self
 
     def receive(self, out: Any) -> Any:
         """Return the branch's output as a `Step` hands it on: `out`, or `(out, aux)`."""
@@ -94,7 +102,7 @@ class Coupling(nn.Module):
     def invert(self, target: Any, out: Any) -> Any:
         """Return the target before the step, from the target after it."""
         target = tree_map(_subtract, target, self.increment(out))
-        return _scaled(target, self.scale(out), _divide) if self.scales else target
+        return divided(target, self.scale(out)) if self.scales else target
 
     @property
     def bits_per_step(self) -> float:
@@ -227,6 +235,7 @@ class Affine(Coupling):
         self.limit = limit
         self.log_det = log_det
         self.least_scale = math.exp(-limit)
+        self.greatest_scale = math.exp(limit)
 
     def receive(self, out: Any) -> Any:
         if not self.log_det:
@@ -326,13 +335,20 @@ def _multiply(target: Tensor, scale: Any) -> Tensor:
 
 
 def _divide(target: Tensor, scale: Any) -> Tensor:
-    return target / (scale.to(target.dtype) if isinstance(scale, Tensor) else scale)
+    if isinstance(scale, Tensor):
+        return target / scale.to(target.dtype)
+    return torch.ops.aten.div.Scalar(target, scale)  # type: ignore[no-any-return]
 
 
 def _scaled(target: Any, scale: Any, apply: Callable[[Tensor, Any], Tensor]) -> Any:
     if isinstance(scale, Fraction):
         return tree_map(lambda leaf: apply(leaf, _number(scale)), target)
     return tree_map(apply, target, scale)
+
+
+def divided(target: Any, scale: Any) -> Any:
+    """Return a stream divided by what `Coupling.scale` returned."""
+    return _scaled(target, scale, _divide)
 
 
 def _number(fraction: Fraction) -> float:

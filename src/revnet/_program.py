@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -16,12 +16,13 @@ from ._compiled.function import active, outside, run_traced
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
+from ._inverse import inverted, traceable
 from ._plan import Plan
 from ._routing import check_keywords
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._state.modules import Memory
 from ._step import BoundStep, Step
-from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
+from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from ._streams.fixed import Fixed, fitting_fraction_bits
 from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
@@ -92,16 +93,37 @@ class Program(nn.Module):
 
     def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
         """Apply the steps; return the streams where a block returned others than its steps."""
-        for index, part in parts:
-            call.step(index, part)
-        return ()
+        return _apply(call, parts)
 
     def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the streams after one pass, and a dict of extra outputs if there are any."""
         again = partial(self._run, streams, kwargs)
         if self._random_depth and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
-        parts = self._parts(streams, kwargs)
+        return self._pass(streams, self._parts(streams, kwargs), again, self._through)
+
+    def _invert(self, streams: Sequence[Any], parts: BoundSteps) -> tuple[Any, ...]:
+        """Return the streams before these steps, and extra outputs: a pass of its own."""
+        again = partial(self._invert, streams, parts)
+        if torch.compiler.is_dynamo_compiling() and not traceable(parts):
+            return tuple(outside(again))
+        return self._pass(streams, inverted(parts), again, _apply)
+
+    def _pass(
+        self,
+        streams: Sequence[Any],
+        parts: BoundSteps,
+        again: Callable[[], tuple[Any, ...]],
+        through: Callable[[Call, BoundSteps], Sequence[Any]],
+    ) -> tuple[Any, ...]:
+        """Return the streams after these steps, and a dict of extra outputs if there are any.
+
+        Args:
+            streams: those before the first step.
+            parts: the steps.
+            again: does the same outside of a graph.
+            through: applies the steps to a call.
+        """
         leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
         self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
@@ -123,7 +145,7 @@ class Program(nn.Module):
                 )
             )
         with self._call(streams, arithmetic) as call:
-            outputs = tuple(call.finish(*self._through(call, parts)))
+            outputs = tuple(call.finish(*through(call, parts)))
             self._monitor.flush()
             if isinstance(self.execution, Plan):
                 # In a backward inside autocast, casts of biases would take memory beside the plan.
@@ -134,13 +156,6 @@ class Program(nn.Module):
         """Return the call in which a pass over these streams runs."""
         options = self._settings.options
         return Call(streams, arithmetic, options, self._executions, self._memory)
-
-    def _undo(self, streams: Sequence[Any], parts: BoundSteps) -> tuple[Any, ...]:
-        """The streams before the steps, from those after them."""
-        found = list(streams)
-        for _, part in reversed(parts):
-            undo(found, part.fn, part.target, part.source, part.coupling, part.kwargs)
-        return tuple(found)
 
     def _check_plan(self, *leaves: Tensor) -> None:
         """Raise if the input is larger than that for which the plan in force was made."""
@@ -318,13 +333,27 @@ class Reversible(Program):
         """
         return self._run(streams, kwargs)
 
-    def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The streams before the first step, from those after the last; differentiable.
+    def inverse(self, *streams: Any, return_aux: bool = False, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the streams before the first step, from those after the last.
 
-        Computed in floating point, so exact up to rounding. Randomness is not repeated: call it in
-        `eval()`, or without dropout.
+        A pass like `forward`, in reverse order: its activations are rebuilt in backward by the
+        executions of the steps, and in fixed streams its gradients equal those of stored execution
+        in every bit. Randomness of the forward pass is not repeated: call it in `eval()`, or
+        without dropout.
+
+        Args:
+            streams: as `forward` returned them.
+            return_aux: append the dict from step to extra output, `{}` if no branch returned any.
+                The outputs are those of the forward pass: `log_det` is that of the step, not of its
+                inverse.
+            **kwargs: as in `forward`.
+
+        Raises:
+            ReversibleError: a step reads its own target.
         """
-        return self._undo(streams, self._parts(streams, kwargs))
+        found = self._invert(streams, self._parts(streams, kwargs))
+        streams, aux = found[: len(streams)], found[len(streams) :]
+        return (*streams, *(aux or ({},))) if return_aux else streams
 
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
         if len(streams) < self._width:
@@ -345,6 +374,12 @@ class Reversible(Program):
                 (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, keywords))
             )
         return parts
+
+
+def _apply(call: Call, parts: BoundSteps) -> Sequence[Any]:
+    for index, part in parts:
+        call.step(index, part)
+    return ()
 
 
 def callers_level() -> int:

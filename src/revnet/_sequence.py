@@ -207,13 +207,15 @@ class ReversibleSequence(BlockSequence):
         return self._run((x1, x2), kwargs)
 
     def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The streams before the first block, `(x1, x2)`, from those after the last.
+        """Return the streams before the first block, `(x1, x2)`, from those after the last.
 
-        Exact up to rounding in floating point. Randomness is not repeated: call it in `eval()`, or
-        without dropout.
+        A pass like `run`, in reverse order: its activations are rebuilt in backward, and in fixed
+        streams its gradients equal those of stored execution in every bit. Randomness of `run` is
+        not repeated: call it in `eval()`, or without dropout.
         """
         check_streams(y1, y2)
-        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), kwargs, dropped=()))
+        parts = self._parts((y1, y2), kwargs, dropped=())
+        x1, x2, *_ = self._invert((y1, y2), parts)
         return x1, x2
 
     @property

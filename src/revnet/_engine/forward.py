@@ -148,7 +148,7 @@ class Call:
         random = None
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
-        structure = self.memory.structure(index, step.fn, step.coupling)
+        structure = self.memory.structure(index, step.fn, step.coupling.state_owner)
         context_fn = self.options.context_fn
         return StepState(step, structure, self.environment, random, results, context_fn)
 

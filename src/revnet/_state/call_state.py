@@ -68,7 +68,7 @@ class StepState:
         context_fn: ContextFn | None,
     ) -> None:
         self.name = step.name
-        self.quiet = type(step.coupling) in _QUIET
+        self.quiet = type(step.coupling.state_owner) in _QUIET
         self.environment = environment
         self.modules = ModuleState(structure, step.kwargs, step.name)
         self.random = random

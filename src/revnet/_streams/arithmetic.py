@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from .._couplings import Coupling, fitting
-from .._errors import ReversibleError
-from .._step import branch_output
 from .._torch import without_tangents
 from .._trees import tree_map, tree_unzip
 from . import scaled
@@ -147,21 +145,6 @@ class FixedArithmetic:
         if not isinstance(scale, Fraction):
             return None
         return scale if scaled.takes(scale.numerator, scale.denominator, self.fixed) else None
-
-
-def undo(
-    streams: list[Any],
-    fn: Callable[..., Any],
-    target: int,
-    source: tuple[int, ...],
-    coupling: Coupling,
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Put the target before a step in place of the target after it; differentiable, on floats."""
-    if target in source:
-        raise ReversibleError(f"a step that reads its target, stream {target}, has no inverse")
-    out = fn(*(streams[i] for i in source), **kwargs)
-    streams[target] = coupling.invert(streams[target], branch_output(out, streams[target])[0])
 
 
 def _stream(held: Any) -> Held:
