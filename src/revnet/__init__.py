@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ._couplings import Midpoint as Midpoint
     from ._couplings import Momentum as Momentum
     from ._errors import ReversibleError as ReversibleError
+    from ._integrate import integrate as integrate
     from ._memory import MemoryReport as MemoryReport
     from ._memory import measure_memory as measure_memory
     from ._plan import Plan as Plan
@@ -53,6 +54,7 @@ _MODULES = {
     "SequentialSequence": "_sequence",
     "Step": "_step",
     "convert": "_conversion.convert",
+    "integrate": "_integrate",
     "measure_memory": "_memory",
     "plan": "_planning.planner",
     "remember": "_state.decisions",
