@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ._step import Step as Step
     from ._streams.fixed import Fixed as Fixed
     from ._streams.format import Float as Float
+    from ._two_step import TwoStep as TwoStep
 
 # Loaded on first use, so that `revnet --help` does not wait for what it does not need.
 _MODULES = {
@@ -53,6 +54,7 @@ _MODULES = {
     "ReversibleSequence": "_sequence",
     "SequentialSequence": "_sequence",
     "Step": "_step",
+    "TwoStep": "_two_step",
     "convert": "_conversion.convert",
     "integrate": "_integrate",
     "measure_memory": "_memory",

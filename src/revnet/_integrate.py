@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ._compiled.function import outside
-from ._couplings import Additive
+from ._couplings import ADDITIVE
 from ._program import BoundSteps, Program, Streams, check_stream
 from ._state.modules import Memory, Structure
 from ._step import BoundStep
 from ._streams.fixed import Fixed
 from ._streams.monitor import RangeMonitor
 from ._trees import tree_leaves, tree_map
-
-_ADDITIVE = Additive()
 
 
 def integrate(
@@ -199,7 +197,7 @@ class _Integration(Program):
         index: int, fn: nn.Module, target: int, source: int, keywords: dict[str, Tensor]
     ) -> tuple[int, BoundStep]:
         name = f"step {index}"
-        return index, BoundStep(name, fn, _ADDITIVE, target, (source,), keywords)
+        return index, BoundStep(name, fn, ADDITIVE, target, (source,), keywords)
 
 
 def _both(x: Any) -> tuple[Any, Any]:

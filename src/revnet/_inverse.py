@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._couplings import Additive, Coupling, divided
+from ._couplings import Additive, Coupling
 from ._errors import ReversibleError
+from ._factors import divided, signed
 from ._step import BoundStep
 from ._trees import tree_map
 
@@ -19,7 +20,7 @@ class Inverse(Coupling):
     """Compute what `rule.invert` computes, and undo it by `rule.combine`.
 
     With `y = scale · x + increment`, this is `x = y / scale - increment / scale`: a rule of the
-    same form, so fixed streams hold it as they hold the rule itself.
+    same form, which fixed streams hold as they hold the rule itself.
 
     Args:
         rule: the rule of the step that is taken back.
@@ -38,6 +39,9 @@ class Inverse(Coupling):
     def state_owner(self) -> Coupling:
         return self.rule.state_owner
 
+    def sign(self, out: Any) -> Tensor | None:
+        return self.rule.sign(out)
+
     def scale(self, out: Any) -> Any:
         scale = self.rule.scale(out)
         if isinstance(scale, Fraction):
@@ -45,7 +49,7 @@ class Inverse(Coupling):
         return tree_map(Tensor.reciprocal, scale)
 
     def increment(self, out: Any) -> Any:
-        increment = tree_map(Tensor.neg, self.rule.increment(out))
+        increment = signed(tree_map(Tensor.neg, self.rule.increment(out)), self.sign(out))
         return divided(increment, self.rule.scale(out)) if self.scales else increment
 
     def combine(self, target: Any, out: Any) -> Any:
@@ -68,10 +72,15 @@ def inverted(parts: Sequence[tuple[int, BoundStep]]) -> list[tuple[int, BoundSte
     Each keeps its number in the program, and with it its execution and its name.
 
     Raises:
-        ReversibleError: a step reads its own target.
+        ReversibleError: a step reads its own target, or its rule forgets it.
     """
     steps = []
     for index, step in reversed(parts):
+        if step.coupling.forgets:
+            raise ReversibleError(
+                f"{step.name}: its rule, {step.coupling.state_owner}, forgets the target and has "
+                f"no inverse"
+            )
         if step.target in step.source:
             raise ReversibleError(
                 f"a step that reads its target, stream {step.target}, has no inverse"

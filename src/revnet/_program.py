@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ._compiled.function import active, outside, run_traced
+from ._couplings import Coupling
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
 from ._inverse import inverted, traceable
 from ._plan import Plan
 from ._routing import check_keywords
+from ._source import rule_of
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._state.modules import Memory
 from ._step import BoundStep, Step
@@ -42,6 +44,9 @@ class Settings:
     streams: Streams = "auto"
     execution: Execution = "invert"
     executions: list[Any] = field(default_factory=list)
+    # Of the blocks of a sequence: the rule, additive if None, and whether the first begins at rest.
+    coupling: Coupling | None = None
+    begins: bool = False
     # Whether it was said that hooks cast the streams to low precision.
     warned: bool = False
 
@@ -98,7 +103,9 @@ class Program(nn.Module):
     def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the streams after one pass, and a dict of extra outputs if there are any."""
         again = partial(self._run, streams, kwargs)
-        if self._random_depth and torch.compiler.is_dynamo_compiling():
+        # A tracer cannot look into rules that are made while it traces.
+        outdoors = self._random_depth or self._settings.coupling is not None
+        if outdoors and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
         return self._pass(streams, self._parts(streams, kwargs), again, self._through)
 
@@ -370,8 +377,9 @@ class Reversible(Program):
         for i, place in enumerate(self._order):
             step = steps[place]
             keywords = {key: value for key, value in routed.items() if self.args_route[key][i]}
+            rule = rule_of(step.coupling)
             parts.append(
-                (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, keywords))
+                (i, BoundStep(f"step {i}", step, rule, step.target, step.source, keywords))
             )
         return parts
 

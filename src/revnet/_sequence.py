@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,9 +13,9 @@ from ._block import (
     check_streams,
     enter_call,
     entered,
-    residual_steps,
     runs_only_steps,
 )
+from ._couplings import Coupling
 from ._distributed import shared_generator
 from ._engine import Call, ContextFn
 from ._execution import EXECUTIONS
@@ -27,8 +27,20 @@ from ._program import (
     check_stream,
 )
 from ._routing import Routes, check_keywords, check_routes, route_args
+from ._schemes import (
+    merged_streams,
+    residual_steps,
+    starting_streams,
+    step_name,
+    steps_per_block,
+)
 from ._step import BoundStep
+from ._streams.arithmetic import FloatArithmetic
 from ._torch import saved_tensor_hooks
+from ._trees import tree_leaves
+
+Split = Callable[[Any], tuple[Any, Any]]
+Merge = Callable[[Any, Any], Any]
 
 
 class BlockSequence(Program):
@@ -38,13 +50,16 @@ class BlockSequence(Program):
     # Which stream each branch of a block updates.
     _updates = (0, 1)
 
+    # How many steps a block is.
+    _per_block = 2
+
     def __init__(self, args_route: Routes, layer_dropout: float, depth: int, *options: Any) -> None:
         if depth == 0:
             raise ValueError("blocks is empty: give at least one (f, g) pair")
         check_routes(args_route, depth)
         if not 0.0 <= layer_dropout < 1.0:
             raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
-        super().__init__(2 * depth, *options)
+        super().__init__(self._per_block * depth, *options)
         self.args_route = dict(args_route)
         self.layer_dropout = layer_dropout
         self._depth = depth
@@ -68,7 +83,13 @@ class BlockSequence(Program):
         for i, (branches, keywords) in enumerate(zip(self._branches, routed, strict=True)):
             if i not in dropped:
                 parts += residual_steps(
-                    branches, keywords, 2 * i, f"{self._name} {i}, ", self._updates
+                    branches,
+                    keywords,
+                    self._per_block * i,
+                    f"{self._name} {i}, ",
+                    self._updates,
+                    self._settings.coupling,
+                    self._settings.begins and i == 0,
                 )
         return parts
 
@@ -83,7 +104,7 @@ class BlockSequence(Program):
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
 
     def _step_name(self, step: int) -> str:
-        return "the input" if step < 0 else f"{self._name} {step // 2}, branch {'fg'[step % 2]}"
+        return "the input" if step < 0 else step_name(step, self._per_block, self._name)
 
     def extra_repr(self) -> str:
         dropout = f", layer_dropout={self.layer_dropout}" if self.layer_dropout else ""
@@ -93,16 +114,23 @@ class BlockSequence(Program):
 class ReversibleSequence(BlockSequence):
     """Residual blocks on two streams, trained with activation memory that does not grow with depth.
 
-    Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
+    Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, or does so by another rule.
+    Streams are tensors, or trees (dicts, lists, tuples) of tensors.
 
     Args:
         blocks: `(f, g)` pairs of modules that map a stream to a tensor of its shape (or to
             `(tensor, aux)`).
         args_route: for each keyword of the forward pass, one pair `(to_f, to_g)` per block.
         layer_dropout: probability with which each block is skipped in training (stochastic depth).
-        split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`.
-        merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams.
+        split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`; a function of
+            `x` returns the two streams.
+        merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams; or a function of
+            both returns the output.
         dim: dimension of `"chunk"` and `"concat"`.
+        coupling: the rule of all steps, additive by default. `Momentum` and `Leapfrog` take a
+            branch as the force on a velocity (stream 0), which is then added to the state
+            (stream 1): four steps per block. With these, `Midpoint` and `TwoStep`,
+            `split="copy"` starts at rest in x, and `merge="mean"` returns the latest state.
         streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to
             stored execution in every bit; `"float"` holds the tensors themselves; `"auto"` is fixed
             under autocast and for bfloat16 and float16 inputs, float otherwise.
@@ -136,9 +164,10 @@ class ReversibleSequence(BlockSequence):
         args_route: Routes = {},
         *,
         layer_dropout: float = 0.0,
-        split: str = "copy",
-        merge: str = "mean",
+        split: str | Split = "copy",
+        merge: str | Merge = "mean",
         dim: int = -1,
+        coupling: Coupling | None = None,
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
@@ -146,10 +175,15 @@ class ReversibleSequence(BlockSequence):
         context_fn: ContextFn | None = None,
     ) -> None:
         pairs = _pairs(blocks)
-        if split not in ("copy", "chunk"):
-            raise ValueError(f"split {split!r} is not 'copy' or 'chunk'")
-        if merge not in ("mean", "sum", "concat"):
-            raise ValueError(f"merge {merge!r} is not 'mean', 'sum' or 'concat'")
+        if not callable(split) and split not in ("copy", "chunk"):
+            raise ValueError(f"split {split!r} is not 'copy' or 'chunk', nor a function")
+        if not callable(merge) and merge not in ("mean", "sum", "concat"):
+            raise ValueError(f"merge {merge!r} is not 'mean', 'sum' or 'concat', nor a function")
+        if coupling is not None and not isinstance(coupling, Coupling):
+            raise TypeError(
+                f"coupling is {coupling!r}, which is not a Coupling: did you leave out the ()?"
+            )
+        self._per_block = steps_per_block(coupling)
         options = (streams, execution, preserve_rng_state, determinism_check, context_fn)
         super().__init__(args_route, layer_dropout, len(pairs), *options)
         self.split = split
@@ -157,14 +191,19 @@ class ReversibleSequence(BlockSequence):
         self.dim = dim
         own = [ReversibleBlock(f, g) for f, g in pairs]
         for i, block in enumerate(own):
-            block._take_place(self._settings, 2 * i)
+            block._take_place(self._settings, self._per_block * i)
         self.blocks = nn.ModuleList(own)
+        if coupling is not None:
+            self.coupling = self._settings.coupling = coupling
+            self._settings.begins = coupling.starts_at_rest and split == "copy"
+            self._needs_fixed = coupling.scales and not FloatArithmetic().undoes(coupling)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+    def forward(self, x: Any, **kwargs: Any) -> Any:
         """The merged streams after the last block.
 
         Args:
-            x: any shape, floating-point. With `split="chunk"`, even in size along `dim`.
+            x: any shape, floating-point, or a tree of such tensors; what `split` takes, if that is
+                a function. With `split="chunk"`, even in size along `dim`.
             **kwargs: passed to the branches that `args_route` names.
 
         Returns:
@@ -175,30 +214,21 @@ class ReversibleSequence(BlockSequence):
         y = self._merge(y1, y2)
         return (y, *aux) if aux else y
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_stream(x, "x")
-        self._check_plan(x)
-        if self.split == "copy":
-            return x, x
-        size = x.shape[self.dim]
-        if size % 2:
-            raise ValueError(
-                f"split='chunk' halves dimension {self.dim} of x, whose size {size} is odd"
-            )
-        x1, x2 = x.chunk(2, self.dim)
-        return x1, x2
+    def _split(self, x: Any) -> tuple[Any, Any]:
+        if not callable(self.split):
+            for leaf in tree_leaves(x) or [x]:
+                check_stream(leaf, "x")
+        self._check_plan(*(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)))
+        return starting_streams(self.split, self.dim, self._settings.coupling, x)
 
-    def _merge(self, y1: Tensor, y2: Tensor) -> Tensor:
-        if self.merge == "concat":
-            return torch.cat((y1, y2), self.dim)
-        # The overload with a number keeps no tensor for backward; `/ 2` would keep one.
-        return torch.ops.aten.div.Scalar(y1 + y2, 2) if self.merge == "mean" else y1 + y2
+    def _merge(self, y1: Any, y2: Any) -> Any:
+        return merged_streams(self.merge, self.dim, self._settings.coupling, y1, y2)
 
-    def run(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+    def run(self, x1: Any, x2: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams after the last block, `(y1, y2)`, from those before the first.
 
         Args:
-            x1, x2: any shape, equal, floating-point.
+            x1, x2: any shape, equal, floating-point; or trees of tensors.
 
         Returns:
             `(y1, y2)`, or `(y1, y2, aux)` if branches returned extra outputs.
@@ -206,7 +236,7 @@ class ReversibleSequence(BlockSequence):
         check_streams(x1, x2)
         return self._run((x1, x2), kwargs)
 
-    def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def inverse(self, y1: Any, y2: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Return the streams before the first block, `(x1, x2)`, from those after the last.
 
         A pass like `run`, in reverse order: its activations are rebuilt in backward, and in fixed
@@ -228,10 +258,10 @@ class ReversibleSequence(BlockSequence):
 
     def _through(self, call: Call, parts: BoundSteps) -> Sequence[Any]:
         doors, streams = self._called_blocks, ()
-        for i in range(0, len(parts), 2):
-            block = parts[i : i + 2]
-            (first, f), (_, g) = block
-            door = doors[first // 2]
+        for i in range(0, len(parts), self._per_block):
+            block = parts[i : i + self._per_block]
+            (first, f), (_, g) = block[:: self._per_block // 2]
+            door = doors[first // self._per_block]
             if runs_only_steps(door):
                 if streams:
                     enter_call(call, streams, self._settings, f.name)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
 from .._kept import Hosted, Saved
+from .._source import Receiving
 from .._state.branch import is_compiled
 from .._state.call_state import StepState
 from .._state.environment import Environment
@@ -148,7 +149,8 @@ class Call:
         random = None
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
-        structure = self.memory.structure(index, step.fn, step.coupling.state_owner)
+        fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
+        structure = self.memory.structure(index, fn, step.coupling.state_owner)
         context_fn = self.options.context_fn
         return StepState(step, structure, self.environment, random, results, context_fn)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._couplings import Coupling, fitting
+from .._factors import signed
 from .._torch import without_tangents
 from .._trees import tree_map, tree_unzip
 from . import scaled
@@ -98,7 +99,7 @@ class FixedArithmetic:
             return _stream(held).value, held
         if ratio := self._ratio(coupling, out):
             increment = fitting(value, coupling.increment(out))
-            held = _read_as(held, value)
+            held = _signed(held, value, coupling.sign(out))
             held = multiply_and_add(held, ratio, increment, self.fixed, self.monitor, index)
             return held.stream.value, held
         # The gradient is that of the rule on floats; the value, below, that of the fixed-point
@@ -109,6 +110,7 @@ class FixedArithmetic:
         with torch.no_grad(), without_tangents():
             if coupling.rearranges:
                 return like, _moved(held, lambda part: coupling.combine(part, out), like)
+            held = _signed(held, value, coupling.sign(out))
             held = multiply(
                 held, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index
             )
@@ -127,10 +129,12 @@ class FixedArithmetic:
             )
         elif ratio := self._ratio(coupling, out):
             held = subtract_and_divide(held, ratio, coupling.increment(out), self.fixed)
+            held = _signed(held, _stream(held).value, coupling.sign(out))
         else:
             held = _added(held, value, coupling.increment(out), self.fixed.subtract)
             if coupling.scales:
                 held = divide(held, coupling.scale(out), coupling.least_scale, self.fixed)
+                held = _signed(held, _stream(held).value, coupling.sign(out))
         return _stream(held).value, held
 
     def read(self, held: Any) -> Any:
@@ -152,9 +156,14 @@ def _stream(held: Any) -> Held:
     return stream
 
 
-def _read_as(held: Any, value: Any) -> Any:
-    """Return a held stream with this value, which has a gradient."""
-    stream = Held(value, _stream(held).residual)
+def _signed(held: Any, value: Any, sign: Tensor | None) -> Any:
+    """Return a held stream, read as this value, which has a gradient, times 1 or -1."""
+    residual = _stream(held).residual
+    if sign is not None:
+        # A stream holds no minus zero.
+        value = tree_map(lambda leaf: leaf + 0.0, signed(value, sign))
+        residual = signed(residual, sign)
+    stream = Held(value, residual)
     return replace(held, stream=stream) if isinstance(held, BufferedStream) else stream
 
 
