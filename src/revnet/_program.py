@@ -162,7 +162,7 @@ class Program(nn.Module):
     def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
         """Return the call in which a pass over these streams runs."""
         options = self._settings.options
-        return Call(streams, arithmetic, options, self._executions, self._memory)
+        return Call(streams, arithmetic, options, self._executions, self._memory, chains=True)
 
     def _check_plan(self, *leaves: Tensor) -> None:
         """Raise if the input is larger than that for which the plan in force was made."""

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._compiled.function import active
 from ._couplings import ADDITIVE, Coupling
 from ._program import BoundSteps
 from ._source import receiving, rule_of
 from ._step import BoundStep, Step
+from ._torch import is_forward_mode
 from ._trees import tree_map, tree_unzip
 
 # What the steps of blocks read where a velocity is added to the state.
@@ -119,10 +121,34 @@ def merged_streams(merge: Any, dim: int, coupling: Coupling | None, y1: Any, y2:
     if callable(merge):
         return merge(y1, y2)
     if merge == "concat":
-        return tree_map(lambda a, b: torch.cat((a, b), dim), y1, y2)
+        return tree_map(lambda a, b: _concatenated(a, b, dim), y1, y2)
     if merge == "sum":
         return tree_map(torch.add, y1, y2)
     if coupling is not None and coupling.starts_at_rest:
         return y2
     # The overload with a number keeps no tensor for backward; `/ 2` would keep one.
     return tree_map(lambda a, b: torch.ops.aten.div.Scalar(a + b, 2), y1, y2)
+
+
+def _concatenated(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    if active() or is_forward_mode():
+        return torch.cat((a, b), dim)
+    y: Tensor = _Concatenate.apply(a, b, dim)
+    return y
+
+
+class _Concatenate(torch.autograd.Function):
+    """Concatenate; the gradients of the parts are tensors of their own.
+
+    Those of `torch.cat` are views, each of which holds the gradient of both.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, dim: int) -> Tensor:
+        ctx.dim, ctx.sizes = dim, (a.shape[dim], b.shape[dim])
+        return torch.cat((a, b), dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        a, b = grad.split(ctx.sizes, ctx.dim)
+        return a.clone(), b.clone(), None

@@ -15,9 +15,10 @@ from ._block import (
     entered,
     runs_only_steps,
 )
+from ._compiled.function import active
 from ._couplings import Coupling
 from ._distributed import shared_generator
-from ._engine import Call, ContextFn
+from ._engine import Call, ContextFn, rename, stands_for_streams
 from ._execution import EXECUTIONS
 from ._program import (
     BoundSteps,
@@ -219,10 +220,20 @@ class ReversibleSequence(BlockSequence):
             for leaf in tree_leaves(x) or [x]:
                 check_stream(leaf, "x")
         self._check_plan(*(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)))
-        return starting_streams(self.split, self.dim, self._settings.coupling, x)
+        streams = starting_streams(self.split, self.dim, self._settings.coupling, x)
+        if self.split == "chunk" and isinstance(x, Tensor) and not active():
+            merged = "concat", self.dim % x.dim()
+            if stands_for_streams(x, merged):
+                # Views would keep x, and branches would not read what those of one sequence read.
+                streams = streams[0].clone(), streams[1].clone()
+                rename([x], merged, streams, None)
+        return streams
 
     def _merge(self, y1: Any, y2: Any) -> Any:
-        return merged_streams(self.merge, self.dim, self._settings.coupling, y1, y2)
+        y = merged_streams(self.merge, self.dim, self._settings.coupling, y1, y2)
+        if self.merge == "concat" and isinstance(y, Tensor) and not active():
+            rename([y1, y2], None, [y], ("concat", self.dim % y.dim()))
+        return y
 
     def run(self, x1: Any, x2: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams after the last block, `(y1, y2)`, from those before the first.

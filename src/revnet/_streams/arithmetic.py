@@ -60,6 +60,14 @@ class FloatArithmetic:
         """The value of a stream that is held so."""
         return held
 
+    def rest(self, held: Any) -> Any:
+        """Return how a stream is held, without its value: nothing."""
+        return None
+
+    def held(self, rest: Any, value: Any) -> Any:
+        """Return the stream of which `rest` was returned, with this value."""
+        return value
+
 
 class FixedArithmetic:
     """Steps on fixed-point streams, held as the values that branches read and integers left over.
@@ -139,6 +147,14 @@ class FixedArithmetic:
 
     def read(self, held: Any) -> Any:
         return _stream(held).value
+
+    def rest(self, held: Any) -> Any:
+        """Return how a stream is held, without its value."""
+        return self.held(held, None)
+
+    def held(self, rest: Any, value: Any) -> Any:
+        """Return the stream of which `rest` was returned, with this value."""
+        return _signed(rest, value, None)
 
     def _ratio(self, coupling: Coupling, out: Any) -> Fraction | None:
         """Return the constant factor of a rule whose steps are computed in one pass, else None."""
