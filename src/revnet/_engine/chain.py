@@ -36,14 +36,12 @@ class Mode:
         capturing: whether a CUDA graph captures it.
         fake: whether tensors have no memory.
         options: see `Options`.
-        hooks: the hooks on saved tensors around the call.
     """
 
     recording: bool
     capturing: bool
     fake: bool
     options: Options
-    hooks: Any
 
 
 @dataclass(eq=False)
@@ -57,9 +55,10 @@ class _Left:
         merged: how one tensor stands for two streams; None where they stand for themselves.
         format: of the streams, None for floats.
         rests: for each stream how it is held, without its value.
-        tape: of the pass; None once another pass has gone on with it.
+        tapes: that of the pass; none once another pass has gone on with it.
         position: the number of its steps.
         mode: see `Mode`.
+        hooks: a weak reference to the hooks on saved tensors around the pass, None without any.
     """
 
     tensors: list[weakref.ref[Tensor]]
@@ -68,9 +67,23 @@ class _Left:
     merged: Any
     format: Any
     rests: list[Any]
-    tape: weakref.ref[Tape] | None
+    tapes: list[weakref.ref[Tape]]
     position: int
     mode: Mode
+    hooks: Any
+
+    def take(self, mode: Mode) -> Tape | None:
+        """Return the tape for a call that begins now, if it may go on with it.
+
+        Another pass over the same streams gets none.
+        """
+        if not mode.recording or self.mode != mode or not _are_around(self.hooks):
+            return None
+        try:
+            # One operation: two threads may be given the same streams.
+            return self.tapes.pop()()
+        except IndexError:
+            return None
 
     def are(self, tensors: Sequence[Any], merged: Any) -> bool:
         """Check whether these are the tensors, unchanged."""
@@ -117,9 +130,10 @@ def hand_on(streams: Sequence[Stream], arithmetic: Arithmetic, tape: Tape, mode:
             None,
             format,
             [arithmetic.rest(encoded) for _, encoded in streams],
-            weakref.ref(tape),
+            [weakref.ref(tape)],
             len(tape.records),
             mode,
+            _hooks_around(),
         )
         _put(left, tensors, None)
 
@@ -139,11 +153,7 @@ def go_on(streams: Sequence[Any], arithmetic: Arithmetic, mode: Mode) -> Continu
         (value, arithmetic.held(rest, value))
         for value, rest in zip(streams, left.rests, strict=True)
     ]
-    tape = None
-    if mode.recording and left.tape is not None and left.mode == mode:
-        # Another pass over the same streams has a tape of its own.
-        tape, left.tape = left.tape(), None
-    return Continued(continued, tape, left.position)
+    return Continued(continued, left.take(mode), left.position)
 
 
 def stands_for_streams(tensor: Tensor, merged: Any) -> bool:
@@ -163,9 +173,8 @@ def rename(tensors: Sequence[Any], merged: Any, others: Sequence[Any], others_me
     """
     left = _LEFT.get(id(tensors[0]))
     if left is not None and left.are(tensors, merged):
+        # Both have the one list of tapes: one pass goes on, whichever it is given.
         _put(replace(left), others, others_merged)
-        # Who goes on with the tape is now given the others.
-        left.tape = None
 
 
 def _put(left: _Left, tensors: Sequence[Tensor], merged: Any) -> None:
@@ -197,6 +206,26 @@ def _format(arithmetic: Arithmetic) -> Any:
     return arithmetic.fixed if isinstance(arithmetic, FixedArithmetic) else None
 
 
-def mode_of(recording: bool, capturing: bool, fake: bool, options: Options) -> Mode:
-    """Return the mode of a call that begins now."""
-    return Mode(recording, capturing, fake, options, saved_tensor_hooks())
+def _hooks_around() -> Any:
+    """Return a weak reference to the hooks on saved tensors here: they may hold a graph."""
+    hooks = saved_tensor_hooks()
+    if hooks is None:
+        return None
+    pack = hooks[0]
+    try:
+        return weakref.WeakMethod(pack) if hasattr(pack, "__func__") else weakref.ref(pack)
+    except TypeError:
+        # Hooks that nothing may refer to are the same as no others.
+        return _nothing
+
+
+def _are_around(reference: Any) -> bool:
+    """Check whether the hooks that were referred to are around what runs now."""
+    hooks = saved_tensor_hooks()
+    if reference is None or hooks is None:
+        return reference is None and hooks is None
+    return bool(reference() == hooks[0])
+
+
+def _nothing() -> None:
+    """Dead weak reference."""

@@ -90,7 +90,7 @@ class Call:
         self.mode: chain.Mode | None = None
         continued = None
         if chains:
-            self.mode = chain.mode_of(self.recording, self.capturing, self.fake, self.options)
+            self.mode = chain.Mode(self.recording, self.capturing, self.fake, self.options)
             continued = chain.go_on(streams, arithmetic, self.mode)
         # Where `pause` or the call before saved the state that the next one replaces.
         self.paused: int | None = None
