@@ -273,6 +273,39 @@ def test_two_backward_calls_and_parts_of_the_graph():
     assert all(map(torch.equal, found("invert"), found("store")))
 
 
+def test_what_is_still_held_serves_when_the_second_module_has_changed():
+    """As a discriminator that takes a step of its own before the generator does."""
+
+    def found(execution: str) -> list[Tensor]:
+        first, second, parameters = two(execution=execution)
+        half = len(parameters) // 2
+        x = torch.randn(2, 16, WIDTH, generator=torch.Generator().manual_seed(3))
+        y = first(*x)
+        z = second(*y)
+        loss = z[0].sum() + z[1].cos().sum()
+        grads = torch.autograd.grad(loss, parameters[half:], retain_graph=True)
+        with torch.no_grad():
+            for parameter, grad in zip(parameters[half:], grads, strict=True):
+                parameter.sub_(grad)
+        return list(torch.autograd.grad(y[0].sin().sum() + y[1].sum(), parameters[:half]))
+
+    assert all(map(torch.equal, found("invert"), found("store")))
+
+
+def test_no_step_of_an_unused_module_is_evaluated_again():
+    first, second, parameters = two()
+    evaluated = []
+    for branch in second.__self__.blocks.modules():
+        if isinstance(branch, Branch):
+            branch.register_forward_hook(lambda *_: evaluated.append(revnet.replaying()))
+    y = first(*torch.randn(2, 16, WIDTH))
+    z = second(*y)
+    sum(part.sin().sum() for part in y).backward()
+    assert evaluated == [False] * 4
+    assert parameters[0].grad is not None
+    del z
+
+
 def test_double_backward_through_a_chain():
     def found(execution: str) -> list[Tensor]:
         first, second, parameters = two(execution=execution)
@@ -292,6 +325,22 @@ def test_a_stream_that_was_written_to_between_is_an_error():
     z = second(y1, y2)
     with pytest.raises(revnet.ReversibleError, match="changed in place"):
         sum(part.sum() for part in z).backward()
+
+
+def test_a_stream_that_was_given_other_data_begins_a_call_of_its_own():
+    def exchanged(x1: Tensor, x2: Tensor) -> Any:
+        first, second, _ = two()
+        y1, y2 = first(x1, x2)
+        # Nobody counts this as a write. The gradient goes on to y1 as if it were the same.
+        y1.data = y1.data * 2
+        return second(y1, y2)
+
+    def added(x1: Tensor, x2: Tensor) -> Any:
+        first, second, _ = two(execution="store")
+        y1, y2 = first(x1, x2)
+        return second(y1 + y1.detach(), y2)
+
+    assert all(map(torch.equal, gradients(exchanged, []), gradients(added, [])))
 
 
 def test_a_chain_does_not_outlive_its_tensors():

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
-from .._torch import saved_tensor_hooks
+from .._torch import saved_tensor_hooks, storage_id
 from .._trees import tree_leaves
 from .tape import Options, Tape
 
@@ -50,7 +50,7 @@ class _Left:
 
     Attributes:
         tensors: weak references to the tensors that stand for the streams.
-        versions: theirs, by which writes are noticed.
+        marks: theirs, by which writes are noticed; see `_mark`.
         structure: of the streams, as a list of trees.
         merged: how one tensor stands for two streams; None where they stand for themselves.
         format: of the streams, None for floats.
@@ -59,10 +59,12 @@ class _Left:
         position: the number of its steps.
         mode: see `Mode`.
         hooks: a weak reference to the hooks on saved tensors around the pass, None without any.
+        arithmetic: how the streams are held.
+        origin: of tensors that were split, what was left with the whole.
     """
 
     tensors: list[weakref.ref[Tensor]]
-    versions: list[int]
+    marks: list[Any]
     structure: Any
     merged: Any
     format: Any
@@ -71,6 +73,21 @@ class _Left:
     position: int
     mode: Mode
     hooks: Any
+    arithmetic: Arithmetic
+    origin: weakref.ref[_Left] | None = None
+
+    def state(self) -> list[Any] | None:
+        """Return the streams as they are held; None if their tensors died or were written to."""
+        tensors = [reference() for reference in self.tensors]
+        if any(tensor is None for tensor in tensors) or not self.are(tensors, self.merged):
+            return None
+        found = [tensor.detach() for tensor in tensors if tensor is not None]
+        if self.merged is None:
+            values = pytree.tree_unflatten(found, self.structure)
+        else:
+            values = found[0].chunk(2, self.merged[1])
+        pairs = zip(values, self.rests, strict=True)
+        return [self.arithmetic.held(rest, value) for value, rest in pairs]
 
     def take(self, mode: Mode) -> Tape | None:
         """Return the tape for a call that begins now, if it may go on with it.
@@ -81,9 +98,14 @@ class _Left:
             return None
         try:
             # One operation: two threads may be given the same streams.
-            return self.tapes.pop()()
+            tape = self.tapes.pop()()
         except IndexError:
             return None
+        if tape is not None:
+            origin = self if self.origin is None else self.origin()
+            if origin is not None:
+                tape.joints[self.position] = weakref.ref(origin)
+        return tape
 
     def are(self, tensors: Sequence[Any], merged: Any) -> bool:
         """Check whether these are the tensors, unchanged."""
@@ -91,7 +113,7 @@ class _Left:
             self.merged == merged
             and len(tensors) == len(self.tensors)
             and all(ref() is tensor for ref, tensor in zip(self.tensors, tensors, strict=True))
-            and self.versions == _versions(tensors)
+            and self.marks == list(map(_mark, tensors))
         )
 
 
@@ -134,6 +156,7 @@ def hand_on(streams: Sequence[Stream], arithmetic: Arithmetic, tape: Tape, mode:
             len(tape.records),
             mode,
             _hooks_around(),
+            arithmetic,
         )
         _put(left, tensors, None)
 
@@ -174,14 +197,15 @@ def rename(tensors: Sequence[Any], merged: Any, others: Sequence[Any], others_me
     left = _LEFT.get(id(tensors[0]))
     if left is not None and left.are(tensors, merged):
         # Both have the one list of tapes: one pass goes on, whichever it is given.
-        _put(replace(left), others, others_merged)
+        origin = None if merged is None else weakref.ref(left)
+        _put(replace(left, origin=origin), others, others_merged)
 
 
 def _put(left: _Left, tensors: Sequence[Tensor], merged: Any) -> None:
     key = id(tensors[0])
     forget = partial(_forget, key)
     left.tensors = [weakref.ref(tensor, forget) for tensor in tensors]
-    left.versions, left.merged = _versions(tensors), merged
+    left.marks, left.merged = list(map(_mark, tensors)), merged
     _LEFT[key] = left
 
 
@@ -197,9 +221,11 @@ def _tensors(streams: Sequence[Any]) -> list[Tensor]:
     return leaves if all(isinstance(leaf, Tensor) for leaf in leaves) else []
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    # An inference tensor has none.
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what changes when somebody writes to a tensor, or gives it other data."""
+    # An inference tensor has no version.
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, storage_id(tensor), tensor.shape, tensor.dtype
 
 
 def _format(arithmetic: Arithmetic) -> Any:

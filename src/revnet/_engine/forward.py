@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -218,7 +219,9 @@ class Call:
         From now on the tape lives as long as its hooks.
         """
         self._check_unwritten()
-        self._save_end()
+        # Another thread may walk the tape of an earlier pass.
+        with contextlib.nullcontext() if self.paused is None else Lock.lock:
+            self._save_end()
         if is_autocasting() and any(self.tape.records):
             # Replays cast parameters anew. A backward inside autocast needs as little as outside.
             torch.clear_autocast_cache()
@@ -237,20 +240,20 @@ class Call:
         call holds no graph: whoever holds the streams does.
         """
         self._check_unwritten()
-        self._save_end()
+        with Lock.lock:
+            self._save_end()
         streams, self.streams, self.random = self.streams, [], None
         return streams
 
     def _save_end(self) -> None:
         """Save the present state as the place to walk from, in place of the last that was saved."""
         tape, before, position = self.tape, self.paused, len(self.tape.records)
-        with Lock.lock:
-            tape.save_state(self.streams)
-            tape.top = position - 1
-            if before is not None and before < position and tape.records[before] is not None:
-                tape.saved_states.pop(before, None)
-            self.paused = position
-            self._forget_checksums()
+        tape.save_state(self.streams)
+        tape.top = position - 1
+        if before is not None and before < position and tape.records[before] is not None:
+            tape.saved_states.pop(before, None)
+        self.paused = position
+        self._forget_checksums()
 
     def resume(self, streams: list[Stream]) -> None:
         """Continue with the streams that `pause` returned; their values may be other tensors."""
