@@ -456,3 +456,22 @@ def test_a_plan_counts_the_steps_of_a_coupling():
     net.execution = revnet.plan(net, torch.randn(3, WIDTH), "1 MiB")
     assert len(net.execution.for_steps(4 * DEPTH)) == 4 * DEPTH
     assert all(map(torch.equal, gradients(net, net, torch.float32), expected))
+
+
+# torch.compile itself reads the .grad of whatever crosses a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_models_leave_made_rules_to_the_engine():
+    torch.manual_seed(0)
+    steps = [Step(Branch(), i % 2, (i + 1) % 2, TwoStep(0.5)) for i in range(4)]
+    program = Reversible(steps, streams="fixed")
+    sequence = ReversibleSequence(pairs(1), coupling=revnet.Midpoint(0.3), streams="fixed")
+
+    def model(x: Tensor) -> Tensor:
+        x = x * 2
+        return sequence(x) + program(x, x)[0]
+
+    net = nn.ModuleList((program, sequence))
+    expected = gradients(net, model, torch.float32)
+    compiled = torch.compile(model, backend="eager")
+    for actual, wanted in zip(gradients(net, compiled, torch.float32), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)

@@ -92,6 +92,11 @@ class Program(nn.Module):
         return False
 
     @property
+    def _makes_rules(self) -> bool:
+        """Whether a pass makes modules for its rules, into which a tracer cannot look."""
+        return self._settings.coupling is not None
+
+    @property
     def _called_blocks(self) -> Sequence[nn.Module]:
         """Modules that a pass enters by their `__call__`."""
         return ()
@@ -103,9 +108,7 @@ class Program(nn.Module):
     def _run(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the streams after one pass, and a dict of extra outputs if there are any."""
         again = partial(self._run, streams, kwargs)
-        # A tracer cannot look into rules that are made while it traces.
-        outdoors = self._random_depth or self._settings.coupling is not None
-        if outdoors and torch.compiler.is_dynamo_compiling():
+        if (self._random_depth or self._makes_rules) and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
         return self._pass(streams, self._parts(streams, kwargs), again, self._through)
 
@@ -325,6 +328,10 @@ class Reversible(Program):
         self._needs_fixed = any(
             step.coupling.scales and not undoes(step.coupling) for step in places
         )
+
+    @property
+    def _makes_rules(self) -> bool:
+        return any(step.coupling.reads_source for step in cast(list[Step], self.steps))
 
     def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams after the last step.
