@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import revnet
 from revnet import Reversible, ReversibleSequence, Step, TwoStep, measure_memory
+from revnet.testing import check_inverse
 
 WIDTH, DEPTH = 6, 3
 
@@ -323,6 +324,11 @@ class Blend(revnet.Coupling):
         return (target - out) / (2 + source.sin())
 
 
+class Wrong(Blend):
+    def invert(self, target: Tensor, out: Tensor, source: Tensor) -> Tensor:
+        return target - out
+
+
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 @pytest.mark.parametrize("make", [Relative, Blend])
 def test_rules_of_ones_own_read_their_source(make: type, streams: str):
@@ -456,6 +462,13 @@ def test_a_plan_counts_the_steps_of_a_coupling():
     net.execution = revnet.plan(net, torch.randn(3, WIDTH), "1 MiB")
     assert len(net.execution.for_steps(4 * DEPTH)) == 4 * DEPTH
     assert all(map(torch.equal, gradients(net, net, torch.float32), expected))
+
+
+@pytest.mark.parametrize("rule", [Relative(), Blend(), TwoStep(0.5)], ids=str)
+def test_rules_that_read_their_source_can_be_checked(rule: revnet.Coupling):
+    assert check_inverse(rule, *torch.randn(3, 4, WIDTH)) < 1e-5
+    with pytest.raises(revnet.ReversibleError):
+        check_inverse(Wrong(), *torch.randn(3, 4, WIDTH))
 
 
 # torch.compile itself reads the .grad of whatever crosses a graph break.
