@@ -246,6 +246,11 @@ def test_streams_may_be_trees():
     expected = gradients(net, run(lambda x: tree_momentum(net, x)), torch.float64)
     for actual, wanted in zip(gradients(net, run(net), torch.float64), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    calls = []
+    net.blocks[1].register_forward_hook(lambda *_: calls.append(1))
+    for actual, wanted in zip(gradients(net, run(net), torch.float64), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    assert calls == [1]
     additive = ReversibleSequence(blocks, merge="sum", streams="float").double()
     x = {"a": torch.randn(3, WIDTH, dtype=torch.float64), "b": [torch.randn(3, 2).double()]}
     y1 = y2 = x
@@ -454,6 +459,15 @@ def test_a_schedule_may_advance_between_forward_and_backward():
 def test_what_does_not_fit_is_named(make: Callable[[], Any], error: type, match: str):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_a_plan_for_streams_that_are_trees():
+    torch.manual_seed(0)
+    net = ReversibleSequence([(Pair(), Pair()) for _ in range(DEPTH)], merge="sum")
+    x = {"a": torch.randn(3, WIDTH), "b": [torch.randn(3, 2)]}
+    net.execution = revnet.plan(net, x, "1 MiB")
+    assert len(net.execution.for_steps(2 * DEPTH)) == 2 * DEPTH
+    assert net(x)["a"].requires_grad
 
 
 def test_a_plan_counts_the_steps_of_a_coupling():

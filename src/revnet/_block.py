@@ -52,7 +52,8 @@ def enter_call(call: Call, streams: Sequence[Any], settings: Settings, branch: s
     call.enter(*streams)
     if call.arithmetic.exact or not call.recording or settings.warned:
         return
-    low = [stream.dtype for stream in streams if stream.dtype in LOW_PRECISION]
+    dtypes = [leaf.dtype for stream in streams for leaf in tree_leaves(stream)]
+    low = [dtype for dtype in dtypes if dtype in LOW_PRECISION]
     rebuilds = any(execution.rebuilds for execution in settings.executions)
     if low and rebuilds and settings.streams == "auto":
         settings.warned = True
