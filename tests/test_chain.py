@@ -118,7 +118,7 @@ def test_modules_that_split_and_concatenate_chain_inside_a_sequential():
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 @pytest.mark.parametrize("kind", [*KINDS, "concatenating"])
 def test_the_peak_of_a_chain_is_that_of_one_program(kind: str, streams: str):
-    depth = 12
+    depth = 8
     blocks = pairs(depth)
     if kind == "concatenating":
         one: Any = ReversibleSequence(blocks, split="chunk", merge="concat", streams=streams)
