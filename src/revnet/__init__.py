@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from ._couplings import Midpoint as Midpoint
     from ._couplings import Momentum as Momentum
     from ._errors import ReversibleError as ReversibleError
+    from ._integrate import integrate as integrate
     from ._memory import MemoryReport as MemoryReport
     from ._memory import measure_memory as measure_memory
     from ._plan import Plan as Plan
     from ._planning.planner import plan as plan
-    from ._program import Reversible as Reversible
+    from ._reversible import Reversible as Reversible
     from ._routing import route_args as route_args
     from ._sequence import ReversibleSequence as ReversibleSequence
-    from ._sequence import SequentialSequence as SequentialSequence
+    from ._sequential import SequentialSequence as SequentialSequence
     from ._state.decisions import remember as remember
     from ._state.decisions import replaying as replaying
     from ._state.outputs import remember_outputs as remember_outputs
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ._step import Step as Step
     from ._streams.fixed import Fixed as Fixed
     from ._streams.format import Float as Float
+    from ._two_step import TwoStep as TwoStep
 
 # Loaded on first use, so that `revnet --help` does not wait for what it does not need.
 _MODULES = {
@@ -47,13 +49,15 @@ _MODULES = {
     "Midpoint": "_couplings",
     "Momentum": "_couplings",
     "Plan": "_plan",
-    "Reversible": "_program",
+    "Reversible": "_reversible",
     "ReversibleBlock": "_block",
     "ReversibleError": "_errors",
     "ReversibleSequence": "_sequence",
-    "SequentialSequence": "_sequence",
+    "SequentialSequence": "_sequential",
     "Step": "_step",
+    "TwoStep": "_two_step",
     "convert": "_conversion.convert",
+    "integrate": "_integrate",
     "measure_memory": "_memory",
     "plan": "_planning.planner",
     "remember": "_state.decisions",

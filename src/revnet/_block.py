@@ -6,7 +6,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ._compiled.function import active
 from ._compiled.purity import hooked
-from ._couplings import Additive
 from ._engine import Call
 from ._execution import STORE
 from ._program import (
@@ -26,31 +25,12 @@ from ._program import (
     callers_level,
     check_stream,
 )
+from ._schemes import residual_steps, steps_per_block
 from ._state.fsdp import LOW_PRECISION
-from ._step import BoundStep
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from ._streams.format import Held
 from ._torch import saved_tensor_hooks
-
-_ADDITIVE = Additive()
-
-
-def residual_steps(
-    branches: Iterable[nn.Module],
-    keywords: Iterable[Mapping[str, Any]],
-    first: int = 0,
-    name: str = "",
-    updates: tuple[int, int] = (0, 1),
-) -> BoundSteps:
-    """Return the steps of a block: each branch updates one stream and reads the other."""
-    f, g = branches
-    f_args, g_args = keywords
-    a, b = updates
-    return [
-        (first, BoundStep(f"{name}branch f", f, _ADDITIVE, a, (b,), dict(f_args))),
-        (first + 1, BoundStep(f"{name}branch g", g, _ADDITIVE, b, (a,), dict(g_args))),
-    ]
-
+from ._trees import tree_leaves
 
 # Where a block finds the call, its steps, and the hooks on saved tensors around the call, when a
 # sequence enters it by its `__call__`.
@@ -74,7 +54,8 @@ def enter_call(call: Call, streams: Sequence[Any], settings: Settings, branch: s
     call.enter(*streams)
     if call.arithmetic.exact or not call.recording or settings.warned:
         return
-    low = [stream.dtype for stream in streams if stream.dtype in LOW_PRECISION]
+    dtypes = [leaf.dtype for stream in streams for leaf in tree_leaves(stream)]
+    low = [dtype for dtype in dtypes if dtype in LOW_PRECISION]
     rebuilds = any(execution.rebuilds for execution in settings.executions)
     if low and rebuilds and settings.streams == "auto":
         settings.warned = True
@@ -135,7 +116,9 @@ class ReversibleBlock(Program):
                 _remember_held(call)
             del x1, x2
             # The keywords may have gone through hooks of the block.
-            for (index, step), keywords in zip(steps, (f_args, g_args), strict=True):
+            given = {0: f_args, len(steps) // 2: g_args}
+            for place, (index, step) in enumerate(steps):
+                keywords = given.get(place, step.kwargs)
                 if keywords is not step.kwargs:
                     step = step._replace(kwargs=dict(keywords))
                 call.step(index, step, within)
@@ -155,8 +138,12 @@ class ReversibleBlock(Program):
     def inverse(
         self, y1: Tensor, y2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}
     ) -> tuple[Tensor, Tensor]:
-        """Return the streams before the block. Differentiable; randomness is not repeated."""
-        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), {"f_args": f_args, "g_args": g_args}))
+        """Return the streams before the block: a pass like `forward`, in reverse order.
+
+        Its activations are rebuilt in backward. Randomness of the forward pass is not repeated.
+        """
+        parts = self._parts((y1, y2), {"f_args": f_args, "g_args": g_args})
+        x1, x2, *_ = self._invert((y1, y2), parts)
         return x1, x2
 
     @property
@@ -164,7 +151,7 @@ class ReversibleBlock(Program):
         if self._place is None:
             return self._settings.executions
         settings, first = self._place
-        return settings.executions[first : first + 2]
+        return settings.executions[first : first + steps_per_block(settings.coupling)]
 
     def _take_place(self, settings: Settings, first: int) -> None:
         """Do from now on what a sequence does, however the block is called."""
@@ -179,7 +166,8 @@ class ReversibleBlock(Program):
         # streams may be held otherwise than here, shares its blocks with the whole sequence.
         if (known := _held.get(id(streams[0]))) is not None:
             arithmetic = known[1]
-        call = Call(streams, arithmetic, self._settings.options, [STORE, STORE])
+        stored = [STORE] * len(self._executions)
+        call = Call(streams, arithmetic, self._settings.options, stored)
         for i, (value, encoded) in enumerate(call.streams):
             known = _held.get(id(streams[i]))
             if known is not None and known[2] is not None and isinstance(encoded, Held):
@@ -188,9 +176,10 @@ class ReversibleBlock(Program):
 
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
         check_streams(*streams)
-        return residual_steps(
-            (self.f, self.g), (kwargs.get("f_args", {}), kwargs.get("g_args", {}))
-        )
+        keywords = kwargs.get("f_args", {}), kwargs.get("g_args", {})
+        settings = self._settings
+        begins = settings.begins and self._place is not None and self._place[1] == 0
+        return residual_steps((self.f, self.g), keywords, coupling=settings.coupling, begins=begins)
 
     def extra_repr(self) -> str:
         return ""
@@ -252,8 +241,12 @@ def runs_only_steps(block: nn.Module) -> bool:
 
 
 def check_streams(x1: Any, x2: Any) -> None:
-    check_stream(x1, "x1")
-    check_stream(x2, "x2")
+    """Raise unless the streams are equal in shape, or trees of floating-point tensors."""
+    for name, stream in (("x1", x1), ("x2", x2)):
+        for leaf in tree_leaves(stream) or [stream]:
+            check_stream(leaf, name)
+    if not isinstance(x1, Tensor) or not isinstance(x2, Tensor):
+        return
     if x1.shape != x2.shape or x1.dtype != x2.dtype or x1.device != x2.device:
         raise ValueError(
             f"the streams differ: x1 is {tuple(x1.shape)} {x1.dtype} on {x1.device}, "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._errors import ReversibleError
-from ._program import Reversible
+from ._reversible import Reversible
 from ._step import Step, branch_output
 from ._streams.fixed import Fixed, fitting_fraction_bits
 

@@ -7,10 +7,17 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._factors import (
+    divided,
+    multiplied,
+    number,
+    ratio_of,
+    signed,
+    times,
+)
 from ._trees import tree_map
 
 
@@ -44,9 +51,18 @@ class Coupling(nn.Module):
     # The smallest value of `scale`, or the scale itself as a Fraction where it is constant. None:
     # fixed streams cannot bound what they must remember, and keep the target.
     least_scale: float | Fraction | None = None
+    # The largest value of `scale`, where it is not constant. None: in fixed streams the inverse
+    # pass keeps the target.
+    greatest_scale: float | None = None
     # Whether `combine` and `invert` only move elements: they then apply to integers as to floats,
     # and are exact.
     rearranges = False
+    # Whether the rule reads the source of its step, too: `scale` and `increment` then take
+    # `(out, source)`, `combine` and `invert` take `(target, out, source)`. Several sources are a
+    # tuple.
+    reads_source = False
+    # Whether a sequence with this rule starts at rest, and ends with its second stream.
+    starts_at_rest = False
     # Of each class of rules. Whether it multiplies the target; whether it has the form `scale(out)
     # · target + increment(out)`; whether it adds to the target something that does not depend on
     # it.
@@ -63,6 +79,33 @@ class Coupling(nn.Module):
     def __init__(self, *, approximate: bool = False) -> None:
         super().__init__()
         self.approximate = approximate
+
+    @property
+    def state_owner(self) -> Coupling:
+        """Return the module that holds the state of this rule: of an adapter, the rule in it."""
+        return self
+
+    @property
+    def forgets(self) -> bool:
+        """Return whether the result does not depend on the target, so that there is no inverse."""
+        return False
+
+    @property
+    def first(self) -> Coupling:
+        """Return the rule of the first step of a sequence that starts at rest."""
+        return self
+
+    @property
+    def drift(self) -> Coupling | None:
+        """Return the rule that adds stream 0 to stream 1 after each branch, where it is a velocity.
+
+        None where branches update the two streams in turn.
+        """
+        return None
+
+    def sign(self, out: Any) -> Tensor | None:
+        """Return 1 or -1 for each sample, (batch,), which multiplies the target; None for none."""
+        return None
 
     def receive(self, out: Any) -> Any:
         """Return the branch's output as a `Step` hands it on: `out`, or `(out, aux)`."""
@@ -87,14 +130,16 @@ class Coupling(nn.Module):
     def combine(self, target: Any, out: Any) -> Any:
         """Return the target after the step."""
         increment = fitting(target, self.increment(out))
+        target = signed(target, self.sign(out))
         if self.scales:
-            target = _scaled(target, self.scale(out), _multiply)
+            target = multiplied(target, self.scale(out))
         return tree_map(_add, target, increment)
 
     def invert(self, target: Any, out: Any) -> Any:
         """Return the target before the step, from the target after it."""
         target = tree_map(_subtract, target, self.increment(out))
-        return _scaled(target, self.scale(out), _divide) if self.scales else target
+        target = divided(target, self.scale(out)) if self.scales else target
+        return signed(target, self.sign(out))
 
     @property
     def bits_per_step(self) -> float:
@@ -115,6 +160,9 @@ class Additive(Coupling):
         return out
 
 
+ADDITIVE = Additive()
+
+
 class _Scheme(Coupling):
     """Compute `y = x + multiple · h · f`."""
 
@@ -125,7 +173,7 @@ class _Scheme(Coupling):
         self.step_size = step_size
 
     def increment(self, out: Any) -> Any:
-        return tree_map(lambda leaf: _times(leaf, self.multiple * self.step_size), out)
+        return tree_map(lambda leaf: times(leaf, self.multiple * self.step_size), out)
 
     def extra_repr(self) -> str:
         return f"step_size={self.step_size}"
@@ -143,6 +191,12 @@ class Midpoint(_Scheme):
     """
 
     multiple = 2.0
+    starts_at_rest = True
+
+    @property
+    def first(self) -> Coupling:
+        """Return an Euler step, from `x[0]` in both streams."""
+        return Leapfrog(self.step_size)
 
 
 class Leapfrog(_Scheme):
@@ -160,6 +214,13 @@ class Leapfrog(_Scheme):
     Reference: Gal et al. 2025, arXiv:2512.02056; Hairer et al. 2003, doi:10.1017/S0962492902000144.
     """
 
+    starts_at_rest = True
+
+    @property
+    def drift(self) -> Coupling:
+        """Return the rule that adds h · v to the position."""
+        return self
+
 
 class Momentum(Coupling):
     """Compute `v = γ · v + (1 - γ) · f(x)`, followed by a step with `fn=None` that adds v to x.
@@ -171,31 +232,28 @@ class Momentum(Coupling):
     Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
     """
 
+    starts_at_rest = True
+
     def __init__(self, gamma: float | Fraction = 0.9, *, approximate: bool = False) -> None:
         super().__init__(approximate=approximate)
-        # The decimal number that was written, not the binary one that is nearest.
-        self.gamma = Fraction(str(gamma))
+        self.gamma = ratio_of(gamma, "Momentum")
         if not 0 < self.gamma < 1:
             raise ValueError(f"Momentum(gamma={gamma}): expected a number between 0 and 1")
-        if self.gamma.denominator > _LARGEST_DENOMINATOR:
-            raise ValueError(
-                f"Momentum(gamma={gamma}): expected at most four decimal digits, or a Fraction "
-                f"with a denominator up to {_LARGEST_DENOMINATOR}"
-            )
         self.least_scale = self.gamma
+
+    @property
+    def drift(self) -> Coupling:
+        """Return the rule that adds v to the state."""
+        return ADDITIVE
 
     def scale(self, out: Any) -> Fraction:
         return self.gamma
 
     def increment(self, out: Any) -> Any:
-        return tree_map(lambda leaf: _times(leaf, _number(1 - self.gamma)), out)
+        return tree_map(lambda leaf: times(leaf, number(1 - self.gamma)), out)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"
-
-
-# Of a larger one, few digits would fit into a buffer.
-_LARGEST_DENOMINATOR = 10_000
 
 
 class Affine(Coupling):
@@ -227,6 +285,7 @@ class Affine(Coupling):
         self.limit = limit
         self.log_det = log_det
         self.least_scale = math.exp(-limit)
+        self.greatest_scale = math.exp(limit)
 
     def receive(self, out: Any) -> Any:
         if not self.log_det:
@@ -313,31 +372,6 @@ def _add(target: Tensor, increment: Tensor) -> Tensor:
 
 def _subtract(target: Tensor, increment: Tensor) -> Tensor:
     return target - (increment if increment.dtype is target.dtype else increment.to(target.dtype))
-
-
-def _times(x: Tensor, factor: float) -> Tensor:
-    # Multiplying by a Python number keeps it for backward as a tensor of its own, outside all
-    # hooks.
-    return torch.ops.aten.mul.Scalar(x, factor)  # type: ignore[no-any-return]
-
-
-def _multiply(target: Tensor, scale: Any) -> Tensor:
-    return target * scale.to(target.dtype) if isinstance(scale, Tensor) else _times(target, scale)
-
-
-def _divide(target: Tensor, scale: Any) -> Tensor:
-    return target / (scale.to(target.dtype) if isinstance(scale, Tensor) else scale)
-
-
-def _scaled(target: Any, scale: Any, apply: Callable[[Tensor, Any], Tensor]) -> Any:
-    if isinstance(scale, Fraction):
-        return tree_map(lambda leaf: apply(leaf, _number(scale)), target)
-    return tree_map(apply, target, scale)
-
-
-def _number(fraction: Fraction) -> float:
-    # What float(fraction) is, which torch 2.11 cannot trace.
-    return fraction.numerator / fraction.denominator
 
 
 def fitting(target: Any, out: Any) -> Any:

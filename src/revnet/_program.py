@@ -1,40 +1,36 @@
-"""Programs of steps: what all of them share, and the general one."""
+"""What all programs of steps share: streams, execution, and a pass over the steps."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._compiled.function import active, outside, run_traced
+from ._couplings import Coupling
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
 from ._execution import EXECUTIONS, resolve
 from ._forgotten import attention_weights
+from ._inverse import inverted, traceable
 from ._plan import Plan
 from ._routing import (
-    StepRoutes,
-    check_names,
-    check_step_routes,
     explain,
-    keywords_of,
-    sliced,
 )
-from ._slices import part_of
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
 from ._state.modules import Memory
-from ._step import BoundStep, Step
-from ._streams.arithmetic import FixedArithmetic, FloatArithmetic, undo
+from ._step import BoundStep
+from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from ._streams.fixed import Fixed, fitting_fraction_bits
 from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
-from ._taps import Taps, positions_of
+from ._taps import Taps
 from ._trees import tree_leaves
 
 Execution = str | Sequence[str] | Plan
@@ -51,6 +47,9 @@ class Settings:
     streams: Streams = "auto"
     execution: Execution = "invert"
     executions: list[Any] = field(default_factory=list)
+    # Of the blocks of a sequence: the rule, additive if None, and whether the first begins at rest.
+    coupling: Coupling | None = None
+    begins: bool = False
     # Whether it was said that hooks cast the streams to low precision.
     warned: bool = False
     # Whether extra outputs were looked at: once, as that waits for the device.
@@ -98,17 +97,18 @@ class Program(nn.Module):
         return False
 
     @property
+    def _makes_rules(self) -> bool:
+        """Whether a pass makes modules for its rules, into which a tracer cannot look."""
+        return self._settings.coupling is not None
+
+    @property
     def _called_blocks(self) -> Sequence[nn.Module]:
         """Modules that a pass enters by their `__call__`."""
         return ()
 
     def _through(self, call: Call, parts: BoundSteps, taps: Taps | None) -> Sequence[Any]:
         """Apply the steps; return the streams where a block returned others than its steps."""
-        for index, part in parts:
-            if taps is not None:
-                taps.reach(index, call.values)
-            call.step(index, part)
-        return ()
+        return _apply(call, parts, taps)
 
     def _tapped(self, *streams: Any) -> Any:
         """Return what a tap gives of the streams on the way."""
@@ -125,13 +125,39 @@ class Program(nn.Module):
         Between them comes the list of what was read at `positions`, unless None.
         """
         again = partial(self._run, streams, kwargs, positions)
-        if self._random_depth and torch.compiler.is_dynamo_compiling():
+        if (self._random_depth or self._makes_rules) and torch.compiler.is_dynamo_compiling():
             return tuple(outside(again))
         parts = self._parts(streams, kwargs)
+        taps = None if positions is None else Taps(positions, self._tapped)
+        return self._pass(streams, parts, again, self._through, taps)
+
+    def _invert(self, streams: Sequence[Any], parts: BoundSteps) -> tuple[Any, ...]:
+        """Return the streams before these steps, and extra outputs: a pass of its own."""
+        again = partial(self._invert, streams, parts)
+        if torch.compiler.is_dynamo_compiling() and not traceable(parts):
+            return tuple(outside(again))
+        return self._pass(streams, inverted(parts), again, _apply)
+
+    def _pass(
+        self,
+        streams: Sequence[Any],
+        parts: BoundSteps,
+        again: Callable[[], tuple[Any, ...]],
+        through: Callable[[Call, BoundSteps, Taps | None], Sequence[Any]],
+        taps: Taps | None = None,
+    ) -> tuple[Any, ...]:
+        """Return the streams after these steps, and a dict of extra outputs if there are any.
+
+        Args:
+            streams: those before the first step.
+            parts: the steps.
+            again: does the same outside of a graph.
+            through: applies the steps to a call.
+            taps: read the streams on the way.
+        """
         leaves = [leaf for stream in streams for leaf in tree_leaves(stream)]
         self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
-        taps = None if positions is None else Taps(positions, self._tapped)
         if active():
             obstacle = ""
             if self._settings.options.replays_specially:
@@ -152,13 +178,13 @@ class Program(nn.Module):
             )
         with self._call(streams, arithmetic) as call:
             try:
-                through = self._through(call, parts, taps)
+                last = through(call, parts, taps)
             except Exception as error:
                 if call.at is not None and not isinstance(error, ReversibleError):
                     error.add_note(explain(error, call.at, getattr(self, "args_route", None)))
                 raise
-            outputs = tuple(call.finish(*through))
-            del through
+            outputs = tuple(call.finish(*last))
+            del last
             if taps is not None:
                 taps.reach(self._count, outputs)
                 outputs = (*outputs, taps.results())
@@ -175,14 +201,7 @@ class Program(nn.Module):
     def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
         """Return the call in which a pass over these streams runs."""
         options = self._settings.options
-        return Call(streams, arithmetic, options, self._executions, self._memory)
-
-    def _undo(self, streams: Sequence[Any], parts: BoundSteps) -> tuple[Any, ...]:
-        """The streams before the steps, from those after them."""
-        found = list(streams)
-        for _, part in reversed(parts):
-            undo(found, part.fn, part.target, part.source, part.coupling, part.kwargs)
-        return tuple(found)
+        return Call(streams, arithmetic, options, self._executions, self._memory, chains=True)
 
     def _check_plan(self, *leaves: Tensor) -> None:
         """Raise if the input is larger than that for which the plan in force was made."""
@@ -282,139 +301,12 @@ class Program(nn.Module):
         return f"streams={streams}, execution={self.execution!r}"
 
 
-class Reversible(Program):
-    """Steps over any number of streams, whose activation memory does not grow with depth.
-
-    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step`
-    object may occur many times: its parameters are registered once.
-
-    Args:
-        steps: in the order in which they are applied.
-        args_route: for each keyword of the forward pass, whether the branch of each step takes it:
-            one boolean for all steps, or one per step. `"signature"` and names in place of
-            booleans are as in `ReversibleSequence`. What a `Step` takes by its own `args` and
-            `kwargs` needs no route.
-        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales
-            its target, which float streams cannot undo.
-        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked
-            to `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
-            `revnet.Coupling`.
-        preserve_rng_state, determinism_check, context_fn: as in `ReversibleSequence`.
-
-    Raises:
-        ValueError: no steps, a route of another length, or an unknown option.
-        TypeError: a step that is not a `Step`.
-
-    Example:
-        >>> steps = [Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)]
-        >>> net = Reversible(steps)
-        >>> [tuple(y.shape) for y in net(*torch.randn(3, 2, 8))]
-        [(2, 8), (2, 8), (2, 8)]
-    """
-
-    def __init__(
-        self,
-        steps: Iterable[Step],
-        *,
-        args_route: StepRoutes = {},
-        streams: Streams = "auto",
-        execution: Execution = "invert",
-        preserve_rng_state: bool = True,
-        determinism_check: str = "default",
-        context_fn: ContextFn | None = None,
-    ) -> None:
-        program = list(steps)
-        if not program:
-            raise ValueError("steps is empty: give at least one revnet.Step")
-        for i, step in enumerate(program):
-            if not isinstance(step, Step):
-                raise TypeError(
-                    f"step {i} is {type(step).__name__}, but a program consists of revnet.Step"
-                )
-        check_names(args_route)
-        check_step_routes(args_route, len(program))
-        super().__init__(
-            len(program), streams, execution, preserve_rng_state, determinism_check, context_fn
-        )
-        self.args_route: Any = args_route if isinstance(args_route, str) else dict(args_route)
-        self._arrange(program)
-
-    def _arrange(self, program: Sequence[Step]) -> None:
-        """Register each step once, in the order in which they first occur."""
-        places = {step: place for place, step in enumerate(dict.fromkeys(program))}
-        self.steps = nn.ModuleList(places)
-        self._order = [places[step] for step in program]
-        self._width = 1 + max(max((step.target, *step.source)) for step in places)
-        undoes = FloatArithmetic().undoes
-        self._needs_fixed = any(
-            step.coupling.scales and not undoes(step.coupling) for step in places
-        )
-
-    def forward(
-        self, *streams: Any, taps: Sequence[int] | None = None, **kwargs: Any
-    ) -> tuple[Any, ...]:
-        """The streams after the last step.
-
-        Args:
-            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or
-                more.
-            taps: steps after which all streams are read as well.
-            **kwargs: passed to the branches that `args_route` names.
-
-        Returns:
-            As many streams; with `taps`, a list of the tuples of streams after these steps; and a
-            dict from step to extra output if branches returned `(update, aux)`.
-        """
-        positions = None if taps is None else positions_of(taps, len(self), 1, "step")
-        return self._run(streams, kwargs, positions)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[Step]:
-        return (self[i] for i in range(len(self)))
-
-    @overload
-    def __getitem__(self, index: int) -> Step: ...
-    @overload
-    def __getitem__(self, index: slice) -> Reversible: ...
-    def __getitem__(self, index: int | slice) -> Step | Reversible:
-        """Return a step, or a program of some: the same steps, settings of its own.
-
-        Slices are those of `ReversibleSequence`.
-        """
-        steps = cast(list[Step], list(self.steps))
-        if not isinstance(index, slice):
-            return steps[self._order[index]]
-        chosen = range(len(self))[index]
-        part = part_of(self, Reversible, chosen)
-        part._arrange([steps[self._order[i]] for i in chosen])
-        part.args_route = sliced(self.args_route, chosen, group=1)
-        return part
-
-    def inverse(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The streams before the first step, from those after the last; differentiable.
-
-        Computed in floating point, so exact up to rounding. Randomness is not repeated: call it in
-        `eval()`, or without dropout.
-        """
-        return self._undo(streams, self._parts(streams, kwargs))
-
-    def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
-        if len(streams) < self._width:
-            raise ValueError(f"got {len(streams)} streams, but the steps refer to {self._width}")
-        if not any(map(tree_leaves, streams)):
-            raise ValueError("the streams hold no tensors: give at least one")
-        for i, stream in enumerate(streams):
-            for leaf in tree_leaves(stream):
-                check_stream(leaf, f"stream {i}")
-        steps = cast(list[Step], list(self.steps))
-        program = [steps[place] for place in self._order]
-        flat = keywords_of(self.args_route, kwargs, program, group=1)
-        return [
-            (i, BoundStep(f"step {i}", step, step.coupling, step.target, step.source, flat[i]))
-            for i, step in enumerate(program)
-        ]
+def _apply(call: Call, parts: BoundSteps, taps: Taps | None = None) -> Sequence[Any]:
+    for index, part in parts:
+        if taps is not None:
+            taps.reach(index, call.values)
+        call.step(index, part)
+    return ()
 
 
 def callers_level() -> int:

@@ -1,11 +1,10 @@
-"""Sequences of residual blocks: two additive steps each, and their twin on one stream."""
+"""Sequences of residual blocks on two streams."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast, overload
 
-import torch
 from torch import Tensor, nn
 
 from ._block import (
@@ -13,111 +12,39 @@ from ._block import (
     check_streams,
     enter_call,
     entered,
-    residual_steps,
     runs_only_steps,
     take_keys,
-    unwrap_deterministic,
 )
-from ._distributed import shared_generator
-from ._engine import Call, ContextFn
-from ._execution import EXECUTIONS
+from ._compiled.function import active
+from ._couplings import Coupling
+from ._engine import Call, ContextFn, rename, stands_for_streams
 from ._program import (
     BoundSteps,
     Execution,
-    Program,
     Streams,
     check_stream,
 )
-from ._routing import Routes, check_names, check_routes, keywords_of, sliced
-from ._slices import P, part_of
-from ._step import BoundStep
+from ._routing import Routes
+from ._schemes import (
+    merged_streams,
+    starting_streams,
+    steps_per_block,
+)
+from ._sequential import BlockSequence, pairs_of
+from ._streams.arithmetic import FloatArithmetic
 from ._taps import Taps, positions_of
 from ._torch import saved_tensor_hooks
+from ._trees import tree_leaves
 
-
-class BlockSequence(Program):
-    """What sequences of blocks share: routes and stochastic depth."""
-
-    _name = "block"
-    # Which stream each branch of a block updates.
-    _updates = (0, 1)
-
-    def __init__(self, args_route: Routes, layer_dropout: float, depth: int, *options: Any) -> None:
-        if depth == 0:
-            raise ValueError("blocks is empty: give at least one (f, g) pair")
-        check_names(args_route)
-        check_routes(args_route, depth)
-        if not 0.0 <= layer_dropout < 1.0:
-            raise ValueError(f"layer_dropout is {layer_dropout}, but a probability is in [0, 1)")
-        super().__init__(2 * depth, *options)
-        self.args_route: Any = args_route if isinstance(args_route, str) else dict(args_route)
-        self.layer_dropout = layer_dropout
-        self._depth = depth
-
-    @property
-    def _branches(self) -> Sequence[Iterable[nn.Module]]:
-        """The branches of each block."""
-        raise NotImplementedError
-
-    def _parts(
-        self,
-        streams: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        dropped: Collection[int] | None = None,
-    ) -> BoundSteps:
-        blocks = self._branches
-        flat = keywords_of(self.args_route, kwargs, [f for branches in blocks for f in branches])
-        if dropped is None:
-            dropped = self._dropped()
-        parts: list[tuple[int, BoundStep]] = []
-        for i, branches in enumerate(blocks):
-            if i not in dropped:
-                keywords = flat[2 * i : 2 * i + 2]
-                parts += residual_steps(
-                    branches, keywords, 2 * i, f"{self._name} {i}, ", self._updates
-                )
-        return parts
-
-    @property
-    def _blocks(self) -> nn.ModuleList:
-        """The modules that hold the branches of each block."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return self._depth
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._blocks)
-
-    def _part(self, kind: type[P], blocks: Sequence[int]) -> P:
-        """Return a sequence of some of the blocks, still without its modules."""
-        part: Any = part_of(self, kind, [step for i in blocks for step in (2 * i, 2 * i + 1)])
-        part._depth = len(blocks)
-        part.args_route = sliced(self.args_route, blocks)
-        return cast(P, part)
-
-    @property
-    def _random_depth(self) -> bool:
-        return self.training and self.layer_dropout > 0.0
-
-    def _dropped(self) -> Collection[int]:
-        if not self._random_depth:
-            return ()
-        draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
-        return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
-
-    def _step_name(self, step: int) -> str:
-        return "the input" if step < 0 else f"{self._name} {step // 2}, branch {'fg'[step % 2]}"
-
-    def extra_repr(self) -> str:
-        dropout = f", layer_dropout={self.layer_dropout}" if self.layer_dropout else ""
-        return f"depth={self._depth}, {super().extra_repr()}{dropout}"
+Split = Callable[[Any], tuple[Any, Any]]
+Merge = Callable[[Any, Any], Any]
 
 
 class ReversibleSequence(BlockSequence):
     """Residual blocks on two streams, trained with activation memory that does not grow with depth.
 
-    Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`.
+    Each block maps `(x1, x2)` to `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`, or does so by another rule.
+    Streams are tensors, or trees (dicts, lists, tuples) of tensors.
 
     Args:
         blocks: `(f, g)` pairs of modules that map a stream to a tensor of its shape (or to
@@ -128,9 +55,15 @@ class ReversibleSequence(BlockSequence):
             branches whose forward names it or takes `**kwargs`; wrappers with `*args, **kwargs`
             and one child count as their child. Read in each call, so that it may be changed.
         layer_dropout: probability with which each block is skipped in training (stochastic depth).
-        split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`.
-        merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams.
+        split: `"copy"` starts both streams as `x`; `"chunk"` halves `x` along `dim`; a function of
+            `x` returns the two streams.
+        merge: `"mean"`, `"sum"` or `"concat"` (along `dim`) of the two streams; or a function of
+            both returns the output.
         dim: dimension of `"chunk"` and `"concat"`.
+        coupling: the rule of all steps, additive by default. `Momentum` and `Leapfrog` take a
+            branch as the force on a velocity (stream 0), which is then added to the state
+            (stream 1): four steps per block. With these, `Midpoint` and `TwoStep`,
+            `split="copy"` starts at rest in x, and `merge="mean"` returns the latest state.
         streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to
             stored execution in every bit; `"float"` holds the tensors themselves; `"auto"` is fixed
             under autocast and for bfloat16 and float16 inputs, float otherwise.
@@ -164,20 +97,26 @@ class ReversibleSequence(BlockSequence):
         args_route: Routes = {},
         *,
         layer_dropout: float = 0.0,
-        split: str = "copy",
-        merge: str = "mean",
+        split: str | Split = "copy",
+        merge: str | Merge = "mean",
         dim: int = -1,
+        coupling: Coupling | None = None,
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
         determinism_check: str = "default",
         context_fn: ContextFn | None = None,
     ) -> None:
-        pairs = _pairs(blocks)
-        if split not in ("copy", "chunk"):
-            raise ValueError(f"split {split!r} is not 'copy' or 'chunk'")
-        if merge not in ("mean", "sum", "concat"):
-            raise ValueError(f"merge {merge!r} is not 'mean', 'sum' or 'concat'")
+        pairs = pairs_of(blocks)
+        if not callable(split) and split not in ("copy", "chunk"):
+            raise ValueError(f"split {split!r} is not 'copy' or 'chunk', nor a function")
+        if not callable(merge) and merge not in ("mean", "sum", "concat"):
+            raise ValueError(f"merge {merge!r} is not 'mean', 'sum' or 'concat', nor a function")
+        if coupling is not None and not isinstance(coupling, Coupling):
+            raise TypeError(
+                f"coupling is {coupling!r}, which is not a Coupling: did you leave out the ()?"
+            )
+        self._per_block = steps_per_block(coupling)
         options = (streams, execution, preserve_rng_state, determinism_check, context_fn)
         super().__init__(args_route, layer_dropout, len(pairs), *options)
         self.split = split
@@ -185,14 +124,19 @@ class ReversibleSequence(BlockSequence):
         self.dim = dim
         own = [ReversibleBlock(f, g) for f, g in pairs]
         for i, block in enumerate(own):
-            block._take_place(self._settings, 2 * i)
+            block._take_place(self._settings, self._per_block * i)
         self.blocks = nn.ModuleList(own)
+        if coupling is not None:
+            self.coupling = self._settings.coupling = coupling
+            self._settings.begins = coupling.starts_at_rest and split == "copy"
+            self._needs_fixed = coupling.scales and not FloatArithmetic().undoes(coupling)
 
-    def forward(self, x: Tensor, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Any, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The merged streams after the last block.
 
         Args:
-            x: any shape, floating-point. With `split="chunk"`, even in size along `dim`.
+            x: any shape, floating-point, or a tree of such tensors; what `split` takes, if that is
+                a function. With `split="chunk"`, even in size along `dim`.
             taps: blocks after which the merged streams are returned as well: hidden states, for
                 deep supervision, say. They are differentiable, and the memory of each is its own.
                 In a compiled graph the two streams stay there besides. Early exits are slices:
@@ -208,7 +152,8 @@ class ReversibleSequence(BlockSequence):
         Raises:
             IndexError: `taps` names a block that is not there.
         """
-        positions = None if taps is None else positions_of(taps, len(self), 2, "block")
+        count = self._per_block
+        positions = None if taps is None else positions_of(taps, len(self), count, "block")
         y1, y2, *more = self._run(self._split(x), kwargs, positions)
         y = self._merge(y1, y2)
         return (y, *more) if more else y
@@ -216,30 +161,31 @@ class ReversibleSequence(BlockSequence):
     def _tapped(self, *streams: Any) -> Any:
         return self._merge(*streams)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_stream(x, "x")
-        self._check_plan(x)
-        if self.split == "copy":
-            return x, x
-        size = x.shape[self.dim]
-        if size % 2:
-            raise ValueError(
-                f"split='chunk' halves dimension {self.dim} of x, whose size {size} is odd"
-            )
-        x1, x2 = x.chunk(2, self.dim)
-        return x1, x2
+    def _split(self, x: Any) -> tuple[Any, Any]:
+        if not callable(self.split):
+            for leaf in tree_leaves(x) or [x]:
+                check_stream(leaf, "x")
+        self._check_plan(*(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)))
+        streams = starting_streams(self.split, self.dim, self._settings.coupling, x)
+        if self.split == "chunk" and isinstance(x, Tensor) and not active():
+            merged = "concat", self.dim % x.dim()
+            if stands_for_streams(x, merged):
+                # Views would keep x, and branches would not read what those of one sequence read.
+                streams = streams[0].clone(), streams[1].clone()
+                rename([x], merged, streams, None)
+        return streams
 
-    def _merge(self, y1: Tensor, y2: Tensor) -> Tensor:
-        if self.merge == "concat":
-            return torch.cat((y1, y2), self.dim)
-        # The overload with a number keeps no tensor for backward; `/ 2` would keep one.
-        return torch.ops.aten.div.Scalar(y1 + y2, 2) if self.merge == "mean" else y1 + y2
+    def _merge(self, y1: Any, y2: Any) -> Any:
+        y = merged_streams(self.merge, self.dim, self._settings.coupling, y1, y2)
+        if self.merge == "concat" and isinstance(y, Tensor) and not active():
+            rename([y1, y2], None, [y], ("concat", self.dim % y.dim()))
+        return y
 
-    def run(self, x1: Tensor, x2: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+    def run(self, x1: Any, x2: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams after the last block, `(y1, y2)`, from those before the first.
 
         Args:
-            x1, x2: any shape, equal, floating-point.
+            x1, x2: any shape, equal, floating-point; or trees of tensors.
 
         Returns:
             `(y1, y2)`, or `(y1, y2, aux)` if branches returned extra outputs.
@@ -247,14 +193,16 @@ class ReversibleSequence(BlockSequence):
         check_streams(x1, x2)
         return self._run((x1, x2), kwargs)
 
-    def inverse(self, y1: Tensor, y2: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The streams before the first block, `(x1, x2)`, from those after the last.
+    def inverse(self, y1: Any, y2: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Return the streams before the first block, `(x1, x2)`, from those after the last.
 
-        Exact up to rounding in floating point. Randomness is not repeated: call it in `eval()`, or
-        without dropout.
+        A pass like `run`, in reverse order: its activations are rebuilt in backward, and in fixed
+        streams its gradients equal those of stored execution in every bit. Randomness of `run` is
+        not repeated: call it in `eval()`, or without dropout.
         """
         check_streams(y1, y2)
-        x1, x2 = self._undo((y1, y2), self._parts((y1, y2), kwargs, dropped=()))
+        parts = self._parts((y1, y2), kwargs, dropped=())
+        x1, x2, *_ = self._invert((y1, y2), parts)
         return x1, x2
 
     @overload
@@ -296,12 +244,12 @@ class ReversibleSequence(BlockSequence):
 
     def _through(self, call: Call, parts: BoundSteps, taps: Taps | None) -> Sequence[Any]:
         doors, streams = self._called_blocks, ()
-        for i in range(0, len(parts), 2):
-            block = parts[i : i + 2]
-            (first, f), (_, g) = block
+        for i in range(0, len(parts), self._per_block):
+            block = parts[i : i + self._per_block]
+            (first, f), (_, g) = block[:: self._per_block // 2]
             if taps is not None:
                 taps.reach(first, streams or call.values)
-            door = doors[first // 2]
+            door = doors[first // self._per_block]
             if runs_only_steps(door):
                 if streams:
                     enter_call(call, streams, self._settings, f.name)
@@ -321,98 +269,3 @@ class ReversibleSequence(BlockSequence):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, split={self.split!r}, merge={self.merge!r}, dim={self.dim}"
-
-
-class SequentialSequence(BlockSequence):
-    """The non-reversible twin: each layer maps `x` to `x + f(x)`, then to `x + g(x)`.
-
-    Args:
-        layers: `(f, g)` pairs of modules that map `x` to a tensor of its shape.
-        args_route, layer_dropout: as in `ReversibleSequence`.
-        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step.
-    """
-
-    _allowed = tuple(name for name in EXECUTIONS if name != "invert")
-    _name = "layer"
-    _updates = (0, 0)
-
-    def __init__(
-        self,
-        layers: Iterable[Iterable[nn.Module]],
-        args_route: Routes = {},
-        layer_dropout: float = 0.0,
-        execution: Execution = "store",
-    ) -> None:
-        pairs = _pairs(layers)
-        super().__init__(args_route, layer_dropout, len(pairs), "float", execution)
-        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
-
-    def forward(self, x: Tensor, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
-        """Return `x` after the last layer, or `(x, aux)` if branches returned extra outputs.
-
-        With `taps` the list of `x` after these layers comes second, as in `ReversibleSequence`.
-        """
-        check_stream(x, "x")
-        positions = None if taps is None else positions_of(taps, len(self), 2, "layer")
-        y, *more = self._run((x,), kwargs, positions)
-        return (y, *more) if more else y
-
-    def _tapped(self, *streams: Any) -> Any:
-        return streams[0]
-
-    @overload
-    def __getitem__(self, index: int) -> nn.ModuleList: ...
-    @overload
-    def __getitem__(self, index: slice) -> SequentialSequence: ...
-    def __getitem__(self, index: int | slice) -> nn.ModuleList | SequentialSequence:
-        """Return the pair `(f, g)` of a layer, or a sequence of some layers that shares them.
-
-        Slices are those of `ReversibleSequence`.
-        """
-        if not isinstance(index, slice):
-            return cast(nn.ModuleList, self.layers[index])
-        chosen = range(len(self))[index]
-        part = self._part(SequentialSequence, chosen)
-        part.layers = nn.ModuleList(self.layers[i] for i in chosen)
-        return part
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # That of a ReversibleSequence is taken, too, whose branches may be wrapped.
-        if take_keys(state_dict, prefix, given=("blocks", "fg"), own=("layers", "01")):
-            for i, pair in enumerate(self.layers):
-                unwrap_deterministic(pair, state_dict, f"{prefix}layers.{i}.", names="01")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @property
-    def _blocks(self) -> nn.ModuleList:
-        return self.layers
-
-    @property
-    def _branches(self) -> Sequence[Iterable[nn.Module]]:
-        return list(cast(Iterable[nn.ModuleList], self.layers))
-
-
-def _pairs(blocks: Iterable[Iterable[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
-    """Return the branches of each block.
-
-    A pair is a tuple, a list or an `nn.ModuleList`. A module with a forward of its own may stand
-    for one branch only: its forward would not run.
-    """
-    pairs = []
-    for i, block in enumerate(blocks):
-        module = isinstance(block, nn.Module) and not isinstance(block, ReversibleBlock)
-        if module and getattr(type(block), "forward", None) is not nn.Module.forward:
-            kind = type(block).__name__
-            raise TypeError(
-                f"block {i} is a module, {kind}, whose forward would not run: a block is a pair "
-                f"(f, g) of modules. Give a tuple, (block[0], block[1]) for the parts of an "
-                f"nn.Sequential, or ({kind}(...), g) where the module is one branch."
-            )
-        pair = (block.f, block.g) if isinstance(block, ReversibleBlock) else block
-        branches = tuple(pair) if isinstance(pair, Iterable) else (pair,)
-        if len(branches) != 2 or not all(isinstance(branch, nn.Module) for branch in branches):
-            raise TypeError(f"block {i} is {block!r}, but a block is a pair (f, g) of modules")
-        pairs.append(branches)
-    return pairs

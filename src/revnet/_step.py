@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from ._couplings import Additive, Coupling
+from ._source import received
+from ._trees import branch_output as branch_output
 
 
 class Step(nn.Module):
@@ -78,9 +79,8 @@ class Step(nn.Module):
     def forward(self, *sources: Any, **kwargs: Any) -> Any:
         """The output of the branch as the coupling takes it."""
         if self.fn is not None:
-            if self.args:
-                sources = (*sources, *[kwargs.pop(name) for name in self.args if name in kwargs])
-            return self.coupling.receive(self.fn(*sources, **kwargs))
+            given = [kwargs.pop(name) for name in self.args if name in kwargs]
+            return received(self.coupling, self.fn(*sources, *given, **kwargs), sources)
         return sources[0] if sources else None
 
     @property
@@ -120,17 +120,3 @@ class BoundStep(NamedTuple):
     target: int
     source: tuple[int, ...]
     kwargs: dict[str, Any]
-
-
-def branch_output(out: Any, target: Any) -> tuple[Any, Any]:
-    """What a branch returned, as `(update, aux)`; aux is None where there is none.
-
-    A pair is `(update, aux)` unless the target itself is one.
-    """
-    if not isinstance(out, tuple) or len(out) != 2:
-        return out, None
-    if not isinstance(target, Tensor) and pytree.tree_structure(out) == pytree.tree_structure(
-        target
-    ):
-        return out, None
-    return out

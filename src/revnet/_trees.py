@@ -29,3 +29,17 @@ def tree_leaves(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     return pytree.tree_leaves(tree)
+
+
+def branch_output(out: Any, target: Any) -> tuple[Any, Any]:
+    """What a branch returned, as `(update, aux)`; aux is None where there is none.
+
+    A pair is `(update, aux)` unless the target itself is one.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        return out, None
+    if not isinstance(target, Tensor) and pytree.tree_structure(out) == pytree.tree_structure(
+        target
+    ):
+        return out, None
+    return out

@@ -18,6 +18,7 @@ from ._conversion.convert import Conversion, unconvert
 from ._couplings import Coupling
 from ._errors import ReversibleError
 from ._memory import measure_memory
+from ._source import rule_of
 
 __all__ = [
     "ConversionReport",
@@ -34,8 +35,8 @@ def check_inverse(
     """Return the relative error with which an inverse restores the inputs of its forward pass.
 
     Args:
-        program: a `Coupling`, whose `inputs` are a target and a branch output; or a module with
-            `forward` and `inverse`, such as `revnet.Reversible`, whose `inputs` are its streams.
+        program: a `Coupling`, whose `inputs` are a target and a branch output (and a source, if it
+            reads that); or a module with `forward` and `inverse`, whose `inputs` are its streams.
         inputs: tensors, or trees of tensors, floating-point.
         tolerance: largest relative error of a tensor; by default 1000 times the precision of its
             dtype, and a tenth at most.
@@ -50,12 +51,12 @@ def check_inverse(
     """
     before = _leaves(inputs)
     name: Callable[[int], str] = "stream {}".format
-    if isinstance(program, Coupling):
-        name = ("target", "branch output").__getitem__
     with torch.no_grad():
         if isinstance(program, Coupling):
-            target, out = inputs
-            restored: Any = (program.invert(program.combine(target, out), out), out)
+            name = ("target", "branch output", "source").__getitem__
+            rule, (target, *read) = rule_of(program), inputs
+            out: Any = read if program.reads_source else read[0]
+            restored: Any = (rule.invert(rule.combine(target, out), out), *read)
         else:
             outputs = program(*inputs, **kwargs)
             streams = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -205,7 +206,7 @@ def check_conversion(
         value, actual = _differentiated(model, total)
         if not torch.equal(value, again):
             raise ReversibleError(
-                f"the loss is {value.item()} with execution={own!r}, {again.item()} stored: a layer "
+                f"the loss is {value.item()} in execution {own!r}, {again.item()} stored: a layer "
                 "reads what its own calls change, such as a counter. Keep it in buffers."
             )
         _compare(actual, expected, tolerance, list)

@@ -36,8 +36,8 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
     for name, fn, coupling, target, source, kwargs in steps:
         if not coupling.translates or target in source or any(True for _ in coupling.parameters()):
             return (
-                f"{name}: its coupling, {coupling}, is not supported in a compiled graph: use an "
-                "additive coupling whose branch does not read its target"
+                f"{name}: its coupling, {coupling.state_owner}, is not supported in a compiled "
+                "graph: use an additive coupling whose branch does not read its target"
             )
         found = obstacle(fn, [streams[i] for i in source], streams[target], kwargs)
         if found:

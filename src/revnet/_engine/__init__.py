@@ -8,6 +8,7 @@ itself, what `fn` saves is collected for autograd.
 
     forward.py    Call: runs the steps, records what their replays need
     tape.py       Tape: records, barriers and saved states, shared by both directions
+    chain.py      lets a pass go on where the one before it stopped
     hooks.py      PackHook of a call, RecomputeHook of its replay
     backward.py   recover: walks down and replays
     checksums.py  determinism_check="exact"
@@ -35,5 +36,7 @@ without it.
 """
 
 from .._state.call_state import ContextFn as ContextFn
+from .chain import rename as rename
+from .chain import stands_for_streams as stands_for_streams
 from .forward import Call as Call
 from .tape import Options as Options

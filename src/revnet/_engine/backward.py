@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import weakref
@@ -112,6 +113,8 @@ def _nearest(tape: Tape, recomputed: Recomputed, step: int) -> tuple[int, list[S
         candidates.append(running)
     if recomputed.position is not None and recomputed.position >= step:
         candidates.append(recomputed.position)
+    if tape.joints and (joint := tape.joint_state(step, min(candidates, default=math.inf))):
+        return joint
     if not candidates:
         raise ReversibleError(
             f"{tape.name(step)}: backward went through this part of the graph before, and what it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
 from .._kept import Hosted, Saved
+from .._source import Receiving
 from .._state.branch import is_compiled
 from .._state.call_state import StepState
 from .._state.environment import Environment
@@ -34,6 +36,7 @@ from .._torch import (
     version_of,
 )
 from .._trees import tree_leaves
+from . import chain
 from .backward import Lock, recover
 from .checksums import tree_checksum
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
@@ -49,6 +52,8 @@ class Call:
         options: see `Options`.
         executions: the execution of every step of the sequence.
         memory: what earlier calls of the same program found.
+        chains: whether to go on where a call stopped that returned exactly these streams, and to
+            let another go on with this one.
     """
 
     @untraced
@@ -59,6 +64,7 @@ class Call:
         options: Options,
         executions: Sequence[Execution],
         memory: Memory | None = None,
+        chains: bool = False,
     ) -> None:
         self.arithmetic = arithmetic
         self.options = options
@@ -72,7 +78,6 @@ class Call:
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.devices = devices_of(leaves)
         self.environment = Environment([device.type for device in self.devices])
-        self.streams: list[Stream] = [arithmetic.encode(value) for value in streams]
         # Versions of the streams as a block returned them.
         self.versions: list[int] = []
         self.aux: dict[str, Any] = {}
@@ -82,10 +87,29 @@ class Call:
         self.fake = is_faking()
         # The generators after the last step, while nobody else can have drawn since.
         self.random: RandomState | None = None
-        prefetch = max(map(_prefetch, executions), default=0)
-        self.tape = Tape(arithmetic, options, prefetch)
-        # Where `pause` saved the state that the next pause replaces.
+        self._begin(streams, chains)
+
+    def _begin(self, streams: Sequence[Any], chains: bool) -> None:
+        """Begin with these streams, where a call that returned them stopped if there is one."""
+        arithmetic = self.arithmetic
+        prefetch = max(map(_prefetch, self.executions), default=0)
+        self.mode: chain.Mode | None = None
+        continued = None
+        if chains:
+            self.mode = chain.Mode(self.recording, self.capturing, self.fake, self.options)
+            continued = chain.go_on(streams, arithmetic, self.mode)
+        # Where `pause` or the call before saved the state that the next one replaces.
         self.paused: int | None = None
+        if continued is None or continued.tape is None:
+            self.tape = Tape(arithmetic, self.options, prefetch)
+        else:
+            self.tape, self.paused = continued.tape, continued.position
+            self.tape.prefetch = max(self.tape.prefetch, prefetch)
+        self.streams: list[Stream] = (
+            [arithmetic.encode(value) for value in streams]
+            if continued is None
+            else continued.streams
+        )
 
     @untraced
     def enter(self, *streams: Any) -> None:
@@ -158,7 +182,8 @@ class Call:
         random = None
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
-        structure = self.memory.structure(index, step.fn, step.coupling)
+        fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
+        structure = self.memory.structure(index, fn, step.coupling.state_owner)
         context_fn = self.options.context_fn
         return StepState(step, structure, self.environment, random, results, context_fn)
 
@@ -213,14 +238,19 @@ class Call:
         From now on the tape lives as long as its hooks.
         """
         self._check_unwritten()
-        tape = self.tape
-        tape.save_state(self.streams)
-        if is_autocasting() and any(tape.records):
+        # Another thread may walk the tape of an earlier pass.
+        with contextlib.nullcontext() if self.paused is None else Lock.lock:
+            self._save_end()
+        if is_autocasting() and any(self.tape.records):
             # Replays cast parameters anew. A backward inside autocast needs as little as outside.
             torch.clear_autocast_cache()
-        tape.top = len(tape.records) - 1
-        self._forget_checksums()
-        return streams or self.start()
+        if not streams:
+            streams = tuple(self.start())
+        if self.mode is not None and all(
+            given is value for given, (value, _) in zip(streams, self.streams, strict=True)
+        ):
+            chain.hand_on(self.streams, self.arithmetic, self.tape, self.mode)
+        return streams
 
     def pause(self) -> list[Stream]:
         """Return the streams for `resume`; until then the call can be read and walked as it is.
@@ -229,16 +259,20 @@ class Call:
         call holds no graph: whoever holds the streams does.
         """
         self._check_unwritten()
-        tape, before, position = self.tape, self.paused, len(self.tape.records)
         with Lock.lock:
-            tape.save_state(self.streams)
-            tape.top = position - 1
-            if before is not None and before < position and tape.records[before] is not None:
-                tape.saved_states.pop(before, None)
-            self.paused = position
-            self._forget_checksums()
+            self._save_end()
         streams, self.streams, self.random = self.streams, [], None
         return streams
+
+    def _save_end(self) -> None:
+        """Save the present state as the place to walk from, in place of the last that was saved."""
+        tape, before, position = self.tape, self.paused, len(self.tape.records)
+        tape.save_state(self.streams)
+        tape.top = position - 1
+        if before is not None and before < position and tape.records[before] is not None:
+            tape.saved_states.pop(before, None)
+        self.paused = position
+        self._forget_checksums()
 
     def resume(self, streams: list[Stream]) -> None:
         """Continue with the streams that `pause` returned; their values may be other tensors."""

@@ -131,6 +131,8 @@ class Tape:
         self.hooks: list[Callable[[], Any]] = []
         # Position p is the state before step p.
         self.saved_states: dict[int, Saved | Referenced | list[Stream]] = {}
+        # By position, the streams that one pass handed to the next, while somebody holds them.
+        self.joints: dict[int, Callable[[], Any]] = {}
         self.backwards: dict[int, Recomputed] = {}
         # The streams before the step that runs now: its branch may differentiate by itself.
         self.running: list[Stream] | None = None
@@ -171,6 +173,21 @@ class Tape:
         """Return what errors call a step."""
         record = self.records[step]
         return record.step.name if record is not None else f"step {step}"
+
+    def joint_state(self, low: int, high: float) -> tuple[int, list[Stream]] | None:
+        """Return the lowest state between two passes that is still held, and its position.
+
+        Args:
+            low: the lowest position that serves.
+            high: a position from which a walk could begin as well.
+        """
+        for position in sorted(each for each in self.joints if low <= each < high):
+            left = self.joints[position]()
+            state = None if left is None else left.state()
+            if state is not None:
+                return position, [(None, encoded) for encoded in state]
+            del self.joints[position]
+        return None
 
     def running_state(self) -> list[Stream]:
         """Return the streams before the step that runs now."""

@@ -55,7 +55,7 @@ class Measurement:
         self.arithmetic = self.net._arithmetic(*tree_leaves(replaced.inputs))
         self.inputs: Sequence[Any] = replaced.inputs
         if isinstance(self.net, ReversibleSequence):
-            self.inputs = self.net._split(self.x)
+            self.inputs = self.net._split(replaced.inputs[0])
         self.streams = tree_leaves(list(self.inputs))
 
     def chain(self) -> Chain:

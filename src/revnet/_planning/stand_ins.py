@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .._execution import STORE
 from .._memory import all_tensors_in
 from .._program import Program
-from .._sequence import BlockSequence
+from .._sequential import BlockSequence
 from .._state.random import RandomState, devices_of
 from .._trees import tree_leaves
 

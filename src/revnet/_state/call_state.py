@@ -12,6 +12,7 @@ import torch
 from .._couplings import Additive, Affine, Leapfrog, Midpoint, Momentum
 from .._errors import ReversibleError
 from .._step import BoundStep
+from .._two_step import TwoStep
 from . import fsdp
 from .decisions import Decisions, _active, replays
 from .environment import Environment
@@ -24,8 +25,9 @@ ContextFn = Callable[
     [], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
 ]
 
-# These rules neither draw random numbers nor remember decisions, so that only the branch does.
-_QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum})
+# These rules neither draw random numbers nor remember decisions: only the branch does, with what
+# a rule does to its output.
+_QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum, TwoStep})
 _NOTHING = contextlib.nullcontext()
 
 
@@ -68,7 +70,7 @@ class StepState:
         context_fn: ContextFn | None,
     ) -> None:
         self.name = step.name
-        self.quiet = type(step.coupling) in _QUIET
+        self.quiet = type(step.coupling.state_owner) in _QUIET
         self.environment = environment
         self.modules = ModuleState(structure, step.kwargs, step.name)
         self.random = random

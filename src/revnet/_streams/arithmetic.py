@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .._couplings import Additive, Coupling, fitting
-from .._errors import ReversibleError
-from .._step import branch_output
+from .._factors import signed
 from .._torch import without_tangents
 from .._trees import tree_map, tree_unzip
 from . import scaled
@@ -73,6 +72,14 @@ class FloatArithmetic:
         """The value of a stream that is held so."""
         return held
 
+    def rest(self, held: Any) -> Any:
+        """Return how a stream is held, without its value: nothing."""
+        return None
+
+    def held(self, rest: Any, value: Any) -> Any:
+        """Return the stream of which `rest` was returned, with this value."""
+        return value
+
 
 class FixedArithmetic:
     """Steps on fixed-point streams, held as the values that branches read and integers left over.
@@ -112,7 +119,7 @@ class FixedArithmetic:
             return _stream(held).value, held
         if ratio := self._ratio(coupling, out):
             increment = fitting(value, coupling.increment(out))
-            held = _read_as(held, value)
+            held = _signed(held, value, coupling.sign(out))
             held = multiply_and_add(held, ratio, increment, self.fixed, self.monitor, index)
             return held.stream.value, held
         # The gradient is that of the rule on floats; the value, below, that of the fixed-point
@@ -123,6 +130,7 @@ class FixedArithmetic:
         with torch.no_grad(), without_tangents():
             if coupling.rearranges:
                 return like, _moved(held, lambda part: coupling.combine(part, out), like)
+            held = _signed(held, value, coupling.sign(out))
             held = multiply(
                 held, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index
             )
@@ -141,14 +149,24 @@ class FixedArithmetic:
             )
         elif ratio := self._ratio(coupling, out):
             held = subtract_and_divide(held, ratio, coupling.increment(out), self.fixed)
+            held = _signed(held, _stream(held).value, coupling.sign(out))
         else:
             held = _added(held, value, coupling.increment(out), self.fixed.subtract)
             if coupling.scales:
                 held = divide(held, coupling.scale(out), coupling.least_scale, self.fixed)
+                held = _signed(held, _stream(held).value, coupling.sign(out))
         return _stream(held).value, held
 
     def read(self, held: Any) -> Any:
         return _stream(held).value
+
+    def rest(self, held: Any) -> Any:
+        """Return how a stream is held, without its value."""
+        return self.held(held, None)
+
+    def held(self, rest: Any, value: Any) -> Any:
+        """Return the stream of which `rest` was returned, with this value."""
+        return _signed(rest, value, None)
 
     def _ratio(self, coupling: Coupling, out: Any) -> Fraction | None:
         """Return the constant factor of a rule whose steps are computed in one pass, else None."""
@@ -161,29 +179,19 @@ class FixedArithmetic:
         return scale if scaled.takes(scale.numerator, scale.denominator, self.fixed) else None
 
 
-def undo(
-    streams: list[Any],
-    fn: Callable[..., Any],
-    target: int,
-    source: tuple[int, ...],
-    coupling: Coupling,
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Put the target before a step in place of the target after it; differentiable, on floats."""
-    if target in source:
-        raise ReversibleError(f"a step that reads its target, stream {target}, has no inverse")
-    out = fn(*(streams[i] for i in source), **kwargs)
-    streams[target] = coupling.invert(streams[target], branch_output(out, streams[target])[0])
-
-
 def _stream(held: Any) -> Held:
     stream: Held = held.stream if isinstance(held, BufferedStream) else held
     return stream
 
 
-def _read_as(held: Any, value: Any) -> Any:
-    """Return a held stream with this value, which has a gradient."""
-    stream = Held(value, _stream(held).residual)
+def _signed(held: Any, value: Any, sign: Tensor | None) -> Any:
+    """Return a held stream, read as this value, which has a gradient, times 1 or -1."""
+    residual = _stream(held).residual
+    if sign is not None:
+        # A stream holds no minus zero.
+        value = tree_map(lambda leaf: leaf + 0.0, signed(value, sign))
+        residual = signed(residual, sign)
+    stream = Held(value, residual)
     return replace(held, stream=stream) if isinstance(held, BufferedStream) else stream
 
 
