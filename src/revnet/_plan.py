@@ -121,6 +121,8 @@ class Plan:
         content = read_file(Path(path), _LARGEST_FILE)
         try:
             fields = json.loads(content.decode())
+            if not isinstance(fields, dict):
+                raise ValueError("it is no JSON object")
             if fields.pop("format", None) != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")
             loaded = cls(**{name: _as_tuples(value) for name, value in fields.items()})

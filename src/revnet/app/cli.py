@@ -12,11 +12,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
 from revnet.app.errors import MachineError, UserError, first_line
-from revnet.app.terminal import complain, show, visible_line
+from revnet.app.terminal import Output, complain, show, visible_line
 
 if TYPE_CHECKING:
     from revnet.app.case import Case
@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 1 a machine without room, 2 what the user can put right, 130 Ctrl-C.
     """
     options = parser().parse_args(argv)
-    # Pillow warns of images that this program refuses in its own words.
-    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+    # Pillow warns of images that this program refuses in its own words, and of metadata that it
+    # does not need.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -79,6 +80,12 @@ class _Help(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # Whoever closes a pipe has read enough of the help.
+        output = Output(file or sys.stderr)
+        output.write(message)
+        output.flush()
+
     def error(self, message: str) -> NoReturn:
         """Show the usage and what is wrong with it, and end with the exit code of user errors."""
         self.print_usage(sys.stderr)

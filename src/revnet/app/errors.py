@@ -31,5 +31,10 @@ def _flag(name: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind if it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "weights_only" in str(error):
+        # torch's own message advises to execute what the file holds.
+        return "it holds more than tensors and numbers"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

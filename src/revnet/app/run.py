@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -149,6 +149,12 @@ class Run:
             ) from None
         folder = self.path / "tensorboard"
         check_own_folder(folder)
+        try:
+            os.fspath(folder).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--tensorboard needs a run folder whose name is UTF-8, but it is {self.path}"
+            ) from None
         with writing(folder):
             return SummaryWriter(folder)
 
@@ -194,9 +200,6 @@ class Run:
             return found
         except MemoryError:
             raise
-        except pickle.UnpicklingError as error:
-            # torch's own message advises to execute what the file holds.
-            raise damaged_checkpoint(path, "it holds more than tensors and numbers") from error
         except Exception as error:
             raise damaged_checkpoint(path, first_line(error)) from error
 
@@ -312,6 +315,8 @@ def check_tensors(found: object, expected: Mapping[str, Tensor]) -> None:
         other = found[name]
         if not isinstance(other, Tensor):
             raise ValueError(f"{name} is no tensor")
+        if other.layout != torch.strided or other.is_meta:
+            raise ValueError(f"{name} is not a tensor with all of its numbers")
         if other.shape != tensor.shape or other.dtype != tensor.dtype:
             raise ValueError(
                 f"{name} is {other.dtype} {list(other.shape)}, not {tensor.dtype} "

@@ -25,6 +25,8 @@ CAPTION_COLUMNS = ("caption", "text")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 # As many as 8192 × 8192; decoding takes up to 16 bytes for each.
 MOST_PIXELS = 2**26
+# Pillow keeps an address for each row, and fails in odd ways where a row has many millions.
+LONGEST_SIDE = 2**16
 LARGEST_FILE = 2**30
 CODE_BOOK_IMAGES = 2000
 DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
@@ -49,8 +51,8 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
         with open_file(path, LARGEST_FILE) as content, Image.open(content, formats=FORMATS) as file:
             # The size stands at the beginning of a file: nothing has been decoded so far.
             width, height = file.size
-            if width * height > MOST_PIXELS:
-                raise Image.DecompressionBombError(f"it has {width} × {height} pixels")
+            if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+                raise Image.DecompressionBombError
             picture = _flatten(ImageOps.exif_transpose(file))
             picture = ImageOps.fit(
                 picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX
@@ -59,8 +61,8 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"the image {path} is too large: {first_line(error)}, of which at most "
-            f"{MOST_PIXELS:,} are read. Scale it down, or remove it."
+            f"the image {path} is too large: at most {MOST_PIXELS:,} pixels and "
+            f"{LONGEST_SIDE:,} on a side are read. Scale it down, or remove it."
         ) from error
     except UnidentifiedImageError:
         # Its own message names the file object.
