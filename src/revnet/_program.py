@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVarTuple, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._compiled.function import active, outside, run_traced
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
-from ._execution import EXECUTIONS, resolve
+from ._execution import EXECUTIONS, ExecutionName, resolve
 from ._plan import Plan
 from ._routing import check_keywords
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
@@ -27,8 +27,10 @@ from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
 from ._trees import tree_leaves
 
-Execution = str | Sequence[str] | Plan
-Streams = str | Fixed | Float
+Execution = ExecutionName | Sequence[ExecutionName] | Plan
+Streams = Literal["auto", "fixed", "float"] | Fixed | Float
+DeterminismCheck = Literal["default", "none", "exact"]
+Values = TypeVarTuple("Values")
 # The steps of one pass, each with its index in the program: some may be left out.
 BoundSteps = Sequence[tuple[int, BoundStep]]
 
@@ -61,7 +63,7 @@ class Program(nn.Module):
         streams: Streams,
         execution: Execution,
         preserve_rng_state: bool = True,
-        determinism_check: str = "default",
+        determinism_check: DeterminismCheck = "default",
         context_fn: ContextFn | None = None,
     ) -> None:
         super().__init__()
@@ -248,12 +250,15 @@ class Reversible(Program):
         steps: in the order in which they are applied.
         args_route: for each keyword of the forward pass, one boolean per step: whether its branch
             takes it.
-        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales
+        streams: `"auto"`, `"fixed"`, `"float"` or a `revnet.Fixed`; see `ReversibleSequence`.
+            `"auto"` is fixed also for float32 where a step scales
             its target, which float streams cannot undo.
-        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked
+        execution: `"invert"`, `"store"`, `"checkpoint"`, `"select"` or `"offload"` for all steps,
+            one of them per step, or a `revnet.Plan`; see `ReversibleSequence`. Where a step is asked
             to `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
             `revnet.Coupling`.
-        preserve_rng_state, determinism_check, context_fn: as in `ReversibleSequence`.
+        preserve_rng_state, context_fn: as in `ReversibleSequence`.
+        determinism_check: `"default"`, `"none"` or `"exact"`; see `ReversibleSequence`.
 
     Raises:
         ValueError: no steps, a route of another length, or an unknown option.
@@ -274,7 +279,7 @@ class Reversible(Program):
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
-        determinism_check: str = "default",
+        determinism_check: DeterminismCheck = "default",
         context_fn: ContextFn | None = None,
     ) -> None:
         program = list(steps)
@@ -303,6 +308,29 @@ class Reversible(Program):
         self._needs_fixed = any(
             step.coupling.scales and not undoes(step.coupling) for step in places
         )
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, *streams: Unpack[Values], **kwargs: Any
+        ) -> tuple[Unpack[Values]]: ...
+
+    def with_aux(
+        self, *streams: Unpack[Values], **kwargs: Any
+    ) -> tuple[tuple[Unpack[Values]], dict[str, Any]]:
+        """Call the module; return the streams, and the extra outputs, which may be none.
+
+        The result has one form, and one type, whether branches return extra outputs or not.
+
+        Args:
+            *streams, **kwargs: as in `forward`.
+
+        Returns:
+            The tuple of streams, and a dict from step, such as "step 3", to extra output.
+        """
+        found: Any = self(*streams, **kwargs)
+        count = len(streams)
+        return found[:count], found[count] if len(found) > count else {}
 
     def forward(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The streams after the last step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ._engine import Call, ContextFn
 from ._execution import EXECUTIONS
 from ._program import (
     BoundSteps,
+    DeterminismCheck,
     Execution,
     Program,
     Streams,
@@ -48,6 +49,24 @@ class BlockSequence(Program):
         self.args_route = dict(args_route)
         self.layer_dropout = layer_dropout
         self._depth = depth
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, **kwargs: Any) -> Tensor: ...
+
+    def with_aux(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Call the module; return its output, and the extra outputs, which may be none.
+
+        The result has one form, and one type, whether branches return extra outputs or not.
+
+        Args:
+            x, **kwargs: as in `forward`.
+
+        Returns:
+            The output, and a dict from branch to extra output.
+        """
+        found: Any = self(x, **kwargs)
+        return found if isinstance(found, tuple) else (found, {})
 
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:
@@ -106,8 +125,11 @@ class ReversibleSequence(BlockSequence):
         streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to
             stored execution in every bit; `"float"` holds the tensors themselves; `"auto"` is fixed
             under autocast and for bfloat16 and float16 inputs, float otherwise.
-        execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"`
-            keeps one stream per step; or one of them per step (`f` and `g` of each block in turn).
+        execution: what stays of each step until backward. `"invert"`: nothing, streams and
+            activations are rebuilt; `"store"`: activations; `"checkpoint"`: the stream that the step
+            updates; `"offload"`: that stream, in host memory; `"select"`: results of matrix products
+            and attention. One of them for all steps, one per step (`f` and `g` of each block in
+            turn), or a `revnet.Plan`.
         preserve_rng_state: whether a replay repeats the randomness of the call. torch's global
             generators are repeated; Python's `random`, NumPy and a branch's own `torch.Generator`
             are not.
@@ -136,13 +158,13 @@ class ReversibleSequence(BlockSequence):
         args_route: Routes = {},
         *,
         layer_dropout: float = 0.0,
-        split: str = "copy",
-        merge: str = "mean",
+        split: Literal["copy", "chunk"] = "copy",
+        merge: Literal["mean", "sum", "concat"] = "mean",
         dim: int = -1,
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
-        determinism_check: str = "default",
+        determinism_check: DeterminismCheck = "default",
         context_fn: ContextFn | None = None,
     ) -> None:
         pairs = _pairs(blocks)
@@ -257,7 +279,9 @@ class SequentialSequence(BlockSequence):
     Args:
         layers: `(f, g)` pairs of modules that map `x` to a tensor of its shape.
         args_route, layer_dropout: as in `ReversibleSequence`.
-        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step.
+        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step; `"offload"`
+            keeps it in host memory; `"select"` keeps it, and results of matrix products and
+            attention. One of them for all steps, one per step, or a `revnet.Plan`.
     """
 
     _allowed = tuple(name for name in EXECUTIONS if name != "invert")
