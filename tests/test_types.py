@@ -180,5 +180,3 @@ def test_with_aux_has_one_form() -> None:
     linear = revnet.Reversible([revnet.Step(nn.Linear(8, 8), target=0, source=1)])
     streams, aux = linear.with_aux(x, x, x)
     assert (len(streams), aux) == (3, {})
-
-

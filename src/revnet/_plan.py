@@ -31,10 +31,11 @@ class Plan:
         names: per step, the block and branch.
         kept_bytes: per step, the bytes on the device that it keeps from its forward to its
             backward. A stream tensor that several steps keep counts for the first of them.
-        peak_bytes: predicted peak of one forward and backward, above what was allocated before.
+        peak_bytes: predicted peak of activations in one forward and backward: above parameters,
+            their gradients, the optimizer's state and the input.
         seconds: predicted time of one forward and backward.
         stored_seconds: the same for stored execution.
-        budget: bytes that were asked for.
+        budget: bytes that were asked for, for the same.
         shape, dtype, device: of the input that the plan was made for, or of its first tensor.
         estimated: whether times follow from counts of floating-point operations, not from
             measurements.

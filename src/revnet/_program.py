@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVarTuple, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVarTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -254,8 +254,8 @@ class Reversible(Program):
             `"auto"` is fixed also for float32 where a step scales
             its target, which float streams cannot undo.
         execution: `"invert"`, `"store"`, `"checkpoint"`, `"select"` or `"offload"` for all steps,
-            one of them per step, or a `revnet.Plan`; see `ReversibleSequence`. Where a step is asked
-            to `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
+            one of them per step, or a `revnet.Plan`; see `ReversibleSequence`. Where a step is to
+            `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
             `revnet.Coupling`.
         preserve_rng_state, context_fn: as in `ReversibleSequence`.
         determinism_check: `"default"`, `"none"` or `"exact"`; see `ReversibleSequence`.
@@ -311,13 +311,9 @@ class Reversible(Program):
 
     if TYPE_CHECKING:
 
-        def __call__(
-            self, *streams: Unpack[Values], **kwargs: Any
-        ) -> tuple[Unpack[Values]]: ...
+        def __call__(self, *streams: *Values, **kwargs: Any) -> tuple[*Values]: ...
 
-    def with_aux(
-        self, *streams: Unpack[Values], **kwargs: Any
-    ) -> tuple[tuple[Unpack[Values]], dict[str, Any]]:
+    def with_aux(self, *streams: *Values, **kwargs: Any) -> tuple[tuple[*Values], dict[str, Any]]:
         """Call the module; return the streams, and the extra outputs, which may be none.
 
         The result has one form, and one type, whether branches return extra outputs or not.

@@ -126,10 +126,10 @@ class ReversibleSequence(BlockSequence):
             stored execution in every bit; `"float"` holds the tensors themselves; `"auto"` is fixed
             under autocast and for bfloat16 and float16 inputs, float otherwise.
         execution: what stays of each step until backward. `"invert"`: nothing, streams and
-            activations are rebuilt; `"store"`: activations; `"checkpoint"`: the stream that the step
-            updates; `"offload"`: that stream, in host memory; `"select"`: results of matrix products
-            and attention. One of them for all steps, one per step (`f` and `g` of each block in
-            turn), or a `revnet.Plan`.
+            activations are rebuilt; `"store"`: activations; `"checkpoint"`: the stream that the
+            step updates; `"offload"`: that stream, in host memory; `"select"`: results of matrix
+            products and attention. One of them for all steps, one per step (`f` and `g` of each
+            block in turn), or a `revnet.Plan`.
         preserve_rng_state: whether a replay repeats the randomness of the call. torch's global
             generators are repeated; Python's `random`, NumPy and a branch's own `torch.Generator`
             are not.
@@ -279,8 +279,8 @@ class SequentialSequence(BlockSequence):
     Args:
         layers: `(f, g)` pairs of modules that map `x` to a tensor of its shape.
         args_route, layer_dropout: as in `ReversibleSequence`.
-        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step; `"offload"`
-            keeps it in host memory; `"select"` keeps it, and results of matrix products and
+        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step;
+            `"offload"` keeps it in host memory; `"select"` keeps results of matrix products and
             attention. One of them for all steps, one per step, or a `revnet.Plan`.
     """
 
