@@ -129,8 +129,6 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-
-
 def test_neither_a_closed_output_nor_a_hangup_loses_a_training(
     pictures: Path, tmp_path: Path
 ) -> None:
@@ -202,9 +200,7 @@ def test_what_no_terminal_hears_is_still_an_exit_code(
         assert main(["sample", str(tmp_path)]) == 2
 
 
-def test_one_training_at_a_time_has_a_folder(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_training_at_a_time_has_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     holder = subprocess.Popen(
         [
             sys.executable,
@@ -282,7 +278,7 @@ def test_names_and_outputs_that_are_not_utf_8(
         assert main([*map(str, options)]) == 0
         assert main(["sample", str(run), "é"]) == 0
     output = (tmp_path / "output").read_text()
-    assert output.startswith("caf\\xe9 \\x1b[2J: 111 examples")
+    assert output.startswith("caf\\xe9 \\x1b[2J: 117 examples")
     assert f"{tmp_path}/run\\xff" in output
     assert main(["train", "--resume", str(run), "--steps", "2"]) == 0
     assert "\x1b" not in capsys.readouterr().out
@@ -620,6 +616,7 @@ REMOVED = "<removed>"
         ("config.json", {"streams": []}, "streams is"),
         ("config.json", {"shape": {}}, "it has no 'depth'"),
         ("config.json", {"batch": REMOVED}, "it has no 'batch'"),
+        ("config.json", {"colour": 1}, "it has an unknown field 'colour'"),
         ("data.json", {"kind": "code"}, "kind is 'code', not 'images' or 'text'"),
         ("data.json", {"kind": "text"}, "in config.json"),
         ("data.json", {"words": ["\ud800"]}, "words is"),
@@ -760,7 +757,20 @@ def spoil_names(state: dict) -> None:
         (lambda state: state.update(optimizer=[]), "it has no state of the optimizer"),
         (lambda state: state.update(model=3), "it holds other tensors"),
     ],
-    ids=["dtype", "nan", "sparse", "meta", "square", "count", "names", "no step", "step", "fewer", "list", "number"],
+    ids=[
+        "dtype",
+        "nan",
+        "sparse",
+        "meta",
+        "square",
+        "count",
+        "names",
+        "no step",
+        "step",
+        "fewer",
+        "list",
+        "number",
+    ],
 )
 def test_checkpoints_are_checked(
     run: Path, capsys: pytest.CaptureFixture[str], spoil: Callable, message: str
@@ -971,6 +981,9 @@ def test_mutated_run_folders_end_well(
         with redirect_stderr(errors), redirect_stdout(io.StringIO()):
             code = main(arguments)
     lines = errors.getvalue().splitlines()
+    if code == 0:
+        # What a changed list of words does not know.
+        lines = [line for line in lines if not line.startswith("revnet: left out of ")]
     assert (code, len(lines)) in ((0, 0), (2, 1)), lines
     assert all(line.startswith("revnet: ") and "\x1b" not in line for line in lines)
 
