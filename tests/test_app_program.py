@@ -95,7 +95,7 @@ def test_gradients_are_no_activations_in_any_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Wide and short: gradients take 48 times as much as activations."""
-    wide = ("--depth", "2", "--width", "256", "--tokens", "4", "--batch", "1", "--device", "cpu")
+    wide = ("--depth", "2", "--width", "256", "--tokens", "4", "--batch", "1", "--meta")
     out = tmp_path / "plan.png"
     peaks = {}
     for memory in ("minimum", "stored"):
@@ -108,19 +108,22 @@ def test_gradients_are_no_activations_in_any_command(
     # Weights, gradients and averages, and activations beside them.
     parameters = 4 * (2 * (12 * 256**2 + 9 * 256) + 256 * 256 * 2 + 4 * 256 + 512)
     fits = parameters * 4 + peaks["stored"] + 2**20
-    options = ("--device-memory", str(fits), "--meta", "--out", str(out))
-    assert main(["plan", *wide[:-2], *options]) == 0
+    assert main(["plan", *wide, "--device-memory", str(fits), "--out", str(out)]) == 0
     assert set(revnet.Plan.load(out.with_suffix(".json")).executions) == {"store"}
 
 
 def test_a_refused_budget_leaves_no_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "no plan is within 1.00 KiB" in refused(capsys, "train", *TINY, "--memory", "1KiB")
+    small = ("train", pictures / "images", *TINY, "--image-size", "8", "--memory", "1KiB")
+    assert "no plan is within 1.00 KiB" in refused(capsys, *small)
     assert not list(tmp_path.iterdir())
     (tmp_path / "empty").mkdir()
-    refused(capsys, "train", *TINY, "--memory", "1KiB", "--out", "empty")
+    refused(capsys, *small, "--out", "empty")
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
@@ -221,13 +224,15 @@ def test_samples_in_between_are_kept(texts: Path) -> None:
 
 def test_plain_logs(texts: Path) -> None:
     lines = (texts / "output").read_text().splitlines()
-    first, last = lines[1:3]
+    # On a slow machine there are more in between.
+    steps = [line for line in lines if line.startswith("step ")]
+    first, last = steps[0], steps[-1]
     assert re.match(r"step 1/4  8\.000 bits per byte  [\d,]+ tokens/s  0:\d\d:\d\d left$", first)
     held_out = r"step 4/4  \d\.\d+ bits per byte \(\d\.\d+ held out\)  [\d,]+ tokens/s$"
     assert re.match(held_out, last)
     assert "drawing samples …" in lines
     assert "judging held-out text …" in lines
-    assert max(map(len, lines[1:])) <= 80
+    assert max(map(len, steps)) <= 80
 
 
 class Terminal(io.StringIO):
@@ -309,7 +314,9 @@ def test_ctrl_c_leaves_one_bar(tmp_path: Path) -> None:
     rows = rows_of(written)
     assert sum("tokens/s" in row for row in rows) == 1, rows
     assert max(map(len, rows)) <= 80
-    assert any(row.startswith("Stopped at step") for row in rows)
+    (stopped,) = (row for row in rows if row.startswith("Stopped at step"))
+    step = stopped.split()[3].rstrip(".")
+    assert any(row.startswith(f"step {step}/100000 ") for row in rows), rows
 
 
 def test_a_bar_begins_at_the_step_that_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -662,7 +662,7 @@ def test_the_table_says_what_is_kept_and_what_is_predicted(small_plan: Plan):
     assert str(small_plan) == "\n".join(
         [
             "plan for 2×16×32 float32 on cpu: 6 steps",
-            "budget              4.00 MiB",
+            "budget              4.00 MiB   of activations, above weights, gradients, optimizer",
             "predicted peak      3.00 MiB",
             "predicted time         13 ms   1.300 × stored (measured)",
             "",

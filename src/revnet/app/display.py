@@ -91,6 +91,10 @@ class Display:
         self.say(f"{on} …")
         yield
 
+    def reach(self, step: int) -> None:
+        """Move the bar to where an interrupted training ends."""
+        self._progress.update(self._task, completed=step)
+
     def step(self, step: int, bits: float, rate: float, last: bool) -> None:
         """Show progress after `step` steps; in a pipe one line every ten seconds."""
         self._progress.start_task(self._task)

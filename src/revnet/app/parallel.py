@@ -269,6 +269,7 @@ def _train_and_close(training: ParallelTraining) -> int:
         training.checkpoints.wait()
         training.draw_loss()
         if training.step < config.steps:
+            display.reach(training.step)
             display.say(report.stopped(training))
             return INTERRUPTED
         report.draw_samples(training)

@@ -157,7 +157,8 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
         display.say(
             f"\n[bold]{found['read_as_captioned']:.1%}[/] of {JUDGED} generated digits are read as "
             f"their caption says, by a classifier that reads {found['classifier_accuracy']:.1%} of "
-            f"real held-out digits right."
+            f"real held-out digits right.",
+            wrap=True,
         )
     elif isinstance(data, Images):
         with display.working("judging samples"):
@@ -166,7 +167,8 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
         if found["pairs"]:
             display.say(
                 f"\nA held-out image is likelier under its own caption than under another one in "
-                f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs."
+                f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs.",
+                wrap=True,
             )
         display.say(
             f"Held-out captions beside the nearest training image: "
@@ -177,7 +179,8 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
             found |= judge_text(training)
         display.say(
             f"\n[bold]{found['held_out_bits']:.3f}[/] bits per byte of {found['held_out_bytes']:,} "
-            f"held-out bytes, {training.shape.length} at a time."
+            f"held-out bytes, {training.shape.length} at a time.",
+            wrap=True,
         )
     run.write_json("result.json", found)
     words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if own_digits)

@@ -151,7 +151,7 @@ def sample(
         return out
     words, patches = image_codecs(spec)
     path = Path(out) if out else run.path / "sample.png"
-    if path.suffix != ".png":
+    if path.suffix not in ("", ".png"):
         raise UserError(f"--out {path}: give a file that ends in .png")
     captions = captions or spec["show"]
     for caption in captions:

@@ -158,6 +158,7 @@ def _train_and_close(training: Training, new: bool) -> int:
         training.save()
         training.draw_loss()
         if stop():
+            display.reach(training.step)
             display.say(report.stopped(training))
             return INTERRUPTED
     report.close(training, display, memory)
@@ -190,7 +191,7 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
                 )
                 display.step(step, bits, rate, last)
                 if training.device.type == "cpu" and (advice := watch.advice()):
-                    display.say(advice)
+                    display.say(advice, wrap=True)
             if step % config.validate_every == 0 or last:
                 found = training.validate()
                 training.log(found)
