@@ -617,6 +617,7 @@ REMOVED = "<removed>"
         ("config.json", {"streams": []}, "streams is"),
         ("config.json", {"shape": {}}, "it has no 'depth'"),
         ("config.json", {"batch": REMOVED}, "it has no 'batch'"),
+        ("config.json", {"threads": 2**40}, "--threads is 1099511627776, which is too large"),
         ("config.json", {"colour": 1}, "it has an unknown field 'colour'"),
         ("data.json", {"kind": "code"}, "kind is 'code', not 'images' or 'text'"),
         ("data.json", {"kind": "text"}, "in config.json"),
@@ -972,6 +973,8 @@ def test_mutated_run_folders_end_well(
         plan = revnet.Plan.load(original / "plan.json")
         patch.setattr(Case, "make_plans", lambda case, model, budgets: [plan for _ in budgets])
         patch.setattr("revnet.app.report.measure_executions", lambda training: [])
+        # A changed `compile` is no damage, but would take a minute.
+        patch.setattr(torch.nn.Module, "compile", lambda module: None)
         for name in (
             "report.close",
             "report.draw_samples",

@@ -47,6 +47,7 @@ MOST = {
     "seed": 2**43 - 1,
     "lr": 10**300,
     "rank_timeout": 10**9,
+    "threads": 2**10,
 }
 MOST_PARAMETERS = 2**50
 # Of the others, 1.
