@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 a machine without room, 2 what the user can put right, 130 Ctrl-C.
     """
-    # OpenMP's threads wait for each other by spinning. On busy cores they so take the time from
-    # the thread that they wait for: with seven other processes on two cores, two threads were nine
-    # times as slow as two that sleep. It is read when torch is loaded.
+    # OpenMP's threads wait for each other by spinning, and on busy cores so keep the thread that
+    # they wait for from its core: with a load of six to seven on two cores, two threads were four
+    # to ten times as slow as two that sleep. OpenMP reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if argv is None else argv
     top = parser()
