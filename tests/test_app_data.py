@@ -17,20 +17,8 @@ from revnet.app.cli import main
 from revnet.app.data import Patches, corpus, folder, icons, split, split_words
 from revnet.app.errors import UserError
 
-TINY = (
-    "--depth",
-    "1",
-    "--width",
-    "32",
-    "--batch",
-    "4",
-    "--steps",
-    "2",
-    "--device",
-    "cpu",
-    "--image-size",
-    "8",
-)
+SMALL = ("--depth", "1", "--width", "32", "--batch", "4", "--steps", "2", "--device", "cpu")
+TINY = (*SMALL, "--image-size", "8")
 COLOURS = {"red": (200, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 220)}
 
 
@@ -73,7 +61,12 @@ def test_a_folder_of_images(
     assert len(spec["codes"]) <= 16
     assert np.array(spec["codes"]).shape[1:] == (2, 2, 3)
     assert (spec["rows"], spec["columns"]) == (4, 4)
-    assert {path.name for path in run.glob("*.png")} == {"loss.png", "samples.png", "held_out.png"}
+    assert {path.name for path in run.glob("*.png")} == {
+        "loss.png",
+        "samples-00000001.png",
+        "samples.png",
+        "held_out.png",
+    }
     assert main(["sample", str(run), "a blue card", "purple", "--each", "2"]) == 0
     assert (run / "sample.png").exists()
 
@@ -324,7 +317,7 @@ def test_a_text_that_vanishes_loses_no_step(
     monkeypatch.setattr(corpus.Corpus, "batch", vanish)
     run = tmp_path / "run"
     assert f"cannot read {texts}" in refused(
-        capsys, str(texts), *TINY, "--context", "32", "--out", str(run)
+        capsys, str(texts), *SMALL, "--context", "32", "--out", str(run)
     )
     assert (run / "checkpoint.pt").exists()
 
@@ -427,11 +420,18 @@ def test_hidden_folders_are_no_text(texts: Path) -> None:
     assert corpus.find_texts([texts]) == files
 
 
-def test_of_one_text_the_end_is_held_out(tmp_path: Path) -> None:
+def test_of_few_texts_the_ends_are_held_out(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_bytes(bytes(range(256)) * 10)
     data = corpus.Corpus("one", [path], length=16)
-    assert data._documents == {"train": [(path, 0, 2304)], "held_out": [(path, 2304, 2560)]}
+    assert data._documents == {"train": [(path, 0, 2432)], "held_out": [(path, 2432, 2560)]}
+    more = tmp_path / "more.txt"
+    more.write_bytes(bytes(range(100)) * 4)
+    data = corpus.Corpus("two", [path, more], length=16)
+    assert data._documents == {
+        "train": [(path, 0, 2432), (more, 0, 380)],
+        "held_out": [(path, 2432, 2560), (more, 380, 400)],
+    }
 
 
 def test_a_text_that_shrinks_is_noticed(texts: Path) -> None:
@@ -444,7 +444,7 @@ def test_a_text_that_shrinks_is_noticed(texts: Path) -> None:
 
 def test_a_text_run(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert main(["train", str(texts), *TINY, "--context", "32", "--out", str(run)]) == 0
+    assert main(["train", str(texts), *SMALL, "--context", "32", "--out", str(run)]) == 0
     assert "bits per byte" in capsys.readouterr().out
     assert (run / "samples.txt").read_text(encoding="utf-8").count("\n\n----\n\n") == 1
     spec = json.loads((run / "data.json").read_text())

@@ -133,7 +133,6 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
         given=0 if fixed else 0b0101,
         kinds=tuple(kinds),
         steps=tuple((k % 2, k % 2) for k in range(steps)),
-        gradients=tuple(rng.randint(0, 6) for _ in range(steps)),
         overhead=4,
     )
 
@@ -202,7 +201,7 @@ def test_a_hurried_search_loses_little(seed: int, monkeypatch: pytest.MonkeyPatc
             found.append(solve(chain, budget))
         thorough, hurried = found
         assert hurried.peak <= budget
-        assert thorough.time <= hurried.time <= 1.002 * thorough.time
+        assert thorough.time <= hurried.time <= 1.004 * thorough.time
 
 
 @pytest.mark.slow
@@ -218,8 +217,15 @@ def test_a_thousand_layers_are_solved_in_seconds():
 # What is predicted, and what is measured
 
 
+def fill_gradients(net: nn.Module) -> None:
+    """A plan counts activations, beside the gradients of parameters."""
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def measured(net: nn.Module, *inputs: Tensor, **keywords: object) -> int:
-    net.zero_grad()
+    fill_gradients(net)
     for tensor in inputs:
         tensor.grad = None
     return measure_memory(net, *inputs, **keywords).peak_bytes
@@ -308,7 +314,7 @@ def test_the_predicted_peak_under_autocast():
 
     for found in plans:
         net.execution = found
-        net.zero_grad()
+        fill_gradients(net)
         peak = measure_memory(forward, x).peak_bytes
         assert found.budget >= peak
         assert found.peak_bytes <= 1.05 * peak
@@ -321,7 +327,7 @@ def test_a_backward_inside_autocast_stays_within_the_budget(streams: str):
     with torch.autocast("cpu", torch.bfloat16):
         for found in plan(net, x, ["minimum", "10%", "30%", "60%", "stored"]):
             net.execution = found
-            net.zero_grad()
+            fill_gradients(net)
             peak = measure_memory(net, x).peak_bytes
             assert peak <= found.budget
             assert found.peak_bytes <= 1.05 * peak
@@ -339,31 +345,24 @@ def test_the_predicted_peak_of_compiled_branches(streams: str):
     check_budgets(net, torch.randn(4, 48, 32), ["minimum", "50%"])
 
 
-def test_gradients_that_exist_are_not_counted():
-    net, x = sequence(), torch.randn(4, 48, 32)
-    fresh = plan(net, x, "minimum")
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    held = plan(net, x, "minimum")
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_gradients_of_parameters_are_no_activations(wide: bool):
+    """A plan is the same whether gradients exist or not, also where they are most of the memory."""
+    net = sequence(3, 256) if wide else sequence()
+    x = torch.randn(1, 4, 256) if wide else torch.randn(4, 48, 32)
+    net.zero_grad()
+    fresh = plan(net, x, ["minimum", "stored"])
+    fill_gradients(net)
+    held = plan(net, x, ["minimum", "stored"])
+    assert [found.peak_bytes for found in fresh] == [found.peak_bytes for found in held]
     gradients = sum(parameter.nbytes for parameter in net.parameters())
-    assert 0 < fresh.peak_bytes - held.peak_bytes <= gradients
-    net.execution = held
-    assert measure_memory(net, x).peak_bytes <= held.budget
-
-
-@pytest.mark.parametrize("some", [1, 2], ids=["all", "every other"])
-def test_the_predicted_peak_where_gradients_exist(some: int):
-    net, x = sequence(), torch.randn(2, 8, 32)
-
-    def fill():
-        for i, parameter in enumerate(net.parameters()):
-            parameter.grad = None if i % some else torch.zeros_like(parameter)
-
-    fill()
-    for found in plan(net, x, ["minimum", "50%", "stored"]):
+    for found in fresh:
         net.execution = found
-        fill()
+        fill_gradients(net)
         assert measure_memory(net, x).peak_bytes == found.peak_bytes <= found.budget
+        if wide:
+            # One parameter's new gradient waits to be added to the one that exists.
+            assert found.peak_bytes < gradients / 2
 
 
 def test_programs_of_steps_are_planned_too():
@@ -663,7 +662,7 @@ def test_the_table_says_what_is_kept_and_what_is_predicted(small_plan: Plan):
     assert str(small_plan) == "\n".join(
         [
             "plan for 2×16×32 float32 on cpu: 6 steps",
-            "budget              4.00 MiB",
+            "budget              4.00 MiB   of activations, above weights, gradients, optimizer",
             "predicted peak      3.00 MiB",
             "predicted time         13 ms   1.300 × stored (measured)",
             "",

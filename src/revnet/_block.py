@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,16 @@ class ReversibleBlock(Program):
         self.f = f
         self.g = g
         self.register_load_state_dict_pre_hook(unwrap_deterministic)
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x1: Tensor,
+            x2: Tensor,
+            f_args: Mapping[str, Any] = {},
+            g_args: Mapping[str, Any] = {},
+        ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
         self, x1: Tensor, x2: Tensor, f_args: Mapping[str, Any] = {}, g_args: Mapping[str, Any] = {}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+ExecutionName = Literal["store", "select", "checkpoint", "offload", "invert"]
 
 
 @dataclass(frozen=True)

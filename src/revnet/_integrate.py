@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ._compiled.function import outside
 from ._couplings import ADDITIVE
+from ._execution import ExecutionName
 from ._program import BoundSteps, Program, Streams, check_stream
 from ._state.modules import Memory, Structure
 from ._step import BoundStep
@@ -23,10 +24,10 @@ def integrate(
     f: Callable[[Tensor, Any], Any],
     x: Any,
     ts: Sequence[float] | Tensor,
-    method: str = "midpoint",
+    method: Literal["midpoint", "leapfrog"] = "midpoint",
     *,
     streams: Streams = "auto",
-    execution: str = "invert",
+    execution: ExecutionName = "invert",
 ) -> Any:
     """Return the solution of `dx/dt = f(t, x)` at the last time, from x at the first.
 
@@ -150,7 +151,7 @@ class _Integration(Program):
         method: str,
         ts: Tensor,
         streams: Streams,
-        execution: str,
+        execution: ExecutionName,
     ) -> None:
         steps = len(ts) - 1
         count = steps if method == "midpoint" else 2 * steps + 1

@@ -31,10 +31,11 @@ class Plan:
         names: per step, the block and branch.
         kept_bytes: per step, the bytes on the device that it keeps from its forward to its
             backward. A stream tensor that several steps keep counts for the first of them.
-        peak_bytes: predicted peak of one forward and backward, above what was allocated before.
+        peak_bytes: predicted peak of activations in one forward and backward: above parameters,
+            their gradients, the optimizer's state and the input.
         seconds: predicted time of one forward and backward.
         stored_seconds: the same for stored execution.
-        budget: bytes that were asked for.
+        budget: bytes that were asked for, for the same.
         shape, dtype, device: of the input that the plan was made for, or of its first tensor.
         estimated: whether times follow from counts of floating-point operations, not from
             measurements.
@@ -121,6 +122,8 @@ class Plan:
         content = read_file(Path(path), _LARGEST_FILE)
         try:
             fields = json.loads(content.decode())
+            if not isinstance(fields, dict):
+                raise ValueError("it is no JSON object")
             if fields.pop("format", None) != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")
             loaded = cls(**{name: _as_tuples(value) for name, value in fields.items()})
@@ -165,7 +168,8 @@ class Plan:
         lines = [
             f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: "
             f"{len(self.executions)} steps",
-            f"budget          {format_bytes(self.budget):>12}",
+            f"budget          {format_bytes(self.budget):>12}   of activations, above weights, "
+            f"gradients, optimizer",
             f"predicted peak  {format_bytes(self.peak_bytes):>12}",
             f"predicted time  {f'{1000 * self.seconds:.3g} ms':>12}   {self.slowdown:.3f} × stored "
             f"({source})",

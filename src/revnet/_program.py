@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVarTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ._compiled.function import active, outside, run_traced
 from ._couplings import Coupling
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
-from ._execution import EXECUTIONS, resolve
+from ._execution import EXECUTIONS, ExecutionName, resolve
 from ._forgotten import attention_weights
 from ._inverse import inverted, traceable
 from ._plan import Plan
@@ -33,8 +33,10 @@ from ._streams.monitor import OutOfRange, RangeMonitor
 from ._taps import Taps
 from ._trees import tree_leaves
 
-Execution = str | Sequence[str] | Plan
-Streams = str | Fixed | Float
+Execution = ExecutionName | Sequence[ExecutionName] | Plan
+Streams = Literal["auto", "fixed", "float"] | Fixed | Float
+DeterminismCheck = Literal["default", "none", "exact"]
+Values = TypeVarTuple("Values")
 # The steps of one pass, each with its index in the program: some may be left out.
 BoundSteps = Sequence[tuple[int, BoundStep]]
 
@@ -72,7 +74,7 @@ class Program(nn.Module):
         streams: Streams,
         execution: Execution,
         preserve_rng_state: bool = True,
-        determinism_check: str = "default",
+        determinism_check: DeterminismCheck = "default",
         context_fn: ContextFn | None = None,
     ) -> None:
         super().__init__()

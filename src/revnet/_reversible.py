@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from torch import nn
 
 from ._engine import ContextFn
-from ._program import BoundSteps, Execution, Program, Streams, check_stream
+from ._program import (
+    BoundSteps,
+    DeterminismCheck,
+    Execution,
+    Program,
+    Streams,
+    Values,
+    check_stream,
+)
 from ._routing import StepRoutes, check_names, check_step_routes, keywords_of, sliced
 from ._slices import part_of
 from ._source import rule_of
@@ -30,12 +38,15 @@ class Reversible(Program):
             one boolean for all steps, or one per step. `"signature"` and names in place of
             booleans are as in `ReversibleSequence`. What a `Step` takes by its own `args` and
             `kwargs` needs no route.
-        streams: as in `ReversibleSequence`; `"auto"` is fixed also for float32 where a step scales
-            its target, which float streams cannot undo.
-        execution: as in `ReversibleSequence`, for all steps or one per step. Where a step is asked
-            to `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
+        streams: `"auto"`, `"fixed"`, `"float"` or a `revnet.Fixed`; see `ReversibleSequence`.
+            `"auto"` is fixed also for float32 where a step scales its target, which float streams
+            cannot undo.
+        execution: `"invert"`, `"store"`, `"checkpoint"`, `"select"` or `"offload"` for all steps,
+            one of them per step, or a `revnet.Plan`; see `ReversibleSequence`. Where a step is to
+            `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
             `revnet.Coupling`.
-        preserve_rng_state, determinism_check, context_fn: as in `ReversibleSequence`.
+        preserve_rng_state, context_fn: as in `ReversibleSequence`.
+        determinism_check: `"default"`, `"none"` or `"exact"`; see `ReversibleSequence`.
 
     Raises:
         ValueError: no steps, a route of another length, or an unknown option.
@@ -56,7 +67,7 @@ class Reversible(Program):
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
-        determinism_check: str = "default",
+        determinism_check: DeterminismCheck = "default",
         context_fn: ContextFn | None = None,
     ) -> None:
         program = list(steps)
@@ -85,6 +96,33 @@ class Reversible(Program):
         self._needs_fixed = any(
             step.coupling.scales and not undoes(step.coupling) for step in places
         )
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self, *streams: *Values, taps: None = None, **kwargs: Any
+        ) -> tuple[*Values]: ...
+        @overload
+        def __call__(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+        def __call__(self, *streams: Any, taps: Any = None, **kwargs: Any) -> Any: ...
+
+    def with_aux(self, *streams: *Values, **kwargs: Any) -> tuple[tuple[*Values], dict[str, Any]]:
+        """Call the module; return the streams, and the extra outputs, which may be none.
+
+        The result has one form, and one type, whether branches return extra outputs or not.
+
+        Args:
+            *streams, **kwargs: as in `forward`, without `taps`.
+
+        Returns:
+            The tuple of streams, and a dict from step, such as "step 3", to extra output.
+        """
+        if kwargs.get("taps") is not None:
+            raise TypeError("with_aux takes no taps: call the module itself")
+        found: Any = self(*streams, **kwargs)
+        count = len(streams)
+        return found[:count], found[count] if len(found) > count else {}
 
     @property
     def _makes_rules(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from ._couplings import Coupling
 from ._engine import Call, ContextFn, rename, stands_for_streams
 from ._program import (
     BoundSteps,
+    DeterminismCheck,
     Execution,
     Streams,
     check_stream,
@@ -67,8 +68,11 @@ class ReversibleSequence(BlockSequence):
         streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to
             stored execution in every bit; `"float"` holds the tensors themselves; `"auto"` is fixed
             under autocast and for bfloat16 and float16 inputs, float otherwise.
-        execution: `"invert"` rebuilds activations in backward, `"store"` keeps them, `"checkpoint"`
-            keeps one stream per step; or one of them per step (`f` and `g` of each block in turn).
+        execution: what stays of each step until backward. `"invert"`: nothing, streams and
+            activations are rebuilt; `"store"`: activations; `"checkpoint"`: the stream that the
+            step updates; `"offload"`: that stream, in host memory; `"select"`: results of matrix
+            products and attention. One of them for all steps, one per step (`f` and `g` of each
+            block in turn), or a `revnet.Plan`.
         preserve_rng_state: whether a replay repeats the randomness of the call. torch's global
             generators are repeated; Python's `random`, NumPy and a branch's own `torch.Generator`
             are not.
@@ -97,14 +101,14 @@ class ReversibleSequence(BlockSequence):
         args_route: Routes = {},
         *,
         layer_dropout: float = 0.0,
-        split: str | Split = "copy",
-        merge: str | Merge = "mean",
+        split: Literal["copy", "chunk"] | Split = "copy",
+        merge: Literal["mean", "sum", "concat"] | Merge = "mean",
         dim: int = -1,
         coupling: Coupling | None = None,
         streams: Streams = "auto",
         execution: Execution = "invert",
         preserve_rng_state: bool = True,
-        determinism_check: str = "default",
+        determinism_check: DeterminismCheck = "default",
         context_fn: ContextFn | None = None,
     ) -> None:
         pairs = pairs_of(blocks)

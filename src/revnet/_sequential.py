@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,34 @@ class BlockSequence(Program):
         self.args_route: Any = args_route if isinstance(args_route, str) else dict(args_route)
         self.layer_dropout = layer_dropout
         self._depth = depth
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, x: Tensor, *, taps: None = None, **kwargs: Any) -> Tensor: ...
+        @overload
+        def __call__(
+            self, x: Tensor, *, taps: Sequence[int], **kwargs: Any
+        ) -> tuple[Tensor, list[Tensor]]: ...
+        @overload
+        def __call__(self, x: Any, **kwargs: Any) -> Any: ...
+        def __call__(self, x: Any, **kwargs: Any) -> Any: ...
+
+    def with_aux(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Call the module; return its output, and the extra outputs, which may be none.
+
+        The result has one form, and one type, whether branches return extra outputs or not.
+
+        Args:
+            x, **kwargs: as in `forward`, without `taps`.
+
+        Returns:
+            The output, and a dict from branch to extra output.
+        """
+        if kwargs.get("taps") is not None:
+            raise TypeError("with_aux takes no taps: call the module itself")
+        found: Any = self(x, **kwargs)
+        return found if isinstance(found, tuple) else (found, {})
 
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:
@@ -132,7 +160,9 @@ class SequentialSequence(BlockSequence):
     Args:
         layers: `(f, g)` pairs of modules that map `x` to a tensor of its shape.
         args_route, layer_dropout: as in `ReversibleSequence`.
-        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step.
+        execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step;
+            `"offload"` keeps it in host memory; `"select"` keeps results of matrix products and
+            attention. One of them for all steps, one per step, or a `revnet.Plan`.
     """
 
     _allowed = tuple(name for name in EXECUTIONS if name != "invert")

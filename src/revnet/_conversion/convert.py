@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from .._engine import Options
 from .._errors import ReversibleError
-from .._execution import resolve
+from .._execution import ExecutionName, resolve
 from .._program import _streams, callers_level
 from .._state.random import devices_of
 from .._streams.fixed import Fixed
@@ -61,13 +61,13 @@ class Conversion:
             stack.bits = values
 
     @property
-    def execution(self) -> str | list[str]:
+    def execution(self) -> ExecutionName | list[ExecutionName]:
         """The execution of the layers, one name or one per layer. Switches at any time."""
-        names = [name for stack in self.stacks for name in stack.execution]
+        names: list[Any] = [name for stack in self.stacks for name in stack.execution]
         return names[0] if len(set(names)) == 1 else names
 
     @execution.setter
-    def execution(self, execution: str | Sequence[str]) -> None:
+    def execution(self, execution: ExecutionName | Sequence[ExecutionName]) -> None:
         for stack, names in zip(self.stacks, self._split(execution, "execution"), strict=True):
             stack.execution = names
 
@@ -161,13 +161,13 @@ def convert(
     model: nn.Module,
     layers: str | Sequence[str] | None = None,
     *,
-    rule: str = "momentum",
+    rule: Literal["momentum", "two-stream"] = "momentum",
     bits: int | Sequence[int] = 3,
-    streams: str | Fixed | Float = "fixed",
-    execution: str | Sequence[str] = "invert",
+    streams: Literal["fixed", "float"] | Fixed | Float = "fixed",
+    execution: ExecutionName | Sequence[ExecutionName] = "invert",
     calibrate: Any = None,
     preserve_rng_state: bool = True,
-    determinism_check: str = "default",
+    determinism_check: Literal["default", "none", "exact"] = "default",
 ) -> Conversion:
     """Put the residual layers of a model in reversible form, in place and with unchanged weights.
 
@@ -184,10 +184,12 @@ def convert(
             more are closer to the ordinary network.
         streams: `"fixed"` chooses the range from the first batch; a `revnet.Fixed` sets it;
             `"float"` holds the tensors themselves.
-        execution: as in `revnet.ReversibleSequence`, one name or one per layer.
+        execution: `"invert"`, `"store"`, `"checkpoint"`, `"select"` or `"offload"` for all layers,
+            or one of them per layer; see `revnet.ReversibleSequence`.
         calibrate: a batch from which the range is chosen at once: a mapping of keywords, a tuple,
             or one argument of the model.
-        preserve_rng_state, determinism_check: as in `revnet.ReversibleSequence`.
+        preserve_rng_state: as in `revnet.ReversibleSequence`.
+        determinism_check: `"default"`, `"none"` or `"exact"`; see `revnet.ReversibleSequence`.
 
     Returns:
         The conversion, which prints what was found, and sets bits and execution anew.
@@ -233,7 +235,7 @@ def _check(
         raise ValueError(
             f"determinism_check {determinism_check!r} is not 'default', 'none' or 'exact'"
         )
-    if streams == "auto":
+    if cast(Any, streams) == "auto":
         raise ValueError("streams 'auto' is not 'fixed', 'float' or a revnet.Fixed")
     if any(KEY in vars(module) for module in model.modules()):
         raise ReversibleError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -84,7 +84,6 @@ class Measurement:
             given=0 if isinstance(self.arithmetic, FixedArithmetic) else (1 << len(sizes)) - 1,
             kinds=tuple(costs),
             steps=tuple(steps),
-            gradients=self.gradients(),
             overhead=sum(storage.nbytes() for storage in storages_of(all_tensors_in(result))),
         )
 
@@ -92,29 +91,24 @@ class Measurement:
         """Return a call in which steps of the sequence can run."""
         return Call(streams, self.arithmetic, self.net._settings.options, executions)
 
-    def gradients(self) -> tuple[int, ...]:
-        """Return per step the bytes of parameter gradients that it is the first to make.
-
-        Backward begins with the last step. Gradients that exist already are not counted.
-        """
-        made = set(self.replaced.filled)
+    def fill_gradients(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Give parameters gradients, beside which activations are counted; return the gradients."""
         gradients = []
-        for step in reversed(self.steps):
-            taking = {parameter for parameter in step.fn.parameters() if parameter.requires_grad}
-            gradients.append(sum(parameter.nbytes for parameter in taking - made))
-            made |= taking
-        return tuple(gradients[::-1])
+        for parameter in parameters:
+            if parameter in self.replaced.filled:
+                parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        return gradients
 
     def peak(self, executions: Sequence[str]) -> int:
-        """Return the bytes at the peak of a run, beside the gradients that exist already."""
+        """Return the bytes at the peak of a run, beside the gradients of parameters."""
         given = self.replaced
-        self.net.execution = list(executions)
+        self.net.execution = cast(Any, list(executions))
         # A new monitor looks at every step of its first call, and at fewer in later ones.
         self.net._monitor = RangeMonitor()
         given.renew()
         torch.clear_autocast_cache()
-        for parameter in given.filled:
-            parameter.grad = torch.zeros_like(parameter)
+        self.fill_gradients(given.filled)
         meter = self.meter()
         with meter.watch():
             result = self.net(*given.inputs, **given.kwargs)
@@ -228,9 +222,12 @@ class _StepMeasurement:
         own = max(0, meter.current - shared)
         del call, graph
 
+        # Held until the meter is off, which does not know what was allocated before.
+        gradients = self.whole.fill_gradients(self.step.fn.parameters())
         meter = self.whole.meter()
         with meter.watch():
             self.run(execution)
+        del gradients
         return Cost(own, sum(1 << part for part in kept), meter.peak, nanoseconds)
 
 

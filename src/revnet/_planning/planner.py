@@ -58,11 +58,12 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
         net: a sequence.
         x: its input, of the largest size that the plan is for: a tensor, or for `Reversible` the
             tuple of its streams.
-        budget: bytes at the peak of one forward and backward, above what is held before
-            (parameters, gradients that exist, `x`): a number; text such as "8GiB"; "minimum", the
-            smallest peak that any plan has; "stored", the peak of stored execution; "25%", a
-            quarter of the way from the one to the other; or None, the free memory of the device. A
-            sequence of budgets is measured once and gives one plan each.
+        budget: bytes for activations: the peak of one forward and backward above parameters, their
+            gradients, the optimizer's state and `x`, whether these gradients exist yet or not. A
+            number; text such as "8GiB"; "minimum", the smallest peak that any plan has; "stored",
+            the peak of stored execution; "25%", a quarter of the way from the one to the other; or
+            None, what is free on the device when all gradients exist. A sequence of budgets is
+            measured once and gives one plan each.
         **kwargs: the keywords of the forward pass.
 
     Returns:
@@ -138,7 +139,8 @@ class _Planner:
     def size(self, budget: int | float | None) -> int:
         """Return a budget in bytes."""
         if budget is None:
-            return int(min(_gather(free_bytes(self.measurement.x.device))))
+            free = free_bytes(self.measurement.x.device) - self.measurement.replaced.missing
+            return int(max(0, min(_gather(free))))
         if isinstance(budget, int):
             return budget
         most = max(self.run(self.stored).peak, self.least)
@@ -148,6 +150,8 @@ class _Planner:
     def least(self) -> int:
         """Return the smallest peak that any plan has."""
         self.fit(None)
+        # Where branches keep little, stored execution takes less than is predicted of it.
+        self.run(self.stored)
         # A run can take less than was predicted, and so can similar plans.
         self.fit(min(solution.peak for solution in self.seen.values()))
         return min(solution.peak for solution in self.seen.values())

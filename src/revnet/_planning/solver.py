@@ -43,7 +43,7 @@ class Cost(NamedTuple):
         own: bytes kept until backward, without parts of streams.
         keeps: mask of the parts of the streams before the step that it keeps.
         peak: bytes at the worst moment of a call of this one step, its streams and their gradients
-            included.
+            included, beside the gradients of parameters.
         time: nanoseconds of forward and backward.
     """
 
@@ -62,7 +62,6 @@ class Chain:
         given: mask of the parts that the caller holds anyway before the first step: the input.
         kinds: per kind of step, the cost under each execution, by its name.
         steps: per step, its kind and the stream it updates.
-        gradients: per step, bytes of parameter gradients that no later step has made.
         overhead: bytes seen beside these in a run: the result, and what the model leaves out.
     """
 
@@ -70,7 +69,6 @@ class Chain:
     given: int
     kinds: tuple[Mapping[str, Cost], ...]
     steps: tuple[tuple[int, int], ...]
-    gradients: tuple[int, ...]
     overhead: int = 0
 
     def size(self, parts: int) -> int:
@@ -80,13 +78,6 @@ class Chain:
     def parts(self, *streams: int) -> int:
         """Return the mask of all parts of these streams."""
         return sum(3 << 2 * stream for stream in streams)
-
-    def unavoidable(self) -> list[int]:
-        """Return per step the bytes that are there in its backward whatever the plan."""
-        above = [self.overhead]
-        for gradients in self.gradients[:0:-1]:
-            above.append(above[-1] + gradients)
-        return above[::-1]
 
 
 # Which part of a plan a step belongs to. Backward walks through the steps that are not stored, down
@@ -167,7 +158,6 @@ def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
     situation = _Situation(chain.given, _FIRST)
     kept: list[int] = []
     peak = total = 0
-    unavoidable = chain.unavoidable()
     for k, (step, execution) in enumerate(zip(chain.steps, executions, strict=True)):
         impossible = _LAST if k < last else _BETWEEN
         choice = next(
@@ -175,7 +165,7 @@ def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
             for choice in _choices(chain, step, situation)
             if choice.execution == execution and choice.after.place != impossible
         )
-        peak = max(peak, sum(kept) + choice.need + unavoidable[k])
+        peak = max(peak, sum(kept) + choice.need + chain.overhead)
         total += choice.time
         kept.append(choice.kept)
         situation = choice.after
@@ -237,13 +227,12 @@ def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
     curves = {situation: end for situation in reached.pop() if situation.place != _BETWEEN}
     prices = _prices(chain)
     history = []
-    steps = zip(chain.steps, chain.unavoidable(), reached, strict=True)
-    for step, unavoidable, situations in reversed(list(steps)):
+    for step, situations in reversed(list(zip(chain.steps, reached, strict=True))):
         found = {}
         for situation in situations:
             possible = [choice for choice in choices(step, situation) if choice.after in curves]
             if possible:
-                found[situation] = _curve(possible, curves, unavoidable, prices, width)
+                found[situation] = _curve(possible, curves, chain.overhead, prices, width)
         curves = found
         history.append(curves)
     curve, point = curves[start], 0
@@ -264,14 +253,14 @@ def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
 def _curve(
     choices: list[_Choice],
     curves: Mapping[_Situation, _Curve],
-    unavoidable: int,
+    overhead: int,
     prices: Tensor,
     width: int,
 ) -> _Curve:
     """Return the curve from a step on, of at most about `width` points."""
     rests = [curves[choice.after] for choice in choices]
     pairs = list(zip(choices, rests, strict=True))
-    need = torch.cat([(c.kept + rest.need).clamp(min=c.need + unavoidable) for c, rest in pairs])
+    need = torch.cat([(c.kept + rest.need).clamp(min=c.need + overhead) for c, rest in pairs])
     time = torch.cat([c.time + rest.time for c, rest in pairs])
     lengths = torch.tensor([len(rest.need) for rest in rests])
     chosen = torch.repeat_interleave(lengths)

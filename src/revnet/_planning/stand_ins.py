@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from .._execution import STORE
-from .._memory import all_tensors_in
+from .._memory import all_tensors_in, storages_of
 from .._program import Program
 from .._sequential import BlockSequence
 from .._state.random import RandomState, devices_of
@@ -28,7 +28,8 @@ class StandIns:
         net, inputs, kwargs: the sequence, what it is given, and its keywords.
         mode: the mode under which nothing is allocated, or None where tensors are real.
         device: the device of the real input, as text.
-        filled: the parameters whose gradient exists already.
+        filled: the parameters that have a gradient, whose memory is not the plan's.
+        missing: bytes of those gradients that do not exist yet.
     """
 
     net: Program
@@ -37,6 +38,7 @@ class StandIns:
     mode: FakeTensorMode | None
     device: str
     filled: set[Tensor] = field(default_factory=set)
+    missing: int = 0
 
     def renew(self) -> None:
         """Replace the buffers again: an engine knows which of them were written to."""
@@ -83,7 +85,8 @@ def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None
 def _replace_tensors(stack: contextlib.ExitStack, replaced: StandIns) -> None:
     """Replace parameters, buffers and tensor attributes until `stack` closes."""
     net, mode = replaced.net, replaced.mode
-    filled = [tensor for tensor in net.parameters() if tensor.grad is not None]
+    fresh = [p for p in net.parameters() if p.requires_grad and p.grad is None]
+    replaced.missing = sum(storage.nbytes() for storage in storages_of(fresh))
     made: dict[Tensor, Tensor] = {}
     for module in net.modules():
         # As in replays, tensor attributes count among the buffers, unless they need a gradient.
@@ -107,7 +110,7 @@ def _replace_tensors(stack: contextlib.ExitStack, replaced: StandIns) -> None:
                 if tensor not in made:
                     made[tensor] = _stand_in(stack, tensor, mode)
                 owner[name] = made[tensor]
-    replaced.filled = {made[tensor] for tensor in filled}
+    replaced.filled = {tensor for tensor in made.values() if tensor.requires_grad}
     # A plan in force may be for a smaller input.
     _set(stack, net, "execution", STORE.name)
     if isinstance(net, BlockSequence):

@@ -21,6 +21,8 @@ from revnet.app.errors import UserError
 from revnet.app.model import Shape
 
 MOST_PIXELS = 2**26
+# Changes with the fields of config.json, or with what they mean.
+FORMAT = "revnet run 2"
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def shorten(text: str, most: int = 60) -> str:
 def _config_rules() -> dict[str, Rule]:
     rules: dict[str, Rule] = {"data": list_of(PATH, 1, 2**20), "shape": OBJECT}
     rules["out"] = optional(PATH)
+    rules["format"] = Rule(f"{FORMAT!r}", FORMAT.__eq__)
+    rules["versions"] = OBJECT
+    rules["command"] = list_of(PATH, 0, 2**20)
     kinds = {
         # Their ranges are those of the command line, which `TrainConfig` checks.
         "int": whole(0, 2**53),
@@ -132,7 +137,7 @@ def _config_rules() -> dict[str, Rule]:
         if item.metadata["choices"]:
             choices = tuple(item.metadata["choices"])
             rule = Rule(f"one of {', '.join(choices)}", choices.__contains__)
-        rules[item.name] = optional(rule) if item.name == "memory" else rule
+        rules[item.name] = optional(rule) if item.name in ("memory", "threads") else rule
     return rules
 
 
@@ -151,9 +156,24 @@ SHAPE_RULES = {
 }
 
 
+def _version_in(found: Mapping[str, Any]) -> str:
+    """Return the version that wrote a configuration, where it says so."""
+    versions = found.get("versions")
+    version = versions.get("revnet") if isinstance(versions, dict) else None
+    return f", {shorten(version)}" if isinstance(version, str) else ""
+
+
 def parse_config(where: Path, found: dict[str, Any]) -> tuple[TrainConfig, Shape]:
     """Return what config.json says, after checks."""
     rules = _config_rules()
+    if found.get("format") != FORMAT:
+        raise UserError(
+            f"cannot read {where}: it is not of the format {FORMAT!r}. The run is of another "
+            f"version of revnet{_version_in(found)}, or its config.json is damaged."
+        )
+    for name in found:
+        if name not in rules:
+            raise damaged(where, f"it has an unknown field {shorten(repr(name))}")
     # A choice must be a text to be looked up.
     for name, rule in rules.items():
         if rule.expected.startswith("one of") and not isinstance(found.get(name, ""), str):

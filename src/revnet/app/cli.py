@@ -8,15 +8,16 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, NoReturn
 
 import revnet
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
-from revnet.app.errors import MachineError, UserError, first_line
+from revnet.app.errors import MachineError, UserError, first_line, meant
 from revnet.app.terminal import complain, show, visible_line
 
 if TYPE_CHECKING:
@@ -30,9 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 a machine without room, 2 what the user can put right, 130 Ctrl-C.
     """
-    options = parser().parse_args(argv)
-    # Pillow warns of images that this program refuses in its own words.
-    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+    # OpenMP's threads wait for each other by spinning, and on busy cores so keep the thread that
+    # they wait for from its core: with a load of six to seven on two cores, two threads were four
+    # to ten times as slow as two that sleep. OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    given = sys.argv[1:] if argv is None else argv
+    top = parser()
+    if not given:
+        top.print_help()
+        return 0
+    options = top.parse_args(given)
+    # Pillow warns of images that this program refuses in its own words, and of metadata that it
+    # does not need.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -83,7 +94,27 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Show the usage and what is wrong with it, and end with the exit code of user errors."""
         self.print_usage(sys.stderr)
-        self.exit(USER_ERROR, f"{self.prog}: error: {visible_line(message)}\n")
+        hint = visible_line(self._meant(message))
+        words = f"{visible_line(message)}.{hint}" if hint else visible_line(message)
+        self.exit(USER_ERROR, f"{self.prog}: error: {words}\n")
+
+    def _meant(self, message: str) -> str:
+        """Return what a misspelt command, option or choice may have been meant to be."""
+        if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            known = re.findall(r"[\w-]+", match[2])
+        elif match := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+            known = list(self._flags())
+        else:
+            return ""
+        return meant(match[1], known)
+
+    def _flags(self) -> Iterator[str]:
+        """Go through the options of this command and of those below it."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from command._flags()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -235,7 +266,10 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_run_compare)
     _add_case(command)
     command.add_argument(
-        "--memory", default="25%", metavar="SIZE", help="budget of the plan, as 8GiB or 25%% (25%%)"
+        "--memory",
+        default="25%",
+        metavar="SIZE",
+        help="for the plan's activations, as 8GiB or 25%% (25%%)",
     )
     command.add_argument(
         "--repeats",
@@ -290,10 +324,10 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_run_plan)
     _add_case(command)
     command.add_argument(
-        "--memory", metavar="SIZE", help="budget for activations, as 8GiB or 25%% (what is free)"
+        "--memory", metavar="SIZE", help="for activations, as 8GiB or 25%% (what is free)"
     )
     command.add_argument(
-        "--device-memory", metavar="SIZE", help="or all of a device, which also holds AdamW's state"
+        "--device-memory", metavar="SIZE", help="or for all: also weights, gradients, AdamW's state"
     )
     command.add_argument(
         "--meta", action="store_true", help="allocate and compute nothing; times follow from FLOPs"

@@ -25,7 +25,10 @@ from revnet.app.plots import figure, save_figure
 from revnet.app.terminal import visible_line
 from revnet.app.writing import new_file
 
-CAPTION = "Ratios to stored execution. Error: of the gradient, relative to float64."
+CAPTION = (
+    "Activations: above weights, gradients and optimizer. Ratios to stored execution. Error: of "
+    "the gradient, relative to float64."
+)
 EXECUTIONS = ("stored", "checkpointed", "planned", "reversible")
 
 
@@ -171,7 +174,7 @@ def _markdown(title: str, rows: list[Row], picture: str) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     note = (
         "Kept: activations that wait for the backward pass; peak: the most that forward and "
-        f"backward take beyond parameters and gradients. Checkpointed: each block by "
+        f"backward take. Checkpointed: each block by "
         f"torch.utils.checkpoint. {CAPTION}"
     )
     return (

@@ -47,8 +47,11 @@ MOST = {
     "seed": 2**43 - 1,
     "lr": 10**300,
     "rank_timeout": 10**9,
+    "threads": 2**10,
 }
 MOST_PARAMETERS = 2**50
+# Of the others, 1.
+LEAST = {"dropout": 0, "seed": 0, "lr": 1e-30, "codes": 2}
 
 
 @dataclass
@@ -85,7 +88,11 @@ class TrainConfig:
         EXECUTIONS[0], "machine", ", ".join(EXECUTIONS), "E", EXECUTIONS, own=True
     )
     memory: str = option(
-        None, "machine", "plan for this much memory of the blocks, as 8GiB", "SIZE", own=True
+        None,
+        "machine",
+        "plan for this much activation memory of the blocks, as 8GiB",
+        "SIZE",
+        own=True,
     )
     streams: str = option(
         "auto", "machine", "float; fixed, which is exact; auto: fixed in bfloat16", "S", STREAMS
@@ -95,6 +102,9 @@ class TrainConfig:
         "auto", "machine", "auto (an accelerator if there is one), cpu, cuda, cuda:1", "D", own=True
     )
     compile: bool = option(False, "machine", "compile the branches", own=True)
+    threads: int = option(
+        None, "machine", "CPU threads (the cores, or OMP_NUM_THREADS)", "N", own=True
+    )
 
     parallel: str = option(
         "ddp", "machine", "on several ranks: ddp, or fsdp, which shards", "P", PARALLEL, own=True
@@ -117,7 +127,7 @@ class TrainConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                check_least(item.name, value, 0 if item.name in ("dropout", "seed") else 1e-30)
+                check_least(item.name, value, LEAST.get(item.name, 1))
                 check_most(item.name, value, MOST.get(item.name, 2**53))
         if self.dropout is not None and self.dropout >= 1:
             raise UserError(f"--dropout is {self.dropout}, but a share is less than 1")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, cast
 
@@ -33,14 +36,17 @@ class Display:
     Args:
         steps: Steps in all.
         unit: What a token is, such as "image token".
+        done: Steps that were taken before.
         quiet: Show nothing, as all ranks but the first do.
     """
 
-    def __init__(self, steps: int, unit: str, quiet: bool = False) -> None:
+    def __init__(self, steps: int, unit: str, done: int = 0, quiet: bool = False) -> None:
         self.console = make_console("cannot show progress any more, but go on and save", quiet)
         self.unit = unit
         self.steps = steps
         self._printed = 0.0
+        self._held_out = ""
+        self._began = time.monotonic(), done
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -51,7 +57,9 @@ class Display:
             refresh_per_second=4,
             disable=not self.console.is_interactive,
         )
-        self._task = self._progress.add_task("train", total=steps, found="", start=False)
+        self._task = self._progress.add_task(
+            "train", total=steps, completed=done, found="", start=False
+        )
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -65,22 +73,49 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(text, soft_wrap=True)
+    def say(self, text: str, wrap: bool = False) -> None:
+        """Print a line that stays; where it shall `wrap`, a terminal breaks it between words."""
+        self.console.print(text, soft_wrap=not (wrap and self.console.is_terminal))
+
+    def held_out(self, bits: float) -> None:
+        """Take note of the loss of held-out examples."""
+        self._held_out = f"{bits:.3f}"
+
+    @contextmanager
+    def working(self, on: str) -> Iterator[None]:
+        """Show what takes a while after the last step."""
+        if self.console.is_interactive:
+            with self.console.status(f"{on} …"):
+                yield
+            return
+        self.say(f"{on} …")
+        yield
+
+    def reach(self, step: int) -> None:
+        """Move the bar to where an interrupted training ends."""
+        self._progress.update(self._task, completed=step)
 
     def step(self, step: int, bits: float, rate: float, last: bool) -> None:
         """Show progress after `step` steps; in a pipe one line every ten seconds."""
         self._progress.start_task(self._task)
+        held_out = f" ({self._held_out} held out)" if self._held_out else ""
         self._progress.update(
             self._task,
             completed=step,
-            found=f"[bold]{bits:.3f}[/] bits/token [dim]{rate:,.0f} tokens/s",
+            found=f"[bold]{bits:.3f}[/] bits/token{held_out} [dim]{rate:,.0f} tokens/s",
         )
         if not self.console.is_interactive and (
             last or time.monotonic() - self._printed >= PLAIN_SECONDS
         ):
             self._printed = time.monotonic()
             self.say(
-                f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}  {rate:,.0f} tokens/s"
+                f"step {step}/{self.steps}  {bits:.3f} bits per {self.unit}{held_out}  "
+                f"{rate:,.0f} tokens/s{self._time_left(step)}"
             )
+
+    def _time_left(self, step: int) -> str:
+        began, done = self._began
+        if step <= done or step >= self.steps:
+            return ""
+        seconds = (time.monotonic() - began) / (step - done) * (self.steps - step)
+        return f"  {timedelta(seconds=round(seconds))} left"

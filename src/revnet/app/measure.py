@@ -29,6 +29,13 @@ class _Checkpointed(nn.Module):
         return (x1 + x2) / 2
 
 
+class _LeftOut(nn.Module):
+    """No blocks."""
+
+    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
+        return x
+
+
 def _block(block: Any, x1: Tensor, x2: Tensor, f_args: Any, g_args: Any) -> tuple[Tensor, Tensor]:
     y1 = x1 + block.f(x2, **f_args)
     return y1, x2 + block.g(y1, **g_args)
@@ -36,12 +43,17 @@ def _block(block: Any, x1: Tensor, x2: Tensor, f_args: Any, g_args: Any) -> tupl
 
 @contextmanager
 def executed(model: Transformer, execution: Any) -> Iterator[None]:
-    """Run the network as "stored", as "checkpointed" by torch, or with one of the library."""
+    """Run the network as "stored", as "checkpointed" by torch, or with one of the library.
+
+    "none" leaves the blocks out: what remains are the embeddings, the head and the loss.
+    """
     layers: Any = model.layers
     before = layers.execution
     try:
         if execution == "checkpointed":
             model.layers = _Checkpointed(layers)  # type: ignore[assignment]
+        elif execution == "none":
+            model.layers = _LeftOut()  # type: ignore[assignment]
         else:
             layers.execution = "store" if execution == "stored" else execution
         yield
@@ -51,7 +63,11 @@ def executed(model: Transformer, execution: Any) -> Iterator[None]:
 
 
 def step_memory(model: Transformer, loss: Callable[[], Tensor]) -> revnet.MemoryReport:
-    """Measure one forward and backward beyond parameters and gradients, which stay as they are."""
+    """Measure the activations of one forward and backward.
+
+    They are what is allocated above parameters, gradients and the optimizer's state. Gradients stay
+    as they are.
+    """
     gradients = [parameter.grad for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

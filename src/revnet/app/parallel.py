@@ -259,16 +259,17 @@ def _train_and_close(training: ParallelTraining) -> int:
     config = training.config
     first, world = dist.get_rank() == 0, dist.get_world_size()
     with (
-        _Display(config.steps, training.data.unit, quiet=not first) as display,
+        _Display(config.steps, training.data.unit, training.step, quiet=not first) as display,
         interruptible() as told,
     ):
         machine = f"by {config.parallel.upper()} on {world} ranks of {training.device.type}"
-        display.say(report.opening(training, machine))
+        display.say(report.opening(training, machine), wrap=True)
         loop(training, display, training.agreed(told))
         training.save()
         training.checkpoints.wait()
         training.draw_loss()
         if training.step < config.steps:
+            display.reach(training.step)
             display.say(report.stopped(training))
             return INTERRUPTED
         report.draw_samples(training)

@@ -26,7 +26,8 @@ def show_plan(case: Case, memory: str | None, device_memory: str | None, out: st
 
     Args:
         case: The network and its batch.
-        memory: The budget for activations, as for `revnet.plan`.
+        memory: The budget for activations, above weights, gradients and optimizer state, as for
+            `revnet.plan`.
         device_memory: The size of a device that holds parameters, gradients and AdamW's averages
             besides, as "80GiB".
         out: A PNG; the plan itself is saved as JSON beside it.
@@ -94,7 +95,9 @@ def _plot_curve(
         label="this plan",
     )
     axes.set(
-        xlabel="peak activation memory (MiB)", ylabel="predicted time / stored", xlim=(0, None)
+        xlabel="peak of activations of the blocks (MiB)",
+        ylabel="predicted time / stored",
+        xlim=(0, None),
     )
     axes.set_title(title, fontsize=8)
     axes.grid(alpha=0.3)

@@ -49,6 +49,7 @@ def loss_plot(file: BinaryIO, rows: Sequence[dict[str, Any]], unit: str) -> None
     if later:
         axes.set_ylim(min(later) - 0.1, max(later) + 0.1)
     axes.set(xlabel="step", ylabel=f"bits per {unit}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if training or held_out:
@@ -104,7 +105,10 @@ def sample_grid(
             for i, image in enumerate(column):
                 picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
                 picture = picture.resize((wide, high), Image.Resampling.NEAREST)
-                page.paste(picture, (x, top + i * (high + gap)))
+                y = top + i * (high + gap)
+                page.paste(picture, (x, y))
+                # Most images are white at their edges, as the page is.
+                pen.rectangle((x - 1, y - 1, x + wide, y + high), outline="#cccccc")
             x += wide + gap
         x += apart
     page.save(file, format="png")

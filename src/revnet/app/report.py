@@ -15,6 +15,7 @@ from rich.table import Table
 from revnet._sizes import format_bytes, free_bytes
 from revnet.app.data import Array, Images, digits
 from revnet.app.display import Display
+from revnet.app.errors import count
 from revnet.app.measure import executed, step_memory
 from revnet.app.model import example_bits
 from revnet.app.plots import sample_grid
@@ -30,9 +31,13 @@ NAMES = {"store": "stored", "invert": "reversible"}
 
 @dataclass
 class MemoryRow:
-    """Activation memory of a step in bytes: kept after the forward pass, and at the peak."""
+    """Activation memory of a step in bytes: kept after the forward pass, and at the peak.
+
+    Of what is kept, `blocks` is what the blocks keep; the rest is of embeddings and loss.
+    """
 
     name: str
+    blocks: int
     kept: int
     peak: int
     estimated: bool
@@ -41,6 +46,13 @@ class MemoryRow:
 def marked_up(name: object) -> str:
     """Return a name as it is shown: one line, no control characters, no markup."""
     return escape(visible_line(name))
+
+
+def machine_of(training: Training) -> str:
+    """Return where a training runs, and with how many threads of a CPU."""
+    if training.device.type != "cpu":
+        return f"on {training.device}"
+    return f"on {count(training.config.threads, 'CPU thread')}"
 
 
 def opening(training: Training, machine: str) -> str:
@@ -72,6 +84,8 @@ def measure_executions(training: Training) -> list[MemoryRow]:
     execution = training.model.layers.execution
     own = NAMES.get(execution, execution) if isinstance(execution, str) else "planned"
     batch = training.tensors(training.read_batch(training.step))
+    with executed(training.model, "none"):
+        rest = step_memory(training.model, lambda: training.loss(*batch)).saved_bytes
     rows = []
     for name in dict.fromkeys(("stored", "checkpointed", own)):
         with executed(training.model, execution if name == own else name):
@@ -81,7 +95,8 @@ def measure_executions(training: Training) -> list[MemoryRow]:
             estimated = name != own and one.peak_bytes * times > room
             found = one if estimated else step_memory(training.model, lambda: training.loss(*batch))
         times = times if estimated else 1
-        rows.append(MemoryRow(name, found.saved_bytes * times, found.peak_bytes * times, estimated))
+        kept, peak = found.saved_bytes * times, found.peak_bytes * times
+        rows.append(MemoryRow(name, max(0, kept - rest), kept, peak, estimated))
     return rows
 
 
@@ -89,72 +104,83 @@ def memory_table(rows: Sequence[MemoryRow]) -> Table:
     """Return a table of the activation memory of each execution, the run's own last."""
     table = Table(
         title="Activation memory of one training step",
+        caption="Above weights, gradients and optimizer state.",
         title_justify="left",
+        caption_justify="left",
         title_style="bold",
         box=SIMPLE,
     )
-    table.add_column("execution")
-    for name in ("kept for backward", "peak", "peak / stored"):
-        table.add_column(name, justify="right")
-    stored = next(row.peak for row in rows if row.name == "stored")
+    table.add_column("execution", no_wrap=True)
+    for name in ("kept by\nblocks", "by embeddings\nand loss", "peak", "blocks\n/ stored"):
+        table.add_column(name, justify="right", no_wrap=True)
+    stored = max(1, next(row.blocks for row in rows if row.name == "stored"))
     for row in rows:
-        about = "about " if row.estimated else ""
+        about = "~" if row.estimated else ""
         name = f"[bold]{row.name}[/] (this run)" if row is rows[-1] else row.name
         table.add_row(
             name,
-            about + format_bytes(row.kept),
+            about + format_bytes(row.blocks),
+            about + format_bytes(row.kept - row.blocks),
             about + format_bytes(row.peak),
-            f"{row.peak / stored:.2f}",
+            f"{row.blocks / stored:.2f}",
         )
     return table
 
 
-def draw_samples(training: Training) -> None:
-    """Draw samples.png, or for a text write samples.txt."""
+def draw_samples(training: Training, last: bool = True) -> None:
+    """Draw samples.png, or for a text write samples.txt; before the `last`, with the step."""
+    name = "samples" if last else f"samples-{training.step:08}"
     data, model, run = training.data, training.model, training.run
     if isinstance(data, Images):
         with training.eager():
             images = images_of(model, data.words, data.patches, data.show, 10, Sampling())
-        with run.new_file("samples.png") as file:
+        with run.new_file(f"{name}.png") as file:
             sample_grid(file, data.show, [("", images)])
         return
     with training.eager():
         texts = texts_of(model, data.spec["show"], model.shape.length, Sampling())
-    with run.new_file("samples.txt") as file:
+    with run.new_file(f"{name}.txt") as file:
         file.write("\n\n----\n\n".join(texts).encode())
 
 
 def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
     """Draw the last samples, judge them, and print what was found."""
     data, run = training.data, training.run
-    draw_samples(training)
+    with display.working("drawing samples"):
+        draw_samples(training)
     display.console.print(memory_table(rows))
     found: dict[str, Any] = {"memory": [asdict(row) for row in rows]}
     own_digits = training.config.data == ["digits"]
     if own_digits and isinstance(data, Images):
-        found |= judge_digits(training, data)
+        with display.working("judging samples"):
+            found |= judge_digits(training, data)
         display.say(
             f"\n[bold]{found['read_as_captioned']:.1%}[/] of {JUDGED} generated digits are read as "
             f"their caption says, by a classifier that reads {found['classifier_accuracy']:.1%} of "
-            f"real held-out digits right."
+            f"real held-out digits right.",
+            wrap=True,
         )
     elif isinstance(data, Images):
-        found |= judge_captions(training, data)
-        draw_held_out(training, data)
+        with display.working("judging samples"):
+            found |= judge_captions(training, data)
+            draw_held_out(training, data)
         if found["pairs"]:
             display.say(
                 f"\nA held-out image is likelier under its own caption than under another one in "
-                f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs."
+                f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs.",
+                wrap=True,
             )
         display.say(
             f"Held-out captions beside the nearest training image: "
             f"{marked_up(run.path / 'held_out.png')}"
         )
     else:
-        found |= judge_text(training)
+        with display.working("judging held-out text"):
+            found |= judge_text(training)
         display.say(
             f"\n[bold]{found['held_out_bits']:.3f}[/] bits per byte of {found['held_out_bytes']:,} "
-            f"held-out bytes, {training.shape.length} at a time."
+            f"held-out bytes, {training.shape.length} at a time.",
+            wrap=True,
         )
     run.write_json("result.json", found)
     words = "".join(f' "{caption}"' for caption in ("three", "a handwritten eight") if own_digits)
@@ -175,8 +201,8 @@ def judge_digits(training: Training, data: Images) -> dict[str, float]:
 
 def judge_captions(training: Training, data: Images) -> dict[str, float]:
     """Return in how many pairs an image is likelier under its caption than under another's."""
-    count = min(PAIRS, data.counts["held_out"])
-    prefix, tokens = data.batch("held_out", np.arange(count), np.zeros(count))
+    most = min(PAIRS, data.counts["held_out"])
+    prefix, tokens = data.batch("held_out", np.arange(most), np.zeros(most))
     other = np.roll(prefix, 1, axis=0)
     differ = (other != prefix).any(axis=1)
     own, others = (_bits(training, captions, tokens) for captions in (prefix, other))
@@ -189,8 +215,8 @@ def judge_captions(training: Training, data: Images) -> dict[str, float]:
 
 def judge_text(training: Training) -> dict[str, float]:
     """Return the bits per byte of the held-out text, all of it up to 2^20 bytes."""
-    count = min(training.data.counts["held_out"], 2**20 // training.shape.length)
-    batch = training.data.batch("held_out", np.arange(count), np.zeros(count))
+    most = min(training.data.counts["held_out"], 2**20 // training.shape.length)
+    batch = training.data.batch("held_out", np.arange(most), np.zeros(most))
     return {"held_out_bits": float(_bits(training, *batch).mean()), "held_out_bytes": batch[1].size}
 
 
@@ -214,8 +240,8 @@ def draw_held_out(training: Training, data: Images) -> None:
 
     Copies of training images would show as equal neighbours.
     """
-    count = min(12, data.counts["held_out"])
-    numbers = data.splits["held_out"][:count]
+    shown = min(12, data.counts["held_out"])
+    numbers = data.splits["held_out"][:shown]
     captions = [data.captions[i][0] for i in numbers]
     real = np.stack([data.load(i) for i in numbers])[:, None]
     with training.eager():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,8 +37,10 @@ class Run:
     weights.safetensors, or of a run on several ranks the folder checkpoints.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, made: bool = False) -> None:
         self.path = path
+        # Whether this process made the folder.
+        self.made = made
 
     @classmethod
     def create(cls, out: str | None, name: str, again: bool = False) -> Run:
@@ -50,8 +52,9 @@ class Run:
             again: Accept a folder in which a run has begun, but not saved anything.
         """
         if out is None:
-            return cls(_next_free(name))
+            return cls(_next_free(name), made=True)
         path = Path(out)
+        made = not path.exists()
         try:
             if (path / "config.json").exists():
                 raise UserError(
@@ -67,7 +70,7 @@ class Run:
             raise UserError(
                 f"{path} is neither empty nor the folder of a run: choose another --out"
             )
-        return cls(path)
+        return cls(path, made)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -79,13 +82,30 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[Run]:
-        """Hold the run against other trainings."""
-        with locked(self.path):
-            # A process that was killed may have left them.
-            for partial in self.path.glob(f"{PARTIAL_PREFIX}*"):
-                if partial.is_file():
-                    partial.unlink(missing_ok=True)
-            yield self
+        """Hold the run against other trainings; leave no folder where none has begun."""
+        begun = True
+        try:
+            with locked(self.path):
+                # A process that was killed may have left them.
+                for partial in self.path.glob(f"{PARTIAL_PREFIX}*"):
+                    if partial.is_file():
+                        partial.unlink(missing_ok=True)
+                try:
+                    yield self
+                finally:
+                    begun = (self.path / "config.json").exists()
+                    for name in () if begun else ("plan.json", "data.json"):
+                        (self.path / name).unlink(missing_ok=True)
+        finally:
+            if self.made and not begun:
+                self._remove()
+
+    def _remove(self) -> None:
+        """Remove an empty folder, and that of all runs if it was the only one."""
+        with suppress(OSError):
+            self.path.rmdir()
+            if self.path.parent.name == "runs":
+                self.path.parent.rmdir()
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[BinaryIO]:
@@ -149,6 +169,12 @@ class Run:
             ) from None
         folder = self.path / "tensorboard"
         check_own_folder(folder)
+        try:
+            os.fspath(folder).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--tensorboard needs a run folder whose name is UTF-8, but it is {self.path}"
+            ) from None
         with writing(folder):
             return SummaryWriter(folder)
 
@@ -194,9 +220,6 @@ class Run:
             return found
         except MemoryError:
             raise
-        except pickle.UnpicklingError as error:
-            # torch's own message advises to execute what the file holds.
-            raise damaged_checkpoint(path, "it holds more than tensors and numbers") from error
         except Exception as error:
             raise damaged_checkpoint(path, first_line(error)) from error
 
@@ -312,6 +335,8 @@ def check_tensors(found: object, expected: Mapping[str, Tensor]) -> None:
         other = found[name]
         if not isinstance(other, Tensor):
             raise ValueError(f"{name} is no tensor")
+        if other.layout != torch.strided or other.is_meta:
+            raise ValueError(f"{name} is not a tensor with all of its numbers")
         if other.shape != tensor.shape or other.dtype != tensor.dtype:
             raise ValueError(
                 f"{name} is {other.dtype} {list(other.shape)}, not {tensor.dtype} "

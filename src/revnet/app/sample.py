@@ -18,6 +18,7 @@ from revnet.app.errors import UserError
 from revnet.app.model import Shape, Transformer
 from revnet.app.plots import sample_grid
 from revnet.app.run import Run
+from revnet.app.terminal import complain
 from revnet.app.writing import new_file
 
 
@@ -141,7 +142,8 @@ def sample(
     model = load_model(run, shape, config.streams, find_device(device))
     if spec["kind"] == "text":
         length = _checked_length(model.shape.length, length, captions)
-        text = "\n\n".join(texts_of(model, captions or spec["show"], length, how))
+        shown = [prompt.encode()[: length // 2].decode(errors="ignore") for prompt in spec["show"]]
+        text = "\n\n".join(texts_of(model, captions or shown, length, how))
         if out is None:
             return text
         with new_file(Path(out)) as file:
@@ -149,11 +151,24 @@ def sample(
         return out
     words, patches = image_codecs(spec)
     path = Path(out) if out else run.path / "sample.png"
+    if path.suffix not in ("", ".png"):
+        raise UserError(f"--out {path}: give a file that ends in .png")
     captions = captions or spec["show"]
+    for caption in captions:
+        _warn(words, caption)
     images = images_of(model, words, patches, captions, each, how)
     with new_file(path) as file:
         sample_grid(file, captions, [("", images)])
     return str(path)
+
+
+def _warn(words: Words, caption: str) -> None:
+    """Say what of a caption the network does not see."""
+    _, unknown, cut = words.read(caption)
+    for left_out, why in ((unknown, "not known to this run"), (cut, "more than captions hold")):
+        if left_out:
+            quoted = ", ".join(dict.fromkeys(left_out))
+            complain(f"left out of {shorten(repr(caption))}, because {why}: {shorten(quoted, 200)}")
 
 
 def _checked_length(context: int, length: int | None, prompts: Sequence[str]) -> int:
@@ -161,7 +176,10 @@ def _checked_length(context: int, length: int | None, prompts: Sequence[str]) ->
     if length is None:
         length = context
     if length > context:
-        raise UserError(f"--length {length} is more than the run's context of {context} bytes")
+        raise UserError(
+            f"--length {length} is more than the run's context of {context} bytes, beyond which "
+            f"the network has learned nothing: train with a larger --context"
+        )
     for prompt in prompts:
         if len(prompt.encode()) >= length:
             size = f"--length {length}"

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
+import platform
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from typing import Any, TypeVar
+
+import torch
 
 import revnet
 from revnet.app import report
+from revnet.app.checks import FORMAT
 from revnet.app.config import TrainConfig
 from revnet.app.data import sources
 from revnet.app.device import find_device
 from revnet.app.display import Display
 from revnet.app.errors import DataError, UserError
 from revnet.app.run import Run
+from revnet.app.threads import Watch, set_threads
 from revnet.app.training import Training, shape_of
 
 INTERRUPTED = 130
@@ -63,16 +70,27 @@ def start(
     config = TrainConfig(**given)
     find_device(config.device)
     data, defaults = sources.load(config)
+    sources.check_options(config, given, data)
     config = config.resolve(defaults)
+    config.data = sources.absolute(config.data)
+    config.threads = set_threads(config.threads)
     run = create(config.out, data.name)
+    config.out = str(run.path)
     training = make(config, data, run)
     if config.memory:
         training.choose_executions(new=True)
     run.write_json("data.json", data.spec)
-    run.write_json(
-        "config.json", asdict(config) | {"out": str(run.path), "shape": asdict(training.shape)}
-    )
+    write_config(training)
     return training
+
+
+def write_config(training: Training) -> None:
+    """Write the options of a run, the size of its network, and what it was made with."""
+    versions = {"revnet": version("revnet"), "torch": torch.__version__}
+    versions["python"] = platform.python_version()
+    made = {"format": FORMAT, "versions": versions, "command": sys.argv}
+    made["shape"] = asdict(training.shape)
+    training.run.write_json("config.json", made | asdict(training.config))
 
 
 def resume(
@@ -84,6 +102,8 @@ def resume(
     """
     run = find(path)
     saved, shape = run.read_config()
+    if "data" in given:
+        given = given | {"data": sources.absolute(given["data"])}
     options = {item.name: getattr(saved, item.name) for item in fields(TrainConfig)}
     for item in fields(TrainConfig):
         name = item.name
@@ -91,6 +111,8 @@ def resume(
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {options[name]} in {path}: a resumed run keeps it")
     config = TrainConfig(**options | given)
+    # The same number: sums over threads are rounded in another order.
+    config.threads = set_threads(config.threads)
     run.check_weights(shape)
     spec = run.read_data(shape)
     data, _ = sources.load(config, spec)
@@ -102,7 +124,7 @@ def resume(
     training.resume()
     if config.memory:
         training.choose_executions(new="memory" in given)
-    run.write_json("config.json", asdict(config) | {"shape": asdict(training.shape)})
+    write_config(training)
     return training
 
 
@@ -126,8 +148,9 @@ def train_alone(given: dict[str, Any], resumed: str | None = None) -> int:
 
 def _train_and_close(training: Training, new: bool) -> int:
     """Take all steps, or those until a signal; then save, judge and say what was learned."""
-    with Display(training.config.steps, training.data.unit) as display, interruptible() as stop:
-        display.say(report.opening(training, f"on {training.device}"))
+    config, unit = training.config, training.data.unit
+    with Display(config.steps, unit, training.step) as display, interruptible() as stop:
+        display.say(report.opening(training, report.machine_of(training)), wrap=True)
         memory = report.measure_executions(training)
         if new:
             training.log({f"{row.name}_peak_bytes": row.peak for row in memory})
@@ -135,6 +158,7 @@ def _train_and_close(training: Training, new: bool) -> int:
         training.save()
         training.draw_loss()
         if stop():
+            display.reach(training.step)
             display.say(report.stopped(training))
             return INTERRUPTED
     report.close(training, display, memory)
@@ -145,6 +169,7 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
     """Step, log, validate and save until the last step or until `stop` says so."""
     config = training.config
     since, tokens = time.perf_counter(), 0
+    watch = Watch()
     with _keeping(training), ThreadPoolExecutor(1, "batches") as reader:
         coming = reader.submit(training.read_batch, training.step)
         while training.step < config.steps and not stop():
@@ -165,12 +190,16 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
                     {"bits": bits, "lr": training.learning_rate(), "tokens_per_second": round(rate)}
                 )
                 display.step(step, bits, rate, last)
+                if training.device.type == "cpu" and (advice := watch.advice()):
+                    display.say(advice, wrap=True)
             if step % config.validate_every == 0 or last:
-                training.log(training.validate())
+                found = training.validate()
+                training.log(found)
+                display.held_out(found["held_out_bits"])
                 training.draw_loss()
             if step % config.save_every == 0 and not last:
                 training.save()
-                report.draw_samples(training)
+                report.draw_samples(training, last=False)
 
 
 @contextmanager

@@ -207,6 +207,8 @@ class Training:
             parameter = parameters[number]
             step = torch.zeros((), dtype=torch.float32)
             check_tensors(values, {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter})
+            if float(values["step"]) < 0 or bool((values["exp_avg_sq"] < 0).any()):
+                raise ValueError("it has a negative number of steps or average of squares")
             averages[number] = {name: value.clone() for name, value in values.items()}
         return averages
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+MOST_WORDS = 4096
 PAD, START, FIRST_BYTE, FIRST_WORD = 0, 1, 2, 258
 
 
@@ -29,7 +30,7 @@ class Words:
         self._ids = {word: FIRST_WORD + i for i, word in enumerate(self.words)}
 
     @classmethod
-    def learn(cls, captions: Iterable[str], most: int = 4096, longest: int = 64) -> Words:
+    def learn(cls, captions: Iterable[str], most: int = MOST_WORDS, longest: int = 64) -> Words:
         """Take the `most` frequent words, and a length for captions of up to `longest` tokens."""
         captions = list(captions)
         counts = Counter(word for caption in captions for word in split_words(caption))
@@ -57,11 +58,35 @@ class Words:
             )
         return tokens
 
+    def read(self, caption: str) -> tuple[list[int], list[str], list[str]]:
+        """Return a caption's tokens, at most `length` - 1, and the words left out of it.
+
+        Args:
+            caption: Any text.
+
+        Returns:
+            The tokens; the words that are not known, unless training had more words than tokens
+            for them, so that it has seen bytes, too; and the words beyond the length.
+        """
+        found = split_words(caption)
+        unknown: list[str] = []
+        if len(self.words) < MOST_WORDS:
+            unknown = [word for word in found if word not in self._ids]
+            found = [word for word in found if word in self._ids]
+        tokens: list[int] = []
+        cut: list[str] = []
+        for word in found:
+            own = self._tokens(word)
+            if cut or len(tokens) + len(own) > self.length - 1:
+                cut.append(word)
+            tokens += own
+        return tokens[: self.length - 1], unknown, cut
+
     def encode(self, captions: Sequence[str]) -> Array:
         """Return (captions, length), int64: padding, captions (cut where too long), `START`."""
         out = np.full((len(captions), self.length), PAD, dtype=np.int64)
         for row, caption in zip(out, captions, strict=True):
-            tokens = [*self._tokens(caption)[: self.length - 1], START]
+            tokens = [*self.read(caption)[0], START]
             row[-len(tokens) :] = tokens
         return out
 

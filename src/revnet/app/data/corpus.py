@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import numpy as np
 from revnet._files import open_file
 from revnet.app.data.codecs import START, Array
 from revnet.app.data.examples import digest, files_in, split
-from revnet.app.errors import DataError, UserError
+from revnet.app.errors import DataError, UserError, count
 
 DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}
 VOCAB = 256
 NGRAMS = 4
+# From as many files on, whole ones are held out.
+FEW = 20
 
 # A document: a file from one byte to another.
 Document = tuple[Path, int, int]
@@ -34,12 +37,17 @@ def standard_library() -> list[Path]:
 
 
 def find_texts(paths: list[Path]) -> list[Path]:
-    """Return the files that `paths` name, and those of folders without zero bytes."""
+    """Return the files that `paths` name, and those of folders without zero bytes.
+
+    Raises:
+        UserError: a path leads nowhere, or a text is UTF-16.
+    """
     found = []
     for path in paths:
         if path.is_dir():
             found += [file for file in files_in(path) if not _is_binary(file)]
         elif path.is_file():
+            _is_binary(path)
             found.append(path)
         else:
             raise UserError(f"{path} is neither a file nor a folder")
@@ -47,14 +55,21 @@ def find_texts(paths: list[Path]) -> list[Path]:
 
 
 def _is_binary(path: Path) -> bool:
+    """Return whether a file has zero bytes; raise where it is a text that has them for a reason."""
     with open_file(path) as file:
-        return b"\0" in file.read(4096)
+        content = file.read(4096)
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        with suppress(UnicodeDecodeError):
+            content.decode("utf-16")
+            raise UserError(f"{path} is UTF-16, half of whose bytes say nothing: save it as UTF-8")
+    return b"\0" in content
 
 
 class Corpus:
     """The bytes of text files, one token each.
 
-    Equal files are read once. Whole files are held out; of a single file, its last tenth.
+    Equal files are read once. One byte in twenty is held out: whole files, or of fewer than twenty
+    files the end of each.
 
     Args:
         name: What the run is called.
@@ -77,23 +92,27 @@ class Corpus:
         self._documents: dict[str, list[Document]] = {
             name: [documents[i] for i in numbers] for name, numbers in splits.items()
         }
-        if len(documents) == 1:
-            path, _, end = documents[0]
+        if len(documents) < FEW:
+            cuts = [(path, end * 19 // 20, end) for path, _, end in documents]
             self._documents = {
-                "train": [(path, 0, end * 9 // 10)],
-                "held_out": [(path, end * 9 // 10, end)],
+                "train": [(path, 0, cut) for path, cut, _ in cuts if cut],
+                "held_out": cuts,
             }
         self._ends = {
             name: list(accumulate(end - start for _, start, end in several))
             for name, several in self._documents.items()
         }
         for name, ends in self._ends.items():
-            if ends[-1] < 2 * length:
-                raise UserError(f"the {name.replace('_', '-')} text has only {ends[-1]:,} bytes: "
-                                f"it needs twice --context {length}")  # fmt: skip
+            size = ends[-1] if ends else 0
+            if size < 2 * length:
+                raise UserError(
+                    f"the {name.replace('_', '-')} text has only {count(size, 'byte')}: it "
+                    f"needs twice --context {length}. Give more text, or a smaller --context."
+                )
         beginnings = [0, *self._ends["held_out"][:-1]][:3]
         self._show = [
-            self._read("held_out", start, 32).decode(errors="replace") for start in beginnings
+            self._read("held_out", start, min(32, length // 2)).decode(errors="replace")
+            for start in beginnings
         ]
         self._fingerprint = hashlib.sha256("".join(sorted(different)).encode()).hexdigest()
 

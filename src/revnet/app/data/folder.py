@@ -15,7 +15,7 @@ import numpy as np
 from revnet._files import open_file, read_file
 from revnet.app.data.codecs import Array, codecs
 from revnet.app.data.examples import Images, digest, files_in, split
-from revnet.app.errors import DataError, UserError, first_line
+from revnet.app.errors import DataError, UserError, count, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
@@ -25,15 +25,19 @@ CAPTION_COLUMNS = ("caption", "text")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 # As many as 8192 × 8192; decoding takes up to 16 bytes for each.
 MOST_PIXELS = 2**26
+# Pillow keeps an address for each row, and fails in odd ways where a row has many millions.
+LONGEST_SIDE = 2**16
 LARGEST_FILE = 2**30
 CODE_BOOK_IMAGES = 2000
 DEFAULTS = {"depth": 4, "dropout": 0.1, "batch": 32, "steps": 2000}
 
 
 def read_text(path: Path) -> str:
-    """Return a caption file or table, which must be UTF-8."""
+    """Return a caption file or table, UTF-8 or, where it begins with its mark, UTF-16."""
     try:
-        text = read_file(path, LARGEST_FILE).decode("utf-8-sig")
+        content = read_file(path, LARGEST_FILE)
+        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = content.decode("utf-16" if marked else "utf-8-sig")
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(
@@ -49,8 +53,8 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
         with open_file(path, LARGEST_FILE) as content, Image.open(content, formats=FORMATS) as file:
             # The size stands at the beginning of a file: nothing has been decoded so far.
             width, height = file.size
-            if width * height > MOST_PIXELS:
-                raise Image.DecompressionBombError(f"it has {width} × {height} pixels")
+            if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+                raise Image.DecompressionBombError
             picture = _flatten(ImageOps.exif_transpose(file))
             picture = ImageOps.fit(
                 picture.convert("L" if grey else "RGB"), (side, side), Image.Resampling.BOX
@@ -59,8 +63,8 @@ def read_image(path: Path, side: int, grey: bool) -> Array:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"the image {path} is too large: {first_line(error)}, of which at most "
-            f"{MOST_PIXELS:,} are read. Scale it down, or remove it."
+            f"the image {path} is too large: at most {MOST_PIXELS:,} pixels and "
+            f"{LONGEST_SIDE:,} on a side are read. Scale it down, or remove it."
         ) from error
     except UnidentifiedImageError:
         # Its own message names the file object.
@@ -101,7 +105,8 @@ def find_captions(folder: Path, images: list[Path]) -> list[list[str]]:
             f"a row in {table.name}" if table else f"a file {missing[0].with_suffix('.txt').name}"
         )
         raise UserError(
-            f"{_count(missing, 'image')} without a caption, such as {missing[0]}: it needs {where}"
+            f"{count(len(missing), 'image')} without a caption, such as {missing[0]}: it needs "
+            f"{where}"
         )
     return captions
 
@@ -111,7 +116,7 @@ def _from_files(folder: Path, images: list[Path]) -> list[list[str]]:
     alone = [path for path in files_in(folder) if path.suffix == ".txt" and path not in wanted]
     if alone:
         raise UserError(
-            f"{_count(alone, 'caption file')} without an image, such as {alone[0]}: "
+            f"{count(len(alone), 'caption file')} without an image, such as {alone[0]}: "
             "a folder of images holds only captions as .txt"
         )
     return [_lines(text) if (text := path.with_suffix(".txt")).is_file() else [] for path in images]
@@ -162,10 +167,6 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row if isinstance(row, dict) else {}
 
 
-def _count(things: list[Path], name: str) -> str:
-    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
-
-
 def find_images(folder: Path) -> list[Path]:
     """Return all images of a folder and its subfolders, in order."""
     return [path for path in files_in(folder) if path.suffix.lower() in SUFFIXES]
@@ -192,8 +193,8 @@ def load(
     splits = split([digest(path) for path in images])
     if not len(splits["held_out"]):
         raise UserError(
-            f"{folder} holds {_count(images, 'image')}, all alike: at least two different ones are "
-            f"needed"
+            f"{folder} holds {count(len(images), 'image')}, all alike: at least two different ones "
+            f"are needed"
         )
     sample = np.random.default_rng(0).permutation(splits["train"])[:CODE_BOOK_IMAGES]
     words, patches = codecs(
