@@ -99,13 +99,7 @@ class Reversible(Program):
 
     if TYPE_CHECKING:
 
-        @overload
-        def __call__(
-            self, *streams: *Values, taps: None = None, **kwargs: Any
-        ) -> tuple[*Values]: ...
-        @overload
-        def __call__(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]: ...
-        def __call__(self, *streams: Any, taps: Any = None, **kwargs: Any) -> Any: ...
+        def __call__(self, *streams: *Values, **kwargs: Any) -> tuple[*Values]: ...
 
     def with_aux(self, *streams: *Values, **kwargs: Any) -> tuple[tuple[*Values], dict[str, Any]]:
         """Call the module; return the streams, and the extra outputs, which may be none.
