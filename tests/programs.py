@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import revnet
 from oracle import gradients_of, weighted
@@ -130,6 +132,15 @@ BRANCHES = (
     Normed,
 )
 COUPLINGS = ("additive", "momentum", "affine", "midpoint", "leapfrog")
+# Those that add, and those that act on trees.
+ADDING = ("additive", "midpoint", "leapfrog")
+ON_TREES = (*ADDING, "momentum")
+TREES: dict[str, Any] = {
+    "tensor": lambda make: make(),
+    "dict": lambda make: {"a": make(), "b": [make()]},
+    # Not to be taken for a branch's update and extra output.
+    "pair": lambda make: (make(), make()),
+}
 ACTIONS = ("scale", "call", "eval", "train", "count", "clear", "no_grad")
 BACKWARDS = ("plain", "retained", "partial", "one by one", "reversed")
 
@@ -148,6 +159,7 @@ class ProgramSpec:
     """A program, what is done between its forward and its backward, and the kind of backward."""
 
     streams: int
+    tree: str
     branches: tuple[int, ...]
     steps: tuple[StepSpec, ...]
     actions: tuple[str, ...]
@@ -156,8 +168,15 @@ class ProgramSpec:
 
 
 @st.composite
-def programs(draw: st.DrawFn, executions: tuple[str, ...] = EXECUTIONS) -> ProgramSpec:
+def programs(
+    draw: st.DrawFn,
+    executions: tuple[str, ...] = EXECUTIONS,
+    couplings: tuple[str, ...] = COUPLINGS,
+) -> ProgramSpec:
     streams = draw(st.integers(1, 4))
+    tree = draw(st.sampled_from(tuple(TREES)))
+    if tree != "tensor":
+        couplings = tuple(name for name in couplings if name in ON_TREES)
     branches = draw(st.lists(st.integers(0, len(BRANCHES) - 1), min_size=1, max_size=4))
     place = st.integers(0, streams - 1)
     steps = draw(
@@ -167,7 +186,7 @@ def programs(draw: st.DrawFn, executions: tuple[str, ...] = EXECUTIONS) -> Progr
                 st.integers(0, len(branches) - 1),
                 place,
                 st.lists(place, min_size=1, max_size=3).map(tuple),
-                st.sampled_from(COUPLINGS),
+                st.sampled_from(couplings),
                 st.sampled_from(executions),
             ),
             min_size=1,
@@ -176,12 +195,24 @@ def programs(draw: st.DrawFn, executions: tuple[str, ...] = EXECUTIONS) -> Progr
     )
     return ProgramSpec(
         streams,
+        tree,
         tuple(branches),
         tuple(steps),
         tuple(draw(st.lists(st.sampled_from(ACTIONS), max_size=4))),
         draw(st.sampled_from(BACKWARDS)),
         draw(st.integers(0, 3)),
     )
+
+
+class OnTrees(nn.Module):
+    """Calls a branch for each leaf of its streams in turn."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, *streams: Any) -> Any:
+        return pytree.tree_map(self.branch, *streams)
 
 
 def couple(name: str, target: Tensor, out: Tensor) -> Tensor:
@@ -201,12 +232,58 @@ class Plain(nn.Module):
         super().__init__()
         self.spec, self.branches = spec, branches
 
-    def forward(self, *streams: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *streams: Any) -> tuple[Any, ...]:
         found = list(streams)
         for step in self.spec.steps:
             out = self.branches[_key(step)](*(found[i] for i in step.sources))
-            found[step.target] = couple(step.coupling, found[step.target], out)
+            update = partial(couple, step.coupling)
+            found[step.target] = pytree.tree_map(update, found[step.target], out)
         return tuple(found)
+
+
+class Integers(Plain):
+    """The program as a loop over integers, for rules that add."""
+
+    def forward(self, *streams: Any) -> tuple[Any, ...]:
+        counts = [pytree.tree_map(_count, stream) for stream in streams]
+        found = list(streams)
+        for place, stream in enumerate(found):
+            found[place] = pytree.tree_map(_valued, stream, stream, counts[place])
+        for step in self.spec.steps:
+            i = step.target
+            out = self.branches[_key(step)](*(found[j] for j in step.sources))
+            added = pytree.tree_map(partial(_increment, step.coupling), out)
+            counts[i] = pytree.tree_map(torch.add, counts[i], pytree.tree_map(_count, added))
+            smooth = pytree.tree_map(torch.add, found[i], added)
+            found[i] = pytree.tree_map(_valued, found[i], smooth, counts[i])
+        return tuple(found)
+
+
+UNIT = 2.0**-24
+
+
+def _increment(name: str, out: Tensor) -> Tensor:
+    return couple(name, torch.zeros_like(out), out)
+
+
+def _count(x: Tensor) -> Tensor:
+    return (x.detach().double() / UNIT).round().long()
+
+
+def _valued(like: Tensor, smooth: Tensor, count: Tensor) -> Tensor:
+    return _Straight.apply(smooth, (count.double() * UNIT).to(like.dtype))
+
+
+class _Straight(torch.autograd.Function):
+    """A value with the gradient of another tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, smooth: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _key(step: StepSpec) -> str:
@@ -237,22 +314,35 @@ def build(
         "leapfrog": lambda: Leapfrog(0.5),
     }
     branches = _branches(spec).to(dtype)
-    steps = [Step(branches[_key(s)], s.target, s.sources, rules[s.coupling]()) for s in spec.steps]
+    called = _called(spec, branches)
+    steps = [Step(called[_key(s)], s.target, s.sources, rules[s.coupling]()) for s in spec.steps]
     chosen = [s.execution if execution is None else execution for s in spec.steps]
     return Reversible(steps, execution=chosen, **options), branches
 
 
-def plain(spec: ProgramSpec, dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleDict]:
+def plain(
+    spec: ProgramSpec, dtype: torch.dtype, loop: type[Plain] = Plain
+) -> tuple[nn.Module, nn.ModuleDict]:
     """Return the program as a loop, and its branches."""
     branches = _branches(spec).to(dtype)
-    return Plain(spec, branches), branches
+    return loop(spec, _called(spec, branches)), branches
 
 
-def _act(action: str, net: nn.Module, branches: nn.ModuleDict, x: list[Tensor]) -> Tensor | None:
+def _called(spec: ProgramSpec, branches: nn.ModuleDict) -> nn.ModuleDict:
+    if spec.tree == "tensor":
+        return branches
+    return nn.ModuleDict({key: OnTrees(branch) for key, branch in branches.items()})
+
+
+def _total(streams: Any) -> Tensor:
+    return weighted(*pytree.tree_leaves(streams))
+
+
+def _act(action: str, net: nn.Module, branches: nn.ModuleDict, x: list[Any]) -> Tensor | None:
     if action in ("eval", "train"):
         branches.train(action == "train")
     elif action == "call":
-        return weighted(*net(*(0.5 * value for value in x)))
+        return _total(net(*(pytree.tree_map(lambda leaf: 0.5 * leaf, value) for value in x)))
     elif action == "no_grad":
         with torch.no_grad():
             net(*x)
@@ -274,16 +364,22 @@ def run(
 ) -> dict[str, Any]:
     """Return all that a run leaves: outputs, gradients, state of the branches, generator."""
     torch.manual_seed(spec.seed + 10)
-    x = [torch.randn(2, 3, WIDTH, dtype=dtype, requires_grad=True) for _ in range(spec.streams)]
+
+    def leaf() -> Tensor:
+        return torch.randn(2, 3, WIDTH, dtype=dtype, requires_grad=True)
+
+    x = [TREES[spec.tree](leaf) for _ in range(spec.streams)]
     outputs = net(*x)
-    losses = [weighted(*outputs)]
+    losses = [_total(outputs)]
     for action in spec.actions:
         loss = _act(action, net, branches, x)
         if loss is not None:
             losses.append(loss)
-    found: dict[str, Any] = {f"out {i}": out.detach() for i, out in enumerate(outputs)}
+    results = pytree.tree_leaves(outputs)
+    found: dict[str, Any] = {f"out {i}": out.detach() for i, out in enumerate(results)}
     total = torch.stack(losses).sum()
-    leaves = [*x, *branches.parameters()]
+    inputs = pytree.tree_leaves(x)
+    leaves = [*inputs, *branches.parameters()]
     if spec.backward == "retained":
         first = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
         found |= {f"first {i}": grad for i, grad in enumerate(first)}
@@ -298,7 +394,7 @@ def run(
     else:
         for loss in losses if spec.backward == "one by one" else reversed(losses):
             loss.backward()
-    found |= {f"x {i}": value.grad for i, value in enumerate(x)} | gradients_of(branches)
+    found |= {f"x {i}": value.grad for i, value in enumerate(inputs)} | gradients_of(branches)
     found |= {name: buffer.clone() for name, buffer in branches.named_buffers()}
     for name, branch in branches.items():
         found[f"{name} log"] = torch.tensor([float(v) for v in getattr(branch, "log", ())])

@@ -31,7 +31,14 @@ from oracle import (
     train_step,
     weighted,
 )
-from revnet import ReversibleError, ReversibleSequence, SequentialSequence, measure_memory, plan
+from revnet import (
+    ReversibleError,
+    ReversibleSequence,
+    SequentialSequence,
+    _execution,
+    measure_memory,
+    plan,
+)
 
 EXECUTIONS = ["store", "select", "checkpoint", "offload", "invert"]
 SEVERAL = named(
@@ -392,3 +399,22 @@ def test_a_compiled_branch_stays_compiled_whatever_its_execution():
             if event.key.startswith("Torch-Compiled Region")
         ]
         assert sum(regions) == (4 if execution in ("select", "store") else 8)
+
+
+def test_a_new_execution_is_one_record(monkeypatch: pytest.MonkeyPatch):
+    """Keeping results as well as the target: nothing else has to be told of it."""
+    record = _execution.Execution("select target", keeps_results=True, keeps_target=True)
+    monkeypatch.setitem(_execution.BY_NAME, record.name, record)
+    monkeypatch.setattr(ReversibleSequence, "_allowed", tuple(_execution.BY_NAME))
+    case = COUNTED[1]
+    net, oracle = both(case, execution=record.name)
+    expected = train_step(oracle, case.input(), **case.keywords())
+    assert_same_step(train_step(net, case.input(), **case.keywords()), expected)
+    kept = {}
+    for name in (record.name, "select", "checkpoint"):
+        net.execution = name
+        kept[name] = measure_memory(net, case.input(), **case.keywords()).saved_bytes
+    assert kept["checkpoint"] < kept["select"] < kept[record.name]
+    # The planner measures it, and knows what it keeps.
+    found = plan(net, case.input(), "100%", **case.keywords())
+    assert found.peak_bytes > 0

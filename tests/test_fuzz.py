@@ -1,4 +1,5 @@
-"""Random programs: float streams against a plain loop, fixed streams against stored steps.
+"""Random programs: float streams against a plain loop, fixed streams against stored steps and
+against a loop over integers.
 
 `make fuzz` runs them for as long as one likes.
 """
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 
 from oracle import assert_near
-from programs import ProgramSpec, build, plain, programs, run
+from programs import ADDING, Integers, ProgramSpec, build, plain, programs, run
 
 # So many in each test, unless the profile asks for more.
 EXAMPLES = 100
@@ -65,9 +66,27 @@ def test_fixed_programs(record_property: Callable[[str, Any], None]) -> None:
     assert ran >= EXAMPLES
 
 
+def fixed_like_integers(spec: ProgramSpec) -> None:
+    for dtype, rounding in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        found = run(spec, *build(spec, dtype, streams="fixed"), dtype)
+        expected = run(spec, *plain(spec, dtype, Integers), dtype)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if name.startswith("out"):
+                assert torch.equal(found[name], value), f"{name}, {dtype}"
+            # The graphs add up gradients in their own orders.
+            assert_near(found[name], value, name, rounding)
+
+
+def test_fixed_programs_on_integers(record_property: Callable[[str, Any], None]) -> None:
+    ran = fuzz(fixed_like_integers, programs(couplings=ADDING))
+    record_property("programs", ran)
+    assert ran >= EXAMPLES
+
+
 @pytest.mark.parametrize("backward", ["plain", "retained"])
 def test_the_loop_is_not_the_library(backward: str) -> None:
     """The oracle is a loop of its own: no module of it belongs to revnet."""
-    spec = ProgramSpec(2, (0,), (), (), backward, 0)
+    spec = ProgramSpec(2, "tensor", (0,), (), (), backward, 0)
     net, _ = plain(spec, torch.float64)
     assert not any(type(module).__module__.startswith("revnet") for module in net.modules())

@@ -102,7 +102,8 @@ def test_mypy_reads_what_users_write(tmp_path: Path) -> None:
     check(found, r'user.py:(\d+): note: Revealed type is "(.*)"', r"user.py:(\d+): error:")
 
 
-PYRIGHT = next(filter(None, map(shutil.which, ("basedpyright", "pyright"))), None)
+BESIDE_PYTHON = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+PYRIGHT = shutil.which("basedpyright", path=BESIDE_PYTHON) or shutil.which("pyright")
 
 
 @pytest.mark.skipif(PYRIGHT is None, reason="needs pyright or basedpyright on the PATH")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
@@ -37,6 +37,8 @@ from ._taps import Taps, positions_of
 from ._torch import saved_tensor_hooks
 from ._trees import tree_leaves
 
+# A stream: a tensor, or a tree of tensors.
+T = TypeVar("T")
 Split = Callable[[Any], tuple[Any, Any]]
 Merge = Callable[[Any, Any], Any]
 
@@ -197,7 +199,7 @@ class ReversibleSequence(BlockSequence):
         check_streams(x1, x2)
         return self._run((x1, x2), kwargs)
 
-    def inverse(self, y1: Any, y2: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def inverse(self, y1: T, y2: T, **kwargs: Any) -> tuple[T, T]:
         """Return the streams before the first block, `(x1, x2)`, from those after the last.
 
         A pass like `run`, in reverse order: its activations are rebuilt in backward, and in fixed
