@@ -12,7 +12,7 @@ from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
 from torch.utils import _pytree as pytree
 
-from .purity import forget, reason, unused_names
+from .purity import forget, unsupported_reason, unused_names
 
 _found: list[str] = []
 _told: list[bool] = []
@@ -24,13 +24,13 @@ _tensors: dict[tuple[str, str], tuple[str, ...]] = {}
 def inspect(ctx: Any) -> None:
     """Find out why the steps of the function that is traced cannot be replayed in the graph.
 
-    Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle
-    raises at once.
+    Reads its locals `steps`, `streams`, `blocks` and `unsupported`. Under fullgraph=True, what is
+    unsupported raises at once.
     """
     tracer = getattr(ctx, "_ComptimeContext__tx", None)
     try:
-        steps, streams, blocks, obstacle = (
-            _value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle")
+        steps, streams, blocks, unsupported = (
+            _value(ctx, name) for name in ("steps", "streams", "blocks", "unsupported")
         )
         # What functions and global variables hold may have changed since they were inspected for
         # another graph.
@@ -38,9 +38,9 @@ def inspect(ctx: Any) -> None:
         _found[:] = [
             _vmapped()
             or _hooks()
-            or obstacle
+            or unsupported
             or _changed(ctx, steps)
-            or reason(steps, streams, blocks)
+            or unsupported_reason(steps, streams, blocks)
         ]
         _unused.clear()
         _tensors.clear()
@@ -126,8 +126,8 @@ def _hooks() -> str:
 def prepare(ctx: Any) -> None:
     """Allocate the memory of the local `monitor` on the devices of the local `streams`.
 
-    Transforms allow no write to it, nor does it take findings that are distributed: `told` says
-    whether it is told any.
+    Transforms allow no write to it, nor can findings that are distributed be written there:
+    `takes_findings` says whether it is written to.
     """
     monitor, streams = _value(ctx, "monitor"), pytree.tree_leaves(_value(ctx, "streams"))
     distributed = any(hasattr(stream, "placements") for stream in streams)
@@ -138,12 +138,12 @@ def prepare(ctx: Any) -> None:
             mark_static_address(monitor.prepare(stream.device).key, guard=False)
 
 
-def verdict() -> str:
+def reason_found() -> str:
     """Return what `inspect` found."""
     return _found[0]
 
 
-def told() -> bool:
+def takes_findings() -> bool:
     """Return what `prepare` found."""
     return _told[0]
 
@@ -159,7 +159,7 @@ def tensor_attributes(step: str, prefix: str) -> tuple[str, ...]:
 
 
 # torch.compile calls such a function once, while it traces, and takes the result for a constant.
-for constant in (verdict, told, is_unused, tensor_attributes):
+for constant in (reason_found, takes_findings, is_unused, tensor_attributes):
     vars(constant)["_dynamo_marked_constant"] = True
 
 

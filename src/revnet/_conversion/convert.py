@@ -188,8 +188,7 @@ def convert(
             or one of them per layer; see `revnet.ReversibleSequence`.
         calibrate: a batch from which the range is chosen at once: a mapping of keywords, a tuple,
             or one argument of the model.
-        preserve_rng_state: as in `revnet.ReversibleSequence`.
-        determinism_check: `"default"`, `"none"` or `"exact"`; see `revnet.ReversibleSequence`.
+        preserve_rng_state, determinism_check: as in `revnet.ReversibleSequence`.
 
     Returns:
         The conversion, which prints what was found, and sets bits and execution anew.

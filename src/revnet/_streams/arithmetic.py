@@ -68,6 +68,18 @@ class FloatArithmetic:
         value = coupling.invert(held, out)
         return value, value
 
+    def hold(self, value: Tensor) -> Tensor:
+        """Return how the stream that starts as `value` is held: `encode` inside a Function."""
+        return value
+
+    def add(self, held: Tensor, increment: Tensor, index: int) -> Tensor:
+        """Return the stream after an additive step: `combine` inside a Function."""
+        return held + increment.to(held.dtype)
+
+    def subtract(self, held: Tensor, increment: Tensor) -> Tensor:
+        """Return the stream before an additive step; differentiable outside of graphs."""
+        return held - increment.to(held.dtype)
+
     def read(self, held: Any) -> Any:
         """The value of a stream that is held so."""
         return held
@@ -156,6 +168,18 @@ class FixedArithmetic:
                 held = divide(held, coupling.scale(out), coupling.least_scale, self.fixed)
                 held = _signed(held, _stream(held).value, coupling.sign(out))
         return _stream(held).value, held
+
+    def hold(self, value: Tensor) -> Held:
+        return Held(*self.fixed.encode(value, self.monitor))
+
+    def add(self, held: Held, increment: Tensor, index: int) -> Held:
+        return Held(*self.fixed.add(held, increment, self.monitor, index))
+
+    def subtract(self, held: Held, increment: Tensor) -> Held:
+        if torch.compiler.is_compiling():
+            return Held(*self.fixed.subtract(held, increment))
+        # The same numbers, and differentiable.
+        return Held(*fixed_add(held, -increment, self.fixed))
 
     def read(self, held: Any) -> Any:
         return _stream(held).value
