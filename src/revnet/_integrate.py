@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compiled.function import outside
-from ._couplings import ADDITIVE
+from ._couplings import ADDITIVE, Coupling
 from ._execution import ExecutionName
 from ._program import BoundSteps, Program, Streams, check_stream
 from ._state.modules import Memory, Structure
@@ -128,16 +128,16 @@ class _Drift(nn.Module):
 class _FewStructures(Memory):
     """What earlier steps found, by branch: thousands of steps share one or two."""
 
-    def structure(self, number: int, fn: nn.Module, coupling: nn.Module) -> Structure:
+    def structure(self, number: int, fn: nn.Module, coupling: Coupling) -> Structure:
         return super().structure(id(fn), fn, coupling)
 
 
 class _OneSample(RangeMonitor):
     """Measure how many increments vanish in the first step alone: all steps are alike."""
 
-    def sample(self, increment: Tensor, unit: float, step: int) -> None:
+    def sample(self, increment: Tensor, fraction_bits: int, step: int) -> None:
         if step == 0:
-            super().sample(increment, unit, step)
+            super().sample(increment, fraction_bits, step)
 
 
 class _Integration(Program):

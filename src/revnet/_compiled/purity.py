@@ -20,7 +20,7 @@ from .._state.decisions import Decisions
 from .._state.results import arguments, draws
 from .stand_ins import Held, imitate, size_of, stand_in_for
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def unsupported_reason(
@@ -50,7 +50,7 @@ def unsupported_reason(
 def hooked(modules: Iterable[nn.Module]) -> bool:
     """Check whether a call of one of these modules would run hooks."""
     for module in modules:
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             if getattr(module, hooks, None):
                 return True
     return False

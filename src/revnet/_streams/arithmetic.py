@@ -122,6 +122,24 @@ class FixedArithmetic:
 
     def combine(self, coupling: Coupling, stream: Stream, out: Any, index: int) -> Stream:
         value, held = stream
+        if (
+            type(coupling) is Additive
+            and held.__class__ is Held
+            and isinstance(value, Tensor)
+            and isinstance(out, Tensor)
+            and value.dtype is out.dtype
+            and value.shape == out.shape
+            and value.device == out.device
+        ):
+            # Most steps: what follows, without its calls.
+            held = fixed_add(
+                held._replace(value=value) if held.value is not value else held,
+                out,
+                self.fixed,
+                self.monitor,
+                index,
+            )
+            return held.value, held
         if coupling.translates:
 
             def add(held: Held, increment: Tensor) -> Held:
