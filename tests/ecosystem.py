@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 VOCABULARY, TOKENS = 97, 10
+
+
+def admit_torchvision() -> None:
+    """Make torchvision import beside a torch that its operators were not built for.
+
+    The wheels of the index are for CUDA: beside a torch for CPUs their library does not load. An
+    import then fails at two operators that no model here calls, so this defines their signatures.
+    """
+    found = find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    try:
+        torch.ops.load_library(str(Path(found.origin).with_name("_C.so")))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou) -> Tensor"
+            )
+
+
+admit_torchvision()
 
 # What transformers calls the sizes of a text model, in its two families of names.
 _SIZES = {
