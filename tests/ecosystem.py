@@ -298,6 +298,80 @@ def _torchvision(name: str, **more: Any) -> Case:
     return Case(f"torchvision {name}", "torchvision", make, image("x", 32))
 
 
+def _diffusers(
+    name: str, batch: Callable[[], dict[str, Any]], label: str = "", **sizes: Any
+) -> Case:
+    def make() -> nn.Module:
+        import diffusers
+
+        model: nn.Module = getattr(diffusers, name)(**sizes)
+        return model
+
+    return Case(label or name, "diffusers", make, batch)
+
+
+# Sizes that the transformers of diffusers share.
+_HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3, "in_channels": 4}
+_LATENT = {**_HEADS, "sample_size": 8, "patch_size": 2}
+_PAIRED = {"joint_attention_dim": 24, "pooled_projection_dim": 12}
+
+
+def latents() -> dict[str, Any]:
+    labels = torch.tensor([1, 4])
+    return {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": labels, "class_labels": labels}
+
+
+def captioned() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([1, 4]),
+        "encoder_hidden_states": torch.randn(2, 5, 24),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def paired(tokens: int, image: Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": image,
+        "timestep": torch.tensor([1.0, 4.0]),
+        "encoder_hidden_states": torch.randn(2, tokens, 24),
+        "pooled_projections": torch.randn(2, 12),
+    }
+
+
+def positioned(tokens: int) -> dict[str, Any]:
+    batch = paired(tokens, torch.randn(2, 16, 4))
+    return {**batch, "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(tokens, 3)}
+
+
+_FLUX = {**_HEADS, **_PAIRED, "num_single_layers": 2, "axes_dims_rope": (2, 2, 4)}
+
+DIFFUSERS = [
+    _diffusers("DiTTransformer2DModel", latents, norm_num_groups=2, **_LATENT),
+    _diffusers(
+        "PixArtTransformer2DModel",
+        captioned,
+        norm_num_groups=2,
+        cross_attention_dim=16,
+        caption_channels=24,
+        **_LATENT,
+    ),
+    _diffusers(
+        "SD3Transformer2DModel",
+        lambda: paired(5, torch.randn(2, 4, 8, 8)),
+        caption_projection_dim=16,
+        pos_embed_max_size=8,
+        out_channels=4,
+        **_LATENT,
+        **_PAIRED,
+    ),
+    _diffusers("FluxTransformer2DModel", lambda: positioned(5), **_FLUX),
+    _diffusers(
+        "FluxTransformer2DModel", lambda: positioned(16), "Flux, as many text tokens", **_FLUX
+    ),
+]
+
+
 class Encoder(nn.Module):
     """`nn.TransformerEncoder` behind an embedding."""
 
@@ -321,7 +395,7 @@ OTHERS = [
     Case("nn.TransformerEncoder", "torch", Encoder, tokens),
 ]
 
-CASES = [*TRANSFORMERS, *TIMM, *OTHERS]
+CASES = [*TRANSFORMERS, *TIMM, *DIFFUSERS, *OTHERS]
 
 
 def leaves(out: Any) -> list[Tensor]:

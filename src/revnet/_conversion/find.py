@@ -12,7 +12,7 @@ from torch import nn
 from .._errors import ReversibleError
 from ._transformers import is_layer
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential)
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 # How classes of residual layers are called, and classes of what surrounds them.
 _LAYER = re.compile("layer|block|bottleneck|residual", re.IGNORECASE)
 _AROUND = re.compile("stage|norm|embed|patch|pool|downsample|upsample|merging", re.IGNORECASE)
@@ -51,7 +51,8 @@ def find(model: nn.Module) -> list[Found]:
         among = f"such as {', '.join(candidates[:5])}" if candidates else "of which there is none"
         raise ReversibleError(
             f"{type(model).__name__} has no stack of equal residual layers that is known as one. "
-            f"Name it, as in layers='model.layers': an nn.ModuleList or nn.Sequential, {among}."
+            f"Name it, as in layers='model.layers': an nn.ModuleList, nn.Sequential or "
+            f"nn.ModuleDict, {among}."
         )
     return found
 
@@ -72,7 +73,7 @@ def named(model: nn.Module, names: str | Sequence[str]) -> list[Found]:
             what = "not there" if module is None else f"a {type(module).__name__}"
             raise ReversibleError(
                 f"layers names {name!r}, which is {what} in {type(model).__name__}: expected an "
-                f"nn.ModuleList or nn.Sequential of layers, such as 'model.layers'."
+                f"nn.ModuleList, nn.Sequential or nn.ModuleDict of layers, such as 'model.layers'."
             )
         found.append(Found(name, dict(_children(name, module))))
     return found
