@@ -8,6 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,21 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.ecosystem]
 FOUND: dict[str, str] = {}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Log and warn of nothing that is not an error: what other libraries say is theirs."""
     logging.disable(logging.WARNING)
     torch.use_deterministic_algorithms(False)
-    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with quietly():
+        yield
 
 
 def needs(*libraries: str) -> None:
