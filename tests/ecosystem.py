@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 VOCABULARY, TOKENS = 97, 10
 
 
+@cache
 def admit_torchvision() -> None:
     """Make torchvision import beside a torch that its operators were not built for.
 

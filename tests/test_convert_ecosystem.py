@@ -6,9 +6,11 @@ import copy
 import importlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 import revnet
 from ecosystem import CASES, TRANSFORMERS, Case, leaves, weighted
+from revnet import ReversibleError
+from revnet._conversion import _diffusers, _dynamo, _timm, _transformers
 from revnet._conversion import layer as conversion_layer
 from revnet.testing import check_conversion
 
@@ -298,6 +302,50 @@ def test_peft(when: str, base: torch.dtype) -> None:
         assert names
         assert all("lora" in name for name in names)
     assert_same(*found)
+
+
+FILES = {"diffusers": _diffusers, "timm": _timm, "torch": _dynamo, "transformers": _transformers}
+
+
+def assert_known(file: Any, installed: str) -> None:
+    """A file of names of another library was written for this version of it."""
+    oldest, newest = (tuple(map(int, each.split("."))) for each in file.VERSIONS)
+    release = tuple(map(int, re.findall(r"\d+", installed)[: len(newest)]))
+    path = Path(file.__file__).name
+    assert oldest <= release <= newest, (
+        f"{path} is written for {' to '.join(file.VERSIONS)}, and {installed} is installed. Look "
+        f"for what {path} names in the new version, then change VERSIONS there."
+    )
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_the_names_are_those_of_the_installed_version(library: str) -> None:
+    needs(library)
+    assert_known(FILES[library], version(library))
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_an_unknown_version_fails_with_the_name_of_the_file(library: str) -> None:
+    path = Path(FILES[library].__file__).name
+    for unknown in ("0.1.0", "99.0.0rc1", "99.0+cu130"):
+        with pytest.raises(AssertionError, match=f"{path} is written for"):
+            assert_known(FILES[library], unknown)
+
+
+def test_a_unet_of_diffusers_is_refused_with_a_way_out() -> None:
+    needs("diffusers")
+    import diffusers
+
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=2,
+        add_attention=False,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    with pytest.raises(ReversibleError, match="UNet2DModel.*Convert a transformer of diffusers"):
+        revnet.convert(unet)
 
 
 def test_check_conversion_takes_a_model_with_a_loss() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .._errors import ReversibleError
+from ._diffusers import is_unet
 from ._transformers import is_layer
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -81,10 +82,9 @@ def named(model: nn.Module, names: str | Sequence[str]) -> list[Found]:
 
 def refuse(model: nn.Module) -> None:
     """Raise for models whose stacks cannot be entered layer by layer."""
-    kind = type(model)
-    if kind.__module__.startswith("diffusers") and kind.__name__.startswith("UNet"):
+    if is_unet(model):
         raise ReversibleError(
-            f"{kind.__name__}: its blocks hand on a skip connection each, which a converted layer "
+            f"{type(model).__name__}: its blocks hand on a skip connection each, which a converted layer "
             f"would return twice. Convert a transformer of diffusers, or build the network from "
             f"revnet.ReversibleSequence."
         )
