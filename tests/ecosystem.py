@@ -97,7 +97,7 @@ class Case:
         batch: makes its keywords.
         generates: whether it has `generate`.
         options: of `revnet.convert`.
-        left: names of layers that stay outside.
+        calls: how many calls a step opens, where that is not one for each stack.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Case:
     batch: Callable[[], dict[str, Any]]
     generates: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    left: tuple[str, ...] = ()
+    calls: int | None = None
 
 
 def ids() -> dict[str, Any]:
@@ -132,7 +132,7 @@ def image(key: str = "pixel_values", size: int = 16) -> Callable[[], dict[str, A
 def _hugging(
     kind: str, head: str, batch: Callable[[], dict[str, Any]], sizes: dict[str, Any], **more: Any
 ) -> Case:
-    options, left = more.pop("options", {}), more.pop("left", ())
+    options = more.pop("options", {})
     label = more.pop("label", kind)
 
     def make() -> nn.Module:
@@ -143,7 +143,7 @@ def _hugging(
         return model
 
     generates = head == "AutoModelForCausalLM"
-    return Case(label, "transformers", make, batch, generates, options, left)
+    return Case(label, "transformers", make, batch, generates, options)
 
 
 def _decoder(kind: str, sizes: dict[str, Any] = _SIZES, **more: Any) -> Case:
@@ -301,7 +301,11 @@ def _torchvision(name: str, **more: Any) -> Case:
 
 
 def _diffusers(
-    name: str, batch: Callable[[], dict[str, Any]], label: str = "", **sizes: Any
+    name: str,
+    batch: Callable[[], dict[str, Any]],
+    label: str = "",
+    calls: int | None = None,
+    **sizes: Any,
 ) -> Case:
     def make() -> nn.Module:
         import diffusers
@@ -309,7 +313,7 @@ def _diffusers(
         model: nn.Module = getattr(diffusers, name)(**sizes)
         return model
 
-    return Case(label or name, "diffusers", make, batch)
+    return Case(label or name, "diffusers", make, batch, calls=calls)
 
 
 # Sizes that the transformers of diffusers share.
@@ -358,18 +362,24 @@ DIFFUSERS = [
         caption_channels=24,
         **_LATENT,
     ),
+    # Their blocks hand on two streams, the text first: they stay as they are, or all begin anew.
     _diffusers(
         "SD3Transformer2DModel",
         lambda: paired(5, torch.randn(2, 4, 8, 8)),
+        calls=0,
         caption_projection_dim=16,
         pos_embed_max_size=8,
         out_channels=4,
         **_LATENT,
         **_PAIRED,
     ),
-    _diffusers("FluxTransformer2DModel", lambda: positioned(5), **_FLUX),
+    _diffusers("FluxTransformer2DModel", lambda: positioned(5), calls=0, **_FLUX),
     _diffusers(
-        "FluxTransformer2DModel", lambda: positioned(16), "Flux, as many text tokens", **_FLUX
+        "FluxTransformer2DModel",
+        lambda: positioned(16),
+        "FluxTransformer2DModel, as many text tokens as image tokens",
+        calls=5,
+        **_FLUX,
     ),
 ]
 

@@ -84,9 +84,9 @@ def refuse(model: nn.Module) -> None:
     """Raise for models whose stacks cannot be entered layer by layer."""
     if is_unet(model):
         raise ReversibleError(
-            f"{type(model).__name__}: its blocks hand on a skip connection each, which a converted layer "
-            f"would return twice. Convert a transformer of diffusers, or build the network from "
-            f"revnet.ReversibleSequence."
+            f"{type(model).__name__}: its blocks hand on a skip connection each, which a "
+            f"converted layer would return twice. Convert a transformer of diffusers, or build the "
+            f"network from revnet.ReversibleSequence."
         )
 
 

@@ -195,9 +195,9 @@ class Stack(Bookkeeping):
             self.began.clear()
             return
         self.began.add(place)
+        inside = set(range(len(self.layers))) - self.outside.keys()
         # The first batch may begin anew because it chooses the range.
-        everywhere = len(self.began | set(self.outside)) == len(self.layers)
-        if everywhere and len(self.began) > 1 and not self.unseen:
+        if len(inside) > 1 and self.began >= inside and not self.unseen:
             self.began.clear()
             self.warn_once("alone", f"{self.name}: {_ALONE}")
 
