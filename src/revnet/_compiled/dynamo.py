@@ -13,9 +13,12 @@ from torch._dynamo.exc import unimplemented
 from torch.utils import _pytree as pytree
 
 from .purity import forget, unsupported_reason, unused_names
+from .watch import WatchingCompiler
 
 _found: list[str] = []
 _told: list[bool] = []
+# The memory of the monitor, to which every call of the graph writes.
+_cells: list[Tensor] = []
 # Pairs of the name of a step and of a parameter on which its branch does not depend.
 _unused: set[tuple[str, str]] = set()
 _tensors: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -51,6 +54,7 @@ def inspect(ctx: Any) -> None:
                     _tensors[name, prefix] = tuple(
                         key for key, value in vars(module).items() if isinstance(value, Tensor)
                     )
+            _watch(ctx, steps, streams)
     except _UnknownError as error:
         _found[:] = [f"a branch is given {error}, which the graph makes or changes"]
     if _found[0] and getattr(tracer, "one_graph", False):
@@ -67,6 +71,14 @@ def inspect(ctx: Any) -> None:
                 "Or keep the activations: `net.execution = 'store'`.",
             ],
         )
+
+
+def _watch(ctx: Any, steps: Sequence[Any], streams: Sequence[Tensor]) -> None:
+    """Have the graph that is traced refuse its backward after a write to what the steps read."""
+    graph = ctx._ComptimeContext__tx.output
+    if not isinstance(graph.compiler_fn, WatchingCompiler):
+        graph.compiler_fn = WatchingCompiler(graph.compiler_fn)
+    graph.compiler_fn.add(steps, (*streams, *_cells))
 
 
 def _changed(ctx: Any, steps: Sequence[Any]) -> str:
@@ -132,10 +144,12 @@ def prepare(ctx: Any) -> None:
     monitor, streams = _value(ctx, "monitor"), pytree.tree_leaves(_value(ctx, "streams"))
     distributed = any(hasattr(stream, "placements") for stream in streams)
     _told[:] = [not distributed and torch._C._functorch.peek_interpreter_stack() is None]
+    _cells.clear()
     if monitor is not None and _told[0]:
         for stream in streams:
+            _cells.append(monitor.prepare(stream.device).key)
             # So that CUDA graphs of the compiler may write to it.
-            mark_static_address(monitor.prepare(stream.device).key, guard=False)
+            mark_static_address(_cells[-1], guard=False)
 
 
 def reason_found() -> str:

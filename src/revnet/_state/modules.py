@@ -276,7 +276,7 @@ class ModuleState:
             self._check_parameters(where)
         for state in self.objects.tensors.values():
             if state.changed():
-                raise ReversibleError(_changed(where, *self._label(state)))
+                raise ReversibleError(changed_message(where, *self._label(state)))
         for large in self.objects.large.values():
             if not large.same():
                 raise ReversibleError(
@@ -295,7 +295,7 @@ class ModuleState:
                 continue
             exchanged = fsdp.exchanged(parameter, own.get(name))
             if not isinstance(parameter, nn.Parameter) or is_dtensor(parameter) or not exchanged:
-                raise ReversibleError(_changed(where, "parameter", name) + _INITIALISED)
+                raise ReversibleError(changed_message(where, "parameter", name) + _INITIALISED)
 
     def _label(self, state: TensorState) -> tuple[str, str]:
         """Return what kind of tensor this is, and its name."""
@@ -422,7 +422,7 @@ _INITIALISED = (
 )
 
 
-def _changed(where: str, kind: str, name: str) -> str:
+def changed_message(where: str, kind: str, name: str) -> str:
     return (
         f"{where}: {kind} {name!r} was changed in place between forward and backward, so the "
         "forward pass cannot be replayed. Call backward before the optimizer's step (or any other "
