@@ -48,6 +48,7 @@ import revnet
 
 MIB = 2**20
 ORDINARY, TWO_STREAM, CONVERTED = "ordinary", "two streams", "converted, bits={}"
+BY_LAYER = "two streams of whole layers"
 STORED, CHECKPOINTED = "stored", "checkpoint per block"
 Pairs = list[tuple[nn.Module, nn.Module]]
 Run = Callable[[Tensor], Tensor]
@@ -215,15 +216,31 @@ def by_remat(pairs: Pairs) -> Run | str:
     return ordinary(pairs, again)
 
 
+class Added(Layer):
+    """What a whole layer adds to its input: the branch of a network by layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.f(x)
+        return mixed + self.g(x + mixed)
+
+
+def by_layer(pairs: Pairs) -> Pairs:
+    """Return blocks whose branches are whole layers; an odd last layer stays two branches."""
+    layers = [Added(*pair) for pair in pairs]
+    return [*zip(layers[::2], layers[1::2], strict=False), *pairs[len(pairs) // 2 * 2 :]]
+
+
 def reversible(pairs: Pairs) -> list[Way]:
-    stored = revnet.ReversibleSequence(pairs, execution="store", streams="float")
-    exact = revnet.ReversibleSequence(pairs, execution="store", streams="fixed")
-    return [
-        Way("revnet, float streams", TWO_STREAM, revnet.ReversibleSequence(pairs, streams="float"),
-            stored),
-        Way("revnet, fixed streams", TWO_STREAM, revnet.ReversibleSequence(pairs, streams="fixed"),
-            exact),
-    ]  # fmt: skip
+    found = []
+    for network, blocks in ((TWO_STREAM, pairs), (BY_LAYER, by_layer(pairs))):
+        for streams in ("float", "fixed"):
+            run, stored = (
+                revnet.ReversibleSequence(blocks, execution=execution, streams=streams)
+                for execution in ("invert", "store")
+            )
+            whole = ", whole layers" if network == BY_LAYER else ""
+            found.append(Way(f"revnet, {streams} streams{whole}", network, run, stored))
+    return found
 
 
 def converted(pairs: Pairs, x: Tensor, bits: int) -> Way:
@@ -279,8 +296,9 @@ def in_float64(way: Way, pairs: Pairs, x: Tensor) -> list[Tensor]:
             branch.double()
     if way.network == ORDINARY:
         run: Run = ordinary(double)
-    elif way.network == TWO_STREAM:
-        run = revnet.ReversibleSequence(double, execution="store", streams="float")
+    elif way.network in (TWO_STREAM, BY_LAYER):
+        blocks = double if way.network == TWO_STREAM else by_layer(double)
+        run = revnet.ReversibleSequence(blocks, execution="store", streams="float")
     else:
         run = Ordinary(double)
         bits = int(way.network.partition("=")[2])
@@ -452,7 +470,8 @@ def report(
         f"1, {precision}; forward and backward.",
         "",
         '"stored" is the ordinary residual network with its activations stored. Networks on two '
-        "streams have the very same branches, so equal parameters, and are another architecture. "
+        "streams have the very same parameters, and are another architecture: f is an attention "
+        "and g an MLP, or, of whole layers, each of them one after the other. "
         '"own stored" is the stored execution of the same network in the same precision, "float64" '
         f"the same in float64, both at {options.check_tokens} tokens. The peak is above weights, "
         "gradients and input; ratios of times are medians within rounds. Rows of one step were "

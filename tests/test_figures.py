@@ -106,6 +106,7 @@ def test_a_changed_digit_of_a_report_is_found(tmp_path: Path):
         ("24 blocks, 4,096 tokens, width 2048, 2026-11-29, arXiv:1410.8516, γ = 0.9.", []),
         ("`0.5 ms`, torch 2.11 or 2.12, <b title='1.5'>x</b>, [a](b_1.5.md)", []),
         ("    python 1.5\n\n```python\n2.5\n```\n", []),
+        ("Width 512, 49 million bytes.", ["49"]),
         ("Six times, 1.5 million tokens, 9.0e-4² of them.", ["1.5", "9.0e-4"]),
     ],
 )
@@ -149,7 +150,7 @@ def test_a_figure_and_its_source(folder: Path, text: str, sources: list[str]):
         ("It took 193.1 ms.", ["run # Never", "| float | ms"], "0 sections"),
         ("It took 105 seconds.", ["run", '"before {} seconds"'], "0 times"),
         ("It took 105 seconds.", ["= __import__('os')"], "only numbers"),
-        ("It took 1 s and 2 s.", ["setting"], "2  has no source"),
+        ("It took 1 s and 2 s.", ["setting"], "2   has no source"),
         ("It took 1 s.", ["setting 2"], "no figure for setting"),
         ("It took 608 s.", [], "608; perhaps run | float 24 … | peak, MiB"),
     ],

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import revnet
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import rivals
@@ -29,7 +31,8 @@ def test_a_report_has_all_ways_and_compares_them(tmp_path: Path):
     assert by_name["stored"][3] == "1.000"
     for name in ("checkpoint per block", "revnet, fixed streams", "revnet, converted, bits=1"):
         assert by_name[name][9] == "equal in every bit"
-    assert float(by_name["revnet, float streams"][9]) < 1e-5
+    for name in ("revnet, float streams", "revnet, float streams, whole layers"):
+        assert float(by_name[name][9]) < 1e-5
     assert all(float(row[10]) < 1e-5 for row in rows[1:] if len(row) > 10)
     assert "not asked for" in by_name["compiled blocks, activation_memory_budget"][2]
     assert "revnet, plan at the peak of: checkpoint per block" in by_name
@@ -94,3 +97,14 @@ def test_what_a_selective_checkpoint_computes_again(
         found.append(counts["aten::mm"])
     # Without the last product of the block, before which early stop ends.
     assert found[0] - found[1] in (evaluated, evaluated - 1)
+
+
+def test_a_network_by_layer_adds_whole_layers_in_turn():
+    pairs, x = branches(3, 16), torch.randn(1, 8, 16)
+    found = revnet.ReversibleSequence(rivals.by_layer(pairs), streams="float")(x)
+    layers = [lambda x, pair=pair: rivals.residual(*pair, x) - x for pair in pairs[:2]]
+    x1 = x + layers[0](x)
+    x2 = x + layers[1](x1)
+    x1 = x1 + pairs[2][0](x2)  # an odd last layer is two branches
+    x2 = x2 + pairs[2][1](x1)
+    assert torch.allclose(found, (x1 + x2) / 2, atol=1e-5)

@@ -146,10 +146,13 @@ def _of_prose(text: str, start: int, end: int) -> list[Figure]:
     for match in reversed(list(_FIGURE.finditer(text, start, end))):
         # In "2 to 3 %" the first number has the unit of the second.
         joint = _CONNECTIVE.fullmatch(text, match.end(), following)
-        shared = bool(_UNIT.match(text, match.end()) or (shared and joint and joint[0].strip()))
+        unit = _UNIT.match(text, match.end())
+        shared = bool(unit or (shared and joint and joint[0].strip()))
         if shared or re.search(r"[.e]", match["number"]):
             found.append(_figure(text, match))
         following = match.start()
+        if unit and "million" in unit[0]:
+            shared = False  # "width 512, 49 million bytes"
     return found[::-1]
 
 
@@ -343,19 +346,31 @@ def check(text: str, name: str, folder: Path = REPORTS) -> list[str]:
         except SourceError as error:
             wrong.append(f"{name}:{line}: {error}")
             continue
-        pairs = list(zip(known, given, strict=False))
-        for figure, source in pairs:
-            if source.value is None or figure.equals(source.value, source.percent):
-                continue
-            at = text.count("\n", 0, figure.start) + 1
-            wrong.append(f"{name}:{at}: {figure.text} is {source.value:f} in {source.name}")
-        if len(known) != len(given):
-            listed = [f"    {figure.text:>12}  {source.name}" for figure, source in pairs]
-            listed += [f"    {figure.text:>12}  has no source" for figure in known[len(given) :]]
-            listed += [f"    no figure for {each.name}" for each in given[len(known) :]]
-            count = f"{len(known)} figures and {len(given)} sources"
-            wrong.append("\n".join([f"{name}:{line}: {count}, in order:", *listed]))
+        wrong += _differences(text, name, known, given)
     return wrong
+
+
+def _differences(text: str, name: str, known: list[Figure], given: list[Source]) -> list[str]:
+    pairs = list(zip(known, given, strict=False))
+    wrong = [
+        (figure, source)
+        for figure, source in pairs
+        if source.value is not None and not figure.equals(source.value, source.percent)
+    ]
+    if len(known) == len(given):
+        lines = [text.count("\n", 0, figure.start) + 1 for figure, _ in wrong]
+        return [
+            f"{name}:{line}: {figure.text} is {source.value:f} in {source.name}"
+            for line, (figure, source) in zip(lines, wrong, strict=True)
+        ]
+    line = text.count("\n", 0, known[0].start) + 1 if known else 1
+    listed = [f"{name}:{line}: {len(known)} figures and {len(given)} sources, in order:"]
+    for figure, source in pairs:
+        sign = "≠" if (figure, source) in wrong else " "
+        listed.append(f"    {figure.text:>12} {sign} {source.name}")
+    listed += [f"    {figure.text:>12}   has no source" for figure in known[len(given) :]]
+    listed += [f"    no figure for {each.name}" for each in given[len(known) :]]
+    return ["\n".join(listed)]
 
 
 def _missing(known: list[Figure], folder: Path) -> str:
