@@ -1,0 +1,527 @@
+"""What does a reversible network cost against what users of an ordinary one have?
+
+    python benchmarks/rivals.py                                  # all shapes of the report, on CUDA
+    python benchmarks/rivals.py --width 2048 --blocks 24 --tokens 4096 16384
+    python benchmarks/rivals.py --device cpu --width 64 --blocks 24 --tokens 512 2048 --rounds 5
+
+The ordinary residual network x + f(x), x + g(x) is run in every way that its users have; a network
+on two streams of the very same branches, so of equal parameters, and the ordinary network converted
+are run by revnet. Every way is first compared, at a short length, with the stored execution of its
+own network in the same precision, and with that in float64. Then its peak above weights and
+gradients, the bytes that the forward pass keeps, and its pinned host memory are measured, and all
+ways run in turn, once a round. Ways whose step takes longer than `--long` seconds are timed once.
+What does not fit or is not installed keeps its row. Per width and number of blocks one report and
+one picture are written, anew after each length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import datetime
+import gc
+import importlib.util
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import branches
+from _race import timed
+from pareto import ATTENTION, apart, compiling, plans_for
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+import revnet
+
+MIB = 2**20
+ORDINARY, TWO_STREAM, CONVERTED = "ordinary", "two streams", "converted, bits={}"
+BY_LAYER = "two streams of whole layers"
+STORED, CHECKPOINTED = "stored", "checkpoint per block"
+Pairs = list[tuple[nn.Module, nn.Module]]
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Way:
+    """One way to run one of the networks, and what was found about it."""
+
+    name: str
+    network: str
+    run: Run | None
+    stored: Run | None = None  # the same network, its activations stored
+    failure: str = ""
+    own_error: float = 0.0
+    error: float = 0.0
+    peak: int = 0
+    kept: int = 0
+    host: int | None = None
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def time(self) -> float:
+        return statistics.median(self.times)
+
+    def against(self, other: Way) -> str:
+        """The median of the ratios of times within a round."""
+        if other.failure or not other.times:
+            return "–"
+        pairs = list(zip(self.times, other.times, strict=False))
+        return f"{statistics.median(a / b for a, b in pairs):.3f}"
+
+
+# --- the ordinary network
+
+
+class Layer(nn.Module):
+    """Attention and MLP of an ordinary residual network."""
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__()
+        self.f, self.g = f, g
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual(self.f, self.g, x)
+
+
+class Ordinary(nn.Module):
+    """The ordinary network as a module, which `revnet.convert` takes."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(f, g) for f, g in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def residual(f: nn.Module, g: nn.Module, x: Tensor) -> Tensor:
+    x = x + f(x)
+    return x + g(x)
+
+
+def ordinary(pairs: Pairs, apply: Callable[..., Tensor] = residual) -> Run:
+    def run(x: Tensor) -> Tensor:
+        for f, g in pairs:
+            x = apply(f, g, x)
+        return x
+
+    return run
+
+
+def per_block(f: nn.Module, g: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    return checkpoint(residual, f, g, x, use_reentrant=False, **options)
+
+
+def every_second_block(pairs: Pairs) -> Run:
+    def run(x: Tensor) -> Tensor:
+        for index, (f, g) in enumerate(pairs):
+            x = (per_block if index % 2 else residual)(f, g, x)
+        return x
+
+    return run
+
+
+def selective(f: nn.Module, g: nn.Module, x: Tensor, products: bool) -> Tensor:
+    """torchtitan's policy per operation: attention, and every second matrix product, are kept."""
+    seen = {True: 0, False: 0}  # in forward, and when computed again
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = any(name in str(op) for name in ATTENTION)
+        if products and op is torch.ops.aten.mm.default:
+            seen[ctx.is_recompute] += 1
+            keep = seen[ctx.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return per_block(f, g, x, context_fn=partial(create_selective_checkpoint_contexts, policy))
+
+
+def within(context: Callable[[], Any], run: Run) -> Run:
+    def inside(x: Tensor) -> Tensor:
+        with context():
+            return run(x)
+
+    return inside
+
+
+def compiled(pairs: Pairs, setting: float) -> Run:
+    """Each block compiled with an `activation_memory_budget`; all share what is compiled."""
+    return ordinary(pairs, torch.compile(apart(residual, setting), fullgraph=True))
+
+
+# --- all ways
+
+
+def rivals(pairs: Pairs, device: str, budgets: list[float]) -> list[Way]:
+    stored = ordinary(pairs)
+    on_host = partial(torch.autograd.graph.save_on_cpu, pin_memory=device == "cuda")
+    ways: dict[str, Run | str] = {
+        STORED: stored,
+        CHECKPOINTED: ordinary(pairs, per_block),
+        "checkpoint per block, no early stop": within(
+            lambda: set_checkpoint_early_stop(False), ordinary(pairs, per_block)
+        ),
+        "checkpoint of every 2nd block": every_second_block(pairs),
+        "selective: attention": ordinary(pairs, partial(selective, products=False)),
+        "selective: attention, every 2nd product": ordinary(
+            pairs, partial(selective, products=True)
+        ),
+        "save_on_cpu": within(on_host, stored),
+        # What `gradient_checkpointing_kwargs={"offload": True}` of transformers does.
+        "checkpoint per block, offloaded": within(on_host, ordinary(pairs, per_block)),
+        "TRL OffloadActivations": offloaded_by_trl(stored),
+        "torch_remat per block": by_remat(pairs),
+    }
+    for setting in budgets:
+        name = f"compiled blocks, activation_memory_budget {setting}"
+        ways[name] = within(partial(compiling, setting), compiled(pairs, setting))
+    if not budgets:
+        ways["compiled blocks, activation_memory_budget"] = "not asked for (--budgets)"
+    return [
+        Way(name, ORDINARY, None, failure=run)
+        if isinstance(run, str)
+        else Way(name, ORDINARY, run, stored)
+        for name, run in ways.items()
+    ]
+
+
+def offloaded_by_trl(stored: Run) -> Run | str:
+    if importlib.util.find_spec("trl") is None:
+        return "not installed"
+    from trl.models.activation_offloading import OffloadActivations
+
+    return within(OffloadActivations, stored)
+
+
+def by_remat(pairs: Pairs) -> Run | str:
+    if importlib.util.find_spec("torch_remat") is None:
+        return "not installed"
+    import torch_remat
+
+    again = torch_remat.checkpoint(region_name="block")(residual)
+    return ordinary(pairs, again)
+
+
+class Added(Layer):
+    """What a whole layer adds to its input: the branch of a network by layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.f(x)
+        return mixed + self.g(x + mixed)
+
+
+def by_layer(pairs: Pairs) -> Pairs:
+    """Return blocks whose branches are whole layers; an odd last layer stays two branches."""
+    layers = [Added(*pair) for pair in pairs]
+    return [*zip(layers[::2], layers[1::2], strict=False), *pairs[len(pairs) // 2 * 2 :]]
+
+
+def reversible(pairs: Pairs) -> list[Way]:
+    found = []
+    for network, blocks in ((TWO_STREAM, pairs), (BY_LAYER, by_layer(pairs))):
+        for streams in ("float", "fixed"):
+            run, stored = (
+                revnet.ReversibleSequence(blocks, execution=execution, streams=streams)
+                for execution in ("invert", "store")
+            )
+            whole = ", whole layers" if network == BY_LAYER else ""
+            found.append(Way(f"revnet, {streams} streams{whole}", network, run, stored))
+    return found
+
+
+def converted(pairs: Pairs, x: Tensor, bits: int) -> Way:
+    def network(execution: str) -> Ordinary:
+        net = Ordinary(pairs)
+        revnet.convert(net, bits=bits, execution=execution, calibrate=x.detach())
+        return net
+
+    name = CONVERTED.format(bits)
+    return Way(f"revnet, {name}", name, network("invert"), network("store"))
+
+
+def plans(pairs: Pairs, x: Tensor, ways: list[Way]) -> list[Way]:
+    """The fastest mixtures of executions at the peak of each rival that ran."""
+    met = [way for way in ways if way.network == ORDINARY and not way.failure]
+    net = revnet.ReversibleSequence(pairs)
+    fixed = x.dtype is not torch.float32
+    stored = revnet.ReversibleSequence(
+        pairs, execution="store", streams="fixed" if fixed else "float"
+    )
+    found = []
+    for way, plan in zip(met, plans_for(net, x, [way.peak for way in met]), strict=True):
+        name = f"revnet, plan at the peak of: {way.name}"
+        if plan is None:
+            found.append(Way(name, TWO_STREAM, None, failure="no plan so small"))
+            continue
+        planned = revnet.ReversibleSequence(pairs, execution=plan)
+        found.append(Way(name, TWO_STREAM, planned, stored))
+    return found
+
+
+# --- measurements
+
+
+def gradients(run: Run, pairs: Pairs, x: Tensor) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    parameters = [p for pair in pairs for branch in pair for p in branch.parameters()]
+    y = run(leaf)
+    return list(torch.autograd.grad(y, [leaf, *parameters], torch.full_like(y, 1e-2)))
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    off = sum((a.double() - b.double()).square().sum().item()
+              for a, b in zip(found, expected, strict=True))  # fmt: skip
+    return (off / sum(b.double().square().sum().item() for b in expected)) ** 0.5
+
+
+def in_float64(way: Way, pairs: Pairs, x: Tensor) -> list[Tensor]:
+    """The gradients of the network of a way, its activations stored, in float64."""
+    double = copy.deepcopy(pairs)
+    for pair in double:
+        for branch in pair:
+            branch.double()
+    if way.network == ORDINARY:
+        run: Run = ordinary(double)
+    elif way.network in (TWO_STREAM, BY_LAYER):
+        blocks = double if way.network == TWO_STREAM else by_layer(double)
+        run = revnet.ReversibleSequence(blocks, execution="store", streams="float")
+    else:
+        run = Ordinary(double)
+        bits = int(way.network.partition("=")[2])
+        revnet.convert(run, bits=bits, execution="store", calibrate=x.double())
+    return gradients(run, double, x.double())
+
+
+def compare(ways: list[Way], pairs: Pairs, x: Tensor) -> None:
+    """Compare the gradients of all ways; a way that is wrong ends the benchmark."""
+    exact: dict[str, list[Tensor]] = {}
+    allowed = 1e-3 if x.dtype is torch.float32 else 0.5
+    for way in ways:
+        with failures(way):
+            if way.failure:
+                continue
+            if way.network not in exact:
+                exact[way.network] = in_float64(way, pairs, x)
+            found = gradients(way.run, pairs, x)
+            way.own_error = distance(found, gradients(way.stored, pairs, x))
+            way.error = distance(found, exact[way.network])
+        if not way.failure and not way.own_error <= allowed:
+            raise SystemExit(f"{way.name}: gradients are off by {way.own_error:.1e}")
+
+
+@contextlib.contextmanager
+def failures(way: Way) -> Iterator[None]:
+    """Note what keeps a way from running, and go on."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        way.failure = "out of memory"
+    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+        way.failure = f"fails: {str(error).splitlines()[0][:80]}"
+    if way.failure:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def step(run: Run, x: Tensor) -> None:
+    y = run(x)
+    y.backward(torch.full_like(y, 1e-2))
+
+
+def measure(way: Way, x: Tensor) -> None:
+    """Fill in bytes, of a device or of the CPU; gradients exist already."""
+    step(way.run, x)
+    if x.device.type != "cuda":
+        way.kept = revnet.measure_memory(way.run, x).saved_bytes
+        way.peak = revnet.measure_memory(lambda: step(way.run, x)).peak_bytes
+        return
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_host_memory_stats()
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    y = way.run(x)
+    torch.cuda.synchronize()
+    way.kept = torch.cuda.memory_allocated() - before - y.nbytes
+    y.backward(torch.full_like(y, 1e-2))
+    torch.cuda.synchronize()
+    way.peak = torch.cuda.max_memory_allocated() - before
+    way.host = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) - pinned
+
+
+def run_in_turn(ways: list[Way], x: Tensor, rounds: int, long: float) -> None:
+    running = [way for way in ways if not way.failure]
+    for number in range(rounds):
+        for way in running:
+            if number and way.times[0] > long:
+                continue
+            with failures(way):
+                way.times.append(timed(lambda way=way: step(way.run, x), x.device.type))
+
+
+def all_ways(options: argparse.Namespace, width: int, blocks: int, tokens: int) -> list[Way]:
+    torch._dynamo.reset()
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    pairs = branches(blocks, width, device=options.device, dtype=dtype)
+    x = torch.randn(1, tokens, width, device=options.device, dtype=dtype)
+    short = x[:, : options.check_tokens].contiguous()
+    x.requires_grad_()
+    ways = rivals(pairs, options.device, options.budgets) + reversible(pairs)
+    ways += [converted(pairs, short, bits) for bits in options.bits]
+    compare(ways, pairs, short)
+    for p in (x, *(p for pair in pairs for branch in pair for p in branch.parameters())):
+        p.grad = torch.zeros_like(p)
+    for way in ways:
+        if not way.failure:
+            with failures(way):
+                measure(way, x)
+    if options.plans:
+        extra = plans(pairs, x, ways)
+        compare(extra, pairs, short)
+        for way in extra:
+            if not way.failure:
+                with failures(way):
+                    measure(way, x)
+        ways += extra
+    run_in_turn(ways, x, options.rounds, options.long)
+    return ways
+
+
+# --- the report
+
+
+def table(ways: list[Way]) -> list[str]:
+    stored, checkpointed = ways[0], ways[1]
+    lines = [
+        "| way | network | ms | × stored | × checkpoint | peak, MiB | ÷ checkpoint | kept, MiB | "
+        "host, MiB | against own stored | against float64 | steps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for way in ways:
+        if way.failure or not way.times:
+            lines.append(f"| {way.name} | {way.network} | {way.failure} |" + " |" * 9)
+            continue
+        smaller = "–" if checkpointed.failure else f"{way.peak / checkpointed.peak:.3f}"
+        own = "equal in every bit" if way.own_error == 0 else f"{way.own_error:.1e}"
+        host = "–" if way.host is None else f"{way.host / MIB:,.0f}"
+        lines.append(
+            f"| {way.name} | {way.network} | {1e3 * way.time:.4g} | {way.against(stored)} | "
+            f"{way.against(checkpointed)} | {way.peak / MIB:.4g} | {smaller} | "
+            f"{way.kept / MIB:.4g} | {host} | {own} | {way.error:.1e} | {len(way.times)} |"
+        )
+    return lines
+
+
+def draw(found: dict[int, list[Way]], path: Path) -> None:
+    """Time against peak, all ways, one plot for each length."""
+    import matplotlib.pyplot as plt
+
+    size = (4.6 * len(found) + 1, 4.4)
+    figure, plots = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
+    for plot, (tokens, ways) in zip(plots[0], found.items(), strict=True):
+        ran = [way for way in ways if way.times]
+        for way in ran:
+            ours = way.network != ORDINARY
+            if "plan" in way.name:
+                style = {"marker": ".", "color": "tab:blue", "alpha": 0.6}
+                label = "revnet, plans"
+            else:
+                style = {"marker": "s" if ours else "o", "color": None}
+                label = way.name
+            plot.loglog(way.peak / MIB, 1e3 * way.time, linestyle="", label=label, **style)
+        plot.set(title=f"{tokens:,} tokens", xlabel="peak above weights, MiB", ylabel="ms a step")
+    handles = {
+        label: handle
+        for plot in plots[0]
+        for handle, label in zip(*plot.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(
+    options: argparse.Namespace, width: int, blocks: int, found: dict[int, list[Way]]
+) -> str:
+    device = options.device
+    precision = "bfloat16" if device == "cuda" else "float32"
+    lines = [
+        "# What does a reversible network cost against what users of an ordinary one have?",
+        "",
+        f"    python {' '.join(sys.argv)}",
+        "",
+        f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
+        f"{platform.python_version()}. Width {width}, {blocks} blocks of attention and MLP, batch "
+        f"1, {precision}; forward and backward.",
+        "",
+        '"stored" is the ordinary residual network with its activations stored. Networks on two '
+        "streams have the very same parameters, and are another architecture: f is an attention "
+        "and g an MLP, or, of whole layers, each of them one after the other. "
+        '"own stored" is the stored execution of the same network in the same precision, "float64" '
+        f"the same in float64, both at {options.check_tokens} tokens. The peak is above weights, "
+        "gradients and input; ratios of times are medians within rounds. Rows of one step were "
+        "timed once.",
+    ]
+    if device == "cpu":
+        lines += ["", "On a CPU the host's memory is the same memory, so offloading saves nothing."]
+    for tokens, ways in found.items():
+        lines += ["", f"## {tokens:,} tokens", "", *table(ways)]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--width", type=int, nargs="+", default=[2048, 1024])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[24, 96])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--long", type=float, default=20.0, help="seconds; longer steps run once")
+    parser.add_argument("--check-tokens", type=int, default=256, help="for comparing gradients")
+    parser.add_argument("--bits", type=int, nargs="*", default=[3, 1], help="of converted networks")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.5, 0.1] if cuda else [])
+    parser.add_argument("--plans", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    here = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
+    parser.add_argument("--hardware", default=here, help="as reports name it")
+    parser.add_argument("--out", type=Path, help="the folder of reports and pictures")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    short = f"cpu-{os.cpu_count()}core"
+    if options.device == "cuda":
+        short = torch.cuda.get_device_name().split()[1].lower()
+    for width in options.width:
+        for blocks in options.blocks:
+            found = {}
+            name = f"rivals_{width}x{blocks}_{short}_{datetime.date.today()}"
+            for tokens in options.tokens:
+                found[tokens] = all_ways(options, width, blocks, tokens)
+                print(f"{name}, {tokens} tokens", *table(found[tokens]), sep="\n", flush=True)
+                gc.collect()
+                if options.out:
+                    options.out.mkdir(parents=True, exist_ok=True)
+                    draw(found, options.out / f"{name}.png")
+                    text = report(options, width, blocks, found)
+                    picture = f"\n![time against peak]({name}.png)\n"
+                    (options.out / f"{name}.md").write_text(text + picture)
+
+
+if __name__ == "__main__":
+    main()
