@@ -189,7 +189,13 @@ class ReversibleBlock(Program):
         keywords = kwargs.get("f_args", {}), kwargs.get("g_args", {})
         settings = self._settings
         begins = settings.begins and self._place is not None and self._place[1] == 0
-        return residual_steps((self.f, self.g), keywords, coupling=settings.coupling, begins=begins)
+        return residual_steps(
+            (self.f, self.g),
+            keywords,
+            coupling=settings.coupling,
+            begins=begins,
+            tiles=settings.tiles,
+        )
 
     def extra_repr(self) -> str:
         return ""

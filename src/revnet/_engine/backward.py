@@ -17,7 +17,9 @@ from .._errors import ReversibleError
 from .._kept import Hosted
 from .._state.undo import Undo
 from .._step import branch_output
+from .._streams import tiled
 from .._streams.arithmetic import Stream
+from .._tile import Tiles
 from .._torch import (
     after_backward,
     current_backward,
@@ -161,10 +163,12 @@ def _revisit(
         for lower in tape.records[max(0, k - tape.prefetch) : k]:
             if lower is not None and isinstance(lower.kept, Hosted):
                 lower.kept.prefetch()
+    step = record.step
+    tiled.arrange(tape.arithmetic, state, step)
     kept = record.kept is not None
     if kept and undo:
         assert record.kept is not None
-        state[record.step.target] = (None, record.kept.load())
+        tiled.put(state, step.target, step.cut, (None, record.kept.load()))
     if kept and collected is None:
         return
     record.state.check()
@@ -218,14 +222,14 @@ class _Replay:
         """Replay the branch and undo the step with its output."""
         step, arithmetic = self.record.step, self.tape.arithmetic
         out = self._branch(early=False)
-        encoded = self.state[step.target][1]
         if self.record.state.quiet:
-            self.state[step.target] = arithmetic.invert(step.coupling, encoded, out)
+            tiled.invert(arithmetic, step, self.state, out)
         else:
             with self._rule(plays=step.coupling.linear):
-                self.state[step.target] = arithmetic.invert(step.coupling, encoded, out)
+                tiled.invert(arithmetic, step, self.state, out)
         if arithmetic.exact:
-            checksums.compare(self.record, 0, self.state[step.target][1])
+            target = tiled.at(self.state, step.target, step.cut)
+            checksums.compare(self.record, 0, target[1])
         self._collect_rule(out)
 
     def collect(self, compare: bool) -> None:
@@ -267,18 +271,20 @@ class _Replay:
 
     def _sources(self) -> list[Any]:
         """Return what the branch reads; a stream that it reads twice is one tensor again."""
-        record = self.record
+        record, cut = self.record, self.record.step.cut
         sources: list[Any] = []
         for place, (layouts, i) in enumerate(zip(record.layouts, record.step.source, strict=True)):
             first = record.shared[place]
-            sources.append(sources[first] if first < place else self._read(self.state[i], layouts))
+            sources.append(
+                sources[first]
+                if first < place
+                else self._read(tiled.at(self.state, i, cut), layouts)
+            )
         return sources
 
     def _read(self, stream: Stream, layouts: Any) -> Any:
         """Return the value of a stream as a step saw it: new leaves of the same layout."""
-        value, encoded = stream
-        if value is None:
-            value = self.tape.arithmetic.read(encoded)
+        value = tiled.whole(tiled.read(self.tape.arithmetic, stream))
         if isinstance(layouts, Layout):
             return layouts.apply(value)
         return tree_map(Layout.apply, layouts, value)
@@ -295,12 +301,16 @@ class _Replay:
         if self.collected is None or self.running or saved == len(record.saved):
             return
         hook = RecomputeHook(record, saved, self.collected, self.compare)
-        value = self._read(self.state[record.step.target], record.target_layout)
+        step = record.step
+        stream = tiled.at(self.state, step.target, step.cut)
         with (
             self._rule(plays=True, again=True),
             torch.enable_grad(),
             saved_tensors_hooks(hook.pack, same_tensor),
         ):
             # What an arithmetic does around the rule saves nothing.
-            record.step.coupling.combine(value, out)
+            if isinstance(stream[1], Tiles):
+                step.coupling.increment(out)
+            else:
+                step.coupling.combine(self._read(stream, record.target_layout), out)
         hook.check(len(record.saved))
