@@ -165,7 +165,8 @@ def keywords_of_tiles(
                 f"{name}: keyword {key!r}, of shape {tuple(leaf.shape)}, has not {tokens} tokens "
                 f"in dimension {dim}, as revnet.Tile(keywords={{{key!r}: {dim}}}) says"
             )
-        return leaf.split(list(sizes), dim)
+        parts: Sequence[Any] = leaf.split(list(sizes), dim)
+        return parts
 
     for key, value in kwargs.items():
         leaves, spec = pytree.tree_flatten(value)
@@ -175,9 +176,7 @@ def keywords_of_tiles(
     return found
 
 
-def _dim_of_tokens(
-    leaf: Any, tokens: int, shape: Sequence[int], key: str, name: str
-) -> int | None:
+def _dim_of_tokens(leaf: Any, tokens: int, shape: Sequence[int], key: str, name: str) -> int | None:
     """Return the dimension in which a keyword has as many entries as there are tokens."""
     if not isinstance(leaf, Tensor):
         return None

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -147,16 +148,32 @@ def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Savin
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         for k in range(position - 1, step, -1):
             _revisit(tape, k, state, None, undo=True)
-        _revisit(tape, step, state, collected, undo=position > step)
+        # Once the branch has run, the state above goes tile by tile while the one below is made.
+        free = partial(tape.forget_above, recomputed, step)
+        _revisit(tape, step, state, collected, undo=position > step, free=free)
     recomputed.position, recomputed.state = step, state
     tape.release(recomputed, step, state)
     return collected
 
 
 def _revisit(
-    tape: Tape, k: int, state: list[Stream], collected: dict[int, Saving] | None, undo: bool
+    tape: Tape,
+    k: int,
+    state: list[Stream],
+    collected: dict[int, Saving] | None,
+    undo: bool,
+    free: Callable[[], Any] | None = None,
 ) -> None:
-    """Collect what step k saved; take its update back in the state where `undo` says so."""
+    """Collect what step k saved; take its update back in the state where `undo` says so.
+
+    Args:
+        tape: the tape of the call.
+        k: number of the step.
+        state: the streams after the step, which become those before it.
+        collected: where the tensors that the step saved go, by number; None for a step on the way.
+        undo: whether the streams are those after the step.
+        free: frees the saved states after the step, where this is the last step of the walk.
+    """
     record = tape.records[k]
     assert record is not None, "a stored step lies above the state saved before it"
     if undo and tape.prefetch:
@@ -179,7 +196,7 @@ def _revisit(
             keywords = record.state.restore(restoring)
             replay = _Replay(tape, record, state, collected, keywords)
             if undo and not kept:
-                replay.invert()
+                replay.invert(free)
             else:
                 replay.collect(compare=undo and record.checksums is not None)
         finally:
@@ -218,10 +235,12 @@ class _Replay:
         self.stopped = False
         self.mark: Any = None
 
-    def invert(self) -> None:
+    def invert(self, free: Callable[[], Any] | None) -> None:
         """Replay the branch and undo the step with its output."""
         step, arithmetic = self.record.step, self.tape.arithmetic
         out = self._branch(early=False)
+        if free is not None and isinstance(self.state[step.target][1], Tiles):
+            free()
         if self.record.state.quiet:
             tiled.invert(arithmetic, step, self.state, out)
         else:

@@ -265,10 +265,10 @@ class Call:
         with self.gates.open():
             return step.fn(*sources, **step.kwargs)
 
-    def _join(self) -> None:
-        """Hold each stream in one piece."""
+    def _surface(self) -> None:
+        """Have a tensor for the value of each stream, whose tiles are views of it."""
         for i, stream in enumerate(self.streams):
-            self.streams[i] = tiled.joined(self.arithmetic, stream)
+            self.streams[i] = tiled.surfaced(self.arithmetic, stream)
 
     @property
     def values(self) -> list[Any]:
@@ -278,7 +278,7 @@ class Call:
     @untraced
     def start(self) -> list[Any]:
         """Return the streams before the next step, as branches read them."""
-        self._join()
+        self._surface()
         self.versions = self._versions()
         return [value for value, _ in self.streams]
 
@@ -288,7 +288,7 @@ class Call:
 
         From now on the tape lives as long as its hooks.
         """
-        self._join()
+        self._surface()
         self._check_unwritten()
         # Another thread may walk the tape of an earlier pass.
         with contextlib.nullcontext() if self.paused is None else Lock.lock:
@@ -310,7 +310,7 @@ class Call:
         The state is saved here, and dropped by the next pause unless a barrier needs it. A paused
         call holds no graph: whoever holds the streams does.
         """
-        self._join()
+        self._surface()
         self._check_unwritten()
         with Lock.lock:
             self._save_end()

@@ -9,7 +9,7 @@ gate hands over one gradient for all of them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._errors import ReversibleError
 from .._state import fsdp
-from .._torch import are_plain, is_autocasting, is_forward_mode
+from .._torch import are_plain, is_forward_mode
 
 
 class _Gate(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """Streams in tiles: tensors of some tokens each, which steps replace one by one.
 
-A stream is cut by the first tiled step that reads or updates it. No tile is written in place: a
-step puts a new tile where the old one was, which is then freed. A step that reads a whole stream
-concatenates the tiles for its call alone; what it adds is added tile by tile.
+A stream is a pair of its value and how it is held. It is cut by the first tiled step that reads or
+updates it. No tile is written in place: a step puts a new tile where the old one was, which is then
+freed. A step that reads a whole stream concatenates the tiles for its call alone; what it adds is
+added tile by tile.
 """
 
 from __future__ import annotations
@@ -84,58 +85,106 @@ def _with_part(stream: Stream, number: int, part: Stream) -> Stream:
     if part[0] is None:
         value = None
     elif value is not None:
-        value = Tiles(value.parts[:number] + (part[0],) + value.parts[behind:], value.dim)
-    return value, Tiles(held.parts[:number] + (part[1],) + held.parts[behind:], held.dim)
+        value = Tiles((*value.parts[:number], part[0], *value.parts[behind:]), value.dim)
+    return value, Tiles((*held.parts[:number], part[1], *held.parts[behind:]), held.dim)
 
 
 def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> None:
     """Hold the streams of a step as it works on them: in its tiles, or as they are.
 
     Raises:
-        ReversibleError: a stream is no tensor, or remembers how it was scaled.
+        ReversibleError: a stream remembers how it was scaled.
     """
-    if step.cut is None:
-        if not step.coupling.translates:
-            streams[step.target] = joined(arithmetic, streams[step.target])
+    if step.cut is not None:
+        for i in {step.target, *step.source}:
+            streams[i] = _split(arithmetic, streams[i], step.cut)
         return
-    for i in {step.target, *step.source}:
-        streams[i] = _split(arithmetic, streams[i], step.cut)
+    value, held = streams[step.target]
+    if not isinstance(held, Tiles):
+        return
+    if not step.coupling.translates:
+        streams[step.target] = _joined(arithmetic, value, held)
+    elif isinstance(value, Tensor):
+        streams[step.target] = _as_held(arithmetic, value, held)
 
 
 def _split(arithmetic: Arithmetic, stream: Stream, cut: Cut) -> Stream:
     value, held = stream
     if isinstance(held, Tiles):
-        found = read(arithmetic, stream).parts
-        if held.dim == cut.dim and tuple(part.shape[cut.dim] for part in found) == cut.sizes:
-            return stream
-        value, held = joined(arithmetic, stream)
-    values = _parts(arithmetic.read(held) if value is None else value, cut)
+        if held.dim == cut.dim and _sizes(held) == cut.sizes:
+            return _as_held(arithmetic, value, held) if isinstance(value, Tensor) else stream
+        value, held = _joined(arithmetic, value, held)
+    values = _parts(arithmetic.read(held) if value is None else value, cut.sizes, cut.dim)
     if isinstance(held, Tensor):
-        return Tiles(values, cut.dim), Tiles(values, cut.dim)
+        tiles = Tiles(values, cut.dim)
+        return tiles, tiles
     if not isinstance(held, Held):
         raise ReversibleError(
             f"{cut.step}: a stream that another step multiplies cannot be cut into tiles, as fixed "
             f"streams remember what the product left over: leave out tile, or use "
             f"streams='float'"
         )
-    pairs = zip(values, _parts(held.residual, cut), strict=True)
+    pairs = zip(values, _parts(held.residual, cut.sizes, cut.dim), strict=True)
     return Tiles(values, cut.dim), Tiles(tuple(Held(*pair) for pair in pairs), cut.dim)
 
 
-def _parts(tensor: Tensor, cut: Cut) -> tuple[Tensor, ...]:
+def _as_held(arithmetic: Arithmetic, value: Tensor, held: Tiles) -> Stream:
+    """Return a stream whose value is one tensor, in the tiles in which the rest of it is held."""
+    found = with_value(arithmetic, rest(arithmetic, held), value)
+    values = tuple(map(arithmetic.read, found.parts))
+    return Tiles(values, held.dim), found
+
+
+def _parts(tensor: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
     # With several samples the parts are views with gaps, which branches would not read otherwise.
-    return tuple(part.contiguous() for part in tensor.split(list(cut.sizes), cut.dim))
+    return tuple(part.contiguous() for part in tensor.split(list(sizes), dim))
 
 
-def joined(arithmetic: Arithmetic, stream: Stream) -> Stream:
+def _sizes(held: Tiles) -> tuple[int, ...]:
+    parts = (part if isinstance(part, Tensor) else part.residual for part in held.parts)
+    return tuple(part.shape[held.dim] for part in parts)
+
+
+def _joined(arithmetic: Arithmetic, value: Any, held: Tiles) -> Stream:
     """Return a stream that is held in one piece."""
-    value, held = stream
-    if not isinstance(held, Tiles):
-        return stream
-    value = whole(read(arithmetic, stream))
+    value = whole(read(arithmetic, (value, held)))
     if not isinstance(held.parts[0], Held):
         return value, value
     return value, Held(value, torch.cat([part.residual for part in held.parts], held.dim))
+
+
+def joined(arithmetic: Arithmetic, held: Any) -> Any:
+    """Return how a stream is held, in one piece."""
+    return _joined(arithmetic, None, held)[1] if isinstance(held, Tiles) else held
+
+
+def surfaced(arithmetic: Arithmetic, stream: Stream) -> Stream:
+    """Return a stream whose value is one tensor, as others see it; its tiles are views of that."""
+    value, held = stream
+    if not isinstance(value, Tiles):
+        return stream
+    value = whole(value)
+    return value, with_value(arithmetic, rest(arithmetic, held), value.detach())
+
+
+def rest(arithmetic: Arithmetic, held: Any) -> Any:
+    """Return how a stream is held, without its value."""
+    if not isinstance(held, Tiles):
+        return arithmetic.rest(held)
+    if arithmetic.exact:
+        return Tiles(tuple(map(arithmetic.rest, held.parts)), held.dim)
+    return Tiles(_sizes(held), held.dim)
+
+
+def with_value(arithmetic: Arithmetic, found: Any, value: Any) -> Any:
+    """Return the stream of which `rest` was returned, with this value."""
+    if not isinstance(found, Tiles):
+        return arithmetic.held(found, value)
+    if not arithmetic.exact:
+        return Tiles(_parts(value, found.parts, found.dim), found.dim)
+    values = _parts(value, _sizes(found), found.dim)
+    pairs = zip(found.parts, values, strict=True)
+    return Tiles(tuple(arithmetic.held(*pair) for pair in pairs), found.dim)
 
 
 def combine(
@@ -183,7 +232,8 @@ def invert(arithmetic: Arithmetic, step: BoundStep, streams: list[Stream], out: 
 
 def _increments(held: Tiles, coupling: Coupling, out: Any) -> tuple[Tensor, ...]:
     """Return what a rule adds to each tile."""
-    values = [part.value if isinstance(part, Held) else part for part in held.parts]
-    like = values[0].detach().new_empty(()).expand(shape_of(Tiles(tuple(values), held.dim)))
+    values = Tiles(tuple(p.value if isinstance(p, Held) else p for p in held.parts), held.dim)
+    like = values.parts[0].detach().new_empty(()).expand(shape_of(values))
     increment: Tensor = fitting(like, coupling.increment(out))
-    return increment.split([value.shape[held.dim] for value in values], held.dim)
+    parts: tuple[Tensor, ...] = increment.split(list(_sizes(held)), held.dim)
+    return parts
