@@ -20,6 +20,7 @@ from cases import Attention, Mlp, noted, randn
 from oracle import StoredSequence, stored_copy, weighted
 from revnet import Reversible, ReversibleError, ReversibleSequence, SequentialSequence, Step, Tile
 from revnet._execution import EXECUTIONS
+from revnet.testing import check_tiles
 
 WIDTH, TOKENS = 8, 10
 SIZES = (1, 3, 5, 10, 64)
@@ -738,3 +739,108 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 def test_errors(call: Callable[[], Any], kind: type[Exception], message: str):
     with pytest.raises(kind, match=message):
         call()
+
+
+class Positions(nn.Linear):
+    """Adds what it counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+
+
+class Normed(nn.Module):
+    """Batch norm over batch and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.mT).mT
+
+
+class TopTokens(nn.Module):
+    """Expert choice: the largest tokens alone are changed, chosen without a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x.detach().norm(dim=-1)
+        return x.sin() * (scores >= scores.topk(3, -1).values[:, -1:])[..., None]
+
+
+MIXING = {
+    "attention": (Attention(WIDTH), "Attention mixes tokens: the output of tile 1 of 3 depends on"),
+    "batch-norm": (Normed(), "Normed mixes tokens: the output of tile 0 of 3 depends on"),
+    "positions": (Positions(WIDTH, WIDTH), "Positions gives another output for tile 1 of 3"),
+    "expert-choice": (TopTokens(), "TopTokens gives another output for tile"),
+}
+
+
+@pytest.mark.parametrize(("branch", "message"), MIXING.values(), ids=MIXING)
+def test_check_tiles_finds_branches_that_mix_tokens(branch: nn.Module, message: str):
+    with pytest.raises(ReversibleError, match=message):
+        check_tiles(branch, torch.randn(2, TOKENS, WIDTH), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_tiles_passes_branches_of_single_tokens(dtype: torch.dtype):
+    x = torch.randn(2, TOKENS, WIDTH).to(dtype)
+    for branch in (Mlp(WIDTH), Mlp(WIDTH, dropout=0.5), Normed().eval(), Modulated()):
+        branch.to(dtype)
+        state = torch.get_rng_state()
+        check_tiles(branch, x, 4)
+        assert torch.equal(torch.get_rng_state(), state)
+    check_tiles(Modulated().to(dtype), x, Tile(4), scale=x[..., :1])
+    with pytest.raises(ValueError, match="one tile of 10"):
+        check_tiles(Mlp(WIDTH).to(dtype), x, 10)
+
+
+def compiled_results(net: ReversibleSequence, call: Callable[..., Any]) -> list[Tensor]:
+    net.zero_grad()
+    y = call(randn(1, TOKENS, WIDTH).bfloat16())
+    weighted(y).backward()
+    return [y.detach(), *(p.grad for p in net.parameters())]
+
+
+def linear_pairs() -> list[tuple[nn.Module, nn.Module]]:
+    torch.manual_seed(0)
+    return [(nn.Linear(WIDTH, WIDTH), Widening()) for _ in range(2)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_branches_and_a_compiled_sequence_give_the_same_bits():
+    net = ReversibleSequence(linear_pairs(), tile={"g": 4}).bfloat16()
+    expected = compiled_results(net, net)
+    torch._dynamo.reset()
+    assert_equal(compiled_results(net, torch.compile(net, backend="aot_eager")), expected)
+    for block in net.blocks:
+        block.g.compile(backend="aot_eager")
+    assert_equal(compiled_results(net, net), expected)
+    torch._dynamo.reset()
+
+
+def test_one_graph_of_the_whole_refuses_tiles_and_says_what_to_do():
+    torch._dynamo.reset()
+    net = ReversibleSequence(linear_pairs(), tile={"g": 4})
+    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a step runs in tiles"):
+        whole(torch.ones(1, TOKENS, WIDTH))
+    # What is not evaluated again is one graph, of all tokens at once.
+    x = torch.randn(1, TOKENS, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x), net(x))
+    torch._dynamo.reset()
+
+
+def test_transforms_see_all_tokens_at_once():
+    net = ReversibleSequence(pairs(2), tile={"g": 4}).double()
+    x = randn(1, TOKENS, WIDTH)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    net(x).square().sum().backward()
+    assert_close(
+        [gradients[n] for n, _ in net.named_parameters()], [p.grad for p in net.parameters()]
+    )

@@ -170,7 +170,7 @@ class Program(nn.Module):
                     "context_fn and determinism_check='exact' take effect only in engine replays"
                 )
             elif any(part.tile is not None for _, part in parts):
-                obstacle = "a tiled step takes effect only in the engine"
+                obstacle = "a step runs in tiles, which in a graph would all be there at once"
             return tuple(
                 run_traced(
                     parts,
