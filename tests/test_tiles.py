@@ -803,17 +803,17 @@ def compiled_results(net: ReversibleSequence, call: Callable[..., Any]) -> list[
 
 def linear_pairs() -> list[tuple[nn.Module, nn.Module]]:
     torch.manual_seed(0)
-    return [(nn.Linear(WIDTH, WIDTH), Widening()) for _ in range(2)]
+    return [(nn.Linear(WIDTH, WIDTH), Widening())]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_branches_and_a_compiled_sequence_give_the_same_bits():
-    net = ReversibleSequence(linear_pairs(), tile={"g": 4}).bfloat16()
+    net = ReversibleSequence(linear_pairs(), tile={"g": 5}).bfloat16()
     expected = compiled_results(net, net)
     torch._dynamo.reset()
-    assert_equal(compiled_results(net, torch.compile(net, backend="aot_eager")), expected)
+    assert_equal(compiled_results(net, torch.compile(net, backend="eager")), expected)
     for block in net.blocks:
-        block.g.compile(backend="aot_eager")
+        block.g.compile(backend="eager")
     assert_equal(compiled_results(net, net), expected)
     torch._dynamo.reset()
 
@@ -821,7 +821,7 @@ def test_compiled_branches_and_a_compiled_sequence_give_the_same_bits():
 def test_one_graph_of_the_whole_refuses_tiles_and_says_what_to_do():
     torch._dynamo.reset()
     net = ReversibleSequence(linear_pairs(), tile={"g": 4})
-    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
+    whole = torch.compile(net, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="a step runs in tiles"):
         whole(torch.ones(1, TOKENS, WIDTH))
     # What is not evaluated again is one graph, of all tokens at once.
@@ -844,3 +844,18 @@ def test_transforms_see_all_tokens_at_once():
     assert_close(
         [gradients[n] for n, _ in net.named_parameters()], [p.grad for p in net.parameters()]
     )
+
+
+def test_plans_know_tiles():
+    net = ReversibleSequence(linear_pairs(), tile={"g": 64})
+    x = torch.randn(1, 2048, WIDTH)
+    peaks = []
+    for tile in (net.tile, {}):
+        net.tile = tile
+        net.execution = plan = revnet.plan(net, x, "minimum")
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        measured = revnet.measure_memory(lambda: net(x)).peak_bytes
+        assert 0.98 * measured <= plan.peak_bytes <= 1.02 * measured
+        peaks.append(plan.peak_bytes)
+    assert peaks[0] < peaks[1] / 2
