@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import revnet
 from revnet import Reversible, measure_memory
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -27,6 +28,7 @@ EXPECTED = {
     "glow": (0.1, 0.0),
     "irevnet_stage": (0.3, 0.0),
     "moe": (0.2, 1e-4),
+    "long_context": (0.2, 0.0),
     "momentum_net": (0.5, 0.0),
     "rev_gnn": (0.4, 1e-4),
     "rev_vit": (0.2, 0.0),
@@ -163,6 +165,42 @@ def test_the_mixture_of_experts_equals_a_plain_loop(monkeypatch: pytest.MonkeyPa
     router = model.blocks[0].g.router.scores.weight
     (grad,) = torch.autograd.grad(model(text)[0].square().mean(), router)
     assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "groups"), [(4, 4, 2), (8, 4, 4), (6, 2, 2)])
+def test_groups_of_heads_are_the_attention(
+    heads: int, kv_heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    example = importlib.import_module("long_context")
+    size, width, tokens = 4, 24, 7
+    torch.manual_seed(0)
+    whole = example.HeadGroup(width, heads, kv_heads, size).double()
+    parts = [
+        example.HeadGroup(width, heads // groups, kv_heads // groups, size).double()
+        for _ in range(groups)
+    ]
+    names = ("q", "k", "v")
+    given = dict(zip(names, whole.qkv.weight.split(whole.sizes), strict=True))
+    with torch.no_grad():
+        for i, part in enumerate(parts):
+            rows = [given[name].chunk(groups)[i] for name in names]
+            part.qkv.weight.copy_(torch.cat(rows))
+            part.leave.weight.copy_(whole.leave.weight.chunk(groups, 1)[i])
+    net = revnet.Reversible([revnet.Step(part, 0, 1) for part in parts])
+    one = revnet.Reversible([revnet.Step(whole, 0, 1)])
+    x, z = torch.randn(2, 2, tokens, width, dtype=torch.float64).requires_grad_()
+    found = []
+    for program in (net, one):
+        y, _ = program(x, z)
+        inputs = torch.autograd.grad(y.sin().sum(), (x, z, *program.parameters()))
+        found.append([y, *inputs])
+    assert torch.allclose(found[0][0], found[1][0], rtol=0, atol=1e-12)
+    assert torch.allclose(found[0][2], found[1][2], rtol=0, atol=1e-12)
+    # Of the weights, the last of all: each group has its columns of the output's.
+    leave = torch.cat([found[0][3 + 3 * i + 2] for i in range(groups)], 1)
+    assert torch.allclose(leave, found[1][-1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

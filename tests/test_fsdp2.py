@@ -369,6 +369,40 @@ def gathers(rank: int, world_size: int) -> None:
             assert scatters == modules, (sharding, execution, counts.counts)
 
 
+def tiles(rank: int, world_size: int) -> None:
+    """Weights are gathered and gradients reduced once per step, however many tiles it has."""
+    depth = 3
+    _, expected = reference(branches(), world_size)
+    for sharding, modules in (("root", 1), ("block", depth)):
+        for execution in EXECUTIONS:
+            model = SHARDINGS[sharding](sequence(depth, execution=execution, tile={"g": 1}))
+            for _ in range(2):
+                model.zero_grad()
+                counts = Collectives()
+                with counts:
+                    rank_loss(model, rank, world_size).backward()
+                assert_gradients(model, expected)
+            gathers = sum(count for name, count in counts.counts.items() if "gather" in name)
+            scatters = sum(count for name, count in counts.counts.items() if "scatter" in name)
+            # The root is not freed between forward and backward.
+            assert gathers == (1 if sharding == "root" else 2 * modules), (sharding, counts.counts)
+            assert scatters == modules, (sharding, execution, counts.counts)
+    x, target = batch(world_size)
+    results = {}
+    for execution in EXECUTIONS:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        model = sequence(depth, 0.2, execution=execution, tile={"g": 1}, streams="fixed").float()
+        model = shard_blocks_in_float32(model, mp_policy=policy)
+        torch.manual_seed(100 + rank)
+        loss_of(model(mine(rank, x).float()).float(), mine(rank, target).float()).backward()
+        results[execution] = gradients(model)
+    for result in results.values():
+        assert_bits(result, results["store"])
+    for shard in (shard_branches, shard_linears):
+        with pytest.raises(ReversibleError, match=r"branch g: fully_shard was called on this"):
+            rank_loss(shard(sequence(tile={"g": 1})), rank, world_size)
+
+
 CHECKS: dict[str, Check] = {
     **{sharding: partial(fsdp, sharding) for sharding in SHARDINGS},
     "executions": partial(every_execution, shard_branches),
@@ -385,6 +419,7 @@ CHECKS: dict[str, Check] = {
     "step_between": step_between,
     "training": training,
     "gathers": gathers,
+    "tiles": tiles,
 }
 
 

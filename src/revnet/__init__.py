@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ._step import Step as Step
     from ._streams.fixed import Fixed as Fixed
     from ._streams.format import Float as Float
+    from ._tile import Tile as Tile
     from ._two_step import TwoStep as TwoStep
 
 # Loaded on first use, so that `revnet --help` does not wait for what it does not need.
@@ -55,6 +56,7 @@ _MODULES = {
     "ReversibleSequence": "_sequence",
     "SequentialSequence": "_sequential",
     "Step": "_step",
+    "Tile": "_tile",
     "TwoStep": "_two_step",
     "convert": "_conversion.convert",
     "integrate": "_integrate",

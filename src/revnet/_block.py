@@ -27,6 +27,7 @@ from ._program import (
 )
 from ._schemes import residual_steps, steps_per_block
 from ._state.fsdp import LOW_PRECISION
+from ._streams import tiled
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from ._streams.format import Held
 from ._torch import saved_tensor_hooks
@@ -45,6 +46,7 @@ def _remember_held(call: Call) -> None:
     for value, encoded in call.streams:
         if isinstance(value, Tensor):
             forget = partial(_held.pop, id(value))
+            encoded = tiled.joined(call.arithmetic, encoded)
             residual = encoded.residual if isinstance(encoded, Held) else None
             _held[id(value)] = weakref.ref(value, forget), call.arithmetic, residual
 
@@ -189,7 +191,13 @@ class ReversibleBlock(Program):
         keywords = kwargs.get("f_args", {}), kwargs.get("g_args", {})
         settings = self._settings
         begins = settings.begins and self._place is not None and self._place[1] == 0
-        return residual_steps((self.f, self.g), keywords, coupling=settings.coupling, begins=begins)
+        return residual_steps(
+            (self.f, self.g),
+            keywords,
+            coupling=settings.coupling,
+            begins=begins,
+            tiles=settings.tiles,
+        )
 
     def extra_repr(self) -> str:
         return ""

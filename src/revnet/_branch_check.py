@@ -1,4 +1,4 @@
-"""The check of a branch by itself, before it becomes part of a network."""
+"""The checks of a branch by itself, before it becomes part of a network."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from ._errors import ReversibleError
 from ._reversible import Reversible
+from ._state.random import RandomState, devices_of
 from ._step import Step, branch_output
 from ._streams.fixed import Fixed, fitting_fraction_bits
+from ._tile import Tile, keywords_of_tiles, sizes_of, tile_of
 
 
 def check_branch(branch: nn.Module, x: Tensor, seed: int = 0, **kwargs: Any) -> None:
@@ -57,6 +59,112 @@ def check_branch(branch: nn.Module, x: Tensor, seed: int = 0, **kwargs: Any) -> 
             )
         torch.manual_seed(seed)
         _repeats(_twin(branch), name, x, kwargs)
+
+
+def check_tiles(
+    branch: nn.Module,
+    x: Tensor,
+    tile: int | Tile,
+    *,
+    tolerance: float | None = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> None:
+    """Raise where a branch does not treat the tokens of different tiles independently.
+
+    First the graph of autograd tells whether the output of a tile depends on another tile, in the
+    mode that the branch is in. Then the output of each tile by itself is compared with that of the
+    call over all tokens: it differs where a branch knows places by counting. A branch that draws
+    random numbers is compared in evaluation mode.
+
+    Args:
+        branch: maps a stream to a tensor of its shape, or to `(tensor, aux)`. A copy is called,
+            where it can be copied.
+        x: a stream, floating-point, of a few tiles.
+        tile: tokens in a tile, or a `Tile`.
+        tolerance: largest difference, relative to the largest output; by default 1000 times the
+            precision of the dtype, and a tenth at most.
+        seed: of the randomness of each call.
+        **kwargs: keywords of the branch.
+
+    Raises:
+        ReversibleError: the branch mixes tokens; the message names the branch and the tile. Or a
+            keyword cannot be cut.
+        ValueError: `x` has one tile.
+
+    Example:
+        >>> check_tiles(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), torch.randn(1, 6, 8), 2)
+    """
+    name, cut = type(branch).__name__, tile_of(tile)
+    assert cut is not None
+    sizes = sizes_of(cut, [x.shape], name)
+    if len(sizes) == 1:
+        raise ValueError(
+            f"check_tiles: x has {sizes[0]} tokens in dimension {cut.dim}, one tile of {cut.size}: "
+            f"give a longer x, or a smaller tile"
+        )
+    devices = {x.device.index or 0} if x.is_cuda else set()
+    with torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad(), _uncompiled():
+        torch.manual_seed(seed)
+        twin, leaf = _twin(branch), x.detach().clone().requires_grad_()
+        before = RandomState(devices_of([leaf]))
+        out = branch_output(twin(leaf, **kwargs), leaf)[0]
+        if not before.same(RandomState(devices_of([leaf]))):
+            twin = _twin(branch).eval()
+        _depend_on_themselves(name, cut, sizes, out, leaf)
+        _equal_the_whole(twin, name, cut, sizes, leaf.detach(), kwargs, tolerance)
+
+
+def _depend_on_themselves(
+    name: str, tile: Tile, sizes: tuple[int, ...], out: Tensor, leaf: Tensor
+) -> None:
+    for number, part in enumerate(out.split(list(sizes), tile.dim)):
+        if not part.requires_grad:
+            return
+        weight = torch.rand_like(part) + 0.5
+        (grad,) = torch.autograd.grad(part, leaf, weight, retain_graph=True, allow_unused=True)
+        if grad is None:
+            continue
+        for other, found in enumerate(grad.split(list(sizes), tile.dim)):
+            if other != number and found.count_nonzero():
+                raise ReversibleError(
+                    f"{name} mixes tokens: the output of tile {number} of {len(sizes)} depends on "
+                    f"the input of tile {other}. Run this branch without tile; a norm or a mixture "
+                    f"of experts runs in tiles where it looks at one token at a time"
+                )
+
+
+def _equal_the_whole(
+    branch: nn.Module,
+    name: str,
+    tile: Tile,
+    sizes: tuple[int, ...],
+    x: Tensor,
+    kwargs: Mapping[str, Any],
+    tolerance: float | None,
+) -> None:
+    if tolerance is None:
+        tolerance = min(0.1, 1000 * torch.finfo(x.dtype).eps)
+    keywords = keywords_of_tiles(tile, sizes, x.shape, kwargs, name)
+    with torch.no_grad():
+        whole = branch_output(branch(x, **kwargs), x)[0]
+        largest = whole.abs().amax().item()
+        parts = zip(x.split(list(sizes), tile.dim), whole.split(list(sizes), tile.dim), strict=True)
+        for number, (part, expected) in enumerate(parts):
+            out = branch_output(branch(part.contiguous(), **keywords[number]), part)[0]
+            if out.shape != expected.shape:
+                raise ReversibleError(
+                    f"{name} returns {tuple(out.shape)} for tile {number} of {len(sizes)}, of "
+                    f"shape {tuple(part.shape)}: a branch returns the shape of its stream"
+                )
+            error = (out - expected).abs().amax().item()
+            if not error <= tolerance * largest:
+                raise ReversibleError(
+                    f"{name} gives another output for tile {number} of {len(sizes)} by itself than "
+                    f"for all tokens, by {error:.2g} where the largest is {largest:.2g}: it mixes "
+                    f"tokens, or counts their places. Give it what differs between tokens as a "
+                    f"keyword, such as positions, or run it without tile"
+                )
 
 
 @contextlib.contextmanager

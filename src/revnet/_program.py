@@ -31,6 +31,7 @@ from ._streams.fixed import Fixed, fitting_fraction_bits
 from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
 from ._taps import Taps
+from ._tile import Tile
 from ._trees import tree_leaves
 
 Execution = ExecutionName | Sequence[ExecutionName] | Plan
@@ -52,6 +53,8 @@ class Settings:
     # Of the blocks of a sequence: the rule, additive if None, and whether the first begins at rest.
     coupling: Coupling | None = None
     begins: bool = False
+    # Of the branches of blocks, how many tokens each reads at a time.
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
     # Whether it was said that hooks cast the streams to low precision.
     warned: bool = False
     # Whether extra outputs were looked at: once, as that waits for the device.
@@ -166,6 +169,8 @@ class Program(nn.Module):
                 unsupported = (
                     "context_fn and determinism_check='exact' take effect only in engine replays"
                 )
+            elif any(part.tile is not None for _, part in parts):
+                unsupported = "a step runs in tiles, which in a graph would all be there at once"
             return tuple(
                 run_traced(
                     parts,

@@ -198,7 +198,12 @@ class Reversible(Program):
         program = [steps[place] for place in self._order]
         flat = keywords_of(self.args_route, kwargs, program, group=1)
         return [
-            (i, BoundStep(f"step {i}", step, rule_of(step.coupling), *_place(step), flat[i]))
+            (
+                i,
+                BoundStep(
+                    f"step {i}", step, rule_of(step.coupling), *_place(step), flat[i], step.tile
+                ),
+            )
             for i, step in enumerate(program)
         ]
 

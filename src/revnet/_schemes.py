@@ -13,6 +13,7 @@ from ._couplings import ADDITIVE, Coupling
 from ._program import BoundSteps
 from ._source import receiving, rule_of
 from ._step import BoundStep, Step
+from ._tile import Tile
 from ._torch import is_forward_mode
 from ._trees import tree_map, tree_unzip
 
@@ -33,6 +34,7 @@ def residual_steps(
     updates: tuple[int, int] = (0, 1),
     coupling: Coupling | None = None,
     begins: bool = False,
+    tiles: Mapping[str, Tile] = {},
 ) -> BoundSteps:
     """Return the steps of a block.
 
@@ -47,6 +49,7 @@ def residual_steps(
         updates: the stream that each branch updates.
         coupling: the rule, additive by default.
         begins: whether the first step begins at rest.
+        tiles: by letter, how many tokens a branch reads at a time.
     """
     rule = ADDITIVE if coupling is None else coupling
     a, b = updates
@@ -61,7 +64,15 @@ def residual_steps(
         number = first + len(steps)
         now = rule.first if begins and not steps else rule
         fn, combine = (branch, now) if now is ADDITIVE else (receiving(branch, now), rule_of(now))
-        step = BoundStep(f"{name}branch {letter}", fn, combine, target, (source,), dict(given))
+        step = BoundStep(
+            f"{name}branch {letter}",
+            fn,
+            combine,
+            target,
+            (source,),
+            dict(given),
+            tiles.get(letter),
+        )
         steps.append((number, step))
         if drift is not None:
             moved = BoundStep(f"{name}drift after {letter}", _SOURCE, drift, source, (target,), {})

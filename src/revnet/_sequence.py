@@ -31,7 +31,7 @@ from ._schemes import (
     starting_streams,
     steps_per_block,
 )
-from ._sequential import BlockSequence, pairs_of
+from ._sequential import BlockSequence, TileOption, pairs_of
 from ._streams.arithmetic import FloatArithmetic
 from ._taps import Taps, positions_of
 from ._torch import saved_tensor_hooks
@@ -84,6 +84,9 @@ class ReversibleSequence(BlockSequence):
             is kept) and may synchronise. It finds what is not repeated.
         context_fn: as in `torch.utils.checkpoint`: returns a pair of contexts, for the forward and
             for the replay of each branch.
+        tile: tokens on which the branches run at a time, by letter: `{"g": 4096}`, or `{"g":
+            revnet.Tile(4096, dim=1)}`. For branches that treat tokens independently; each tile is a
+            step of its own, so that activations of one tile live at a time.
 
     Raises:
         ValueError: a route of another length than `blocks`, or an unknown option.
@@ -112,6 +115,7 @@ class ReversibleSequence(BlockSequence):
         preserve_rng_state: bool = True,
         determinism_check: DeterminismCheck = "default",
         context_fn: ContextFn | None = None,
+        tile: TileOption = {},
     ) -> None:
         pairs = pairs_of(blocks)
         if not callable(split) and split not in ("copy", "chunk"):
@@ -136,6 +140,7 @@ class ReversibleSequence(BlockSequence):
             self.coupling = self._settings.coupling = coupling
             self._settings.begins = coupling.starts_at_rest and split == "copy"
             self._needs_fixed = coupling.scales and not FloatArithmetic().undoes(coupling)
+        self.tile = tile
 
     def forward(self, x: Any, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The merged streams after the last block.

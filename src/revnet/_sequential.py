@@ -27,11 +27,13 @@ from ._schemes import (
     step_name,
 )
 from ._slices import P, part_of
-from ._step import BoundStep
+from ._step import BoundStep, check_tiled
 from ._taps import positions_of
+from ._tile import Tile, tile_of
 
 Split = Callable[[Any], tuple[Any, Any]]
 Merge = Callable[[Any, Any], Any]
+TileOption = Mapping[str, int | Tile | None]
 
 
 class BlockSequence(Program):
@@ -113,6 +115,7 @@ class BlockSequence(Program):
                     self._updates,
                     self._settings.coupling,
                     self._settings.begins and i == 0,
+                    self._settings.tiles,
                 )
         return parts
 
@@ -148,12 +151,31 @@ class BlockSequence(Program):
         draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
 
+    @property
+    def tile(self) -> Mapping[str, Tile]:
+        """How many tokens each branch of a block reads at a time. Switches at any time."""
+        return self._settings.tiles
+
+    @tile.setter
+    def tile(self, tile: TileOption) -> None:
+        for letter, given in tile.items():
+            if letter not in ("f", "g"):
+                raise ValueError(
+                    f"tile names {letter!r}, but the branches of a {self._name} are f and g: "
+                    f"tile={{'g': 4096}}"
+                )
+            if tile_of(given) is not None and self._settings.coupling is not None:
+                check_tiled(self._settings.coupling, type(self).__name__)
+        found = {letter: tile_of(given) for letter, given in tile.items()}
+        self._settings.tiles = {letter: each for letter, each in found.items() if each is not None}
+
     def _step_name(self, step: int) -> str:
         return "the input" if step < 0 else step_name(step, self._per_block, self._name)
 
     def extra_repr(self) -> str:
         dropout = f", layer_dropout={self.layer_dropout}" if self.layer_dropout else ""
-        return f"depth={self._depth}, {super().extra_repr()}{dropout}"
+        tile = f", tile={dict(self.tile)}" if self.tile else ""
+        return f"depth={self._depth}, {super().extra_repr()}{dropout}{tile}"
 
 
 class SequentialSequence(BlockSequence):
@@ -161,7 +183,7 @@ class SequentialSequence(BlockSequence):
 
     Args:
         layers: `(f, g)` pairs of modules that map `x` to a tensor of its shape.
-        args_route, layer_dropout: as in `ReversibleSequence`.
+        args_route, layer_dropout, tile: as in `ReversibleSequence`.
         execution: `"store"` keeps activations; `"checkpoint"` keeps one stream per step;
             `"offload"` keeps it in host memory; `"select"` keeps results of matrix products and
             attention. One of them for all steps, one per step, or a `revnet.Plan`.
@@ -177,9 +199,11 @@ class SequentialSequence(BlockSequence):
         args_route: Routes = {},
         layer_dropout: float = 0.0,
         execution: Execution = "store",
+        tile: TileOption = {},
     ) -> None:
         pairs = pairs_of(layers)
         super().__init__(args_route, layer_dropout, len(pairs), "float", execution)
+        self.tile = tile
         self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
 
     def forward(self, x: Tensor, *, taps: Sequence[int] | None = None, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ._couplings import Additive, Coupling
 from ._source import received
+from ._tile import Cut, Tile, tile_of
 from ._trees import branch_output as branch_output
 
 
@@ -28,9 +29,12 @@ class Step(nn.Module):
             `kwargs={"mask": "msa_mask"}` calls `fn(x, mask=msa_mask)`. One that the call lacks
             is left out.
         constants: keywords of `fn` with their values, the same in every call.
+        tile: tokens on which `fn` runs at a time, or a `Tile`; by default it runs on all at once.
+            For branches that treat tokens independently, and rules that add to the target.
 
     Raises:
-        ValueError: a negative stream, or a keyword of `fn` that is named twice.
+        ValueError: a negative stream, a keyword of `fn` that is named twice, or a step that cannot
+            be cut into tiles.
         TypeError: `fn` is not callable, or `coupling` no `Coupling`.
     """
 
@@ -44,6 +48,7 @@ class Step(nn.Module):
         args: Sequence[str] = (),
         kwargs: Mapping[str, str] = {},
         constants: Mapping[str, Any] = {},
+        tile: int | Tile | None = None,
     ) -> None:
         super().__init__()
         if source is None:
@@ -65,6 +70,11 @@ class Step(nn.Module):
             raise ValueError(
                 f"Step: target {target}, source {self.source}: streams are counted from 0"
             )
+        self.tile = tile_of(tile)
+        if self.tile is not None:
+            if fn is None or not self.source:
+                raise ValueError("Step: tile needs a branch that reads a stream")
+            check_tiled(self.coupling, "Step")
         self.args = tuple(args)
         self.kwargs = dict(kwargs)
         self.constants = dict(constants)
@@ -108,7 +118,18 @@ class Step(nn.Module):
         taken = f"target={self.target}, source={self.source}"
         if self.args or self.kwargs:
             taken += f", args={self.args}, kwargs={self.kwargs}"
+        if self.tile is not None:
+            taken += f", tile={self.tile}"
         return f"{taken}, constants={list(self.constants)}" if self.constants else taken
+
+
+def check_tiled(coupling: Coupling, where: str) -> None:
+    """Raise `ValueError` unless a rule can be applied to one tile at a time."""
+    if not coupling.translates:
+        raise ValueError(
+            f"{where}: tile works with rules that add to the target, such as Additive(), and not "
+            f"with {coupling}: leave out tile, or use another coupling"
+        )
 
 
 class BoundStep(NamedTuple):
@@ -120,3 +141,6 @@ class BoundStep(NamedTuple):
     target: int
     source: tuple[int, ...]
     kwargs: dict[str, Any]
+    # How many tokens the branch reads at a time, None for all; of one of these tiles, which.
+    tile: Tile | None = None
+    cut: Cut | None = None

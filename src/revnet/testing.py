@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._branch_check import IN_PLACE, check_branch, unchanged
+from ._branch_check import IN_PLACE, check_branch, check_tiles, unchanged
 from ._conversion.convert import Conversion, unconvert
 from ._couplings import Coupling
 from ._errors import ReversibleError
@@ -26,6 +26,7 @@ __all__ = [
     "check_conversion",
     "check_gradients",
     "check_inverse",
+    "check_tiles",
 ]
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,9 @@ from .._errors import ReversibleError
 from .._kept import Hosted
 from .._state.undo import Undo
 from .._step import branch_output
+from .._streams import tiled
 from .._streams.arithmetic import Stream
+from .._tile import Tiles
 from .._torch import (
     after_backward,
     current_backward,
@@ -145,26 +148,45 @@ def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Savin
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         for k in range(position - 1, step, -1):
             _revisit(tape, k, state, None, undo=True)
-        _revisit(tape, step, state, collected, undo=position > step)
+        # Once the branch has run, the state above goes tile by tile while the one below is made.
+        free = partial(tape.forget_above, recomputed, step)
+        _revisit(tape, step, state, collected, undo=position > step, free=free)
     recomputed.position, recomputed.state = step, state
     tape.release(recomputed, step, state)
     return collected
 
 
 def _revisit(
-    tape: Tape, k: int, state: list[Stream], collected: dict[int, Saving] | None, undo: bool
+    tape: Tape,
+    k: int,
+    state: list[Stream],
+    collected: dict[int, Saving] | None,
+    undo: bool,
+    free: Callable[[], Any] | None = None,
 ) -> None:
-    """Collect what step k saved; take its update back in the state where `undo` says so."""
+    """Collect what step k saved; take its update back in the state where `undo` says so.
+
+    Args:
+        tape: the tape of the call.
+        k: number of the step.
+        state: the streams after the step, which become those before it.
+        collected: where the tensors that the step saved go, by number; None for a step on the way.
+        undo: whether the streams are those after the step.
+        free: frees the saved states after the step, where this is the last step of the walk.
+    """
     record = tape.records[k]
     assert record is not None, "a stored step lies above the state saved before it"
     if undo and tape.prefetch:
         for lower in tape.records[max(0, k - tape.prefetch) : k]:
             if lower is not None and isinstance(lower.kept, Hosted):
                 lower.kept.prefetch()
+    step = record.step
+    if tape.tiled:
+        tiled.arrange(tape.arithmetic, state, step)
     kept = record.kept is not None
     if kept and undo:
         assert record.kept is not None
-        state[record.step.target] = (None, record.kept.load())
+        tiled.put(state, step.target, step.cut, (None, record.kept.load()))
     if kept and collected is None:
         return
     record.state.check()
@@ -175,7 +197,7 @@ def _revisit(
             keywords = record.state.restore(restoring)
             replay = _Replay(tape, record, state, collected, keywords)
             if undo and not kept:
-                replay.invert()
+                replay.invert(free)
             else:
                 replay.collect(compare=undo and record.checksums is not None)
         finally:
@@ -214,19 +236,30 @@ class _Replay:
         self.stopped = False
         self.mark: Any = None
 
-    def invert(self) -> None:
+    def invert(self, free: Callable[[], Any] | None) -> None:
         """Replay the branch and undo the step with its output."""
         step, arithmetic = self.record.step, self.tape.arithmetic
         out = self._branch(early=False)
-        encoded = self.state[step.target][1]
+        if free is not None and isinstance(self.state[step.target][1], Tiles):
+            free()
         if self.record.state.quiet:
-            self.state[step.target] = arithmetic.invert(step.coupling, encoded, out)
+            self._undo(out)
         else:
             with self._rule(plays=step.coupling.linear):
-                self.state[step.target] = arithmetic.invert(step.coupling, encoded, out)
-        if arithmetic.exact:
-            checksums.compare(self.record, 0, self.state[step.target][1])
+                self._undo(out)
+        if arithmetic.exact and self.record.checksums is not None:
+            target = tiled.at(self.state, step.target, step.cut)
+            checksums.compare(self.record, 0, target[1])
         self._collect_rule(out)
+
+    def _undo(self, out: Any) -> None:
+        """Take the update of the step back."""
+        step, state, arithmetic = self.record.step, self.state, self.tape.arithmetic
+        if self.tape.tiled:
+            tiled.invert(arithmetic, step, state, out)
+        else:
+            encoded = state[step.target][1]
+            state[step.target] = arithmetic.invert(step.coupling, encoded, out)
 
     def collect(self, compare: bool) -> None:
         """Replay the branch for what it saved alone, up to the last tensor where that is safe.
@@ -267,17 +300,23 @@ class _Replay:
 
     def _sources(self) -> list[Any]:
         """Return what the branch reads; a stream that it reads twice is one tensor again."""
-        record = self.record
+        record, cut = self.record, self.record.step.cut
         sources: list[Any] = []
         for place, (layouts, i) in enumerate(zip(record.layouts, record.step.source, strict=True)):
             first = record.shared[place]
-            sources.append(sources[first] if first < place else self._read(self.state[i], layouts))
+            if first < place:
+                sources.append(sources[first])
+                continue
+            stream = self.state[i] if cut is None else tiled.at(self.state, i, cut)
+            sources.append(self._read(stream, layouts))
         return sources
 
     def _read(self, stream: Stream, layouts: Any) -> Any:
         """Return the value of a stream as a step saw it: new leaves of the same layout."""
         value, encoded = stream
-        if value is None:
+        if isinstance(encoded, Tiles):
+            value = tiled.whole(tiled.read(self.tape.arithmetic, stream))
+        elif value is None:
             value = self.tape.arithmetic.read(encoded)
         if isinstance(layouts, Layout):
             return layouts.apply(value)
@@ -295,12 +334,16 @@ class _Replay:
         if self.collected is None or self.running or saved == len(record.saved):
             return
         hook = RecomputeHook(record, saved, self.collected, self.compare)
-        value = self._read(self.state[record.step.target], record.target_layout)
+        step = record.step
+        stream = tiled.at(self.state, step.target, step.cut)
         with (
             self._rule(plays=True, again=True),
             torch.enable_grad(),
             saved_tensors_hooks(hook.pack, same_tensor),
         ):
             # What an arithmetic does around the rule saves nothing.
-            record.step.coupling.combine(value, out)
+            if isinstance(stream[1], Tiles):
+                step.coupling.increment(out)
+            else:
+                step.coupling.combine(self._read(stream, record.target_layout), out)
         hook.check(len(record.saved))

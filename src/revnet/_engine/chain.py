@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._torch import saved_tensor_hooks, storage_id
 from .._trees import tree_leaves
@@ -87,7 +88,7 @@ class _Left:
         else:
             values = found[0].chunk(2, self.merged[1])
         pairs = zip(values, self.rests, strict=True)
-        return [self.arithmetic.held(rest, value) for value, rest in pairs]
+        return [tiled.with_value(self.arithmetic, rest, value) for value, rest in pairs]
 
     def take(self, mode: Mode) -> Tape | None:
         """Return the tape for a call that begins now, if it may go on with it.
@@ -151,7 +152,7 @@ def hand_on(streams: Sequence[Stream], arithmetic: Arithmetic, tape: Tape, mode:
             pytree.tree_structure(values),
             None,
             format,
-            [arithmetic.rest(encoded) for _, encoded in streams],
+            [tiled.rest(arithmetic, encoded) for _, encoded in streams],
             [weakref.ref(tape)],
             len(tape.records),
             mode,
@@ -173,7 +174,7 @@ def go_on(streams: Sequence[Any], arithmetic: Arithmetic, mode: Mode) -> Continu
     ):
         return None
     continued = [
-        (value, arithmetic.held(rest, value))
+        (value, tiled.with_value(arithmetic, rest, value))
         for value, rest in zip(streams, left.rests, strict=True)
     ]
     return Continued(continued, left.take(mode), left.position)

@@ -23,7 +23,9 @@ from .._state.modules import Memory
 from .._state.random import RandomState, devices_of
 from .._state.results import Results
 from .._step import BoundStep, branch_output
+from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._tile import Cut, Tiles, added, keywords_of_tiles, sizes_of
 from .._torch import (
     is_autocasting,
     is_capturing,
@@ -39,6 +41,7 @@ from .._trees import tree_leaves
 from . import chain
 from .backward import Lock, recover
 from .checksums import tree_checksum
+from .gates import Gates
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
 from .tape import Layout, Options, Record, Tape, layout_of
 
@@ -84,6 +87,8 @@ class Call:
         self.aux: dict[str, Any] = {}
         # The step under way, for errors.
         self.at: BoundStep | None = None
+        # Of the tiled step under way.
+        self.gates: Gates | None = None
         self.capturing = bool(self.devices) and is_capturing()
         self.fake = is_faking()
         # The generators after the last step, while nobody else can have drawn since.
@@ -111,6 +116,8 @@ class Call:
             if continued is None
             else continued.streams
         )
+        if any(isinstance(encoded, Tiles) for _, encoded in self.streams):
+            self.tape.tiled = True
 
     @untraced
     def enter(self, *streams: Any) -> None:
@@ -142,31 +149,76 @@ class Call:
                 step. The step is stored then, and the wrapper manages what it saves.
         """
         self.at = step
-        self._take(index, step, within)
+        if step.tile is None:
+            self._take(index, step, within)
+        else:
+            self._take_tiles(index, step, within)
         self.at = None
+
+    def _take_tiles(self, index: int, step: BoundStep, within: bool) -> None:
+        """Apply a step tile by tile: each tile is a step."""
+        assert step.tile is not None
+        tile, name = step.tile, step.name
+        shapes = []
+        for i in (step.target, *step.source):
+            value = self.streams[i][0]
+            if not isinstance(value, Tensor | Tiles):
+                raise ReversibleError(
+                    f"{name}: stream {i} is a tree of tensors, but tiles are cut from a tensor: "
+                    f"leave out tile"
+                )
+            shapes.append(tiled.shape_of(value))
+        sizes = sizes_of(tile, shapes, name)
+        if len(sizes) == 1:
+            self._take(index, step, within)
+            return
+        keywords = keywords_of_tiles(tile, sizes, shapes[0], step.kwargs, name)
+        self.tape.tiled = True
+        fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
+        self.gates = Gates(fn, tiled.device_of(self.streams[step.target]), name)
+        try:
+            for number, given in enumerate(keywords):
+                label = f"{name}, tile {number} of {len(sizes)}"
+                cut = Cut(number, tile.dim, sizes, name)
+                self.at = step._replace(name=label, kwargs=given, cut=cut)
+                self._take(index, self.at, within)
+        finally:
+            self.gates = None
 
     def _take(self, index: int, step: BoundStep, within: bool) -> None:
         execution = STORE if within else self.executions[index]
         if execution.keeps_results and is_compiled(step.fn):
             execution = STORE
-        streams = self.streams
-        # By `map`, as calls of Python count here.
-        sources = list(map(_value, map(streams.__getitem__, step.source)))
+        streams, layout = self.streams, self.layout_of
+        if self.tape.tiled:
+            tiled.arrange(self.arithmetic, streams, step)
+            sources, target = tiled.sources(streams, step), tiled.at(streams, step.target, step.cut)
+            layout = layout_of
+        else:
+            # By `map`, as calls of Python count here.
+            sources = list(map(_value, map(streams.__getitem__, step.source)))
+            target = streams[step.target]
         if not self.recording or not execution.rebuilds:
             if self.recording:
                 self.tape.add_barrier(self.streams, within)
             self.random = None
-            self._combine(index, step, step.fn(*sources, **step.kwargs))
+            if self.gates is None:
+                out = step.fn(*sources, **step.kwargs)
+            else:
+                out = self.gates.call(step, sources)
+            self._combine(index, step, out)
             return
         record = Record(
             step._replace(kwargs={}) if step.kwargs else step,
             self._state(index, step, execution),
-            list(map(self.layout_of, sources)),
+            list(map(layout, sources)),
             _ALONE if len(sources) == 1 else _shared(sources),
-            self.layout_of(streams[step.target][0]),
-            self._keep(execution, step),
+            layout(target[0]),
+            self._keep(execution, step, target[1]),
             [],
         )
+        # Free for who updates it.
+        del target
         tape = self.tape
         hook = PackHook(record, sources, len(tape.records), partial(recover, tape), tape.name)
         tape.append(record, hook)
@@ -199,7 +251,10 @@ class Call:
         push_saved_tensor_hooks(hook.pack, hook.unpack)
         try:
             with state.decisions if state.unaided else state.recording(self.devices):
-                out = step.fn(*sources, **step.kwargs)
+                if self.gates is None:
+                    out = step.fn(*sources, **step.kwargs)
+                else:
+                    out = self.gates.call(step, sources)
             record.saved_by_branch = len(record.saved)
             if versions != list(map(version_of, hook.sources)):
                 raise ReversibleError(
@@ -207,7 +262,7 @@ class Call:
                     "rebuild the activations: work on a copy, or use the out-of-place operation."
                 )
             if self.options.determinism_check == "exact":
-                target, encoded = self.streams[step.target]
+                target, encoded = tiled.at(self.streams, step.target, step.cut)
                 update = branch_output(out, target)[0]
                 record.checksums = tree_checksum(encoded), tree_checksum(update)
             if state.quiet:
@@ -223,14 +278,22 @@ class Call:
             self.random = RandomState(self.devices)
         state.settle(self.random)
 
+    def _surface(self) -> None:
+        """Have a tensor for the value of each stream, whose tiles are views of it."""
+        if not self.tape.tiled:
+            return
+        for i, stream in enumerate(self.streams):
+            self.streams[i] = tiled.surfaced(self.arithmetic, stream)
+
     @property
     def values(self) -> list[Any]:
         """The streams before the next step, to be looked at."""
-        return [value for value, _ in self.streams]
+        return [tiled.whole(value) for value, _ in self.streams]
 
     @untraced
     def start(self) -> list[Any]:
         """Return the streams before the next step, as branches read them."""
+        self._surface()
         self.versions = self._versions()
         return [value for value, _ in self.streams]
 
@@ -240,6 +303,7 @@ class Call:
 
         From now on the tape lives as long as its hooks.
         """
+        self._surface()
         self._check_unwritten()
         # Another thread may walk the tape of an earlier pass.
         with contextlib.nullcontext() if self.paused is None else Lock.lock:
@@ -261,6 +325,7 @@ class Call:
         The state is saved here, and dropped by the next pause unless a barrier needs it. A paused
         call holds no graph: whoever holds the streams does.
         """
+        self._surface()
         self._check_unwritten()
         with Lock.lock:
             self._save_end()
@@ -321,9 +386,8 @@ class Call:
                 return self.arithmetic.exact or record.kept is not None
         return True
 
-    def _keep(self, execution: Execution, step: BoundStep) -> Saved | Hosted | None:
+    def _keep(self, execution: Execution, step: BoundStep, encoded: Any) -> Saved | Hosted | None:
         """Keep the target before a step, where the step is not undone."""
-        encoded = self.streams[step.target][1]
         on_host = execution.on_host and not self.capturing
         if on_host and all(leaf.is_cuda for leaf in tree_leaves(encoded)):
             return Hosted(encoded)
@@ -337,13 +401,21 @@ class Call:
     def _combine(self, index: int, step: BoundStep, out: Any) -> None:
         """Update the target with what the branch returned, its extra output put aside."""
         if isinstance(out, tuple):
-            out, aux = branch_output(out, self.streams[step.target][0])
-            if aux is not None:
+            target = tiled.at(self.streams, step.target, step.cut)[0]
+            out, aux = branch_output(out, target)
+            # A tile that is held here could not be freed below.
+            del target
+            if aux is not None and step.cut is None:
                 self.aux[step.name] = aux
+            elif aux is not None and step.cut is not None:
+                self.aux[step.cut.step] = added(self.aux.get(step.cut.step), aux, step.name)
         try:
-            self.streams[step.target] = self.arithmetic.combine(
-                step.coupling, self.streams[step.target], out, index
-            )
+            if self.tape.tiled:
+                tiled.combine(self.arithmetic, step, self.streams, out, index)
+            else:
+                self.streams[step.target] = self.arithmetic.combine(
+                    step.coupling, self.streams[step.target], out, index
+                )
         except (TypeError, ValueError) as error:
             raise ReversibleError(f"{step.name} {error}") from error
 

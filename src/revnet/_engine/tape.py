@@ -127,6 +127,8 @@ class Tape:
         self.arithmetic = arithmetic
         self.options = options
         self.prefetch = prefetch
+        # Whether a stream may be held in tiles.
+        self.tiled = False
         self.records: list[Record | None] = []
         self.hooks: list[Callable[[], Any]] = []
         # Position p is the state before step p.
@@ -194,17 +196,26 @@ class Tape:
         assert self.running is not None
         return [(None, tree_map(Tensor.detach, encoded)) for _, encoded in self.running]
 
-    def release(self, recomputed: Recomputed, step: int, state: list[Stream]) -> None:
-        """Free every saved state that no pending step needs (rule 4)."""
+    def forget_above(self, recomputed: Recomputed, step: int) -> bool:
+        """Free the states after a step if no step above it is pending; return whether that is so.
+
+        The state before the step must be there, or about to be.
+        """
         if self.running is not None:
-            return
+            return False
         while self.top > step and self.hooks[self.top]() is None:
             self.top -= 1
         if self.top > step:
-            return
+            return False
         for states in (self.saved_states, recomputed.loaded):
             for position in [position for position in states if position > step]:
                 del states[position]
+        return True
+
+    def release(self, recomputed: Recomputed, step: int, state: list[Stream]) -> None:
+        """Free every saved state that no pending step needs (rule 4)."""
+        if not self.forget_above(recomputed, step):
+            return
         self.saved_states[step] = list(state)
         # A paused call may go on: later steps keep their numbers.
         for k in range(step + 1, self.end):

@@ -333,7 +333,7 @@ def _kind(step: BoundStep, values: Sequence[Any]) -> Any:
     leaves = pytree.tree_leaves(values)
     strides = tuple(leaf.stride() for leaf in leaves)
     tensors = _describe([*leaves, *pytree.tree_leaves(step.kwargs)])
-    return tuple(work), step.target, step.source, strides, tensors
+    return tuple(work), step.target, step.source, repr(step.tile), strides, tensors
 
 
 def _describe(value: Any) -> Any:

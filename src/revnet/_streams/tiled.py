@@ -1,0 +1,239 @@
+"""Streams in tiles: tensors of some tokens each, which steps replace one by one.
+
+A stream is a pair of its value and how it is held. It is cut by the first tiled step that reads or
+updates it. No tile is written in place: a step puts a new tile where the old one was, which is then
+freed. A step that reads a whole stream concatenates the tiles for its call alone; what it adds is
+added tile by tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._couplings import ADDITIVE, Coupling, fitting
+from .._errors import ReversibleError
+from .._step import BoundStep
+from .._tile import Cut, Tiles
+from .arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .format import Held
+
+Arithmetic = FloatArithmetic | FixedArithmetic
+
+
+def whole(value: Any) -> Any:
+    """Return a value in one tensor."""
+    return torch.cat(value.parts, value.dim) if isinstance(value, Tiles) else value
+
+
+def shape_of(value: Any) -> torch.Size:
+    """Return the shape of a value, in tiles or not."""
+    if not isinstance(value, Tiles):
+        return value.shape  # type: ignore[no-any-return]
+    shape = list(value.parts[0].shape)
+    shape[value.dim] = sum(part.shape[value.dim] for part in value.parts)
+    return torch.Size(shape)
+
+
+def device_of(stream: Stream) -> str:
+    """Return the type of the device of a stream."""
+    value = stream[0].parts[0] if isinstance(stream[0], Tiles) else stream[0]
+    return str(value.device.type)
+
+
+def sources(streams: list[Stream], step: BoundStep) -> list[Any]:
+    """Return what the branch of a step reads; a stream that it reads twice is one tensor."""
+    if step.cut is not None:
+        return [streams[i][0].parts[step.cut.number] for i in step.source]
+    values = [streams[i][0] for i in step.source]
+    if any(isinstance(value, Tiles) for value in values):
+        once = {i: whole(streams[i][0]) for i in step.source}
+        values = [once[i] for i in step.source]
+    return values
+
+
+def read(arithmetic: Arithmetic, stream: Stream) -> Any:
+    """Return the value of a stream, in tiles where it is held so."""
+    value, held = stream
+    if value is not None:
+        return value
+    if isinstance(held, Tiles):
+        return Tiles(tuple(map(arithmetic.read, held.parts)), held.dim)
+    return arithmetic.read(held)
+
+
+def at(streams: list[Stream], i: int, cut: Cut | None) -> Stream:
+    """Return stream i, or that tile of it on which a step works."""
+    if cut is None:
+        return streams[i]
+    value, held = streams[i]
+    return None if value is None else value.parts[cut.number], held.parts[cut.number]
+
+
+def put(streams: list[Stream], i: int, cut: Cut | None, stream: Stream) -> None:
+    """Put a stream, or a tile of it, in the place of the one before."""
+    if cut is not None:
+        stream = _with_part(streams[i], cut.number, stream)
+    streams[i] = stream
+
+
+def _with_part(stream: Stream, number: int, part: Stream) -> Stream:
+    value, held = stream
+    behind = number + 1
+    if part[0] is None:
+        value = None
+    elif value is not None:
+        value = Tiles((*value.parts[:number], part[0], *value.parts[behind:]), value.dim)
+    return value, Tiles((*held.parts[:number], part[1], *held.parts[behind:]), held.dim)
+
+
+def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> None:
+    """Hold the streams of a step as it works on them: in its tiles, or as they are.
+
+    Raises:
+        ReversibleError: a stream remembers how it was scaled.
+    """
+    if step.cut is not None:
+        for i in {step.target, *step.source}:
+            streams[i] = _split(arithmetic, streams[i], step.cut)
+        return
+    value, held = streams[step.target]
+    if not isinstance(held, Tiles):
+        return
+    if not step.coupling.translates:
+        streams[step.target] = _joined(arithmetic, value, held)
+    elif isinstance(value, Tensor):
+        streams[step.target] = _as_held(arithmetic, value, held)
+
+
+def _split(arithmetic: Arithmetic, stream: Stream, cut: Cut) -> Stream:
+    value, held = stream
+    if isinstance(held, Tiles):
+        if held.dim == cut.dim and _sizes(held) == cut.sizes:
+            return _as_held(arithmetic, value, held) if isinstance(value, Tensor) else stream
+        value, held = _joined(arithmetic, value, held)
+    values = _parts(arithmetic.read(held) if value is None else value, cut.sizes, cut.dim)
+    if isinstance(held, Tensor):
+        tiles = Tiles(values, cut.dim)
+        return tiles, tiles
+    if not isinstance(held, Held):
+        raise ReversibleError(
+            f"{cut.step}: a stream that another step multiplies cannot be cut into tiles, as fixed "
+            f"streams remember what the product left over: leave out tile, or use "
+            f"streams='float'"
+        )
+    pairs = zip(values, _parts(held.residual, cut.sizes, cut.dim), strict=True)
+    return Tiles(values, cut.dim), Tiles(tuple(Held(*pair) for pair in pairs), cut.dim)
+
+
+def _as_held(arithmetic: Arithmetic, value: Tensor, held: Tiles) -> Stream:
+    """Return a stream whose value is one tensor, in the tiles in which the rest of it is held."""
+    found = with_value(arithmetic, rest(arithmetic, held), value)
+    values = tuple(map(arithmetic.read, found.parts))
+    return Tiles(values, held.dim), found
+
+
+def _parts(tensor: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
+    # With several samples the parts are views with gaps, which branches would not read otherwise.
+    return tuple(part.contiguous() for part in tensor.split(list(sizes), dim))
+
+
+def _sizes(held: Tiles) -> tuple[int, ...]:
+    parts = (part if isinstance(part, Tensor) else part.residual for part in held.parts)
+    return tuple(part.shape[held.dim] for part in parts)
+
+
+def _joined(arithmetic: Arithmetic, value: Any, held: Tiles) -> Stream:
+    """Return a stream that is held in one piece."""
+    value = whole(read(arithmetic, (value, held)))
+    if not isinstance(held.parts[0], Held):
+        return value, value
+    return value, Held(value, torch.cat([part.residual for part in held.parts], held.dim))
+
+
+def joined(arithmetic: Arithmetic, held: Any) -> Any:
+    """Return how a stream is held, in one piece."""
+    return _joined(arithmetic, None, held)[1] if isinstance(held, Tiles) else held
+
+
+def surfaced(arithmetic: Arithmetic, stream: Stream) -> Stream:
+    """Return a stream whose value is one tensor, as others see it; its tiles are views of that."""
+    value, held = stream
+    if not isinstance(value, Tiles):
+        return stream
+    value = whole(value)
+    return value, with_value(arithmetic, rest(arithmetic, held), value.detach())
+
+
+def rest(arithmetic: Arithmetic, held: Any) -> Any:
+    """Return how a stream is held, without its value."""
+    if not isinstance(held, Tiles):
+        return arithmetic.rest(held)
+    if arithmetic.exact:
+        return Tiles(tuple(map(arithmetic.rest, held.parts)), held.dim)
+    return Tiles(_sizes(held), held.dim)
+
+
+def with_value(arithmetic: Arithmetic, found: Any, value: Any) -> Any:
+    """Return the stream of which `rest` was returned, with this value."""
+    if not isinstance(found, Tiles):
+        return arithmetic.held(found, value)
+    if not arithmetic.exact:
+        return Tiles(_parts(value, found.parts, found.dim), found.dim)
+    values = _parts(value, _sizes(found), found.dim)
+    pairs = zip(found.parts, values, strict=True)
+    return Tiles(tuple(arithmetic.held(*pair) for pair in pairs), found.dim)
+
+
+def combine(
+    arithmetic: Arithmetic, step: BoundStep, streams: list[Stream], out: Any, index: int
+) -> None:
+    """Update the target of a step by the output of its branch; differentiable.
+
+    Args:
+        arithmetic: how streams are held.
+        step: the step.
+        streams: the streams before it, which become those after it.
+        out: the output of the branch.
+        index: of the step in the program.
+    """
+    target = at(streams, step.target, step.cut)
+    if not isinstance(target[1], Tiles):
+        put(streams, step.target, step.cut, arithmetic.combine(step.coupling, target, out, index))
+        return
+    increments = _increments(target[1], step.coupling, out)
+    del target
+    for number, increment in enumerate(increments):
+        value, held = streams[step.target]
+        part = value.parts[number], held.parts[number]
+        part = arithmetic.combine(ADDITIVE, part, increment, index)
+        # The old tile is freed here.
+        streams[step.target] = _with_part((value, held), number, part)
+        del value, held, part
+
+
+def invert(arithmetic: Arithmetic, step: BoundStep, streams: list[Stream], out: Any) -> None:
+    """Undo the update of a step; see `combine`."""
+    held = at(streams, step.target, step.cut)[1]
+    if not isinstance(held, Tiles):
+        put(streams, step.target, step.cut, arithmetic.invert(step.coupling, held, out))
+        return
+    increments = _increments(held, step.coupling, out)
+    del held
+    streams[step.target] = None, streams[step.target][1]
+    for number, increment in enumerate(increments):
+        held = streams[step.target][1]
+        part = arithmetic.invert(ADDITIVE, held.parts[number], increment)
+        streams[step.target] = _with_part((None, held), number, part)
+        del held, part
+
+
+def _increments(held: Tiles, coupling: Coupling, out: Any) -> tuple[Tensor, ...]:
+    """Return what a rule adds to each tile."""
+    values = Tiles(tuple(p.value if isinstance(p, Held) else p for p in held.parts), held.dim)
+    like = values.parts[0].detach().new_empty(()).expand(shape_of(values))
+    increment: Tensor = fitting(like, coupling.increment(out))
+    parts: tuple[Tensor, ...] = increment.split(list(_sizes(held)), held.dim)
+    return parts
