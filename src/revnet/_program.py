@@ -164,24 +164,10 @@ class Program(nn.Module):
         self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
         if active():
-            unsupported = ""
-            if self._settings.options.replays_specially:
-                unsupported = (
-                    "context_fn and determinism_check='exact' take effect only in engine replays"
-                )
-            elif any(part.tile is not None for _, part in parts):
-                unsupported = "a step runs in tiles, which in a graph would all be there at once"
+            executions, blocks = self._executions, self._called_blocks
+            why = self._unsupported(parts)
             return tuple(
-                run_traced(
-                    parts,
-                    streams,
-                    arithmetic,
-                    self._executions,
-                    again,
-                    self._called_blocks,
-                    unsupported,
-                    taps,
-                )
+                run_traced(parts, streams, arithmetic, executions, again, blocks, why, taps)
             )
         with self._call(streams, arithmetic) as call:
             try:
@@ -204,6 +190,14 @@ class Program(nn.Module):
                 # In a backward inside autocast, casts of biases would take memory beside the plan.
                 torch.clear_autocast_cache()
             return (*outputs, call.aux) if call.aux else outputs
+
+    def _unsupported(self, parts: BoundSteps) -> str:
+        """Return why only the engine can replay these steps; empty if graphs can, too."""
+        if self._settings.options.replays_specially:
+            return "context_fn and determinism_check='exact' take effect only in engine replays"
+        if any(part.tile is not None for _, part in parts):
+            return "a step runs in tiles, which in a graph would all be there at once"
+        return ""
 
     def _call(self, streams: Sequence[Any], arithmetic: FloatArithmetic | FixedArithmetic) -> Call:
         """Return the call in which a pass over these streams runs."""

@@ -29,13 +29,13 @@ def unsupported_reason(
     """Return why the steps cannot be evaluated twice, without a full stop; empty if they can.
 
     Args:
-        steps: as tuples in the order of `_traced.BoundStep`.
+        steps: as tuples in the order of `BoundStep`.
         streams: the streams before them, of which only shape, strides, dtype and device count.
         blocks: modules around the branches, which the traced path does not call.
     """
     if hooked(blocks):
         return "a block has hooks"
-    for name, fn, coupling, target, source, kwargs in steps:
+    for name, fn, coupling, target, source, kwargs, *_ in steps:
         if not coupling.translates or target in source or any(True for _ in coupling.parameters()):
             return (
                 f"{name}: its coupling, {coupling.state_owner}, is not supported in a compiled "

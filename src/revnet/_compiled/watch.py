@@ -52,7 +52,7 @@ class WatchingCompiler:
         """
         self._tensors += writable
         self.writable.update(map(id, writable))
-        for name, fn, _, _, _, kwargs in steps:
+        for name, fn, _, _, _, kwargs, *_ in steps:
             for kind, key, tensor in (*_keyword_tensors(kwargs), *_module_tensors(fn)):
                 self._tensors.append(tensor)
                 self.labels.setdefault(id(tensor), (name, kind, key))

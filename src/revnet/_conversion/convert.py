@@ -177,8 +177,7 @@ def convert(
 
     Args:
         model: any module with stacks of residual layers.
-        layers: names of `nn.ModuleList`, `nn.Sequential` or `nn.ModuleDict` in it; found if not
-            given.
+        layers: names of a ModuleList, Sequential or ModuleDict in it; found if not given.
         rule: `"momentum"` for pretrained weights; `"two-stream"` for training from scratch: no bits
             are kept, and pretrained weights do not carry over.
         bits: 1 to 8 per element and layer, one number or one per layer: fewer take less memory,

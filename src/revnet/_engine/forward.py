@@ -159,15 +159,10 @@ class Call:
         """Apply a step tile by tile: each tile is a step."""
         assert step.tile is not None
         tile, name = step.tile, step.name
-        shapes = []
-        for i in (step.target, *step.source):
-            value = self.streams[i][0]
-            if not isinstance(value, Tensor | Tiles):
-                raise ReversibleError(
-                    f"{name}: stream {i} is a tree of tensors, but tiles are cut from a tensor: "
-                    f"leave out tile"
-                )
-            shapes.append(tiled.shape_of(value))
+        shapes = [
+            tiled.shape_of(self.streams[i][0], f"{name}: stream {i}")
+            for i in (step.target, *step.source)
+        ]
         sizes = sizes_of(tile, shapes, name)
         if len(sizes) == 1:
             self._take(index, step, within)

@@ -28,10 +28,18 @@ def whole(value: Any) -> Any:
     return torch.cat(value.parts, value.dim) if isinstance(value, Tiles) else value
 
 
-def shape_of(value: Any) -> torch.Size:
-    """Return the shape of a value, in tiles or not."""
+def shape_of(value: Any, name: str = "the stream") -> torch.Size:
+    """Return the shape of a value, in tiles or not.
+
+    Raises:
+        ReversibleError: it is a tree of tensors.
+    """
+    if isinstance(value, Tensor):
+        return value.shape
     if not isinstance(value, Tiles):
-        return value.shape  # type: ignore[no-any-return]
+        raise ReversibleError(
+            f"{name} is a tree of tensors, but tiles are cut from a tensor: leave out tile"
+        )
     shape = list(value.parts[0].shape)
     shape[value.dim] = sum(part.shape[value.dim] for part in value.parts)
     return torch.Size(shape)
