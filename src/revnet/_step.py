@@ -111,6 +111,11 @@ class Step(nn.Module):
         return f"{taken}, constants={list(self.constants)}" if self.constants else taken
 
 
+def hands_on(fn: Any) -> bool:
+    """Check whether a branch hands on its source, so that evaluating it costs nothing."""
+    return isinstance(fn, Step) and fn.fn is None
+
+
 class BoundStep(NamedTuple):
     """A step of one call, with its keywords: see `Step`."""
 

@@ -22,7 +22,7 @@ from .._state.environment import Environment
 from .._state.modules import Memory
 from .._state.random import RandomState, devices_of
 from .._state.results import Results
-from .._step import BoundStep, branch_output
+from .._step import BoundStep, branch_output, hands_on
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._torch import (
     is_autocasting,
@@ -147,6 +147,9 @@ class Call:
         execution = STORE if within else self.executions[index]
         if execution.keeps_results and is_compiled(step.fn):
             execution = STORE
+        if execution.keeps_target and hands_on(step.fn) and not self.tape.follows_rebuilt():
+            # It saves nothing, and no walk leads here.
+            execution = STORE
         sources = [self.streams[i][0] for i in step.source]
         if not self.recording or not execution.rebuilds:
             if self.recording:
@@ -154,13 +157,16 @@ class Call:
             self.random = None
             self._combine(index, step, step.fn(*sources, **step.kwargs))
             return
+        alone = execution.keeps_target and self._reads_alone(index, step, execution)
+        if alone:
+            self.tape.save_state(self.streams)
         record = Record(
             step._replace(kwargs={}) if step.kwargs else step,
             self._state(index, step, execution),
             [layout_of(value) for value in sources],
             _ALONE if len(sources) == 1 else _shared(sources),
             layout_of(self.streams[step.target][0]),
-            self._keep(execution, step),
+            None if alone else self._keep(execution, step),
             [],
         )
         tape = self.tape
@@ -169,7 +175,7 @@ class Call:
         hook.read(sources)
         tape.running = self.streams
         try:
-            self._run(index, step, record, hook, sources)
+            self._run(index, step, record, hook, sources, alone)
         finally:
             tape.running = None
             # Autograd holds the hooks as long as what they packed.
@@ -188,10 +194,16 @@ class Call:
         return StepState(step, structure, self.environment, random, results, context_fn)
 
     def _run(
-        self, index: int, step: BoundStep, record: Record, hook: PackHook, sources: list[Any]
+        self,
+        index: int,
+        step: BoundStep,
+        record: Record,
+        hook: PackHook,
+        sources: list[Any],
+        alone: bool,
     ) -> None:
-        """Run a step so that it can be replayed."""
-        state = record.state
+        """Run a step so that it can be replayed; `alone`: from values that are kept for it."""
+        state, values = record.state, self.values if alone else []
         versions = list(map(version_of, hook.sources))
         push_saved_tensor_hooks(hook.pack, hook.unpack)
         try:
@@ -214,8 +226,12 @@ class Call:
                     self._combine(index, step, out)
         finally:
             pop_saved_tensor_hooks()
-        if record.kept is not None:
+        if record.kept is not None or alone:
             record.stops = may_stop_at_last_save(tensors_in(out))
+        if alone:
+            ruled = len(record.saved) > record.saved_by_branch
+            places = {*step.source, step.target} if ruled else step.source
+            record.alone = Saved([x if i in places else None for i, x in enumerate(values)])
         if state.random is not None:
             self.random = RandomState(self.devices)
         state.settle(self.random)
@@ -269,7 +285,7 @@ class Call:
         tape, before, position = self.tape, self.paused, len(self.tape.records)
         tape.save_state(self.streams)
         tape.top = position - 1
-        if before is not None and before < position and tape.records[before] is not None:
+        if before is not None and before < position and tape.walks_over(before):
             tape.saved_states.pop(before, None)
         self.paused = position
         self._forget_checksums()
@@ -318,13 +334,27 @@ class Call:
                 return self.arithmetic.exact or record.kept is not None
         return True
 
+    def _reads_alone(self, index: int, step: BoundStep, execution: Execution) -> bool:
+        """Check whether to keep what a step reads, not its target with the bits that belong to it.
+
+        Its replay then needs no walk. If steps below are to be undone, the streams between are
+        saved, which costs more than one target: only where the next steps need no walk either.
+        """
+        if execution.on_host or not (step.coupling.scales and self.arithmetic.exact):
+            return False
+        following = self.executions[index + 1 : index + 3]
+        return not self.tape.follows_rebuilt() or all(
+            each.keeps_target or not each.rebuilds for each in following
+        )
+
     def _keep(self, execution: Execution, step: BoundStep) -> Saved | Hosted | None:
         """Keep the target before a step, where the step is not undone."""
         encoded = self.streams[step.target][1]
         on_host = execution.on_host and not self.capturing
         if on_host and all(leaf.is_cuda for leaf in tree_leaves(encoded)):
             return Hosted(encoded)
-        undone = not execution.keeps_target and step.target not in step.source
+        rebuilt = not execution.keeps_target or (self.arithmetic.exact and hands_on(step.fn))
+        undone = rebuilt and step.target not in step.source
         return None if undone and self.arithmetic.undoes(step.coupling) else Saved(encoded)
 
     def _combine(self, index: int, step: BoundStep, out: Any) -> None:
