@@ -433,6 +433,83 @@ def test_memory_does_not_grow_with_activations(rule: str, per_element: int) -> N
         assert revnet.measure_memory(net, x).saved_bytes > 24 * depth * x.numel()
 
 
+class Sine(nn.Module):
+    """A layer that keeps nothing but what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.enter(x))
+
+
+def kept_per_element(depth: int, execution: Any, dtype: torch.dtype) -> float:
+    """Bytes that a stack alone keeps for backward, for each element of its stream."""
+    x = torch.randn(64, 4, WIDTH, dtype=dtype)
+    stack = nn.Sequential(*(Sine() for _ in range(depth))).to(dtype)
+    model = nn.Sequential(stack)
+    revnet.convert(model, "0", execution=execution, calibrate=x)
+    return revnet.measure_memory(model, x).saved_bytes / x.numel()
+
+
+def bits_bytes(*places: int) -> int:
+    """Bytes of the 3 bits of each layer that is left behind, at places that share full buffers.
+
+    An int16 holds those of five layers, an int8 of two.
+    """
+    full = {5 * i for place in places for i in range(1, place // 5 + 1)}
+    return 2 * len(full) + sum((0, 1, 1, 2, 2)[place % 5] for place in places)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("depth", [10, 30])
+def test_checkpointed_layers_keep_what_they_read(depth: int, dtype: torch.dtype) -> None:
+    """And nothing else: the streams after the last layer are for a layer that may follow."""
+    kept = kept_per_element(depth, "checkpoint", dtype)
+    assert kept == depth * dtype.itemsize + 12 + bits_bytes(depth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpointed_layer_between_inverted_ones_keeps_one_stream(dtype: torch.dtype) -> None:
+    """The stream that its layer changes, with its bits; the other is found by a difference."""
+    kept = kept_per_element(13, ["invert", "checkpoint"] * 6 + ["invert"], dtype)
+    assert kept == 6 * 6 + 12 + bits_bytes(*range(1, 14, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_layers_above_inverted_ones_keep_one_state(dtype: torch.dtype) -> None:
+    kept = kept_per_element(12, ["invert"] * 5 + ["checkpoint"] * 7, dtype)
+    # What the first of them reads is one part of the state below it.
+    assert kept == 12 + 6 * dtype.itemsize + 12 + bits_bytes(5, 12)
+
+
+@pytest.mark.parametrize("loss", ["whole", "all hidden states", "looped", "two backwards"])
+def test_checkpointed_layers_read_alone(loss: str) -> None:
+    """Runs of them at either end, in the middle, and alone: the gradients of stored execution."""
+    net, x = Net(8), torch.randn(2, 3, WIDTH)
+    expected = executed(net, "store", LOSSES[loss], x)
+    for pattern in ("cccccccc", "iiccciii", "cciiiccc", "icicciic", "csccicsi"):
+        names = [{"c": "checkpoint", "i": "invert", "s": "store"}[letter] for letter in pattern]
+        assert_same(executed(net, names, LOSSES[loss], x), expected)
+
+
+def test_checkpointed_layers_are_evaluated_once_more_each() -> None:
+    """No walk leads over a run of them, whichever layer backward asks for."""
+    net, x = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, execution="checkpoint", calibrate=x)
+    calls: list[int] = []
+    for i, layer in enumerate(net.layers):
+        layer.enter.register_forward_hook(lambda *_, i=i: calls.append(i))
+    y = net(x)
+    calls.clear()
+    torch.autograd.grad(weighted(y), list(net.layers[DEPTH - 1].parameters()), retain_graph=True)
+    assert calls == [DEPTH - 1]
+    calls.clear()
+    weighted(y).backward()
+    assert calls == list(range(DEPTH))[::-1]
+
+
 def test_deepcopy_pickle_and_replicas_are_models_of_their_own() -> None:
     import io
 

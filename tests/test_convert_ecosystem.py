@@ -26,7 +26,7 @@ from revnet._conversion import layer as conversion_layer
 from revnet.testing import check_conversion
 
 # What other libraries warn about is theirs.
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.ecosystem]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.ecosystem]
 
 FOUND: dict[str, str] = {}
 
@@ -37,7 +37,7 @@ def quietly() -> Iterator[None]:
     logging.disable(logging.WARNING)
     torch.use_deterministic_algorithms(False)
     with warnings.catch_warnings():
-        warnings.simplefilter("default")
+        warnings.simplefilter("ignore")
         yield
     logging.disable(logging.NOTSET)
 

@@ -19,7 +19,7 @@ from distributed import run_ranks
 from ecosystem import _SIZES, VOCABULARY, Encoder, _decoder, weighted
 from test_convert_ecosystem import assert_same, llama, needs, quietly, results, trained
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.ecosystem]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.ecosystem]
 
 EXECUTIONS = ("store", "invert")
 State = dict[str, Tensor]

@@ -5,6 +5,7 @@ work it promises.
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -32,9 +33,13 @@ from oracle import (
     weighted,
 )
 from revnet import (
+    Affine,
+    Coupling,
+    Reversible,
     ReversibleError,
     ReversibleSequence,
     SequentialSequence,
+    Step,
     _execution,
     measure_memory,
     plan,
@@ -94,6 +99,45 @@ def test_any_mixture_is_equal_in_every_bit_with_fixed_streams(
     net = ReversibleSequence(pairs, streams="fixed", execution=mixture)
     x = randn(2, 6, 8, dtype=dtype, requires_grad=True)
     assert_same_step(train_step(net, x), train_step(stored, x), tolerance=0.0)
+
+
+class Damped(Coupling):
+    """A constant factor, and an update that saves a tensor outside of the branch."""
+
+    least_scale = Fraction(3, 4)
+
+    def scale(self, out: object) -> Fraction:
+        return self.least_scale
+
+    def increment(self, out: Tensor) -> Tensor:
+        return out.tanh()
+
+
+@pytest.mark.parametrize("pattern", ["cccccc", "iicccc", "ciicic", "iccsci"])
+@pytest.mark.parametrize("rule", [Damped(), Affine(limit=0.5)], ids=["Damped", "Affine"])
+def test_checkpointed_steps_that_scale_are_equal_in_every_bit(rule: Coupling, pattern: str):
+    """They keep what they read, alone, in runs, and beside steps that are undone."""
+    width = 8 if isinstance(rule, Damped) else 16
+    branches = [
+        nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.GELU(), nn.Linear(16, width))
+        for _ in pattern
+    ]
+    steps = [Step(fn, i % 2, (i + 1) % 2, rule) for i, fn in enumerate(branches)]
+    net = Reversible(steps, streams="fixed", determinism_check="exact")
+    found = []
+    for names in (
+        ["store"] * 6,
+        [{"c": "checkpoint", "i": "invert"}.get(c, "store") for c in pattern],
+    ):
+        net.execution = names
+        streams = [randn(3, 8, dtype=torch.float32, seed=i, requires_grad=True) for i in range(2)]
+        torch.manual_seed(3)
+        a, b = net(*streams)
+        loss = (a.square() + b.cos()).sum()
+        found.append(torch.autograd.grad(loss, [*streams, *net.parameters()], retain_graph=True))
+        found.append(torch.autograd.grad(loss, [*streams, *net.parameters()]))
+    for gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0]))
 
 
 @pytest.mark.parametrize("execution", [name for name in EXECUTIONS if name != "invert"])

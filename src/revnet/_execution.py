@@ -17,7 +17,7 @@ class Execution:
         name: what users call it.
         rebuilds: whether backward evaluates the branch again, so that its activations are freed.
         keeps_results: keep the results of matrix products and attention, and replay the rest.
-        keeps_target: keep the target stream instead of undoing the step.
+        keeps_target: keep the target stream instead of undoing the step, or what the step reads.
         on_host: keep that target in pinned host memory.
         prefetch: how many steps ahead of backward a target starts on its way from the host.
     """

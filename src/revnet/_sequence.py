@@ -72,9 +72,10 @@ class ReversibleSequence(BlockSequence):
             under autocast and for bfloat16 and float16 inputs, float otherwise.
         execution: what stays of each step until backward. `"invert"`: nothing, streams and
             activations are rebuilt; `"store"`: activations; `"checkpoint"`: the stream that the
-            step updates; `"offload"`: that stream, in host memory; `"select"`: results of matrix
-            products and attention. One of them for all steps, one per step (`f` and `g` of each
-            block in turn), or a `revnet.Plan`.
+            step updates, or where it scales a fixed stream those that it reads; `"offload"`: the
+            stream that it updates, in host memory; `"select"`: results of matrix products and
+            attention. One of them for all steps, one per step (`f` and `g` of each block in turn),
+            or a `revnet.Plan`.
         preserve_rng_state: whether a replay repeats the randomness of the call. torch's global
             generators are repeated; Python's `random`, NumPy and a branch's own `torch.Generator`
             are not.

@@ -132,6 +132,11 @@ def check_tiled(coupling: Coupling, where: str) -> None:
         )
 
 
+def hands_on(fn: Any) -> bool:
+    """Check whether a branch hands on its source, so that evaluating it costs nothing."""
+    return isinstance(fn, Step) and fn.fn is None
+
+
 class BoundStep(NamedTuple):
     """A step of one call, with its keywords: see `Step`."""
 

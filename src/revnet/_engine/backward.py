@@ -140,6 +140,9 @@ def _nearest(tape: Tape, recomputed: Recomputed, step: int) -> tuple[int, list[S
 def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Saving]:
     """Restore the state before a step; return what its call saved, by number."""
     step = hook.number
+    record = tape.records[step]
+    if record is not None and record.alone is not None:
+        return _replay_alone(tape, recomputed, step, record.alone.load())
     position, state = _nearest(tape, recomputed, step)
     state = list(state)
     recomputed.position, recomputed.state = None, []
@@ -153,6 +156,18 @@ def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Savin
         _revisit(tape, step, state, collected, undo=position > step, free=free)
     recomputed.position, recomputed.state = step, state
     tape.release(recomputed, step, state)
+    return collected
+
+
+def _replay_alone(
+    tape: Tape, recomputed: Recomputed, step: int, values: list[Any]
+) -> dict[int, Saving]:
+    """Return what a step saved that reads the values that were kept for it."""
+    collected: dict[int, Saving] = {}
+    state: list[Stream] = [(value, None) for value in values]
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+        _revisit(tape, step, state, collected, undo=False)
+    tape.release(recomputed, step, None)
     return collected
 
 
@@ -176,6 +191,7 @@ def _revisit(
     """
     record = tape.records[k]
     assert record is not None, "a stored step lies above the state saved before it"
+    assert not undo or record.alone is None, "so does a step that reads alone"
     if undo and tape.prefetch:
         for lower in tape.records[max(0, k - tape.prefetch) : k]:
             if lower is not None and isinstance(lower.kept, Hosted):
@@ -199,7 +215,8 @@ def _revisit(
             if undo and not kept:
                 replay.invert(free)
             else:
-                replay.collect(compare=undo and record.checksums is not None)
+                again = undo or record.alone is not None
+                replay.collect(compare=again and record.checksums is not None)
         finally:
             restoring.run()
     finally:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
-from .._kept import Hosted, Saved
+from .._kept import Saved
 from .._source import Receiving
 from .._state.branch import is_compiled
 from .._state.call_state import StepState
@@ -22,7 +22,7 @@ from .._state.environment import Environment
 from .._state.modules import Memory
 from .._state.random import RandomState, devices_of
 from .._state.results import Results
-from .._step import BoundStep, branch_output
+from .._step import BoundStep, branch_output, hands_on
 from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._tile import Cut, Tiles, added, keywords_of_tiles, sizes_of
@@ -43,6 +43,7 @@ from .backward import Lock, recover
 from .checksums import tree_checksum
 from .gates import Gates
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
+from .keeping import kept_target, reads_alone
 from .tape import Layout, Options, Record, Tape, layout_of
 
 
@@ -184,6 +185,9 @@ class Call:
         execution = STORE if within else self.executions[index]
         if execution.keeps_results and is_compiled(step.fn):
             execution = STORE
+        if execution.keeps_target and hands_on(step.fn) and not self.tape.follows_rebuilt():
+            # It saves nothing, and no walk leads here.
+            execution = STORE
         streams, layout = self.streams, self.layout_of
         if self.tape.tiled:
             tiled.arrange(self.arithmetic, streams, step)
@@ -203,13 +207,16 @@ class Call:
                 out = self.gates.call(step, sources)
             self._combine(index, step, out)
             return
+        alone = execution.keeps_target and reads_alone(self.tape, self.executions, index, step)
+        if alone:
+            self.tape.save_state(self.streams)
         record = Record(
             step._replace(kwargs={}) if step.kwargs else step,
             self._state(index, step, execution),
             list(map(layout, sources)),
             _ALONE if len(sources) == 1 else _shared(sources),
             layout(target[0]),
-            self._keep(execution, step, target[1]),
+            None if alone else kept_target(self.tape, execution, step, target[1], self.capturing),
             [],
         )
         # Free for who updates it.
@@ -219,7 +226,7 @@ class Call:
         tape.append(record, hook)
         tape.running = streams
         try:
-            self._run(index, step, record, hook, sources)
+            self._run(index, step, hook, sources, alone)
         finally:
             tape.running = None
             # Autograd holds the hooks as long as what they packed.
@@ -238,9 +245,10 @@ class Call:
         return StepState(step, structure, self.environment, random, results, context_fn)
 
     def _run(
-        self, index: int, step: BoundStep, record: Record, hook: PackHook, sources: list[Any]
+        self, index: int, step: BoundStep, hook: PackHook, sources: list[Any], alone: bool
     ) -> None:
-        """Run a step so that it can be replayed."""
+        """Run a step so that it can be replayed; `alone`: from values that are kept for it."""
+        record, values = hook.record, self.values if alone else []
         state = record.state
         versions = list(map(version_of, hook.sources))
         push_saved_tensor_hooks(hook.pack, hook.unpack)
@@ -267,8 +275,12 @@ class Call:
                     self._combine(index, step, out)
         finally:
             pop_saved_tensor_hooks()
-        if record.kept is not None:
+        if record.kept is not None or alone:
             record.stops = may_stop_at_last_save(tensors_in(out))
+        if alone:
+            ruled = len(record.saved) > record.saved_by_branch
+            places = {*step.source, step.target} if ruled else step.source
+            record.alone = Saved([x if i in places else None for i, x in enumerate(values)])
         if state.random is not None:
             self.random = RandomState(self.devices)
         state.settle(self.random)
@@ -332,7 +344,7 @@ class Call:
         tape, before, position = self.tape, self.paused, len(self.tape.records)
         tape.save_state(self.streams)
         tape.top = position - 1
-        if before is not None and before < position and tape.records[before] is not None:
+        if before is not None and before < position and tape.walks_over(before):
             tape.saved_states.pop(before, None)
         self.paused = position
         self._forget_checksums()
@@ -380,18 +392,6 @@ class Call:
             if record.step.target == stream:
                 return self.arithmetic.exact or record.kept is not None
         return True
-
-    def _keep(self, execution: Execution, step: BoundStep, encoded: Any) -> Saved | Hosted | None:
-        """Keep the target before a step, where the step is not undone."""
-        on_host = execution.on_host and not self.capturing
-        if on_host and all(leaf.is_cuda for leaf in tree_leaves(encoded)):
-            return Hosted(encoded)
-        if execution.keeps_target or step.target in step.source:
-            return Saved(encoded)
-        # What only adds to the target is undone in every arithmetic.
-        if step.coupling.translates or self.arithmetic.undoes(step.coupling):
-            return None
-        return Saved(encoded)
 
     def _combine(self, index: int, step: BoundStep, out: Any) -> None:
         """Update the target with what the branch returned, its extra output put aside."""

@@ -77,6 +77,7 @@ class Record:
         shared: by place among the sources, the first place that holds the same stream.
         target_layout: of the target.
         kept: the target before the step, where the step is not undone.
+        alone: the values of the streams that a replay reads, by place, where it needs no walk.
         saved: for each tensor that the call saved its shape, strides, dtype and device; where it
             passes through the parameter, or None.
         saved_by_branch: how many of these the branch saved; the rule saved the rest.
@@ -95,6 +96,7 @@ class Record:
     saved_by_branch: int = 0
     stops: bool = False
     checksums: tuple[Tensor, Tensor] | None = None
+    alone: Saved | None = None
 
 
 class Recomputed:
@@ -169,7 +171,12 @@ class Tape:
 
     def follows_rebuilt(self) -> bool:
         """Check whether the last step is one that backward rebuilds."""
-        return bool(self.records) and self.records[-1] is not None
+        return bool(self.records) and self.walks_over(-1)
+
+    def walks_over(self, step: int) -> bool:
+        """Check whether a walk undoes a step: not one that is stored, or that reads alone."""
+        record = self.records[step]
+        return record is not None and record.alone is None
 
     def name(self, step: int) -> str:
         """Return what errors call a step."""
@@ -212,11 +219,20 @@ class Tape:
                 del states[position]
         return True
 
-    def release(self, recomputed: Recomputed, step: int, state: list[Stream]) -> None:
-        """Free every saved state that no pending step needs (rule 4)."""
+    def release(self, recomputed: Recomputed, step: int, state: list[Stream] | None) -> None:
+        """Free every saved state that no pending step needs (rule 4).
+
+        Args:
+            recomputed: what the backward call has reached.
+            step: the step that was replayed.
+            state: the streams before it; None after a step that reads alone.
+        """
         if not self.forget_above(recomputed, step):
             return
-        self.saved_states[step] = list(state)
+        if state is not None:
+            self.saved_states[step] = list(state)
+        elif recomputed.position is not None and recomputed.position > step:
+            recomputed.position, recomputed.state = None, []
         # A paused call may go on: later steps keep their numbers.
         for k in range(step + 1, self.end):
             self.records[k] = None
