@@ -28,7 +28,7 @@ class HeadGroup(nn.Module):
         super().__init__()
         self.sizes = (heads * size, kv_heads * size, kv_heads * size)
         self.size = size
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
         self.leave = nn.Linear(heads * size, width, bias=False)
 
@@ -55,7 +55,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.enter = nn.Linear(width, 2 * hidden, bias=False)
         self.leave = nn.Linear(hidden, width, bias=False)
 
@@ -90,7 +90,7 @@ class LongContext(nn.Module):
                 steps.append(Step(group, 0, 1))
             steps.append(Step(Mlp(width, hidden), 1, 0, tile=tile))
         self.steps = Reversible(steps)
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.chunk = chunk
 
