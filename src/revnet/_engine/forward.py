@@ -266,9 +266,8 @@ class Call:
             return step.fn(*sources, **step.kwargs)
 
     def _surface(self) -> None:
-        """Have a tensor for the value of each stream, whose tiles are views of it."""
-        for i, stream in enumerate(self.streams):
-            self.streams[i] = tiled.surfaced(self.arithmetic, stream)
+        """Have a tensor for the value of each stream."""
+        self.streams = [tiled.surfaced(stream) for stream in self.streams]
 
     @property
     def values(self) -> list[Any]:
