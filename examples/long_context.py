@@ -28,24 +28,26 @@ class HeadGroup(nn.Module):
         super().__init__()
         self.sizes = (heads * size, kv_heads * size, kv_heads * size)
         self.size = size
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, sum(self.sizes), bias=False)
         self.leave = nn.Linear(heads * size, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         parts = self.qkv(self.norm(x)).split(self.sizes, -1)
         q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in parts)
-        q, k = rotated(q), rotated(k)
+        q, k = rotated(q, *turn), rotated(k, *turn)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.leave(mixed.transpose(1, 2).flatten(2))
 
 
-def rotated(x: Tensor) -> Tensor:
-    """Return (batch, heads, tokens, size) with rotary positions, arXiv:2104.09864."""
-    tokens, size = x.shape[-2:]
-    frequency = 10000.0 ** -torch.arange(0, 1, 2 / size, device=x.device)
-    angle = torch.arange(tokens, device=x.device)[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+def turns(tokens: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of rotary positions, (tokens, size / 2) each, arXiv:2104.09864."""
+    frequency = 10000.0 ** -torch.arange(0, 1, 2 / size, device=like.device)
+    angle = torch.arange(tokens, device=like.device)[:, None] * frequency
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
@@ -55,7 +57,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.enter = nn.Linear(width, 2 * hidden, bias=False)
         self.leave = nn.Linear(hidden, width, bias=False)
 
@@ -87,19 +89,24 @@ class LongContext(nn.Module):
         for _ in range(depth):
             for _ in range(groups):
                 group = HeadGroup(width, heads // groups, kv_heads // groups, width // heads)
-                steps.append(Step(group, 0, 1))
+                steps.append(Step(group, 0, 1, kwargs={"turn": "turn"}))
             steps.append(Step(Mlp(width, hidden), 1, 0, tile=tile))
         self.steps = Reversible(steps)
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        self.chunk = chunk
+        self.size, self.chunk = width // heads, chunk
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean loss of the next token; `tokens` is (batch, tokens + 1)."""
         x = self.embed(tokens[:, :-1])
-        a, b = self.steps(x, x)
-        hidden, targets = (a + b).flatten(0, 1), tokens[:, 1:].flatten()
-        del a, b
+        return self.loss(self.trunk(x, turns(x.shape[1], self.size, x)), tokens[:, 1:])
+
+    def trunk(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        a, b = self.steps(x, x, turn=turn)
+        return a + b
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

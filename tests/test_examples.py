@@ -188,8 +188,9 @@ def test_groups_of_heads_are_the_attention(
             rows = [given[name].chunk(groups)[i] for name in names]
             part.qkv.weight.copy_(torch.cat(rows))
             part.leave.weight.copy_(whole.leave.weight.chunk(groups, 1)[i])
-    net = revnet.Reversible([revnet.Step(part, 0, 1) for part in parts])
-    one = revnet.Reversible([revnet.Step(whole, 0, 1)])
+    turn = {"turn": example.turns(tokens, size, torch.empty(0, dtype=torch.float64))}
+    net = revnet.Reversible([revnet.Step(part, 0, 1, constants=turn) for part in parts])
+    one = revnet.Reversible([revnet.Step(whole, 0, 1, constants=turn)])
     x, z = torch.randn(2, 2, tokens, width, dtype=torch.float64).requires_grad_()
     found = []
     for program in (net, one):

@@ -286,11 +286,9 @@ class Call:
         state.settle(self.random)
 
     def _surface(self) -> None:
-        """Have a tensor for the value of each stream, whose tiles are views of it."""
-        if not self.tape.tiled:
-            return
-        for i, stream in enumerate(self.streams):
-            self.streams[i] = tiled.surfaced(self.arithmetic, stream)
+        """Have a tensor for the value of each stream."""
+        if self.tape.tiled:
+            self.streams = [tiled.surfaced(stream) for stream in self.streams]
 
     @property
     def values(self) -> list[Any]:

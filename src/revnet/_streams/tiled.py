@@ -166,13 +166,13 @@ def joined(arithmetic: Arithmetic, held: Any) -> Any:
     return _joined(arithmetic, None, held)[1] if isinstance(held, Tiles) else held
 
 
-def surfaced(arithmetic: Arithmetic, stream: Stream) -> Stream:
-    """Return a stream whose value is one tensor, as others see it; its tiles are views of that."""
-    value, held = stream
-    if not isinstance(value, Tiles):
-        return stream
-    value = whole(value)
-    return value, with_value(arithmetic, rest(arithmetic, held), value.detach())
+def surfaced(stream: Stream) -> Stream:
+    """Return a stream whose value is one tensor, as others see it.
+
+    Its tiles stay what they are: views of that tensor would keep all of it until the last of them
+    is replaced.
+    """
+    return whole(stream[0]), stream[1]
 
 
 def rest(arithmetic: Arithmetic, held: Any) -> Any:
