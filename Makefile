@@ -2,6 +2,7 @@
 # make test    build the environment and run all tests
 # make long    run the searches that take too long for make test
 # make fuzz    run 100,000 random programs of each kind, or until one fails
+# make ecosystem    convert models of other libraries, and train them in other frameworks
 # make docs    build the documentation into site/; warnings are errors
 # make notebooks    run the notebooks of docs/notebooks; ARGS=--write keeps what they print
 # make dist    build and check what a package index gets, in dist/
@@ -26,7 +27,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install 
 
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: train test long fuzz lint types check format docs notebooks dist clean
+.PHONY: train test long fuzz ecosystem lint types check format docs notebooks dist clean
 
 train: $(STAMP)
 	$(BIN)/revnet train $(ARGS)
@@ -41,6 +42,9 @@ long: $(STAMP)
 # A failure is kept in .hypothesis and tried first the next time.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -x --timeout 0 --hypothesis-profile fuzz --hypothesis-show-statistics $(ARGS)
+
+ecosystem: $(VENV)/.installed-ecosystem
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ecosystem -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -74,7 +78,7 @@ clean:
 	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache
 
 # The packages of the group are installed when a target first asks for them: training and tests do without.
-$(VENV)/.installed-docs $(VENV)/.installed-release: $(VENV)/.installed-%: $(STAMP)
+$(VENV)/.installed-docs $(VENV)/.installed-ecosystem $(VENV)/.installed-release: $(VENV)/.installed-%: $(STAMP)
 	$(PIP_INSTALL) --constraint constraints.txt --group $*
 	@touch $@
 

@@ -1,13 +1,11 @@
-"""What the examples share: their options, the digits, and the comparison of stored with inverted
-execution.
-"""
+"""What the examples share: options, digits, and a comparison of stored with inverted execution."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,20 +52,20 @@ def digits(device: str, size: int = 8, channels: int = 1) -> tuple[Tensor, Tenso
 
 
 class Cost(NamedTuple):
-    """One training step: memory kept for backward and peak memory (MiB above the start), time (ms),
-    gradients.
-    """
+    """Of one training step: memory kept for backward and peak (MiB above the start), time (ms)."""
 
     saved: float
     peak: float
     time: float
     gradients: list[Tensor]
+    buffers: list[Tensor]
 
 
 def cost(model: nn.Module, loss: Callable[[], Tensor], execution: str) -> Cost:
     for module in model.modules():
         if isinstance(module, revnet.Reversible | revnet.ReversibleSequence):
             module.execution = execution
+    before = [buffer.clone() for buffer in model.buffers()]
 
     def step() -> float:
         model.zero_grad()
@@ -79,33 +77,55 @@ def cost(model: nn.Module, loss: Callable[[], Tensor], execution: str) -> Cost:
         return 1000 * (time.perf_counter() - started)
 
     step()
+    buffers = [buffer.clone() for buffer in model.buffers()]
     fastest = min(step() for _ in range(2))
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     report = revnet.measure_memory(loss)
     model.zero_grad()
-    return Cost(report.saved_bytes / 2**20, report.peak_bytes / 2**20, fastest, gradients)
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    mib = report.saved_bytes / 2**20, report.peak_bytes / 2**20
+    return Cost(*mib, fastest, gradients, buffers)
 
 
-def compare(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, float]:
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative difference of a tensor."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    return max([((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs], default=0.0)
+
+
+def compare(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    others: Mapping[str, Callable[[], Tensor]] | None = None,
+) -> dict[str, float]:
     """Print memory, time and gradients of one training step, stored and inverted.
+
+    Args:
+        model: the network.
+        loss: its loss.
+        others: losses of the same network that other means than revnet save memory for.
 
     Returns:
         The shares of memory that inverted execution keeps and needs, the largest relative
-        difference of a gradient, and what both executions keep for backward, in bytes.
+        difference of a gradient and of a buffer, and what both executions keep for backward, in
+        bytes.
     """
-    stored, inverted = (cost(model, loss, execution) for execution in ("store", "invert"))
-    print(f"{'execution':<12}{'saved':>12}{'peak':>12}{'time':>12}")
-    for name, one in (("store", stored), ("invert", inverted)):
-        print(f"{name:<12}{one.saved:>8.2f} MiB{one.peak:>8.2f} MiB{one.time:>9.1f} ms")
-    error = max(
-        ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
-        for a, b in zip(inverted.gradients, stored.gradients, strict=True)
-    )
+    costs = {name: cost(model, loss, name) for name in ("store", "invert")}
+    costs |= {name: cost(model, other, "store") for name, other in (others or {}).items()}
+    print(f"{'execution':<24}{'saved':>12}{'peak':>12}{'time':>12}")
+    for name, one in costs.items():
+        print(f"{name:<24}{one.saved:>8.2f} MiB{one.peak:>8.2f} MiB{one.time:>9.1f} ms")
+    stored, inverted = costs["store"], costs["invert"]
+    error = difference(inverted.gradients, stored.gradients)
+    kept, peak = inverted.saved / stored.saved, inverted.peak / stored.peak
+    print(f"inverted execution keeps {kept:.1%} of stored, its peak is {peak:.1%}")
     print(f"largest relative difference of a gradient: {error:.1e}")
     return {
-        "saved": inverted.saved / stored.saved,
-        "peak": inverted.peak / stored.peak,
+        "statistics": difference(inverted.buffers, stored.buffers),
+        "saved": kept,
+        "peak": peak,
         "error": error,
         "stored_bytes": stored.saved * 2**20,
         "inverted_bytes": inverted.saved * 2**20,

@@ -4,12 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 VOCABULARY, TOKENS = 97, 10
+
+
+@cache
+def admit_torchvision() -> None:
+    """Make torchvision import beside a torch that its operators were not built for.
+
+    The wheels of the index are for CUDA: beside a torch for CPUs their library does not load. An
+    import then fails at two operators that no model here calls, so this defines their signatures.
+    """
+    found = find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    try:
+        torch.ops.load_library(str(Path(found.origin).with_name("_C.so")))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou) -> Tensor"
+            )
+
+
+admit_torchvision()
 
 # What transformers calls the sizes of a text model, in its two families of names.
 _SIZES = {
@@ -72,7 +97,7 @@ class Case:
         batch: makes its keywords.
         generates: whether it has `generate`.
         options: of `revnet.convert`.
-        left: names of layers that stay outside.
+        calls: how many calls a step opens, where that is not one for each stack.
     """
 
     name: str
@@ -81,7 +106,7 @@ class Case:
     batch: Callable[[], dict[str, Any]]
     generates: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    left: tuple[str, ...] = ()
+    calls: int | None = None
 
 
 def ids() -> dict[str, Any]:
@@ -107,7 +132,7 @@ def image(key: str = "pixel_values", size: int = 16) -> Callable[[], dict[str, A
 def _hugging(
     kind: str, head: str, batch: Callable[[], dict[str, Any]], sizes: dict[str, Any], **more: Any
 ) -> Case:
-    options, left = more.pop("options", {}), more.pop("left", ())
+    options = more.pop("options", {})
     label = more.pop("label", kind)
 
     def make() -> nn.Module:
@@ -118,7 +143,7 @@ def _hugging(
         return model
 
     generates = head == "AutoModelForCausalLM"
-    return Case(label, "transformers", make, batch, generates, options, left)
+    return Case(label, "transformers", make, batch, generates, options)
 
 
 def _decoder(kind: str, sizes: dict[str, Any] = _SIZES, **more: Any) -> Case:
@@ -275,6 +300,90 @@ def _torchvision(name: str, **more: Any) -> Case:
     return Case(f"torchvision {name}", "torchvision", make, image("x", 32))
 
 
+def _diffusers(
+    name: str,
+    batch: Callable[[], dict[str, Any]],
+    label: str = "",
+    calls: int | None = None,
+    **sizes: Any,
+) -> Case:
+    def make() -> nn.Module:
+        import diffusers
+
+        model: nn.Module = getattr(diffusers, name)(**sizes)
+        return model
+
+    return Case(label or name, "diffusers", make, batch, calls=calls)
+
+
+# Sizes that the transformers of diffusers share.
+_HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3, "in_channels": 4}
+_LATENT = {**_HEADS, "sample_size": 8, "patch_size": 2}
+_PAIRED = {"joint_attention_dim": 24, "pooled_projection_dim": 12}
+
+
+def latents() -> dict[str, Any]:
+    labels = torch.tensor([1, 4])
+    return {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": labels, "class_labels": labels}
+
+
+def captioned() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([1, 4]),
+        "encoder_hidden_states": torch.randn(2, 5, 24),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def paired(tokens: int, image: Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": image,
+        "timestep": torch.tensor([1.0, 4.0]),
+        "encoder_hidden_states": torch.randn(2, tokens, 24),
+        "pooled_projections": torch.randn(2, 12),
+    }
+
+
+def positioned(tokens: int) -> dict[str, Any]:
+    batch = paired(tokens, torch.randn(2, 16, 4))
+    return {**batch, "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(tokens, 3)}
+
+
+_FLUX = {**_HEADS, **_PAIRED, "num_single_layers": 2, "axes_dims_rope": (2, 2, 4)}
+
+DIFFUSERS = [
+    _diffusers("DiTTransformer2DModel", latents, norm_num_groups=2, **_LATENT),
+    _diffusers(
+        "PixArtTransformer2DModel",
+        captioned,
+        norm_num_groups=2,
+        cross_attention_dim=16,
+        caption_channels=24,
+        **_LATENT,
+    ),
+    # Their blocks hand on two streams, the text first: they stay as they are, or all begin anew.
+    _diffusers(
+        "SD3Transformer2DModel",
+        lambda: paired(5, torch.randn(2, 4, 8, 8)),
+        calls=0,
+        caption_projection_dim=16,
+        pos_embed_max_size=8,
+        out_channels=4,
+        **_LATENT,
+        **_PAIRED,
+    ),
+    _diffusers("FluxTransformer2DModel", lambda: positioned(5), calls=0, **_FLUX),
+    _diffusers(
+        "FluxTransformer2DModel",
+        lambda: positioned(16),
+        "FluxTransformer2DModel, as many text tokens as image tokens",
+        calls=5,
+        **_FLUX,
+    ),
+]
+
+
 class Encoder(nn.Module):
     """`nn.TransformerEncoder` behind an embedding."""
 
@@ -298,7 +407,7 @@ OTHERS = [
     Case("nn.TransformerEncoder", "torch", Encoder, tokens),
 ]
 
-CASES = [*TRANSFORMERS, *TIMM, *OTHERS]
+CASES = [*TRANSFORMERS, *TIMM, *DIFFUSERS, *OTHERS]
 
 
 def leaves(out: Any) -> list[Tensor]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -275,10 +280,12 @@ MIXED = ["invert", "store", "checkpoint", "invert", "select"]
 @pytest.mark.parametrize("name", LOSSES)
 def test_invert_equals_store(name: str, rule: str) -> None:
     net, x, loss = Net(), torch.randn(2, 3, WIDTH), LOSSES[name]
-    expected = executed(net, "store", loss, x, rule=rule)
-    assert_same(executed(net, "invert", loss, x, rule=rule), expected)
-    assert_same(executed(net, MIXED, loss, x, rule=rule), expected)
-    assert_same(executed(net, MIXED[::-1], loss, x, rule=rule), expected)
+    alone = name.startswith("checkpoint of layers")
+    with pytest.warns(UserWarning, match="no memory is saved") if alone else nullcontext():
+        expected = executed(net, "store", loss, x, rule=rule)
+        assert_same(executed(net, "invert", loss, x, rule=rule), expected)
+        assert_same(executed(net, MIXED, loss, x, rule=rule), expected)
+        assert_same(executed(net, MIXED[::-1], loss, x, rule=rule), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -693,6 +700,83 @@ def test_leaving_the_range_names_layer_magnitude_and_remedy() -> None:
     net(x)
     with pytest.raises(ReversibleError, match=r"layers\.2: a stream left"):
         revnet.Conversion(net).check()
+
+
+def test_layers_that_all_begin_anew_are_warned_of_once() -> None:
+    """The second call saves nothing either; as warnings are errors here, it says nothing."""
+
+    class Apart(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            for layer in self.layers:
+                x = layer(x) * 1.0
+            return x
+
+    net, x = Apart(), torch.randn(2, 3, WIDTH)
+    conversion = revnet.convert(net, calibrate=x)
+    with torch.no_grad():
+        net(x)
+    with pytest.warns(UserWarning, match="layers: no layer was given the very tensor"):
+        net(x)
+    net(x)
+    # One layer alone, and one of which the output is changed, are no such stack.
+    conversion.stacks[0].warned.clear()
+    for _ in range(DEPTH):
+        one_alone(net, x)
+        changed_between(net, x)
+
+
+class Keyed(Net):
+    """A dict of layers, called by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): Block() for i in range(DEPTH)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for layer in self.layers.values():
+            x = layer(x, None)
+        return self.norm(x)
+
+
+def test_a_dict_of_layers() -> None:
+    net, x = Keyed(), torch.randn(2, 3, WIDTH)
+    assert_same(executed(net, "invert", whole, x), executed(net, "store", whole, x))
+    assert "layers: 5 × Block" in repr(revnet.convert(net))
+
+
+def test_the_policy_for_torchtitan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class in docs/ecosystem.md, on a base class with torchtitan's protocol.
+
+    A policy is made of its `Config`, with fields by keyword, and of a folder; `apply` changes the
+    model in place. A model calls the blocks of the `nn.ModuleDict` `layers`, by position.
+    """
+
+    class Policy:
+        @dataclass(kw_only=True, slots=True)
+        class Config:
+            preserve_rng_state: bool = True
+            determinism_check: str = "default"
+            debug: bool = False
+
+        def __init__(self, config: Any, dump_folder: str = "") -> None:
+            self.config = config
+
+    for name in ("torchtitan", "torchtitan.distributed"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = ModuleType("torchtitan.distributed.activation_checkpoint")
+    module.ActivationCheckpointing = Policy
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    page = Path(__file__).parent.parent / "docs" / "ecosystem.md"
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(page.read_text().partition("```py\n")[2].partition("```")[0], names)
+    kind = names["Reversible"]
+    net, x = Keyed(), torch.randn(2, 3, WIDTH)
+    expected = executed(net, "store", whole, x, bits=2)
+    kind(kind.Config(bits=2), dump_folder="outputs").apply(net)
+    assert revnet.Conversion(net).execution == "invert"
+    assert_same(results(net, whole, x), expected)
 
 
 @pytest.mark.parametrize("kind", ["sequential", "named"])

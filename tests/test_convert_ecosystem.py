@@ -6,8 +6,11 @@ import copy
 import importlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 
 import revnet
 from ecosystem import CASES, TRANSFORMERS, Case, leaves, weighted
+from revnet import ReversibleError
+from revnet._conversion import _diffusers, _dynamo, _timm, _transformers
 from revnet._conversion import layer as conversion_layer
 from revnet.testing import check_conversion
 
@@ -26,12 +31,21 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.ecosystem]
 FOUND: dict[str, str] = {}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Log and warn of nothing that is not an error: what other libraries say is theirs."""
     logging.disable(logging.WARNING)
     torch.use_deterministic_algorithms(False)
-    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with quietly():
+        yield
 
 
 def needs(*libraries: str) -> None:
@@ -72,7 +86,8 @@ def by_name(cases: list[Case]) -> Any:
 
 def cast(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {
-        key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()
+        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in batch.items()
     }
 
 
@@ -102,8 +117,10 @@ def test_a_model(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) ->
         with monkeypatch.context() as patch:
             patch.setattr(conversion_layer, "_new_call", counted)
             found.append(results(own, batch, autocast))
-        # Layers of a stack share one call.
-        assert calls == len(conversion.stacks)
+        # Layers of a stack share one call; where each begins anew, that is said.
+        assert calls == (len(conversion.stacks) if case.calls is None else case.calls)
+        alone = ["alone" in stack.warned for stack in conversion.stacks]
+        assert alone == [calls > len(conversion.stacks)] * len(alone)
         revnet.unconvert(own)
         if not any(buffer.is_floating_point() for buffer in own.buffers()):
             assert_same(results(own, batch, autocast), first)
@@ -290,6 +307,50 @@ def test_peft(when: str, base: torch.dtype) -> None:
     assert_same(*found)
 
 
+FILES = {"diffusers": _diffusers, "timm": _timm, "torch": _dynamo, "transformers": _transformers}
+
+
+def assert_known(file: Any, installed: str) -> None:
+    """A file of names of another library was written for this version of it."""
+    oldest, newest = (tuple(map(int, each.split("."))) for each in file.VERSIONS)
+    release = tuple(map(int, re.findall(r"\d+", installed)[: len(newest)]))
+    path = Path(file.__file__).name
+    assert oldest <= release <= newest, (
+        f"{path} is written for {' to '.join(file.VERSIONS)}, and {installed} is installed. Look "
+        f"for what {path} names in the new version, then change VERSIONS there."
+    )
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_the_names_are_those_of_the_installed_version(library: str) -> None:
+    needs(library)
+    assert_known(FILES[library], version(library))
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_an_unknown_version_fails_with_the_name_of_the_file(library: str) -> None:
+    path = Path(FILES[library].__file__).name
+    for unknown in ("0.1.0", "99.0.0rc1", "99.0+cu130"):
+        with pytest.raises(AssertionError, match=f"{path} is written for"):
+            assert_known(FILES[library], unknown)
+
+
+def test_a_unet_of_diffusers_is_refused_with_a_way_out() -> None:
+    needs("diffusers")
+    import diffusers
+
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=2,
+        add_attention=False,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    with pytest.raises(ReversibleError, match=r"UNet2DModel.*Convert a transformer of diffusers"):
+        revnet.convert(unet)
+
+
 def test_check_conversion_takes_a_model_with_a_loss() -> None:
     model, batch = llama()
     revnet.convert(model)
@@ -300,7 +361,7 @@ def test_check_conversion_takes_a_model_with_a_loss() -> None:
 
 def test_the_table_is_that_of_the_docs() -> None:
     """The table of docs/ecosystem.md names every model that is tested here."""
-    needs("transformers", "timm", "torchvision")
+    needs("transformers", "timm", "diffusers", "torchvision")
     table = importlib.import_module("conversion_table")
     docs = Path(__file__).parent.parent / "docs" / "ecosystem.md"
     assert table.table() in docs.read_text()

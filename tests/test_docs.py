@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 import revnet
+from ecosystem import admit_torchvision
 from revnet._state import environment
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +47,14 @@ def code_of(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in blocks]
 
 
+def with_marks(page: Path) -> Any:
+    """A page, marked where its code imports other libraries."""
+    code = "\n".join(code for _, code in code_of(page))
+    packages = set(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE))
+    others = packages - sys.stdlib_module_names - {"numpy", "revnet", "torch"}
+    return pytest.param(page, marks=[pytest.mark.ecosystem] if others else [])
+
+
 @pytest.fixture
 def no_process_group() -> Iterator[None]:
     """Ends the process group of a page that failed before it did."""
@@ -57,11 +67,12 @@ def no_process_group() -> Iterator[None]:
 @pytest.mark.usefixtures("no_process_group")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=name)
+@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES if code_of(page)], ids=name)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
+    admit_torchvision()
     # Memory filled with NaN is for the tests of the library; here it costs time alone.
     torch.use_deterministic_algorithms(False)
     # Compiled pages show how to compile; what inductor makes of it is for other tests.

@@ -1360,9 +1360,25 @@ class Stateful(nn.Module):
         return out.tanh() * (self.count + sum(self.log) + len(self.names["a"]) + self.table[:WIDTH])
 
 
+def modes() -> tuple[Any, ...]:
+    """Return what torch keeps for a thread and a context manager that stops halfway leaves."""
+    torch._C._vmapmode_increment_nesting()
+    return (
+        torch._C._vmapmode_decrement_nesting(),
+        torch._C._functorch.maybe_get_level(torch.empty(0)),
+        torch._C._functorch.peek_interpreter_stack(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
 def _interrupted(
-    loss: Tensor, inputs: list[Tensor], place: int, kind: type[BaseException]
-) -> tuple[bool, Any]:
+    loss: Tensor, inputs: list[Tensor], place: int, kind: type[BaseException], batched: bool
+) -> bool:
     """Differentiate and raise at a line of the library; return whether that place was reached."""
     root = os.path.dirname(revnet.__file__)
     count = 0
@@ -1381,26 +1397,28 @@ def _interrupted(
 
     previous = sys.gettrace()
     sys.settrace(trace)
+    several = torch.ones(2, dtype=loss.dtype) if batched else None
     try:
-        grads = torch.autograd.grad(loss, inputs, retain_graph=True)
+        torch.autograd.grad(loss, inputs, several, retain_graph=True, is_grads_batched=batched)
     except kind:
-        return True, None
+        return True
     finally:
         sys.settrace(previous)
-    return count >= place, grads
+    return False
 
 
 @pytest.mark.parametrize(
-    ("streams", "execution", "kind"),
+    ("streams", "execution", "kind", "batched"),
     [
-        ("float", "invert", KeyboardInterrupt),
-        ("float", "checkpoint", RuntimeError),
-        ("float", "select", KeyboardInterrupt),
-        ("fixed", "invert", KeyboardInterrupt),
+        ("float", "invert", KeyboardInterrupt, False),
+        ("float", "checkpoint", RuntimeError, False),
+        ("float", "select", KeyboardInterrupt, False),
+        ("float", "invert", KeyboardInterrupt, True),
+        ("fixed", "invert", KeyboardInterrupt, False),
     ],
 )
 def test_interrupt_anywhere_in_a_replay(
-    streams: str, execution: str, kind: type[BaseException]
+    streams: str, execution: str, kind: type[BaseException], batched: bool
 ) -> None:
     from revnet._state.decisions import _active
 
@@ -1412,10 +1430,13 @@ def test_interrupt_anywhere_in_a_replay(
     net.blocks[0].f.names = {"b": [3]}
     parameters = [x, *net.parameters()]
     expected = torch.autograd.grad(loss, parameters, retain_graph=True)
-    before, random = picture(net), torch.get_rng_state()
+    before, random, around = picture(net), torch.get_rng_state(), modes()
     failed, place, reached = [], 1, True
     while reached:
-        reached, _ = _interrupted(loss, parameters, place, kind)
+        reached = _interrupted(loss, parameters, place, kind, batched)
+        if modes() != around:
+            failed.append((place, "modes"))
+            break
         if picture(net) != before:
             failed.append((place, "modules"))
             break

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ._compiled.function import active
-from ._compiled.purity import hooked
+from ._compiled.purity import HOOKS
 from ._engine import Call
 from ._execution import STORE
 from ._program import (
@@ -241,11 +241,12 @@ def take_keys(
 
 def runs_only_steps(block: nn.Module) -> bool:
     """Whether calling a block would run its steps and nothing else: no hooks, say."""
-    own = "forward" in vars(block) or block._compiled_call_impl is not None
+    own = vars(block)
     return (
         type(block) is ReversibleBlock
-        and not own
-        and not hooked((block,))
+        and "forward" not in own
+        and block._compiled_call_impl is None
+        and not any(map(own.get, HOOKS))
         and not has_any_global_hook()
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compiled.function import outside
-from ._couplings import ADDITIVE
+from ._couplings import ADDITIVE, Coupling
 from ._execution import ExecutionName
 from ._program import BoundSteps, Program, Streams, check_stream
 from ._state.modules import Memory, Structure
@@ -32,23 +32,18 @@ def integrate(
     """Return the solution of `dx/dt = f(t, x)` at the last time, from x at the first.
 
     Activations are rebuilt in backward: memory does not grow with the number of steps, and
-    gradients are those of the discrete steps. With `streams="fixed"` they equal those of stored
-    execution in every bit. One step goes from each time to the next.
+    gradients are those of the discrete steps; with `streams="fixed"` they equal those of stored
+    execution in every bit. One step goes from each time to the next, with one evaluation of f and
+    an error of second order:
 
-    `"midpoint"` is the two-step rule, diffrax's `LeapfrogMidpoint`, of second order for equal
-    steps, with one evaluation of f per step and an Euler step at the start:
+    `"midpoint"` (diffrax's `LeapfrogMidpoint`) starts with an Euler step. It does not damp: where
+    f contracts, an error that alternates from step to step grows with `|f'| t`.
 
         x[n+1] = x[n-1] + (t[n+1] - t[n-1]) f(t[n], x[n])
 
-    It conserves, and so does not damp: where f contracts, an error that alternates from step to
-    step grows with `|f'| t`.
-
-    `"leapfrog"` solves `d²x/dt² = f(t, x)` for a pair of position and velocity, by half a kick,
-    drift, half a kick (velocity Verlet), of second order:
+    `"leapfrog"` (velocity Verlet) solves `d²x/dt² = f(t, x)` for a pair of position and velocity.
 
         v += h/2 f(t[n], x);  x += h v;  v += h/2 f(t[n+1], x)
-
-    Neighbouring half kicks are one step of the program: N steps evaluate f N + 1 times.
 
     Args:
         f: a module or another callable, called as `f(t, x)` with t a tensor without dimensions and
@@ -66,8 +61,7 @@ def integrate(
         x at `ts[-1]`, in the structure and dtype of x.
 
     Raises:
-        ValueError: an unknown method, or fewer than two times.
-        TypeError: x or ts of another type.
+        ValueError, TypeError: an unknown method, fewer than two times, x or ts of another type.
         ReversibleError: a stream left the range of its format; on CUDA only once the news has
             reached the host, and until then the solution is NaN there.
 
@@ -84,14 +78,18 @@ def integrate(
         again = partial(integrate, f, x, ts, method, streams=streams, execution=execution)
         return outside(again)
     begin, end = _METHODS[method]
-    given = begin(x)
-    leaves = [leaf for stream in given for leaf in tree_leaves(stream)]
+    program = _Integration(f, method, _times(ts, _first_leaf(begin(x))), streams, execution)
+    return end(program(*begin(x)), program.steps)
+
+
+def _first_leaf(given: tuple[Any, Any]) -> Tensor:
+    """Return the first tensor of the streams, all of which are checked."""
+    leaves: list[Tensor] = [leaf for stream in given for leaf in tree_leaves(stream)]
     if not leaves:
         raise TypeError("integrate: x holds no tensors")
     for leaf in leaves:
         check_stream(leaf, "x")
-    program = _Integration(f, method, _times(ts, leaves[0]), streams, execution)
-    return end(program(*given), program.steps)
+    return leaves[0]
 
 
 def _times(ts: Sequence[float] | Tensor, like: Tensor) -> Tensor:
@@ -130,16 +128,16 @@ class _Drift(nn.Module):
 class _FewStructures(Memory):
     """What earlier steps found, by branch: thousands of steps share one or two."""
 
-    def structure(self, number: int, fn: nn.Module, coupling: nn.Module) -> Structure:
+    def structure(self, number: int, fn: nn.Module, coupling: Coupling) -> Structure:
         return super().structure(id(fn), fn, coupling)
 
 
 class _OneSample(RangeMonitor):
     """Measure how many increments vanish in the first step alone: all steps are alike."""
 
-    def sample(self, increment: Tensor, unit: float, step: int) -> None:
+    def sample(self, increment: Tensor, fraction_bits: int, step: int) -> None:
         if step == 0:
-            super().sample(increment, unit, step)
+            super().sample(increment, fraction_bits, step)
 
 
 class _Integration(Program):

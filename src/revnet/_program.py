@@ -161,9 +161,9 @@ class Program(nn.Module):
         self._check_plan(*leaves)
         arithmetic = self._arithmetic(*leaves)
         if active():
-            obstacle = ""
+            unsupported = ""
             if self._settings.options.replays_specially:
-                obstacle = (
+                unsupported = (
                     "context_fn and determinism_check='exact' take effect only in engine replays"
                 )
             return tuple(
@@ -174,7 +174,7 @@ class Program(nn.Module):
                     self._executions,
                     again,
                     self._called_blocks,
-                    obstacle,
+                    unsupported,
                     taps,
                 )
             )

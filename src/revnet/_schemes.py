@@ -50,9 +50,10 @@ def residual_steps(
     """
     rule = ADDITIVE if coupling is None else coupling
     a, b = updates
-    drift, places = rule.drift, ((a, b), (b, a))
+    drift = None if coupling is None else coupling.drift
+    places = (a, b), (b, a)
     if drift is not None:
-        places = ((a, b), (a, b))
+        places = (a, b), (a, b)
     steps: list[tuple[int, BoundStep]] = []
     for letter, branch, (target, source), given in zip(
         "fg", branches, places, keywords, strict=True

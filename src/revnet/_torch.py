@@ -6,9 +6,9 @@ Every function says what breaks without it. All were seen in torch 2.11 to 2.13.
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ data_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[a
 lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone
 
 # The number of in-place writes to a tensor so far.
-version_of: Callable[[Tensor], int] = attrgetter("_version")
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 # Whether autocast is on for any type of device. Without it every replay would clear the cache of
 # casts, whether or not there can be any.
@@ -102,10 +102,22 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
+
+
 def _vmap_levels() -> int:
-    # Both return the level that they lead to; nothing only reads it.
-    torch._C._vmapmode_increment_nesting()
-    levels: int = torch._C._vmapmode_decrement_nesting()
+    """Return how many vmaps of `is_grads_batched` are at work.
+
+    Nothing only reads their number: both functions return the level that they lead to. Called by
+    `map` they have no line between them, at which an interrupt would leave one level too many.
+    """
+    if not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE):
+        return 0
+    levels: int
+    _, levels = map(
+        operator.call,
+        (torch._C._vmapmode_increment_nesting, torch._C._vmapmode_decrement_nesting),
+    )
     return levels
 
 
@@ -125,13 +137,14 @@ _NO_CONTEXT = contextlib.nullcontext()
 def _outside_transforms(levels: int) -> Iterator[None]:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    for _ in range(levels):
-        torch._C._vmapmode_decrement_nesting()
     try:
+        for _ in range(levels):
+            torch._C._vmapmode_decrement_nesting()
         with temporarily_clear_interpreter_stack():
             yield
     finally:
-        for _ in range(levels):
+        # Counted and not repeated, as an interrupt may have come before all were left.
+        for _ in range(levels - _vmap_levels()):
             torch._C._vmapmode_increment_nesting()
 
 

@@ -12,10 +12,13 @@ from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
 from torch.utils import _pytree as pytree
 
-from .purity import forget, reason, unused_names
+from .purity import forget, unsupported_reason, unused_names
+from .watch import WatchingCompiler
 
 _found: list[str] = []
 _told: list[bool] = []
+# The memory of the monitor, to which every call of the graph writes.
+_cells: list[Tensor] = []
 # Pairs of the name of a step and of a parameter on which its branch does not depend.
 _unused: set[tuple[str, str]] = set()
 _tensors: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -24,13 +27,13 @@ _tensors: dict[tuple[str, str], tuple[str, ...]] = {}
 def inspect(ctx: Any) -> None:
     """Find out why the steps of the function that is traced cannot be replayed in the graph.
 
-    Reads its locals `steps`, `streams`, `blocks` and `obstacle`. Under fullgraph=True, an obstacle
-    raises at once.
+    Reads its locals `steps`, `streams`, `blocks` and `unsupported`. Under fullgraph=True, what is
+    unsupported raises at once.
     """
     tracer = getattr(ctx, "_ComptimeContext__tx", None)
     try:
-        steps, streams, blocks, obstacle = (
-            _value(ctx, name) for name in ("steps", "streams", "blocks", "obstacle")
+        steps, streams, blocks, unsupported = (
+            _value(ctx, name) for name in ("steps", "streams", "blocks", "unsupported")
         )
         # What functions and global variables hold may have changed since they were inspected for
         # another graph.
@@ -38,9 +41,9 @@ def inspect(ctx: Any) -> None:
         _found[:] = [
             _vmapped()
             or _hooks()
-            or obstacle
+            or unsupported
             or _changed(ctx, steps)
-            or reason(steps, streams, blocks)
+            or unsupported_reason(steps, streams, blocks)
         ]
         _unused.clear()
         _tensors.clear()
@@ -51,6 +54,7 @@ def inspect(ctx: Any) -> None:
                     _tensors[name, prefix] = tuple(
                         key for key, value in vars(module).items() if isinstance(value, Tensor)
                     )
+            _watch(ctx, steps, streams)
     except _UnknownError as error:
         _found[:] = [f"a branch is given {error}, which the graph makes or changes"]
     if _found[0] and getattr(tracer, "one_graph", False):
@@ -67,6 +71,14 @@ def inspect(ctx: Any) -> None:
                 "Or keep the activations: `net.execution = 'store'`.",
             ],
         )
+
+
+def _watch(ctx: Any, steps: Sequence[Any], streams: Sequence[Tensor]) -> None:
+    """Have the graph that is traced refuse its backward after a write to what the steps read."""
+    graph = ctx._ComptimeContext__tx.output
+    if not isinstance(graph.compiler_fn, WatchingCompiler):
+        graph.compiler_fn = WatchingCompiler(graph.compiler_fn)
+    graph.compiler_fn.add(steps, (*streams, *_cells))
 
 
 def _changed(ctx: Any, steps: Sequence[Any]) -> str:
@@ -126,24 +138,26 @@ def _hooks() -> str:
 def prepare(ctx: Any) -> None:
     """Allocate the memory of the local `monitor` on the devices of the local `streams`.
 
-    Transforms allow no write to it, nor does it take findings that are distributed: `told` says
-    whether it is told any.
+    Transforms allow no write to it, nor can findings that are distributed be written there:
+    `takes_findings` says whether it is written to.
     """
     monitor, streams = _value(ctx, "monitor"), pytree.tree_leaves(_value(ctx, "streams"))
     distributed = any(hasattr(stream, "placements") for stream in streams)
     _told[:] = [not distributed and torch._C._functorch.peek_interpreter_stack() is None]
+    _cells.clear()
     if monitor is not None and _told[0]:
         for stream in streams:
+            _cells.append(monitor.prepare(stream.device).key)
             # So that CUDA graphs of the compiler may write to it.
-            mark_static_address(monitor.prepare(stream.device).key, guard=False)
+            mark_static_address(_cells[-1], guard=False)
 
 
-def verdict() -> str:
+def reason_found() -> str:
     """Return what `inspect` found."""
     return _found[0]
 
 
-def told() -> bool:
+def takes_findings() -> bool:
     """Return what `prepare` found."""
     return _told[0]
 
@@ -159,7 +173,7 @@ def tensor_attributes(step: str, prefix: str) -> tuple[str, ...]:
 
 
 # torch.compile calls such a function once, while it traces, and takes the result for a constant.
-for constant in (verdict, told, is_unused, tensor_attributes):
+for constant in (reason_found, takes_findings, is_unused, tensor_attributes):
     vars(constant)["_dynamo_marked_constant"] = True
 
 

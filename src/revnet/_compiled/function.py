@@ -24,15 +24,23 @@ from torch import Tensor, nn
 from .._errors import ReversibleError
 from .._execution import Execution
 from .._step import BoundStep, branch_output
-from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._streams.arithmetic import FixedArithmetic, Stream
 from .._streams.buffer import BufferedStream
-from .._streams.format import Held
 from .._streams.monitor import RangeMonitor
 from .._taps import Taps
-from .purity import hooked, inspecting, reason
-from .walk import _autocast, _Evaluation, _Program, _slots, _takes_gradient, _Tensors, _up, _Walk
-
-Arithmetic = FloatArithmetic | FixedArithmetic
+from .purity import hooked, inspecting, unsupported_reason
+from .walk import (
+    Arithmetic,
+    _autocast,
+    _Evaluation,
+    _held,
+    _Program,
+    _slots,
+    _takes_gradient,
+    _Tensors,
+    _up,
+    _Walk,
+)
 
 
 def active() -> bool:
@@ -51,7 +59,7 @@ def run_traced(
     executions: Sequence[Execution],
     engine: Callable[[], Any],
     blocks: Sequence[nn.Module] = (),
-    obstacle: str = "",
+    unsupported: str = "",
     taps: Taps | None = None,
 ) -> Any:
     """Return the streams after all steps, followed by a dict of extra outputs if there are any.
@@ -64,7 +72,7 @@ def run_traced(
             rebuilds them.
         engine: does the same outside a graph.
         blocks: modules around the branches, which are not called here.
-        obstacle: why the steps should be left to the engine, if they should.
+        unsupported: why the steps should be left to the engine, if they should.
         taps: reads streams on the way; what it read follows the streams.
     """
     if torch.compiler.is_dynamo_compiling() and isinstance(arithmetic, FixedArithmetic):
@@ -74,7 +82,7 @@ def run_traced(
         if torch.is_grad_enabled()
         else []
     )
-    rebuild = _rebuilds(again, streams, blocks, obstacle)
+    rebuild = _rebuilds(again, streams, blocks, unsupported)
     if rebuild is None:
         return outside(engine)
     # Steps that begin with a run have it encode the streams: compiled transforms take the operator
@@ -107,7 +115,10 @@ def run_traced(
 
 
 def _rebuilds(
-    again: Sequence[BoundStep], streams: Sequence[Any], blocks: Sequence[nn.Module], obstacle: str
+    again: Sequence[BoundStep],
+    streams: Sequence[Any],
+    blocks: Sequence[nn.Module],
+    unsupported: str,
 ) -> bool | None:
     """Check whether backward evaluates these steps again; None where only the engine can do so."""
     # Exporting is read as an attribute: torch 2.11 takes the function is_exporting() for true in
@@ -125,12 +136,12 @@ def _rebuilds(
         # Nothing has to be evaluated again, but hooks around the branches have to run.
         return None if hooks else False
     if not all(isinstance(stream, Tensor) for stream in streams):
-        obstacle = obstacle or "a stream is a tree of tensors"
+        unsupported = unsupported or "a stream is a tree of tensors"
     if torch.compiler.is_dynamo_compiling():
-        return _replayable(again, list(streams), list(blocks), obstacle) or None
-    if inspecting() or torch.compiler.is_compiling() or _forward_mode() or obstacle:
+        return _replayable(again, list(streams), list(blocks), unsupported) or None
+    if inspecting() or torch.compiler.is_compiling() or _forward_mode() or unsupported:
         return False
-    return not reason(again, streams, blocks)
+    return not unsupported_reason(again, streams, blocks)
 
 
 def _stored(
@@ -155,10 +166,10 @@ def outside(engine: Callable[[], Any]) -> Any:
 
 
 def _replayable(
-    parts: Sequence[BoundStep], streams: list[Any], blocks: list[nn.Module], obstacle: str
+    parts: Sequence[BoundStep], streams: list[Any], blocks: list[nn.Module], unsupported: str
 ) -> bool:
     """Check whether the graph may evaluate the steps again, while it is traced."""
-    from .dynamo import comptime, inspect, verdict
+    from .dynamo import comptime, inspect, reason_found
 
     # A plain tuple is the same to every version of the tracer.
     steps = [
@@ -166,16 +177,16 @@ def _replayable(
     ]
     comptime(inspect)
     del steps
-    return not verdict()
+    return not reason_found()
 
 
 def _prepared(monitor: RangeMonitor | None, streams: list[Any]) -> RangeMonitor | None:
-    """Allocate the monitor's memory while the graph is traced; return None if it is not told."""
-    from .dynamo import comptime, prepare, told
+    """Allocate the monitor's memory while the graph is traced; None if no graph writes to it."""
+    from .dynamo import comptime, prepare, takes_findings
 
     comptime(prepare)
     del streams
-    return monitor if told() else None
+    return monitor if takes_findings() else None
 
 
 def _forward_mode() -> bool:
@@ -193,10 +204,8 @@ def _reversibly(
     """Return the streams after the steps, by one operation whose backward rebuilds them."""
     table = _Tensors()
     streams = tuple([table.add(value) for value, _ in states])
-    fixed = monitor = None
     residuals: tuple[int, ...] = ()
-    if isinstance(arithmetic, FixedArithmetic):
-        fixed, monitor = arithmetic.fixed, arithmetic.monitor
+    if arithmetic.exact:
         # What a stored step left in a buffer, only the engine would read again.
         helds = [held.stream if isinstance(held, BufferedStream) else held for _, held in states]
         residuals = tuple([table.add(held.residual) for held in helds if held is not None])
@@ -226,17 +235,12 @@ def _reversibly(
             _Evaluation(BoundStep(*part[:5], kwargs), index, tuple(state), tuple(differentiated))
         )
     autocast = (_autocast("cpu"), _autocast(states[0][0].device.type))
-    program = _Program(tuple(steps), streams, residuals, fixed, monitor, autocast)
+    program = _Program(tuple(steps), streams, residuals, arithmetic, autocast)
     # Under the compiler, a Function none of whose tensors takes a gradient fails.
     walk = _Walk.apply if any(map(_takes_gradient, table.tensors)) else _up
     outputs = walk(program, *table.tensors)
     values = outputs[: len(streams)]
-    held = (
-        values
-        if fixed is None
-        else [Held(*parts) for parts in zip(values, outputs[len(streams) :], strict=True)]
-    )
-    return list(zip(values, held, strict=True))
+    return list(zip(values, _held(values, outputs[len(streams) :]), strict=True))
 
 
 def _is_unused(step: str, name: str) -> bool:

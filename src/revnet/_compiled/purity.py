@@ -20,10 +20,12 @@ from .._state.decisions import Decisions
 from .._state.results import arguments, draws
 from .stand_ins import Held, imitate, size_of, stand_in_for
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Module]) -> str:
+def unsupported_reason(
+    steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Module]
+) -> str:
     """Return why the steps cannot be evaluated twice, without a full stop; empty if they can.
 
     Args:
@@ -39,7 +41,7 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
                 f"{name}: its coupling, {coupling.state_owner}, is not supported in a compiled "
                 "graph: use an additive coupling whose branch does not read its target"
             )
-        found = obstacle(fn, [streams[i] for i in source], streams[target], kwargs)
+        found = branch_unsupported_reason(fn, [streams[i] for i in source], streams[target], kwargs)
         if found:
             return f"{name} {found}"
     return ""
@@ -48,7 +50,7 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
 def hooked(modules: Iterable[nn.Module]) -> bool:
     """Check whether a call of one of these modules would run hooks."""
     for module in modules:
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             if getattr(module, hooks, None):
                 return True
     return False
@@ -71,7 +73,7 @@ _PLAIN = (
 )
 
 
-def obstacle(
+def branch_unsupported_reason(
     fn: Callable[..., Any], sources: Sequence[Any], target: Any, kwargs: Mapping[str, Any]
 ) -> str:
     """Return why a branch is no function of its tensors alone, as the end of a sentence.

@@ -12,10 +12,10 @@ from torch.func import functional_call, vjp
 from .._couplings import fitting
 from .._errors import ReversibleError
 from .._step import BoundStep
-from .._streams.autograd import fixed_add
-from .._streams.fixed import Fixed
+from .._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from .._streams.format import Held
-from .._streams.monitor import RangeMonitor
+
+Arithmetic = FloatArithmetic | FixedArithmetic
 
 
 class _Slot(NamedTuple):
@@ -77,8 +77,7 @@ class _Program(NamedTuple):
     # The streams and, of fixed ones that are encoded, what is left over of each.
     streams: tuple[int, ...]
     residuals: tuple[int, ...]
-    fixed: Fixed | None
-    monitor: RangeMonitor | None
+    arithmetic: Arithmetic
     # Of the CPU and of the streams' device: its type, whether autocast is enabled there, its dtype.
     autocast: tuple[tuple[str, bool, torch.dtype], tuple[str, bool, torch.dtype]]
 
@@ -170,7 +169,7 @@ class _Walk(torch.autograd.Function):
         program, *tensors = inputs
         ctx.program = program
         ctx.modes = None if torch.compiler.is_compiling() else _modes(program)
-        if program.fixed is not None:
+        if program.arithmetic.exact:
             ctx.mark_non_differentiable(*output[len(program.streams) :])
         ctx.save_for_backward(*output, *tensors)
 
@@ -196,31 +195,43 @@ class _Walk(torch.autograd.Function):
 
 def _up(program: _Program, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the streams after the steps and, of fixed ones, what is left over of each."""
-    fixed = program.fixed
+    arithmetic = program.arithmetic
     values = [tensors[slot] for slot in program.streams]
     residuals = [tensors[slot] for slot in program.residuals]
-    if fixed is not None and not residuals:
-        for i, value in enumerate(values):
-            values[i], residual = fixed.encode(value, program.monitor)
-            residuals.append(residual)
+    streams: list[Any] = (
+        _held(values, residuals) if residuals else [arithmetic.hold(x) for x in values]
+    )
     for step in program.steps:
         i = step.part.target
-        sources = [values[j] for j in step.part.source]
+        sources = [arithmetic.read(streams[j]) for j in step.part.source]
         # A graph is traced while the modules have their tensors: to swap them in is a quarter of
         # the tracer's work.
         added = _evaluated(
-            step, values[i], sources, tensors, swap=not torch.compiler.is_dynamo_compiling()
+            step,
+            arithmetic.read(streams[i]),
+            sources,
+            tensors,
+            swap=not torch.compiler.is_dynamo_compiling(),
         )
-        if fixed is None:
-            values[i] = values[i] + added.to(values[i].dtype)
-        else:
-            values[i], residuals[i] = fixed.add(
-                Held(values[i], residuals[i]), added, program.monitor, step.place
-            )
+        streams[i] = arithmetic.add(streams[i], added, step.place)
     # Copies, because an output that is an input as well would be a view of it, and because torch
     # 2.11 loses the gradient of an output that has a second name in the graph, as `y.contiguous()`
     # in a branch may give it.
-    return tuple([x.clone() for x in (*values, *residuals)])
+    return tuple([x.clone() for x in _tensors_of(streams)])
+
+
+def _held(values: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Any]:
+    """Return the streams as an arithmetic holds them; float ones have no residuals."""
+    if not residuals:
+        return list(values)
+    return [Held(*parts) for parts in zip(values, residuals, strict=True)]
+
+
+def _tensors_of(streams: Sequence[Any]) -> list[Tensor]:
+    """Return the values of all streams and then, of fixed ones, what is left over of each."""
+    if not isinstance(streams[0], Held):
+        return list(streams)
+    return [held.value for held in streams] + [held.residual for held in streams]
 
 
 def _modes(program: _Program) -> list[bool]:
@@ -242,10 +253,10 @@ def _down(
     program: _Program, saved: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of all tensors from those of the last streams."""
-    fixed = program.fixed
+    arithmetic = program.arithmetic
     count = len(program.streams)
     values = list(saved[:count])
-    kept = count if fixed is None else 2 * count
+    kept = 2 * count if arithmetic.exact else count
     residuals, tensors = list(saved[count:kept]), saved[kept:]
     stream_grads = list(grads[:count])
     if torch.compiler.is_compiling():
@@ -256,22 +267,18 @@ def _down(
             torch.where(grad.isnan(), x, x) for x, grad in zip(values, stream_grads, strict=True)
         ]
         values = [torch.empty_like(x).copy_(same) for x, same in zip(values, chosen, strict=True)]
+    streams = _held(values, residuals)
     collected: list[Tensor | None] = [None] * len(tensors)
     for step in program.steps[::-1]:
         i = step.part.target
         with _autocasting(*program.autocast[0]), _autocasting(*program.autocast[1]):
-            inputs = [values[j] for j in step.part.source] + [
+            inputs = [arithmetic.read(streams[j]) for j in step.part.source] + [
                 tensors[slot] for slot in step.differentiated
             ]
-            evaluated: Any = vjp(_increment(step, values[i], tensors), *inputs)
+            increment = _increment(step, arithmetic.read(streams[i]), tensors)
+            evaluated: Any = vjp(increment, *inputs)
         added, pull = evaluated
-        if fixed is None:
-            values[i] = values[i] - added.to(values[i].dtype)
-        elif torch.compiler.is_compiling():
-            values[i], residuals[i] = fixed.subtract(Held(values[i], residuals[i]), added)
-        else:
-            # The same numbers, and differentiable.
-            values[i], residuals[i] = fixed_add(Held(values[i], residuals[i]), -added, fixed)
+        streams[i] = arithmetic.subtract(streams[i], added)
         # A graph is traced with the caller's autocast on, which would cast these products once
         # more.
         with _without_autocast(program.autocast[0]), _without_autocast(program.autocast[1]):

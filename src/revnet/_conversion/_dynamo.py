@@ -1,4 +1,4 @@
-"""What conversion relies on in torch.compile: of torch 2.11 to 2.13, in torch._C, so nothing loads.
+"""What conversion relies on in torch.compile: names in torch._C, so that nothing loads.
 
 A compiled model breaks its graph at a converted layer (`_torchdynamo_disable`), whose `forward` is
 not compiled itself (`set_code_exec_strategy`). Inside, the compiler is switched off
@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch._C._dynamo import eval_frame
+
+# The oldest and the newest torch with these names; see tests/test_convert_ecosystem.py.
+VERSIONS = "2.11", "2.13"
 
 
 def keep_out(function: Callable[..., Any]) -> None:

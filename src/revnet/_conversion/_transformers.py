@@ -1,9 +1,9 @@
-"""What conversion relies on in transformers: names of version 4.50 to 5.23, nothing imported.
+"""What conversion relies on in transformers: names, of which nothing is imported here.
 
 `GradientCheckpointingLayer` (modeling_layers), the base of layers, and its attribute
 `gradient_checkpointing`, which `gradient_checkpointing_enable` and `_disable` set; `Cache`
-(cache_utils) with `get_seq_length`
-and `has_previous_state`; `name_or_path` of a model that was loaded.
+(cache_utils) with `get_seq_length` and `has_previous_state`; `name_or_path` of a model that was
+loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+# The oldest and the newest version with these names; see tests/test_convert_ecosystem.py.
+VERSIONS = "4.50", "5.23"
 # What `gradient_checkpointing_enable` sets in layers.
 FLAG_OF_LAYERS = "gradient_checkpointing"
 # What layers call their caches.

@@ -177,7 +177,8 @@ def convert(
 
     Args:
         model: any module with stacks of residual layers.
-        layers: names of `nn.ModuleList` or `nn.Sequential` in it; found if not given.
+        layers: names of `nn.ModuleList`, `nn.Sequential` or `nn.ModuleDict` in it; found if not
+            given.
         rule: `"momentum"` for pretrained weights; `"two-stream"` for training from scratch: no bits
             are kept, and pretrained weights do not carry over.
         bits: 1 to 8 per element and layer, one number or one per layer: fewer take less memory,
@@ -188,8 +189,7 @@ def convert(
             or one of them per layer; see `revnet.ReversibleSequence`.
         calibrate: a batch from which the range is chosen at once: a mapping of keywords, a tuple,
             or one argument of the model.
-        preserve_rng_state: as in `revnet.ReversibleSequence`.
-        determinism_check: `"default"`, `"none"` or `"exact"`; see `revnet.ReversibleSequence`.
+        preserve_rng_state, determinism_check: as in `revnet.ReversibleSequence`.
 
     Returns:
         The conversion, which prints what was found, and sets bits and execution anew.

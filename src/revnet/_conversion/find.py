@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .._errors import ReversibleError
+from ._diffusers import is_unet
 from ._transformers import is_layer
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential)
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 # How classes of residual layers are called, and classes of what surrounds them.
 _LAYER = re.compile("layer|block|bottleneck|residual", re.IGNORECASE)
 _AROUND = re.compile("stage|norm|embed|patch|pool|downsample|upsample|merging", re.IGNORECASE)
@@ -51,7 +52,8 @@ def find(model: nn.Module) -> list[Found]:
         among = f"such as {', '.join(candidates[:5])}" if candidates else "of which there is none"
         raise ReversibleError(
             f"{type(model).__name__} has no stack of equal residual layers that is known as one. "
-            f"Name it, as in layers='model.layers': an nn.ModuleList or nn.Sequential, {among}."
+            f"Name it, as in layers='model.layers': an nn.ModuleList, nn.Sequential or "
+            f"nn.ModuleDict, {among}."
         )
     return found
 
@@ -72,7 +74,7 @@ def named(model: nn.Module, names: str | Sequence[str]) -> list[Found]:
             what = "not there" if module is None else f"a {type(module).__name__}"
             raise ReversibleError(
                 f"layers names {name!r}, which is {what} in {type(model).__name__}: expected an "
-                f"nn.ModuleList or nn.Sequential of layers, such as 'model.layers'."
+                f"nn.ModuleList, nn.Sequential or nn.ModuleDict of layers, such as 'model.layers'."
             )
         found.append(Found(name, dict(_children(name, module))))
     return found
@@ -80,12 +82,11 @@ def named(model: nn.Module, names: str | Sequence[str]) -> list[Found]:
 
 def refuse(model: nn.Module) -> None:
     """Raise for models whose stacks cannot be entered layer by layer."""
-    kind = type(model)
-    if kind.__module__.startswith("diffusers") and kind.__name__.startswith("UNet"):
+    if is_unet(model):
         raise ReversibleError(
-            f"{kind.__name__}: its blocks hand on a skip connection each, which a converted layer "
-            f"would return twice. Convert a transformer of diffusers, or build the network from "
-            f"revnet.ReversibleSequence."
+            f"{type(model).__name__}: its blocks hand on a skip connection each, which a "
+            f"converted layer would return twice. Convert a transformer of diffusers, or build the "
+            f"network from revnet.ReversibleSequence."
         )
 
 

@@ -157,7 +157,10 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
     random = RandomState(devices_of([x])) if unseen else None
     try:
         try:
-            return _steps(stack, place, update, x, keywords, _find(x, stack, recording))
+            found = _find(x, stack, recording)
+            if recording:
+                stack.note(place, found is not None)
+            return _steps(stack, place, update, x, keywords, found)
         except _Range:
             # Another format begins with a new call.
             stack.fit()

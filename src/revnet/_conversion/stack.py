@@ -79,6 +79,8 @@ class Stack(Bookkeeping):
         self.fine = False
         # Layers that run as they are, and why.
         self.outside: dict[int, str] = {}
+        # Layers that began a call since one last continued the call of another.
+        self.began: set[int] = set()
         self.options = options
         self.monitor = RangeMonitor()
         self.warned: set[str] = set()
@@ -187,6 +189,18 @@ class Stack(Bookkeeping):
             self.warned.add(key)
             warnings.warn(message, stacklevel=callers_level())
 
+    def note(self, place: int, continued: bool) -> None:
+        """Note whether a layer continued the call of another; warn if no layer does."""
+        if continued:
+            self.began.clear()
+            return
+        self.began.add(place)
+        inside = set(range(len(self.layers))) - self.outside.keys()
+        # The first batch may begin anew because it chooses the range.
+        if len(inside) > 1 and self.began >= inside and not self.unseen:
+            self.began.clear()
+            self.warn_once("alone", f"{self.name}: {_ALONE}")
+
     def numbers(self) -> dict[str, Any]:
         """Return what resuming needs, as numbers and names."""
         fixed = self.streams.fraction_bits if isinstance(self.streams, Fixed) else None
@@ -210,6 +224,14 @@ class Stack(Bookkeeping):
         self.largest, self.fine = numbers["largest"], numbers["fine"]
         self.unseen = set(numbers["unseen"])
         self.outside = {int(place): reason for place, reason in numbers["outside"].items()}
+
+
+_ALONE = (
+    "no layer was given the very tensor that another layer of the stack had returned, so each "
+    "began anew: gradients are right, but no memory is saved. Layers that hand on two streams, "
+    "that something between them changes, or that have a checkpoint of their own, gain nothing "
+    "from a conversion: unconvert them, or name other stacks in `layers`."
+)
 
 
 def low_precision(dtype: torch.dtype) -> bool:

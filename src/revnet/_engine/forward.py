@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from . import chain
 from .backward import Lock, recover
 from .checksums import tree_checksum
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
-from .tape import Options, Record, Tape, layout_of
+from .tape import Layout, Options, Record, Tape, layout_of
 
 
 class Call:
@@ -76,6 +76,7 @@ class Call:
             torch.is_grad_enabled() and not records_operators() and not is_forward_mode()
         )
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
+        self.layout_of = Layout if all(isinstance(x, Tensor) for x in streams) else layout_of
         self.devices = devices_of(leaves)
         self.environment = Environment([device.type for device in self.devices])
         # Versions of the streams as a block returned them.
@@ -127,6 +128,7 @@ class Call:
         # walking. As after a stored step, the state before it and after it are two positions.
         if self.recording and self.tape.follows_rebuilt():
             self.tape.add_barrier(self.streams)
+        self.layout_of = layout_of
         self.streams = [self.arithmetic.encode(value) for value in streams]
 
     @untraced
@@ -147,7 +149,9 @@ class Call:
         execution = STORE if within else self.executions[index]
         if execution.keeps_results and is_compiled(step.fn):
             execution = STORE
-        sources = [self.streams[i][0] for i in step.source]
+        streams = self.streams
+        # By `map`, as calls of Python count here.
+        sources = list(map(_value, map(streams.__getitem__, step.source)))
         if not self.recording or not execution.rebuilds:
             if self.recording:
                 self.tape.add_barrier(self.streams, within)
@@ -157,17 +161,16 @@ class Call:
         record = Record(
             step._replace(kwargs={}) if step.kwargs else step,
             self._state(index, step, execution),
-            [layout_of(value) for value in sources],
+            list(map(self.layout_of, sources)),
             _ALONE if len(sources) == 1 else _shared(sources),
-            layout_of(self.streams[step.target][0]),
+            self.layout_of(streams[step.target][0]),
             self._keep(execution, step),
             [],
         )
         tape = self.tape
-        hook = PackHook(record, len(tape.records), partial(recover, tape), tape.name)
+        hook = PackHook(record, sources, len(tape.records), partial(recover, tape), tape.name)
         tape.append(record, hook)
-        hook.read(sources)
-        tape.running = self.streams
+        tape.running = streams
         try:
             self._run(index, step, record, hook, sources)
         finally:
@@ -183,7 +186,7 @@ class Call:
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
         fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
-        structure = self.memory.structure(index, fn, step.coupling.state_owner)
+        structure = self.memory.structure(index, fn, step.coupling)
         context_fn = self.options.context_fn
         return StepState(step, structure, self.environment, random, results, context_fn)
 
@@ -195,7 +198,7 @@ class Call:
         versions = list(map(version_of, hook.sources))
         push_saved_tensor_hooks(hook.pack, hook.unpack)
         try:
-            with state.recording(self.devices):
+            with state.decisions if state.unaided else state.recording(self.devices):
                 out = step.fn(*sources, **step.kwargs)
             record.saved_by_branch = len(record.saved)
             if versions != list(map(version_of, hook.sources)):
@@ -324,8 +327,12 @@ class Call:
         on_host = execution.on_host and not self.capturing
         if on_host and all(leaf.is_cuda for leaf in tree_leaves(encoded)):
             return Hosted(encoded)
-        undone = not execution.keeps_target and step.target not in step.source
-        return None if undone and self.arithmetic.undoes(step.coupling) else Saved(encoded)
+        if execution.keeps_target or step.target in step.source:
+            return Saved(encoded)
+        # What only adds to the target is undone in every arithmetic.
+        if step.coupling.translates or self.arithmetic.undoes(step.coupling):
+            return None
+        return Saved(encoded)
 
     def _combine(self, index: int, step: BoundStep, out: Any) -> None:
         """Update the target with what the branch returned, its extra output put aside."""
@@ -342,6 +349,7 @@ class Call:
 
 
 _prefetch = attrgetter("prefetch")
+_value = itemgetter(0)
 # What `_shared` returns for one source.
 _ALONE = [0]
 

@@ -27,6 +27,8 @@ class PackHook:
 
     Args:
         record: the record of the step.
+        sources: what the step reads, tensors or trees of tensors.
+        number: of the step on its tape.
         recover: returns the tensor for a number, by a walk.
         name: returns what errors call the step.
     """
@@ -46,6 +48,7 @@ class PackHook:
     def __init__(
         self,
         record: Record,
+        sources: Sequence[Any],
         number: int,
         recover: Callable[[PackHook, int], Saving],
         name: Callable[[int], str],
@@ -57,21 +60,18 @@ class PackHook:
         # Tensors that the step reads, and those of which they are views: leaves, perhaps, but
         # recomputed.
         self.sources: list[Tensor] = []
-        self.passing: Collection[int] = ()
-        # By backward call and by number. They are freed with their hook (rule 4).
-        self.recomputed: dict[int, dict[int, Saving]] = {}
-        # What the Function at work has read: it may read its saved tensors again.
-        self.reading: tuple[int, int, dict[int, Saving]] | None = None
-
-    def read(self, sources: Sequence[Any]) -> None:
-        """Record the tensors this step reads, so that `pack` can tell them from parameters."""
         for value in sources:
             for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
                 base = leaf._base
                 self.sources += (leaf,) if base is None else (leaf, base)
-        modules = self.record.state.modules
+        self.passing: Collection[int] = ()
+        modules = record.state.modules
         if modules.objects.tensors:
             self.passing = modules.passing() - set(map(storage_id, self.sources))
+        # By backward call and by number. They are freed with their hook (rule 4).
+        self.recomputed: dict[int, dict[int, Saving]] = {}
+        # What the Function at work has read: it may read its saved tensors again.
+        self.reading: tuple[int, int, dict[int, Saving]] | None = None
 
     @untraced
     def pack(self, tensor: Tensor) -> Any:

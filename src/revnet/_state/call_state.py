@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from .._couplings import Additive, Affine, Leapfrog, Midpoint, Momentum
 from .._errors import ReversibleError
 from .._step import BoundStep
-from .._two_step import TwoStep
 from . import fsdp
 from .decisions import Decisions, _active, replays
 from .environment import Environment
@@ -25,9 +23,6 @@ ContextFn = Callable[
     [], tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
 ]
 
-# These rules neither draw random numbers nor remember decisions: only the branch does, with what
-# a rule does to its output.
-_QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum, TwoStep})
 _NOTHING = contextlib.nullcontext()
 
 
@@ -57,6 +52,7 @@ class StepState:
         "decisions",
         "results",
         "contexts",
+        "unaided",
         "_player",
     )
 
@@ -70,7 +66,7 @@ class StepState:
         context_fn: ContextFn | None,
     ) -> None:
         self.name = step.name
-        self.quiet = type(step.coupling.state_owner) in _QUIET
+        self.quiet = structure.quiet
         self.environment = environment
         self.modules = ModuleState(structure, step.kwargs, step.name)
         self.random = random
@@ -78,16 +74,12 @@ class StepState:
         self.decisions = Decisions(step.name)
         self.results = results
         self.contexts = None if context_fn is None else context_fn()
+        self.unaided = context_fn is None and results is None
         self._player: ReplayResults | None = None
 
-    def recording(self, devices: Sequence[torch.device]) -> Any:
-        """Run the branch inside."""
-        if self.contexts is None and self.results is None:
-            return self.decisions
-        return self._recording(devices)
-
     @contextlib.contextmanager
-    def _recording(self, devices: Sequence[torch.device]) -> Iterator[None]:
+    def recording(self, devices: Sequence[torch.device]) -> Iterator[None]:
+        """Run the branch inside; `decisions` alone does the same where it is `unaided`."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.decisions)
             if self.contexts is not None:
@@ -114,7 +106,8 @@ class StepState:
         Args:
             random_after: the generators after the call.
         """
-        self.modules.settle()
+        if not self.modules.structure.simple or self.modules.kwargs:
+            self.modules.settle()
         if self.results is not None:
             self.results.settle()
         if self.random is not None and random_after is not None:
@@ -153,7 +146,7 @@ class StepState:
             running: whether the call itself is still under way.
         """
         uncast = fsdp.sharded(self.modules.modules) if fsdp.REPLAYS_UNCAST else []
-        if not uncast and self.results is None and self.contexts is None:
+        if not uncast and self.unaided:
             return self.decisions
         return self._replaying(running, uncast)
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from .._couplings import Additive, Affine, Coupling, Leapfrog, Midpoint, Momentum
 from .._errors import ReversibleError
 from .._torch import is_dtensor, storage_id, version_of
+from .._two_step import TwoStep
 from . import fsdp
 from .branch import MACHINERY, Table, attributes_of, modules_of, scripted_tables, tables_of
 from .copies import Copies, refill
@@ -20,6 +22,9 @@ from .objects import Container, Large, Objects, modules_in, stands_for
 from .tensors import TensorState, replacements
 from .undo import Undo
 
+# These rules neither draw random numbers nor remember decisions: only the branch does, with what
+# a rule does to its output.
+_QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum, TwoStep})
 # Stands for an attribute that a module does not have.
 _ABSENT: Any = object()
 
@@ -63,6 +68,7 @@ class Structure:
         "parameter_names",
         "lazy",
         "simple",
+        "quiet",
         "everything",
     )
 
@@ -87,6 +93,7 @@ class Structure:
             self._add(module, known)
         self.sizes = list(map(len, self.dicts))
         self.lazy = UninitializedParameter in map(type, self.parameters)
+        self.quiet = type(coupling) in _QUIET
         self.everything = (
             self.owns + self.parameter_owns,
             self.names + self.parameter_names,
@@ -159,15 +166,21 @@ class Memory:
     def __reduce__(self) -> Any:
         return Memory, ()
 
-    def structure(self, number: int, fn: nn.Module, coupling: nn.Module) -> Structure:
+    def structure(self, number: int, fn: nn.Module, coupling: Coupling) -> Structure:
         """Return the structure of a step, read anew where it has changed."""
         known = self._structures.get(number)
-        if known is not None and known[0] is fn and known[1] is coupling:
+        # A rule made for a single call, such as an inverse, has the modules of another.
+        if (
+            known is not None
+            and known[0] is fn
+            and (known[1] is coupling or known[1] is coupling.state_owner)
+        ):
             structure = known[2]
             if structure.current():
                 return structure
-        structure = Structure(fn, coupling)
-        self._structures[number] = fn, coupling, structure
+        owner = coupling.state_owner
+        structure = Structure(fn, owner)
+        self._structures[number] = fn, owner, structure
         return structure
 
 
@@ -263,7 +276,7 @@ class ModuleState:
             self._check_parameters(where)
         for state in self.objects.tensors.values():
             if state.changed():
-                raise ReversibleError(_changed(where, *self._label(state)))
+                raise ReversibleError(changed_message(where, *self._label(state)))
         for large in self.objects.large.values():
             if not large.same():
                 raise ReversibleError(
@@ -282,7 +295,7 @@ class ModuleState:
                 continue
             exchanged = fsdp.exchanged(parameter, own.get(name))
             if not isinstance(parameter, nn.Parameter) or is_dtensor(parameter) or not exchanged:
-                raise ReversibleError(_changed(where, "parameter", name) + _INITIALISED)
+                raise ReversibleError(changed_message(where, "parameter", name) + _INITIALISED)
 
     def _label(self, state: TensorState) -> tuple[str, str]:
         """Return what kind of tensor this is, and its name."""
@@ -409,7 +422,7 @@ _INITIALISED = (
 )
 
 
-def _changed(where: str, kind: str, name: str) -> str:
+def changed_message(where: str, kind: str, name: str) -> str:
     return (
         f"{where}: {kind} {name!r} was changed in place between forward and backward, so the "
         "forward pass cannot be replayed. Call backward before the optimizer's step (or any other "

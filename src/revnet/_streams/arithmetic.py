@@ -68,6 +68,18 @@ class FloatArithmetic:
         value = coupling.invert(held, out)
         return value, value
 
+    def hold(self, value: Tensor) -> Tensor:
+        """Return how the stream that starts as `value` is held: `encode` inside a Function."""
+        return value
+
+    def add(self, held: Tensor, increment: Tensor, index: int) -> Tensor:
+        """Return the stream after an additive step: `combine` inside a Function."""
+        return held + increment.to(held.dtype)
+
+    def subtract(self, held: Tensor, increment: Tensor) -> Tensor:
+        """Return the stream before an additive step; differentiable outside of graphs."""
+        return held - increment.to(held.dtype)
+
     def read(self, held: Any) -> Any:
         """The value of a stream that is held so."""
         return held
@@ -110,6 +122,24 @@ class FixedArithmetic:
 
     def combine(self, coupling: Coupling, stream: Stream, out: Any, index: int) -> Stream:
         value, held = stream
+        if (
+            type(coupling) is Additive
+            and held.__class__ is Held
+            and isinstance(value, Tensor)
+            and isinstance(out, Tensor)
+            and value.dtype is out.dtype
+            and value.shape == out.shape
+            and value.device == out.device
+        ):
+            # Most steps: what follows, without its calls.
+            held = fixed_add(
+                held._replace(value=value) if held.value is not value else held,
+                out,
+                self.fixed,
+                self.monitor,
+                index,
+            )
+            return held.value, held
         if coupling.translates:
 
             def add(held: Held, increment: Tensor) -> Held:
@@ -156,6 +186,18 @@ class FixedArithmetic:
                 held = divide(held, coupling.scale(out), coupling.least_scale, self.fixed)
                 held = _signed(held, _stream(held).value, coupling.sign(out))
         return _stream(held).value, held
+
+    def hold(self, value: Tensor) -> Held:
+        return Held(*self.fixed.encode(value, self.monitor))
+
+    def add(self, held: Held, increment: Tensor, index: int) -> Held:
+        return Held(*self.fixed.add(held, increment, self.monitor, index))
+
+    def subtract(self, held: Held, increment: Tensor) -> Held:
+        if torch.compiler.is_compiling():
+            return Held(*self.fixed.subtract(held, increment))
+        # The same numbers, and differentiable.
+        return Held(*fixed_add(held, -increment, self.fixed))
 
     def read(self, held: Any) -> Any:
         return _stream(held).value

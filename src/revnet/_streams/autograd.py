@@ -59,7 +59,10 @@ class _DualAdd(_FixedAdd):
 
 
 class _FixedAddNow(torch.autograd.Function):
-    """Add without transforms: `setup_context` would bind the arguments by inspection each time."""
+    """Add without transforms: `setup_context` would bind the arguments by inspection each time.
+
+    Written out, as calls of Python count in every step.
+    """
 
     @staticmethod
     def forward(
@@ -71,8 +74,10 @@ class _FixedAddNow(torch.autograd.Function):
         monitor: RangeMonitor | None,
         step: int,
     ) -> Held:
-        output = _FixedAdd.forward(value, residual, increment, fixed, monitor, step)
-        _FixedAdd.setup_context(ctx, (value, residual, increment), output)
+        output = fixed._combine(Held(value, residual), increment, 1, monitor, step)
+        ctx.value_dtype, ctx.increment_dtype = value.dtype, increment.dtype
+        ctx.mark_non_differentiable(output.residual)
+        ctx.set_materialize_grads(False)
         return output
 
     backward = _FixedAdd.backward

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,10 @@ def combine(
     A reduction per piece shows that every number is in range; a piece where it does not is left to
     the reference.
     """
-    one, edge = unit(fraction_bits), bound(fraction_bits, new.value.dtype)
-    scale = 1.0 / one
-    pieces = cut((increment, *new, *(held or ())))
+    one, scale, edge = _numbers(fraction_bits, new.value.dtype)
+    tensors = (increment, *new, *(held or ()))
+    small = increment.numel() <= _PIECE and new.value.is_contiguous()
+    pieces = [tensors] if small else cut(tensors)
     # In one piece: the C library gives two back to the system, and each call would fault their
     # pages in again.
     total, other = torch.empty((2, *pieces[0][0].shape), dtype=torch.float64)
@@ -51,6 +54,13 @@ def combine(
         # Without held, minus zero is as yet zero's other form.
         value.copy_(torch.add(total, 0.0, out=other).mul_(one))
         residual.copy_(total.sub_(other.copy_(value), alpha=scale))
+
+
+@cache
+def _numbers(fraction_bits: int, dtype: torch.dtype) -> tuple[float, float, int]:
+    """Return what an integer of one stands for, its reciprocal, and the bound of the integers."""
+    one = unit(fraction_bits)
+    return one, 1.0 / one, bound(fraction_bits, dtype)
 
 
 def cut(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

@@ -129,7 +129,7 @@ class Fixed:
         tensors = (increment,) if held is None else (*held, increment)
         if fusible(tensors):
             if monitor is not None and held is not None:
-                monitor.sample(increment, self.unit, step)
+                monitor.sample(increment, self.fraction_bits, step)
             return _fused(held, increment, sign, self.fraction_bits, monitor, step)
         if (
             torch.compiler.is_dynamo_compiling()
@@ -166,11 +166,17 @@ def _fused(
 ) -> Held:
     value = increment if held is None else held.value
     new = empty(value, fraction_bits)
-    if value.numel() == 0 or is_fake(value):
+    if value.numel() == 0 or value.is_meta or (type(value) is not Tensor and is_fake(value)):
         return new
-    if held is not None:
-        held = Held(like(value, new.value), like(held.residual, new.value))
-    increment = like(increment, new.value)
+    parts = (increment,) if held is None else (*held, increment)
+    if (
+        not all(map(_is_contiguous, parts))
+        or increment.shape != value.shape
+        or any(map(_is_neg, parts))
+    ):
+        if held is not None:
+            held = Held(like(value, new.value), like(held.residual, new.value))
+        increment = like(increment, new.value)
     if value.is_cpu:
         cpu.combine(held, increment, new, sign, fraction_bits, monitor, step)
     elif not launched(held, increment, new, sign, fraction_bits, monitor, step):
@@ -198,8 +204,12 @@ def launched(
 
 def empty(value: Tensor, fraction_bits: int) -> Held:
     """Return memory for a stream of the shape, dtype and dense layout of an operation on value."""
-    dtype = format.residual_dtype(fraction_bits, value.dtype)
+    dtype = _residual_dtype(fraction_bits, value.dtype)
     return Held(torch.empty_like(value), torch.empty_like(value, dtype=dtype))
+
+
+# Not the function itself: compilers that trace it would warn of a cache.
+_residual_dtype = cache(format.residual_dtype)
 
 
 def like(x: Tensor, pattern: Tensor) -> Tensor:
@@ -210,6 +220,7 @@ def like(x: Tensor, pattern: Tensor) -> Tensor:
     return torch.empty_like(pattern, dtype=x.dtype).copy_(x)
 
 
+_is_contiguous, _is_neg = Tensor.is_contiguous, Tensor.is_neg
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .format import unit
+
 
 class OutOfRange(NamedTuple):
     """Name the first step at which a stream left its range, and the largest magnitude there.
@@ -120,7 +122,7 @@ class RangeMonitor:
         key = self.prepare(found.device).key
         key.copy_(torch.maximum(key, found.amax()))
 
-    def sample(self, increment: Tensor, unit: float, step: int) -> None:
+    def sample(self, increment: Tensor, fraction_bits: int, step: int) -> None:
         """Measure in calls 1, 2, 4, 8 … of a step how many increments are rounded to zero."""
         calls = self._calls[step] = self._calls.get(step, 0) + 1
         if calls & (calls - 1):
@@ -137,7 +139,7 @@ class RangeMonitor:
             )
         some = some.abs().double()
         nonzero = some > 0
-        small = nonzero & (some <= 0.5 * unit)
+        small = nonzero & (some <= 0.5 * unit(fraction_bits))
         share = small.sum().double() / nonzero.sum()
         vanished = self.prepare(increment.device).vanished
         if step not in vanished:

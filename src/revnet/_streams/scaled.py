@@ -41,7 +41,7 @@ def scale_and_add(
     if not _fused(held, buffer, increment, width):
         return reference.scale_and_add(held, buffer, increment, ratio, width, bits, monitor, step)
     if monitor is not None:
-        monitor.sample(increment, fixed.unit, step)
+        monitor.sample(increment, fixed.fraction_bits, step)
     new = empty(held.value, bits)
     after = torch.empty_like(new.value, dtype=width)
     if new.value.numel() == 0 or is_fake(new.value):
