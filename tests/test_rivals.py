@@ -68,7 +68,7 @@ def test_a_way_that_fails_keeps_its_row(work: tuple[rivals.Pairs, torch.Tensor])
     ways.append(rivals.Way("full", rivals.ORDINARY, full, rivals.ordinary(pairs)))
     rivals.compare(ways, pairs, x)
     for way in ways[:2]:
-        rivals.measure(way, x)
+        rivals.measure(way, x, long=0.0)
     rivals.run_in_turn(ways, x, rounds=2, long=0.0)
     assert [len(way.times) for way in ways] == [1, 1, 0]  # longer than `long`: once
     assert "| full | ordinary | out of memory |" in rivals.table(ways)[-1]

@@ -49,6 +49,11 @@ _UNIT = re.compile(
 _CONNECTIVE = re.compile(r"\s*(?:,|to|and|or|–|±|/)\s*[×≈]?\s*")
 # What stands in a numeric cell beside numbers and their units.
 _DECORATION = re.compile(r"[\s*×≈<>≤≥±+−–,;/()¹²³⁴⁵-]|to|and")
+# A number after one of these is a version.
+_LIBRARIES = (
+    "accelerate|bitsandbytes|captum|diffusers|e3nn|lightning|peft|pip|python|release|timm|torch|"
+    "torch_geometric|torchao|torchvision|transformers|trl|vit-pytorch|x-transformers"
+)
 _HIDDEN = re.compile(
     r"^```.*?^```$"  # code
     r"|(?:\A|(?<=\n\n)|(?<=-->\n))(?: {4}\S[^\n]*\n?|\n(?= {4}))+"  # indented code
@@ -58,8 +63,7 @@ _HIDDEN = re.compile(
     r"|\b(?:arXiv|doi):\S+"
     r"|(?<=[\w)] )=\s*\**[+−-]?\d[\d.,e+-]*\d(?!\s?%|\s?ms)"  # parameters
     r"|\b(?:dropout|momentum|Momentum|at rates?|budget) \d\.\d+"
-    r"|\b(?:torch|Python|transformers|torchvision|timm|pip)(?:,| from| \()?"
-    r"(?: \(?\d+\.\d+(?:\.\d+)?(?:,| to| and| or)?)+",
+    rf"|\b(?i:{_LIBRARIES})(?:,| from| \()?(?: \(?\d+\.\d+(?:\.\d+)?(?:,| to| and| or)?)+",
     re.MULTILINE | re.DOTALL,
 )
 _COMMENT = re.compile(r"<!-- figures\n(.*?)-->", re.DOTALL)
