@@ -3,9 +3,12 @@ them?
 
     python benchmarks/state_cost.py --out benchmarks/results/state_cost_cpu.md
 
-Each row is a network whose branches hold something that they do not use; it is timed in turn with
-the same network whose branches hold nothing. Gradients are compared first: they are equal in every
-bit. Times are those of the process, since other work on the machine would show in any other.
+Each row of the first table is a network whose branches hold something that they do not use; it is
+timed in turn with the same network whose branches hold nothing. Gradients are compared first: they
+are equal in every bit. Each row of the second is one block whose branches write to a large buffer
+and read it, in turn with the same writes to a tensor that no module holds, which replays do not see
+again. Gradients are compared first with those of stored execution. Times are those of the process,
+since other work on the machine would show in any other.
 """
 
 from __future__ import annotations
@@ -90,6 +93,81 @@ ROWS: dict[str, Holding] = {
 }
 
 
+class Writing(Branch):
+    """Writes to one element of a large tensor in some of its calls, and reads it.
+
+    Args:
+        width: of the streams.
+        mib: the size of the tensor.
+        writes: whether a call writes, by its number from 1 on.
+        registered: whether the tensor is a buffer; otherwise no module holds it.
+    """
+
+    def __init__(
+        self, width: int, mib: int, writes: Callable[[int], bool], registered: bool
+    ) -> None:
+        super().__init__(width)
+        table = torch.ones(mib * 2**18)
+        if registered:
+            self.register_buffer("table", table)
+        self.reach = (lambda branch: branch.table) if registered else (lambda branch: table)
+        self.writes, self.calls = writes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        table = self.reach(self)
+        if self.writes(self.calls):
+            table[:1].neg_()
+        return super().forward(x) * table[0]
+
+
+WRITES: dict[str, Callable[[int], bool]] = {
+    "never": lambda call: False,
+    "in every call": lambda call: True,
+    "once, in the 3rd call": lambda call: call == 3,
+    "once, in the 50th call": lambda call: call == 50,
+    "from the 3rd call on": lambda call: call >= 3,
+    "from the 50th call on": lambda call: call >= 50,
+}
+CALLS = 60
+
+
+def writing(options: argparse.Namespace, name: str, registered: bool) -> Any:
+    torch.manual_seed(0)
+    pair = [Writing(options.width, 64, WRITES[name], registered) for _ in range(2)]
+    return revnet.ReversibleSequence([pair], streams=options.streams)
+
+
+def write_table(options: argparse.Namespace) -> list[str]:
+    torch.manual_seed(1)
+    x = torch.randn(options.batch, options.tokens, options.width)
+    lines = [
+        "| a buffer of 64 MiB is written | ms per step | ÷ outside of modules | slowest step, ms "
+        "| bytes kept above outside |",
+        "|---|---|---|---|---|",
+    ]
+    for name in WRITES:
+        net, stored, outside = (writing(options, name, where) for where in (True, True, False))
+        stored.execution = "store"
+        times = []
+        for call in range(1, CALLS + 1):
+            seconds, found = train(net, x)
+            expected = train(stored, x)[1]
+            pairs = zip(found, expected, strict=True)
+            assert all(torch.allclose(a, b, 1e-3, 1e-3) for a, b in pairs), f"{name}, call {call}"
+            times.append((seconds, train(outside, x)[0]))
+        kept = [revnet.measure_memory(each, x).saved_bytes for each in (net, outside)]
+        # The first call fills caches.
+        seconds = statistics.median(a for a, _ in times[1:])
+        ratio = statistics.median(a / b for a, b in times[1:])
+        slowest = max(a for a, _ in times[1:])
+        lines.append(
+            f"| {name} | {1e3 * seconds:.2f} | {ratio:.3f} | {1e3 * slowest:.2f} "
+            f"| {kept[0] - kept[1]:,} |"
+        )
+    return lines
+
+
 def network(options: argparse.Namespace, hold: Holding | None) -> revnet.ReversibleSequence:
     torch.manual_seed(0)
     width = options.width
@@ -160,6 +238,10 @@ def main() -> None:
         f"{options.rounds} steps in turn.",
         "",
         *table(options),
+        "",
+        f"One block of two branches, {CALLS} steps in turn.",
+        "",
+        *write_table(options),
     ]
     print("\n".join(lines))
     if options.out:

@@ -202,6 +202,11 @@ def is_dtensor(tensor: Any) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def is_plain(tensor: Any) -> bool:
+    """Check that a tensor is of no subclass, such as a distributed or a fake one."""
+    return type(tensor) in _PLAIN
+
+
 def are_plain(tensors: Iterable[Any]) -> bool:
-    """Check that no tensor is of a subclass, such as a distributed or a fake one."""
-    return all(type(x) in _PLAIN for x in tensors)
+    """Check that no tensor is of a subclass."""
+    return all(map(is_plain, tensors))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .objects import BUILTIN, Container, Large, Objects, attributes_of, contents_of
+from .objects import BUILTIN, Container, Large, Objects, attributes_of
 from .tensors import TensorState
 
 
@@ -127,7 +127,7 @@ def refill(container: Container, originals: dict[int, Any]) -> None:
         return value.original if value.__class__ in (TensorState, Large) else value
 
     present = originals[id(container)]
-    if container.matches(*contents_of(present)):
+    if container.same(present):
         return
     items = [original(item) for item in container.items]
     if isinstance(present, list | set | dict | deque | bytearray):

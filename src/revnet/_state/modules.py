@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,20 +30,35 @@ _QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum, TwoStep})
 _ABSENT: Any = object()
 
 
-class _Owner(NamedTuple):
+class _Owner:
     """A dict that holds containers or tensors: attributes or buffers of a module."""
 
-    own: Table
-    found: dict[str, Any]
-    size: int
+    __slots__ = ("own", "found", "size", "_names", "_values", "_others")
+
+    def __init__(self, own: Table, found: dict[str, Any]) -> None:
+        self.own = own
+        self.found = found
+        self.size = len(own)
+        # Compared by identity, all at once.
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._others: list[tuple[str, Any]] = []
+        for name, value in found.items():
+            if value.__class__ is TensorState and not value.attached:
+                value = value.tensor
+            elif value.__class__ in (Container, Large, TensorState):
+                self._others.append((name, value))
+                continue
+            self._names.append(name)
+            self._values.append(value)
 
     def changed(self) -> bool:
         """Check whether something in the dict is not what was found."""
-        own, found = self.own, self.found
-        return len(own) != self.size or not all(
-            value is (present := own.get(name, _ABSENT)) or stands_for(value, present)
-            for name, value in found.items()
-        )
+        own = self.own
+        present = map(own.get, self._names, repeat(_ABSENT))
+        if len(own) != self.size or not all(map(is_, present, self._values)):
+            return True
+        return not all(stands_for(value, own.get(name)) for name, value in self._others)
 
 
 class Structure:
@@ -209,15 +225,15 @@ class ModuleState:
         self.objects = objects = Objects()
         for module in structure.others:
             found = objects.take_all(attributes_of(module)[0])
-            self.owners.append(_Owner(module.__dict__, found, len(module.__dict__)))
+            self.owners.append(_Owner(module.__dict__, found))
         for module in structure.buffered:
             # A module in evaluation mode writes to none, as a rule.
             objects.eager = module.training
             buffers = module._buffers
-            self.owners.append(_Owner(buffers, objects.take_all(buffers), len(buffers)))
+            self.owners.append(_Owner(buffers, objects.take_all(buffers)))
         objects.eager = True
         for table in structure.scripted:
-            self.owners.append(_Owner(table, objects.take_all(table.copy()), len(table)))
+            self.owners.append(_Owner(table, objects.take_all(table.copy())))
         self.kwargs = self._keywords(kwargs, where)
 
     @property

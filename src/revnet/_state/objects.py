@@ -131,14 +131,15 @@ class Container:
         items, attributes: their values: atoms themselves, `Container`, `TensorState` or `Large` for
             others.
         changed: whether the call changed it.
+        plain: whether it holds nothing but atoms.
     """
 
-    __slots__ = ("identity", "kind", "keys", "items", "attributes", "changed", "options")
+    __slots__ = ("identity", "kind", "keys", "items", "attributes", "changed", "options", "plain")
 
     def __init__(self, original: Any) -> None:
         self.identity = id(original)
         self.kind = type(original)
-        self.changed = False
+        self.changed = self.plain = False
         self.keys: list[Any] | None = None
         self.items: list[Any] = []
         self.attributes: dict[str, Any] = {}
@@ -148,6 +149,19 @@ class Container:
             self.options = original.maxlen
         elif isinstance(original, defaultdict):
             self.options = original.default_factory
+
+    def same(self, original: Any) -> bool:
+        """Check that the container holds what it held."""
+        # Nothing is taken down of the containers that are most frequent.
+        if self.plain and self.kind is list:
+            return len(original) == len(self.items) and all(map(is_, original, self.items))
+        if self.plain and self.kind is dict:
+            return (
+                len(original) == len(self.items)
+                and all(map(is_, original, self.keys or ()))
+                and all(map(is_, original.values(), self.items))
+            )
+        return self.matches(*contents_of(original))
 
     def matches(self, keys: list[Any] | None, items: list[Any], attributes: dict[str, Any]) -> bool:
         """Check that these are the contents that were recorded."""
@@ -164,7 +178,7 @@ class Container:
 
     def parts(self) -> Iterator[Any]:
         """Go through the containers and tensors that it holds."""
-        for part in (*self.items, *self.attributes.values()):
+        for part in () if self.plain else (*self.items, *self.attributes.values()):
             if part.__class__ is Container or part.__class__ is TensorState:
                 yield part
 
@@ -186,10 +200,12 @@ class Large:
 def _length(value: Any) -> int:
     """Return how many items and attributes a container has."""
     kind = type(value)
+    if kind in BUILTIN:
+        return len(value)
     # A class of the user's may count in another way.
     base = next((base for base in _SIZED if issubclass(kind, base)), None)
     items: int = 0 if base is None else base.__len__(value)
-    return items if kind in BUILTIN else items + len(attributes_of(value))
+    return items + len(attributes_of(value))
 
 
 def _identity(value: Any) -> int:
@@ -250,7 +266,10 @@ class Objects:
 
     def take_all(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return what stands for each of some values, by their names."""
-        return {name: self.take(value) for name, value in values.items()}
+        return {
+            name: self._tensor(value, False) if value.__class__ is Tensor else self.take(value)
+            for name, value in values.items()
+        }
 
     def take_keywords(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the same for values to which nobody writes; what has no copy stays as it is."""
@@ -310,6 +329,7 @@ class Objects:
         container = self.containers[id(value)] = Container(value)
         container.keys = keys
         container.items, container.attributes = items, attributes
+        container.plain = plain
         if not plain:
             container.items = [self._take(item, keyword) for item in items]
             container.attributes = {
@@ -336,6 +356,8 @@ class Objects:
 
     def containing(self, parts: Sequence[Any]) -> list[Container]:
         """Return the containers that hold one of these parts, directly or through others."""
+        if not parts:
+            return []
         holders: dict[int, list[Container]] = {}
         for container in self.containers.values():
             for part in container.parts():
@@ -363,6 +385,12 @@ class Objects:
             if recorded.__class__ is not Container or recorded.identity != id(present):
                 continue
             if id(recorded) in originals or id(recorded) in changed:
+                continue
+            if recorded.plain:
+                if recorded.same(present):
+                    originals[id(recorded)] = present
+                else:
+                    changed.add(id(recorded))
                 continue
             keys, items, attributes = contents_of(present)
             if not recorded.matches(keys, items, attributes):

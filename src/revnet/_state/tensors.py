@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .._torch import are_plain, data_address, is_capturing, lazy_clone, storage_id
+from .._torch import data_address, is_capturing, is_plain, lazy_clone, storage_id
 
-# Tensors that a call has written to, by `id`. They are copied before each further call, so that
+# Tensors that the last call has written to, by `id`. They are copied before the next call, so that
 # their address stays: memory that is shared until it is written to moves at the write.
 _written: dict[int, weakref.ref[Tensor]] = {}
 
@@ -98,7 +98,7 @@ class TensorState:
             return
         written = eager and id(tensor) in _written
         small = tensor.is_cpu and tensor.numel() <= _SMALL
-        if written or small or not are_plain((tensor,)) or is_capturing():
+        if written or small or not is_plain(tensor) or is_capturing():
             self.copy = _copied(tensor)
             return
         try:
@@ -129,6 +129,9 @@ class TensorState:
             # A write may have left no version. To compare on other devices would wait for them:
             # there, what was written once counts as written in every call.
             written = not torch.equal(copy, tensor) if tensor.is_cpu else id(tensor) in _written
+            if not written:
+                # The next call need not copy it: tables are often filled in one call.
+                _written.pop(id(tensor), None)
         if written:
             _written[id(tensor)] = _until_freed(_written, tensor)
             self.version = None
@@ -139,7 +142,7 @@ class TensorState:
     def _watch(self) -> None:
         """Notice writes after the call that leave no version, as those to `.data`."""
         tensor = self.tensor
-        if id(tensor) in _shadows or not are_plain((tensor,)) or is_capturing():
+        if id(tensor) in _shadows or not is_plain(tensor) or is_capturing():
             return
         try:
             self._shared = lazy_clone(tensor)
@@ -162,7 +165,7 @@ class TensorState:
 def _copied(tensor: Tensor) -> Tensor:
     """Return a copy that has, of a view, the whole memory behind it."""
     tensor = tensor.detach()
-    if not are_plain((tensor,)) or tensor.layout != torch.strided or _is_whole(tensor):
+    if not is_plain(tensor) or tensor.layout != torch.strided or _is_whole(tensor):
         return tensor.clone()
     return _view(_memory(tensor).clone(), tensor)
 
@@ -192,6 +195,9 @@ def replacements(states: Iterable[TensorState]) -> dict[int, Tensor]:
 
     Tensors that shared memory share it again: a buffer that is a view of another stays one.
     """
+    states = list(states)
+    if not any(state.contents() is not None for state in states):
+        return {}
     by_memory: dict[int, list[TensorState]] = {}
     for state in states:
         if not state.tensor.requires_grad:
