@@ -24,7 +24,7 @@ from .._execution import STORE
 from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
 from .._torch import is_faking, records_operators
-from ._dynamo import compiling_with, keep_out
+from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
 from .rules import HandOn, Readout, TakeUp
@@ -107,11 +107,8 @@ class _Update(nn.Module):
         x = x.to(self.given)
         if self.seen.out is not None:
             out = self.seen.out
-        elif self.compiler is None:
-            out = self.own.forward(self.layer, x, *positional, **kwargs)
         else:
-            with compiling_with(self.compiler):
-                out = self.own.forward(self.layer, x, *positional, **kwargs)
+            out = _plainly(self.layer, self.own, (x, *positional), kwargs, self.compiler)
         y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
         if not isinstance(y, Tensor):
             raise _Aside(f"it returns {type(y).__name__}, not a tensor")
@@ -185,8 +182,11 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
 
 def _plainly(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler: Any) -> Any:
     """Call a layer as it was before conversion."""
-    with compiling_with(compiler):
+    found = set_compiler(compiler)
+    try:
         return own.forward(layer, *args, **kwargs)
+    finally:
+        set_compiler(found)
 
 
 def _steps(
@@ -370,8 +370,11 @@ def converted_class(own: Any) -> Any:
 
     @wraps(own.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with compiling_with(None) as compiler:
+        compiler = set_compiler(None)
+        try:
             return run(self, own, args, kwargs, compiler)
+        finally:
+            set_compiler(compiler)
 
     keep_out(forward)
     made = _derived(own, converted_class, {FLAG_OF_LAYERS: property(_unset, _switch)})
