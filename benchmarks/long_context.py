@@ -36,8 +36,13 @@ from torch.utils.checkpoint import checkpoint
 
 import revnet
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from long_context import LongContext
+EXAMPLE = Path(__file__).parents[1] / "examples" / "long_context.py"
+sys.path.insert(0, str(EXAMPLE.parent))
+# By its path, as it has the name of this file.
+_spec = importlib.util.spec_from_file_location("long_context_example", EXAMPLE)
+_example = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_example)
+LongContext = _example.LongContext
 
 GIB = 2**30
 # Vocabulary, width, heads, heads of keys and values, groups, hidden, tile, chunk; blocks, tokens.
@@ -157,7 +162,6 @@ def row(arm: str, shape: str, blocks: int, tokens: int, rounds: int, device: str
     """Measure one arm at one size; an arm that does not fit says so."""
     width = SHAPES[shape][0][1]
     start = f"| {arm} | {blocks} | {tokens:,} |"
-    model = None
     try:
         model = made(arm, shape, blocks, device, torch.bfloat16)
         fill_gradients(model, sgd=shape == "8B")
@@ -195,7 +199,7 @@ def row(arm: str, shape: str, blocks: int, tokens: int, rounds: int, device: str
     except torch.OutOfMemoryError:
         return f"{start} out of memory | – | – | – |"
     finally:
-        del model
+        model = step = timed = None
         gc.collect()
         if device != "cpu":
             torch.cuda.empty_cache()

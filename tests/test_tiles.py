@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -847,8 +848,8 @@ def test_transforms_see_all_tokens_at_once():
 
 
 def test_plans_know_tiles():
-    net = ReversibleSequence(linear_pairs(), tile={"g": 64})
-    x = torch.randn(1, 2048, WIDTH)
+    net = ReversibleSequence(linear_pairs(), tile={"g": 128})
+    x = torch.randn(1, 1024, WIDTH)
     peaks = []
     for tile in (net.tile, {}):
         net.tile = tile
@@ -859,3 +860,37 @@ def test_plans_know_tiles():
         assert 0.98 * measured <= plan.peak_bytes <= 1.02 * measured
         peaks.append(plan.peak_bytes)
     assert peaks[0] < peaks[1] / 2
+
+
+def program_of_tiles() -> Reversible:
+    return Reversible([Step(nn.Linear(WIDTH, WIDTH), 0, 1), Step(Widening(), 1, 0, tile=64)])
+
+
+@pytest.mark.parametrize("kind", ["sequence", "program"])
+def test_a_plan_chooses_the_tiles_and_sets_them(kind: str, tmp_path: Path):
+    if kind == "sequence":
+        net, x = ReversibleSequence(linear_pairs(), tile={"g": 64}), torch.randn(1, 512, WIDTH)
+        size = lambda: net.tile["g"].size  # noqa: E731
+    else:
+        net, x = program_of_tiles(), tuple(torch.randn(2, 1, 512, WIDTH))
+        size = lambda: net[1].tile.size  # noqa: E731
+    sizes = (128, 512)
+    smallest, largest = revnet.plan(net, x, ["minimum", 10**9], tile_sizes=sizes)
+    assert size() == 64
+    assert smallest.tile == 128
+    assert smallest.peak_bytes < 0.6 * revnet.plan(net, x, "minimum", tile_sizes=[512]).peak_bytes
+    assert largest.tile in sizes
+    assert largest.seconds <= smallest.seconds
+    largest.save(tmp_path / "plan.json")
+    net.execution = revnet.Plan.load(tmp_path / "plan.json")
+    assert size() == largest.tile
+    net.execution = smallest
+    assert size() == 128
+    with pytest.raises(ReversibleError, match="no plan is within"):
+        revnet.plan(net, x, 1000, tile_sizes=[128])
+    assert size() == 128
+
+
+def test_a_plan_of_tiles_needs_tiles():
+    with pytest.raises(ValueError, match="no step of this sequence runs in tiles"):
+        revnet.plan(ReversibleSequence(linear_pairs()), torch.ones(1, 4, 8), tile_sizes=[2])
