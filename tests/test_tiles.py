@@ -653,6 +653,59 @@ def test_an_ordinary_function_may_be_a_branch():
     assert_close(*found)
 
 
+class Nested(nn.Module):
+    """A small reversible network as a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ReversibleSequence([(Mlp(WIDTH, 0.3), Mlp(WIDTH)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Mlp(WIDTH, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Nested, Checkpointed])
+def test_branches_that_recompute_by_themselves(kind: type[nn.Module]):
+    torch.manual_seed(0)
+    net = ReversibleSequence([(Attention(WIDTH), kind()) for _ in range(2)], tile={"g": 4})
+    net.bfloat16()
+    x = randn(1, TOKENS, WIDTH).bfloat16()
+    found = results(net, x)
+    net.execution = "store"
+    assert_equal(found, results(net, x))
+    assert all(
+        type(p) is nn.Parameter
+        for m in net.modules()
+        for p in m._parameters.values()
+        if p is not None
+    )
+
+
+def test_an_exception_in_a_tile_leaves_the_parameters():
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] < 4:
+                raise OSError("a tile")
+            return super().forward(x)
+
+    net = ReversibleSequence([(nn.Linear(8, 8), Fails(8, 8))], tile={"g": 4}).bfloat16()
+    with pytest.raises(OSError, match="a tile") as caught:
+        net(torch.ones(1, TOKENS, WIDTH).bfloat16())
+    assert "In block 0, branch g, tile 2 of 3, Fails" in str(caught.value.__notes__)
+    assert type(net.blocks[0].g.weight) is nn.Parameter
+    net.tile = {}
+    net(torch.ones(1, TOKENS, WIDTH).bfloat16()).sum().backward()
+
+
 def test_frozen_parameters_and_inputs_without_gradient():
     blocks = pairs()
     for parameter in blocks[1][1].parameters():
@@ -894,3 +947,10 @@ def test_a_plan_chooses_the_tiles_and_sets_them(kind: str, tmp_path: Path):
 def test_a_plan_of_tiles_needs_tiles():
     with pytest.raises(ValueError, match="no step of this sequence runs in tiles"):
         revnet.plan(ReversibleSequence(linear_pairs()), torch.ones(1, 4, 8), tile_sizes=[2])
+
+
+def test_a_converted_layer_refuses_tiles():
+    model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2) for _ in range(2)])
+    with pytest.raises(ReversibleError, match="a converted layer is one step"):
+        revnet.convert(model, tile=4096)
+    assert type(model[0]) is nn.TransformerEncoderLayer

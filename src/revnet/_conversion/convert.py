@@ -168,6 +168,7 @@ def convert(
     calibrate: Any = None,
     preserve_rng_state: bool = True,
     determinism_check: Literal["default", "none", "exact"] = "default",
+    tile: Any = None,
 ) -> Conversion:
     """Put the residual layers of a model in reversible form, in place and with unchanged weights.
 
@@ -190,6 +191,7 @@ def convert(
             or one argument of the model.
         preserve_rng_state: as in `revnet.ReversibleSequence`.
         determinism_check: `"default"`, `"none"` or `"exact"`; see `revnet.ReversibleSequence`.
+        tile: refused: a converted layer is one step, whose attention reads all tokens.
 
     Returns:
         The conversion, which prints what was found, and sets bits and execution anew.
@@ -200,6 +202,12 @@ def convert(
 
     Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
     """
+    if tile is not None:
+        raise ReversibleError(
+            "convert: tile was given, but a converted layer is one step, attention and MLP in one, "
+            "which has to read all tokens. Build the network of blocks (attention, MLP) with "
+            "revnet.ReversibleSequence(blocks, tile={'g': 4096}); see docs/long_context.md"
+        )
     bits = _checked(bits)
     resolve(execution, 1 if isinstance(execution, str) else len(execution))
     _check(model, rule, streams, determinism_check)
