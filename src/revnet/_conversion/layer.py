@@ -377,7 +377,7 @@ def converted_class(own: Any) -> Any:
             set_compiler(compiler)
 
     keep_out(forward)
-    made = _derived(own, converted_class, {FLAG_OF_LAYERS: property(_unset, _switch)})
+    made = derived_class(own, converted_class, {FLAG_OF_LAYERS: property(_unset, _switch)})
     # Set afterwards: transformers wraps what a class is made with.
     made.forward = forward
     return made
@@ -386,21 +386,23 @@ def converted_class(own: Any) -> Any:
 @cache
 def switching_class(own: Any) -> Any:
     """Return the class of a module around layers, equal but for its flag of checkpointing."""
-    return _derived(own, switching_class, {FLAG: property(_unset, _switch)})
+    return derived_class(own, switching_class, {FLAG: property(_unset, _switch)})
 
 
-def _derived(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
+def derived_class(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
+    """Return a class like `own` with other attributes; copies and pickles call `make` again."""
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # The class has no name that a pickle could refer to.
         reduced: Any = object.__reduce_ex__(self, protocol)
-        return _revive, (make.__name__, own), *reduced[2:]
+        return _revive, (make, own), *reduced[2:]
 
     own_names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(own.__name__, (own,), {**own_names, **namespace, "__reduce_ex__": reduce, OWN: own})
 
 
-def _revive(make: str, own: Any) -> Any:
-    made = {"converted_class": converted_class, "switching_class": switching_class}[make](own)
+def _revive(make: Callable[[Any], Any], own: Any) -> Any:
+    made = make(own)
     return made.__new__(made)
 
 
