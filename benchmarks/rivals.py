@@ -24,6 +24,7 @@ import gc
 import importlib.util
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -484,7 +485,7 @@ def report(
     lines = [
         "# What does a reversible network cost against what users of an ordinary one have?",
         "",
-        f"    python {' '.join(sys.argv)}",
+        f"    {shlex.join(['python', *sys.argv])}",
         "",
         f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
         f"{platform.python_version()}. Width {width}, {blocks} blocks of attention and MLP, batch "
