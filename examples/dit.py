@@ -2,7 +2,7 @@
 
 Time and class condition every branch: a vector `c` scales and shifts what the branch reads and
 gates what it adds. It is a keyword tensor, to which gradients flow. The network learns the velocity
-from noise to images (rectified flow). The sampler is Euler's rule with guidance.
+from noise to images (rectified flow); the sampler is Euler's rule with guidance.
 
 Reference: Peebles and Xie 2023, arXiv:2212.09748; Liu et al. 2023, arXiv:2209.03003.
 """
@@ -10,7 +10,8 @@ Reference: Peebles and Xie 2023, arXiv:2212.09748; Liu et al. 2023, arXiv:2209.0
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from revnet import ReversibleSequence
 
 CLASSES = 10
+# Channels and sides of the images: digits, or the latents of DiT-B/2 with --full.
+SHAPES = {False: (1, 8, 8), True: (4, 32, 32)}
 
 
 class Attention(nn.Module):
@@ -36,7 +39,7 @@ class Attention(nn.Module):
 
 
 def mlp(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 class AdaptiveNorm(nn.Module):
@@ -92,33 +95,36 @@ class DiT(nn.Module):
 def sample(model: DiT, classes: Tensor, shape: Sequence[int], steps: int = 10) -> Tensor:
     """Return images of these classes: Euler steps from noise, pushed away from no class."""
     x = torch.randn(len(classes), *shape, device=classes.device)
-    nothing = torch.full_like(classes, CLASSES)
-    for i in range(steps):
-        time = torch.full((len(classes),), i / steps, device=classes.device)
-        with_class, without = model(x, time, classes), model(x, time, nothing)
-        x = x + (without + 2 * (with_class - without)) / steps
+    for time in torch.arange(steps, device=classes.device)[:, None] / steps:
+        time = time.expand(len(classes))
+        without = model(x, time, torch.full_like(classes, CLASSES))
+        x = x + (without + 2 * (model(x, time, classes) - without)) / steps
     return x
+
+
+def setup(full: bool, device: str, batch: int = 0) -> tuple[DiT, Callable[[DiT], Tensor]]:
+    """Return the network and its loss."""
+    channels, size, _ = SHAPES[full]
+    images, classes = (rows[: batch or 32] for rows in digits(device, size, channels))
+    images, noise = 2 * images - 1, torch.randn_like(images)
+    times, known = torch.rand(2, len(images), device=device)
+    classes = classes.where(known > 0.1, CLASSES)
+    mixed = torch.lerp(noise, images, times[:, None, None, None])
+
+    def loss(model: DiT) -> Tensor:
+        return F.mse_loss(model(mixed, times, classes), images - noise)
+
+    sizes = (768, 12, 12) if full else (32, 4, 4)
+    return DiT(channels, size, 2, *sizes).to(device), loss
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = options(__doc__, argv, steps=0)
-    if args.full:  # DiT-B/2 on latents of 32 × 32
-        channels, size, patch, width, depth, heads, batch = 4, 32, 2, 768, 12, 12, 64
-    else:
-        channels, size, patch, width, depth, heads, batch = 1, 8, 2, 32, 4, 4, 32
-    images, classes = (rows[:batch] for rows in digits(args.device, size, channels))
-    model = DiT(channels, size, patch, width, depth, heads).to(args.device)
-    images, noise = 2 * images - 1, torch.randn_like(images)
-    times = torch.rand(batch, device=args.device)
-    classes = classes.where(torch.rand(batch, device=args.device) > 0.1, CLASSES)
-    mixed = torch.lerp(noise, images, times[:, None, None, None])
-
-    def loss() -> Tensor:
-        return F.mse_loss(model(mixed, times, classes), images - noise)
-
+    model, loss_of = setup(args.full, args.device)
+    loss = partial(loss_of, model)
     first, last = fit(model, loss, args.steps or (50 if args.full else 20), 2e-3)
-    made = sample(model, torch.arange(CLASSES, device=args.device), images.shape[1:])
-    print(f"a sample per class: mean {made.mean():.2f}, of the digits {images.mean():.2f}")
+    made = sample(model, torch.arange(CLASSES, device=args.device), SHAPES[args.full])
+    print(f"one sample per class: mean {made.mean():.2f}, deviation {made.std():.2f}")
     return {"first": first, "last": last, **compare(model, loss)}
 
 

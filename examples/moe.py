@@ -10,7 +10,8 @@ Reference: Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2022, arXiv:2101.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,22 +99,27 @@ class LanguageModel(nn.Module):
         return self.head(x), balance
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    args = options(__doc__, argv, steps=0)
-    if args.full:
-        tokens, width, depth, heads, experts, batch = 1024, 768, 12, 12, 8, 8
-    else:
-        tokens, width, depth, heads, experts, batch = 32, 32, 4, 4, 4, 8
+def setup(
+    full: bool, device: str, batch: int = 0
+) -> tuple[LanguageModel, Callable[[LanguageModel], Tensor]]:
+    """Return the network and its loss."""
+    tokens, *sizes = (1024, 768, 12, 12, 8) if full else (32, 32, 4, 4, 4)
     source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    text = torch.tensor(list(source), device=args.device)
-    model = LanguageModel(tokens, width, depth, heads, experts).to(args.device)
-    starts = torch.randint(len(text) - tokens, (batch, 1), device=args.device)
-    chunk = text[starts + torch.arange(tokens + 1, device=args.device)]
+    text = torch.tensor(list(source), device=device)
+    starts = torch.randint(len(text) - tokens, (batch or 8, 1), device=device)
+    chunk = text[starts + torch.arange(tokens + 1, device=device)]
 
-    def loss() -> Tensor:
+    def loss(model: LanguageModel) -> Tensor:
         scores, balance = model(chunk[:, :-1])
         return F.cross_entropy(scores.flatten(0, 1), chunk[:, 1:].flatten()) + 0.01 * balance
 
+    return LanguageModel(tokens, *sizes).to(device), loss
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    args = options(__doc__, argv, steps=0)
+    model, loss_of = setup(args.full, args.device)
+    loss = partial(loss_of, model)
     first, last = fit(model, loss, args.steps or (50 if args.full else 20), 3e-3)
     return {"first": first, "last": last, **compare(model, loss)}
 

@@ -10,7 +10,7 @@ Reference: Etmann et al. 2020, arXiv:2005.05220; Çiçek et al. 2016, arXiv:1606
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,15 +95,24 @@ def volumes(count: int, size: int, device: str) -> tuple[Tensor, Tensor]:
     return (truth + 0.7 * torch.randn_like(truth)).to(device), truth.to(device)
 
 
+def setup(full: bool, device: str, batch: int = 0) -> tuple[UNet3d, Callable[[UNet3d], Tensor]]:
+    """Return the network and its loss."""
+    widths, depth, size = ((16, 32, 64, 128), 4, 128) if full else ((4, 8), 4, 8)
+    x, truth = volumes(batch or 2, size, device)
+
+    def loss(model: UNet3d) -> Tensor:
+        return F.binary_cross_entropy_with_logits(model(x).float(), truth)
+
+    return UNet3d(widths, depth).to(device), loss
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = options(__doc__, argv, steps=0)
-    widths, depth, size, batch = ((16, 32, 64, 128), 4, 128, 2) if args.full else ((4, 8), 4, 8, 2)
-    x, truth = volumes(batch, size, args.device)
-    model = UNet3d(widths, depth).to(args.device)
+    model, loss_of = setup(args.full, args.device)
 
     def loss() -> Tensor:
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
-            return F.binary_cross_entropy_with_logits(model(x).float(), truth)
+            return loss_of(model)
 
     def checkpointed() -> Tensor:
         model.checkpointed = True

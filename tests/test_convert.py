@@ -936,8 +936,18 @@ def test_weights_that_change_before_backward_raise() -> None:
 
 # Dynamo looks at the gradient of every input.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("when", ["before", "after", "whole"])
-def test_compiled_layers_compile_their_own_computation(when: str) -> None:
+@pytest.mark.parametrize(
+    ("when", "fullgraph"),
+    [
+        ("before", False),
+        ("before", True),
+        ("after", False),
+        ("after", True),
+        ("wrapped", True),
+        ("whole", False),
+    ],
+)
+def test_compiled_layers_compile_their_own_computation(when: str, fullgraph: bool) -> None:
     """One graph for all layers, which are equal, and none of a function of the engine."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -949,11 +959,14 @@ def test_compiled_layers_compile_their_own_computation(when: str) -> None:
         own = copy.deepcopy(net)
         if when == "before":
             for layer in own.layers:
-                layer.compile(backend=counter)
+                layer.compile(backend=counter, fullgraph=fullgraph)
         conversion = revnet.convert(own, execution=execution)
         if when == "after":
             for layer in own.layers:
-                layer.compile(backend=counter)
+                layer.compile(backend=counter, fullgraph=fullgraph)
+        if when == "wrapped":
+            for i, layer in enumerate(own.layers):
+                own.layers[i] = torch.compile(layer, backend=counter, fullgraph=fullgraph)
         conversion.stacks[0].unseen.clear()
         compiled = torch.compile(own, backend=counter) if when == "whole" else own
         results(compiled, whole, x)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -652,6 +653,59 @@ def test_an_ordinary_function_may_be_a_branch():
     assert_close(*found)
 
 
+class Nested(nn.Module):
+    """A small reversible network as a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = ReversibleSequence([(Mlp(WIDTH, 0.3), Mlp(WIDTH)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Mlp(WIDTH, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Nested, Checkpointed])
+def test_branches_that_recompute_by_themselves(kind: type[nn.Module]):
+    torch.manual_seed(0)
+    net = ReversibleSequence([(Attention(WIDTH), kind()) for _ in range(2)], tile={"g": 4})
+    net.bfloat16()
+    x = randn(1, TOKENS, WIDTH).bfloat16()
+    found = results(net, x)
+    net.execution = "store"
+    assert_equal(found, results(net, x))
+    assert all(
+        type(p) is nn.Parameter
+        for m in net.modules()
+        for p in m._parameters.values()
+        if p is not None
+    )
+
+
+def test_an_exception_in_a_tile_leaves_the_parameters():
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] < 4:
+                raise OSError("a tile")
+            return super().forward(x)
+
+    net = ReversibleSequence([(nn.Linear(8, 8), Fails(8, 8))], tile={"g": 4}).bfloat16()
+    with pytest.raises(OSError, match="a tile") as caught:
+        net(torch.ones(1, TOKENS, WIDTH).bfloat16())
+    assert "In block 0, branch g, tile 2 of 3, Fails" in str(caught.value.__notes__)
+    assert type(net.blocks[0].g.weight) is nn.Parameter
+    net.tile = {}
+    net(torch.ones(1, TOKENS, WIDTH).bfloat16()).sum().backward()
+
+
 def test_frozen_parameters_and_inputs_without_gradient():
     blocks = pairs()
     for parameter in blocks[1][1].parameters():
@@ -847,8 +901,8 @@ def test_transforms_see_all_tokens_at_once():
 
 
 def test_plans_know_tiles():
-    net = ReversibleSequence(linear_pairs(), tile={"g": 64})
-    x = torch.randn(1, 2048, WIDTH)
+    net = ReversibleSequence(linear_pairs(), tile={"g": 128})
+    x = torch.randn(1, 1024, WIDTH)
     peaks = []
     for tile in (net.tile, {}):
         net.tile = tile
@@ -859,3 +913,37 @@ def test_plans_know_tiles():
         assert 0.98 * measured <= plan.peak_bytes <= 1.02 * measured
         peaks.append(plan.peak_bytes)
     assert peaks[0] < peaks[1] / 2
+
+
+def program_of_tiles() -> Reversible:
+    return Reversible([Step(nn.Linear(WIDTH, WIDTH), 0, 1), Step(Widening(), 1, 0, tile=64)])
+
+
+@pytest.mark.parametrize("kind", ["sequence", "program"])
+def test_a_plan_chooses_the_tiles_and_sets_them(kind: str, tmp_path: Path):
+    if kind == "sequence":
+        net, x = ReversibleSequence(linear_pairs(), tile={"g": 64}), torch.randn(1, 512, WIDTH)
+        size = lambda: net.tile["g"].size  # noqa: E731
+    else:
+        net, x = program_of_tiles(), tuple(torch.randn(2, 1, 512, WIDTH))
+        size = lambda: net[1].tile.size  # noqa: E731
+    sizes = (128, 512)
+    smallest, largest = revnet.plan(net, x, ["minimum", 10**9], tile_sizes=sizes)
+    assert size() == 64
+    assert smallest.tile == 128
+    assert smallest.peak_bytes < 0.6 * revnet.plan(net, x, "minimum", tile_sizes=[512]).peak_bytes
+    assert largest.tile in sizes
+    assert largest.seconds <= smallest.seconds
+    largest.save(tmp_path / "plan.json")
+    net.execution = revnet.Plan.load(tmp_path / "plan.json")
+    assert size() == largest.tile
+    net.execution = smallest
+    assert size() == 128
+    with pytest.raises(ReversibleError, match="no plan is within"):
+        revnet.plan(net, x, 1000, tile_sizes=[128])
+    assert size() == 128
+
+
+def test_a_plan_of_tiles_needs_tiles():
+    with pytest.raises(ValueError, match="no step of this sequence runs in tiles"):
+        revnet.plan(ReversibleSequence(linear_pairs()), torch.ones(1, 4, 8), tile_sizes=[2])

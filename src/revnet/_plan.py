@@ -41,6 +41,7 @@ class Plan:
             measurements.
         streams: shape and dtype of every tensor of the streams that the plan was made for. Where
             empty, all are like the input.
+        tile: tokens in a tile of each tiled step, 0 where the plan did not choose that.
     """
 
     executions: tuple[str, ...]
@@ -55,6 +56,7 @@ class Plan:
     device: str
     estimated: bool = False
     streams: tuple[tuple[tuple[int, ...], str], ...] = ()
+    tile: int = 0
 
     @property
     def slowdown(self) -> float:
@@ -138,7 +140,7 @@ class Plan:
         _check_entries(str, dtype=(self.dtype,), device=(self.device,))
         _check_entries(bool, estimated=(self.estimated,))
         _check_counts(kept_bytes=self.kept_bytes, shape=self.shape)
-        _check_counts(peak_bytes=(self.peak_bytes,), budget=(self.budget,))
+        _check_counts(peak_bytes=(self.peak_bytes,), budget=(self.budget,), tile=(self.tile,))
         _check_counts(float, seconds=(self.seconds,), stored_seconds=(self.stored_seconds,))
         dtypes = [self.dtype]
         for shape, dtype in self.streams:
@@ -174,6 +176,8 @@ class Plan:
             f"predicted time  {f'{1000 * self.seconds:.3g} ms':>12}   {self.slowdown:.3f} × stored "
             f"({source})",
         ]
+        if self.tile:
+            lines.append(f"tiles           {self.tile:>12}   tokens")
         lines += ["", f"{'steps':<28}{'execution':<12}{'kept per step':>14}{'kept in all':>14}"]
         for steps, execution, kept in self._rows():
             each = "–" if len(set(kept)) > 1 else format_bytes(kept[0])

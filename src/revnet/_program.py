@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVarTuple
 
@@ -288,6 +288,21 @@ class Program(nn.Module):
         names = execution.for_steps(self._count) if isinstance(execution, Plan) else execution
         self._settings.executions = resolve(names, self._count, self._allowed)
         self._settings.execution = execution
+        if isinstance(execution, Plan) and execution.tile:
+            self._retile(execution.tile)
+
+    @property
+    def _tiling(self) -> Mapping[Any, Tile]:
+        """The tiles of the steps that run in tiles, by letter or number."""
+        return {}
+
+    @_tiling.setter
+    def _tiling(self, tiles: Mapping[Any, Tile]) -> None:
+        raise NotImplementedError
+
+    def _retile(self, size: int) -> None:
+        """Set the tokens in a tile of each step that runs in tiles."""
+        self._tiling = {key: replace(tile, size=size) for key, tile in self._tiling.items()}
 
     @property
     def _executions(self) -> list[Any]:

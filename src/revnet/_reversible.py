@@ -23,6 +23,7 @@ from ._source import rule_of
 from ._step import BoundStep, Step
 from ._streams.arithmetic import FloatArithmetic
 from ._taps import positions_of
+from ._tile import Tile
 from ._trees import tree_leaves
 
 
@@ -163,6 +164,16 @@ class Reversible(Program):
         part._arrange([steps[self._order[i]] for i in chosen])
         part.args_route = sliced(self.args_route, chosen, group=1)
         return part
+
+    @property
+    def _tiling(self) -> Mapping[Any, Tile]:
+        steps = enumerate(cast(list[Step], self.steps))
+        return {i: step.tile for i, step in steps if step.tile is not None}
+
+    @_tiling.setter
+    def _tiling(self, tiles: Mapping[Any, Tile]) -> None:
+        for i, tile in tiles.items():
+            cast(Step, self.steps[i]).tile = tile
 
     def inverse(self, *streams: Any, return_aux: bool = False, **kwargs: Any) -> tuple[Any, ...]:
         """Return the streams before the first step, from those after the last.

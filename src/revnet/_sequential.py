@@ -169,6 +169,14 @@ class BlockSequence(Program):
         found = {letter: tile_of(given) for letter, given in tile.items()}
         self._settings.tiles = {letter: each for letter, each in found.items() if each is not None}
 
+    @property
+    def _tiling(self) -> Mapping[Any, Tile]:
+        return self._settings.tiles
+
+    @_tiling.setter
+    def _tiling(self, tiles: Mapping[Any, Tile]) -> None:
+        self._settings.tiles = tiles
+
     def _step_name(self, step: int) -> str:
         return "the input" if step < 0 else step_name(step, self._per_block, self._name)
 

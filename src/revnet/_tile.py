@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -85,16 +85,30 @@ class Tiles:
     Attributes:
         parts: the tiles.
         dim: dimension of the tokens.
+        sizes: tokens of each tile.
     """
 
     parts: tuple[Any, ...]
     dim: int
+    sizes: tuple[int, ...]
+
+    def map(self, fn: Callable[[Any], Any]) -> Tiles:
+        """Return `fn` of each tile."""
+        return self.like(map(fn, self.parts))
+
+    def like(self, parts: Iterable[Any]) -> Tiles:
+        """Return other parts in tiles of these sizes."""
+        return Tiles(tuple(parts), self.dim, self.sizes)
+
+    def replaced(self, number: int, part: Any) -> Tiles:
+        """Return the same with another part in this place."""
+        return self.like((*self.parts[:number], part, *self.parts[number + 1 :]))
 
 
 pytree.register_pytree_node(
     Tiles,
-    lambda tiles: (list(tiles.parts), tiles.dim),
-    lambda parts, dim: Tiles(tuple(parts), dim),
+    lambda tiles: (list(tiles.parts), (tiles.dim, tiles.sizes)),
+    lambda parts, cut: Tiles(tuple(parts), *cut),
     serialized_type_name="revnet._tile.Tiles",
 )
 

@@ -22,6 +22,7 @@ from .find import Found, find, named
 from .layer import KEY, OWN, converted_class, switching_class
 from .rules import RULES
 from .stack import HEADROOM, Stack
+from .tiles import TILE, cut_into_tiles, parts_of
 
 LARGEST_BITS = 8
 
@@ -168,6 +169,7 @@ def convert(
     calibrate: Any = None,
     preserve_rng_state: bool = True,
     determinism_check: Literal["default", "none", "exact"] = "default",
+    tile: Mapping[str, int] = {},
 ) -> Conversion:
     """Put the residual layers of a model in reversible form, in place and with unchanged weights.
 
@@ -184,18 +186,18 @@ def convert(
             more are closer to the ordinary network.
         streams: `"fixed"` chooses the range from the first batch; a `revnet.Fixed` sets it;
             `"float"` holds the tensors themselves.
-        execution: `"invert"`, `"store"`, `"checkpoint"`, `"select"` or `"offload"` for all layers,
-            or one of them per layer; see `revnet.ReversibleSequence`.
+        execution: of all layers, or one per layer; see `revnet.ReversibleSequence`.
         calibrate: a batch from which the range is chosen at once: a mapping of keywords, a tuple,
             or one argument of the model.
         preserve_rng_state, determinism_check: as in `revnet.ReversibleSequence`.
+        tile: parts of each layer that treat tokens (dimension -2) independently, and on how many
+            they run at a time, as in `{"mlp": 4096}`.
 
     Returns:
         The conversion, which prints what was found, and sets bits and execution anew.
 
     Raises:
-        ReversibleError: no stack, a converted model, or layers that cannot be converted.
-        ValueError: an unknown option.
+        ReversibleError, ValueError: no stack, layers that cannot be converted; an unknown option.
 
     Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
     """
@@ -205,15 +207,14 @@ def convert(
     found = find(model) if layers is None else named(model, layers)
     format_: Any = None if streams == "fixed" else _streams(streams)
     options = Options(preserve_rng_state, determinism_check, None)
+    parts = parts_of(found, tile)
     conversion = _enter(model, found, layers is not None, rule, format_, options)
     try:
-        conversion.bits = bits
-        conversion.execution = execution
+        conversion.bits, conversion.execution = bits, execution
     except ValueError:
         unconvert(model)
         raise
-    if rule == "two-stream" and was_loaded(model):
-        warnings.warn(_FROM_SCRATCH, stacklevel=callers_level())
+    cut_into_tiles(parts)
     if calibrate is not None:
         conversion.calibrate(calibrate)
     return conversion
@@ -241,6 +242,8 @@ def _check(
             f"{type(model).__name__} is converted already. Change bits and execution on its "
             f"Conversion, or call revnet.unconvert(model) first."
         )
+    if rule == "two-stream" and was_loaded(model):
+        warnings.warn(_FROM_SCRATCH, stacklevel=callers_level())
 
 
 def _enter(
@@ -302,6 +305,7 @@ def unconvert(model: nn.Module) -> nn.Module:
         if OWN in vars(type(module)):
             module.__class__ = vars(type(module))[OWN]
             vars(module).pop(KEY, None)
+            vars(module).pop(TILE, None)
     return model
 
 

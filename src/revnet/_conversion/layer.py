@@ -24,7 +24,7 @@ from .._execution import STORE
 from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
 from .._torch import is_faking, records_operators
-from ._dynamo import compiling_with, keep_out
+from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
 from .rules import HandOn, Readout, TakeUp
@@ -107,11 +107,8 @@ class _Update(nn.Module):
         x = x.to(self.given)
         if self.seen.out is not None:
             out = self.seen.out
-        elif self.compiler is None:
-            out = self.own.forward(self.layer, x, *positional, **kwargs)
         else:
-            with compiling_with(self.compiler):
-                out = self.own.forward(self.layer, x, *positional, **kwargs)
+            out = _plainly(self.layer, self.own, (x, *positional), kwargs, self.compiler)
         y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
         if not isinstance(y, Tensor):
             raise _Aside(f"it returns {type(y).__name__}, not a tensor")
@@ -185,8 +182,11 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
 
 def _plainly(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler: Any) -> Any:
     """Call a layer as it was before conversion."""
-    with compiling_with(compiler):
+    found = set_compiler(compiler)
+    try:
         return own.forward(layer, *args, **kwargs)
+    finally:
+        set_compiler(found)
 
 
 def _steps(
@@ -370,11 +370,14 @@ def converted_class(own: Any) -> Any:
 
     @wraps(own.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with compiling_with(None) as compiler:
+        compiler = set_compiler(None)
+        try:
             return run(self, own, args, kwargs, compiler)
+        finally:
+            set_compiler(compiler)
 
     keep_out(forward)
-    made = _derived(own, converted_class, {FLAG_OF_LAYERS: property(_unset, _switch)})
+    made = derived_class(own, converted_class, {FLAG_OF_LAYERS: property(_unset, _switch)})
     # Set afterwards: transformers wraps what a class is made with.
     made.forward = forward
     return made
@@ -383,21 +386,23 @@ def converted_class(own: Any) -> Any:
 @cache
 def switching_class(own: Any) -> Any:
     """Return the class of a module around layers, equal but for its flag of checkpointing."""
-    return _derived(own, switching_class, {FLAG: property(_unset, _switch)})
+    return derived_class(own, switching_class, {FLAG: property(_unset, _switch)})
 
 
-def _derived(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
+def derived_class(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
+    """Return a class like `own` with other attributes; copies and pickles call `make` again."""
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # The class has no name that a pickle could refer to.
         reduced: Any = object.__reduce_ex__(self, protocol)
-        return _revive, (make.__name__, own), *reduced[2:]
+        return _revive, (make, own), *reduced[2:]
 
     own_names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(own.__name__, (own,), {**own_names, **namespace, "__reduce_ex__": reduce, OWN: own})
 
 
-def _revive(make: str, own: Any) -> Any:
-    made = {"converted_class": converted_class, "switching_class": switching_class}[make](own)
+def _revive(make: Callable[[Any], Any], own: Any) -> Any:
+    made = make(own)
     return made.__new__(made)
 
 

@@ -248,7 +248,7 @@ class Call:
         self, index: int, step: BoundStep, hook: PackHook, sources: list[Any], alone: bool
     ) -> None:
         """Run a step so that it can be replayed; `alone`: from values that are kept for it."""
-        record, values = hook.record, self.values if alone else []
+        record, before = hook.record, self.streams[step.target][0] if alone else None
         state = record.state
         versions = list(map(version_of, hook.sources))
         push_saved_tensor_hooks(hook.pack, hook.unpack)
@@ -278,9 +278,10 @@ class Call:
         if record.kept is not None or alone:
             record.stops = may_stop_at_last_save(tensors_in(out))
         if alone:
-            ruled = len(record.saved) > record.saved_by_branch
-            places = {*step.source, step.target} if ruled else step.source
-            record.alone = Saved([x if i in places else None for i, x in enumerate(values)])
+            read = dict(zip(step.source, sources, strict=True))
+            if len(record.saved) > record.saved_by_branch:
+                read[step.target] = before
+            record.alone = Saved([read.get(i) for i in range(len(self.streams))])
         if state.random is not None:
             self.random = RandomState(self.devices)
         state.settle(self.random)

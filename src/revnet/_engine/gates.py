@@ -91,11 +91,11 @@ class Gates:
 
     def call(self, step: BoundStep, sources: list[Any]) -> Any:
         """Return what the branch of a step returns."""
-        with self._open():
+        with self.open():
             return step.fn(*sources, **step.kwargs)
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[None]:
+    def open(self) -> Iterator[None]:
         """Let the branch read aliases of its parameters inside."""
         aliases: dict[int, Tensor] = {}
         for own, key, parameter, gate in self.places:

@@ -44,11 +44,15 @@ class Measurement:
 
     Args:
         replaced: the sequence, with stand-ins for its tensors.
+        tile: tokens in a tile of each tiled step, 0 to leave these as they are.
     """
 
-    def __init__(self, replaced: StandIns) -> None:
+    def __init__(self, replaced: StandIns, tile: int = 0) -> None:
         self.replaced = replaced
         self.net = replaced.net
+        self.tile = tile
+        if tile:
+            self.net._retile(tile)
         self.mode = replaced.mode
         self.x = tree_leaves(replaced.inputs[0])[0]
         self.steps = [step for _, step in self.net._parts(replaced.inputs, replaced.kwargs)]
@@ -103,6 +107,8 @@ class Measurement:
     def peak(self, executions: Sequence[str]) -> int:
         """Return the bytes at the peak of a run, beside the gradients of parameters."""
         given = self.replaced
+        if self.tile:
+            self.net._retile(self.tile)
         self.net.execution = cast(Any, list(executions))
         # A new monitor looks at every step of its first call, and at fewer in later ones.
         self.net._monitor = RangeMonitor()

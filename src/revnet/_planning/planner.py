@@ -23,6 +23,7 @@ from .._execution import BY_NAME, STORE
 from .._plan import Plan
 from .._program import Program
 from .._sizes import format_bytes, free_bytes, parse_bytes
+from .._tile import Tile
 from .costs import Measurement
 from .solver import Solution, minimum, simulate, solve
 from .stand_ins import stand_ins
@@ -31,14 +32,25 @@ Budget = int | str | None
 
 
 @overload
-def plan(net: Program, x: Any, budget: Budget = None, **kwargs: Any) -> Plan: ...
+def plan(
+    net: Program, x: Any, budget: Budget = None, *, tile_sizes: Sequence[int] = (), **kwargs: Any
+) -> Plan: ...
 
 
 @overload
-def plan(net: Program, x: Any, budget: Sequence[int | str], **kwargs: Any) -> list[Plan]: ...
+def plan(
+    net: Program,
+    x: Any,
+    budget: Sequence[int | str],
+    *,
+    tile_sizes: Sequence[int] = (),
+    **kwargs: Any,
+) -> list[Plan]: ...
 
 
-def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
+def plan(
+    net: Any, x: Any, budget: Any = None, *, tile_sizes: Sequence[int] = (), **kwargs: Any
+) -> Any:
     """Return the fastest plan for `net` whose peak memory stays within a budget.
 
     Runs steps of `net` on `x`, on their device, under each execution, and measures bytes and
@@ -64,6 +76,8 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
             the peak of stored execution; "25%", a quarter of the way from the one to the other; or
             None, what is free on the device when all gradients exist. A sequence of budgets is
             measured once and gives one plan each.
+        tile_sizes: tokens in a tile to choose among, for steps that run in tiles: each is measured
+            as a sequence of its own. Setting the plan sets its size.
         **kwargs: the keywords of the forward pass.
 
     Returns:
@@ -73,7 +87,7 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
         ReversibleError: no plan is within the budget; the message says the smallest possible peak.
         RuntimeError: `torch.inference_mode` is active, which allows no training step.
         TypeError: `net` is not a revnet sequence.
-        ValueError: the budget is not a size.
+        ValueError: the budget is not a size, or no step runs in tiles of `tile_sizes`.
 
     Example:
         >>> net = revnet.ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)])
@@ -89,11 +103,43 @@ def plan(net: Any, x: Any, budget: Any = None, **kwargs: Any) -> Any:
             "revnet.plan was called under torch.inference_mode, but it runs training steps, which "
             "inference_mode forbids: call it outside"
         )
+    if tile_sizes and not net._tiling:
+        raise ValueError(
+            "tile_sizes are given, but no step of this sequence runs in tiles: say which do, by "
+            "tile={'g': 4096} or revnet.Step(..., tile=4096)"
+        )
+    for size in tile_sizes:
+        Tile(size)
     many = isinstance(budget, Sequence) and not isinstance(budget, str)
     budgets = [_parse_budget(one) for one in (budget if many else [budget])]
     with torch.enable_grad(), stand_ins(net, x, kwargs) as replaced:
-        plans = _Planner(Measurement(replaced)).plans(budgets)
+        planners = [_Planner(Measurement(replaced, size)) for size in tile_sizes or (0,)]
+        plans = planners[0].plans(budgets) if len(planners) == 1 else _best(planners, budgets)
     return plans if many else plans[0]
+
+
+def _best(planners: Sequence[_Planner], budgets: Sequence[int | float | None]) -> list[Plan]:
+    """Return for each budget the fastest plan of all tile sizes."""
+    shares = [budget for budget in budgets if isinstance(budget, float)]
+    least = min(planner.least for planner in planners) if shares else 0
+    most = max(planner.most for planner in planners) if shares else 0
+    plans = []
+    for budget in budgets:
+        found: list[Plan] = []
+        failures: list[tuple[int, ReversibleError]] = []
+        for planner in planners:
+            size = planner.size(budget)
+            if isinstance(budget, float):
+                size = round(least + budget * (most - least))
+            planner.fit(size)
+            try:
+                found.append(planner.fastest(size))
+            except ReversibleError as error:
+                failures.append((planner.least, error))
+        if not found:
+            raise min(failures, key=lambda failure: failure[0])[1]
+        plans.append(min(found, key=lambda plan: (plan.seconds, plan.peak_bytes)))
+    return plans
 
 
 def _parse_budget(budget: Budget) -> int | float | None:
@@ -143,8 +189,12 @@ class _Planner:
             return int(max(0, min(_gather(free))))
         if isinstance(budget, int):
             return budget
-        most = max(self.run(self.stored).peak, self.least)
-        return round(self.least + budget * (most - self.least))
+        return round(self.least + budget * (self.most - self.least))
+
+    @cached_property
+    def most(self) -> int:
+        """Return the peak of stored execution."""
+        return max(self.run(self.stored).peak, self.least)
 
     @cached_property
     def least(self) -> int:
@@ -229,6 +279,7 @@ class _Planner:
             device=_gather(measurement.replaced.device)[0],
             estimated=measurement.mode is not None,
             streams=tuple((tuple(leaf.shape), _name(leaf.dtype)) for leaf in measurement.streams),
+            tile=measurement.tile,
         )
 
 

@@ -113,6 +113,8 @@ def _replace_tensors(stack: contextlib.ExitStack, replaced: StandIns) -> None:
     replaced.filled = {tensor for tensor in made.values() if tensor.requires_grad}
     # A plan in force may be for a smaller input.
     _set(stack, net, "execution", STORE.name)
+    if net._tiling:
+        _set(stack, net, "_tiling", net._tiling)
     if isinstance(net, BlockSequence):
         # A plan is for the call in which no block is dropped.
         net.layer_dropout = 0.0

@@ -41,7 +41,7 @@ def shape_of(value: Any, name: str = "the stream") -> torch.Size:
             f"{name} is a tree of tensors, but tiles are cut from a tensor: leave out tile"
         )
     shape = list(value.parts[0].shape)
-    shape[value.dim] = sum(part.shape[value.dim] for part in value.parts)
+    shape[value.dim] = sum(value.sizes)
     return torch.Size(shape)
 
 
@@ -68,7 +68,7 @@ def read(arithmetic: Arithmetic, stream: Stream) -> Any:
     if value is not None:
         return value
     if isinstance(held, Tiles):
-        return Tiles(tuple(map(arithmetic.read, held.parts)), held.dim)
+        return held.map(arithmetic.read)
     return arithmetic.read(held)
 
 
@@ -89,12 +89,11 @@ def put(streams: list[Stream], i: int, cut: Cut | None, stream: Stream) -> None:
 
 def _with_part(stream: Stream, number: int, part: Stream) -> Stream:
     value, held = stream
-    behind = number + 1
     if part[0] is None:
         value = None
     elif value is not None:
-        value = Tiles((*value.parts[:number], part[0], *value.parts[behind:]), value.dim)
-    return value, Tiles((*held.parts[:number], part[1], *held.parts[behind:]), held.dim)
+        value = value.replaced(number, part[0])
+    return value, held.replaced(number, part[1])
 
 
 def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> None:
@@ -119,38 +118,31 @@ def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> N
 def _split(arithmetic: Arithmetic, stream: Stream, cut: Cut) -> Stream:
     value, held = stream
     if isinstance(held, Tiles):
-        if held.dim == cut.dim and _sizes(held) == cut.sizes:
+        if held.dim == cut.dim and held.sizes == cut.sizes:
             return _as_held(arithmetic, value, held) if isinstance(value, Tensor) else stream
         value, held = _joined(arithmetic, value, held)
-    values = _parts(arithmetic.read(held) if value is None else value, cut.sizes, cut.dim)
+    values = _cut(arithmetic.read(held) if value is None else value, cut)
     if isinstance(held, Tensor):
-        tiles = Tiles(values, cut.dim)
-        return tiles, tiles
+        return values, values
     if not isinstance(held, Held):
         raise ReversibleError(
             f"{cut.step}: a stream that another step multiplies cannot be cut into tiles, as fixed "
             f"streams remember what the product left over: leave out tile, or use "
             f"streams='float'"
         )
-    pairs = zip(values, _parts(held.residual, cut.sizes, cut.dim), strict=True)
-    return Tiles(values, cut.dim), Tiles(tuple(Held(*pair) for pair in pairs), cut.dim)
+    return values, values.like(map(Held, values.parts, _cut(held.residual, cut).parts))
 
 
 def _as_held(arithmetic: Arithmetic, value: Tensor, held: Tiles) -> Stream:
     """Return a stream whose value is one tensor, in the tiles in which the rest of it is held."""
     found = with_value(arithmetic, rest(arithmetic, held), value)
-    values = tuple(map(arithmetic.read, found.parts))
-    return Tiles(values, held.dim), found
+    return found.map(arithmetic.read), found
 
 
-def _parts(tensor: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
+def _cut(tensor: Tensor, tiles: Cut | Tiles) -> Tiles:
     # With several samples the parts are views with gaps, which branches would not read otherwise.
-    return tuple(part.contiguous() for part in tensor.split(list(sizes), dim))
-
-
-def _sizes(held: Tiles) -> tuple[int, ...]:
-    parts = (part if isinstance(part, Tensor) else part.residual for part in held.parts)
-    return tuple(part.shape[held.dim] for part in parts)
+    parts = tensor.split(list(tiles.sizes), tiles.dim)
+    return Tiles(tuple(part.contiguous() for part in parts), tiles.dim, tiles.sizes)
 
 
 def _joined(arithmetic: Arithmetic, value: Any, held: Tiles) -> Stream:
@@ -177,22 +169,14 @@ def surfaced(stream: Stream) -> Stream:
 
 def rest(arithmetic: Arithmetic, held: Any) -> Any:
     """Return how a stream is held, without its value."""
-    if not isinstance(held, Tiles):
-        return arithmetic.rest(held)
-    if arithmetic.exact:
-        return Tiles(tuple(map(arithmetic.rest, held.parts)), held.dim)
-    return Tiles(_sizes(held), held.dim)
+    return held.map(arithmetic.rest) if isinstance(held, Tiles) else arithmetic.rest(held)
 
 
 def with_value(arithmetic: Arithmetic, found: Any, value: Any) -> Any:
     """Return the stream of which `rest` was returned, with this value."""
     if not isinstance(found, Tiles):
         return arithmetic.held(found, value)
-    if not arithmetic.exact:
-        return Tiles(_parts(value, found.parts, found.dim), found.dim)
-    values = _parts(value, _sizes(found), found.dim)
-    pairs = zip(found.parts, values, strict=True)
-    return Tiles(tuple(arithmetic.held(*pair) for pair in pairs), found.dim)
+    return found.like(map(arithmetic.held, found.parts, _cut(value, found).parts))
 
 
 def combine(
@@ -240,8 +224,8 @@ def invert(arithmetic: Arithmetic, step: BoundStep, streams: list[Stream], out: 
 
 def _increments(held: Tiles, coupling: Coupling, out: Any) -> tuple[Tensor, ...]:
     """Return what a rule adds to each tile."""
-    values = Tiles(tuple(p.value if isinstance(p, Held) else p for p in held.parts), held.dim)
+    values = held.map(lambda part: part.value if isinstance(part, Held) else part)
     like = values.parts[0].detach().new_empty(()).expand(shape_of(values))
     increment: Tensor = fitting(like, coupling.increment(out))
-    parts: tuple[Tensor, ...] = increment.split(list(_sizes(held)), held.dim)
+    parts: tuple[Tensor, ...] = increment.split(list(held.sizes), held.dim)
     return parts
