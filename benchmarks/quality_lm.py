@@ -30,6 +30,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import sys
 import sysconfig
@@ -469,7 +470,7 @@ def write_report(text: Text, options: argparse.Namespace) -> None:
     lines = [
         "# Does a reversible network learn as well as an ordinary one of equal parameters?",
         "",
-        f"    python {' '.join(sys.argv)}",
+        f"    {shlex.join(['python', *sys.argv])}",
         "",
         f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
         f"{platform.python_version()}; {'bfloat16 autocast' if cuda else 'float32'}.",

@@ -24,6 +24,7 @@ import gc
 import importlib.util
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -446,6 +447,7 @@ def table(ways: list[Way]) -> list[str]:
 def draw(found: dict[int, list[Way]], path: Path) -> None:
     """Time against peak, all ways, one plot for each length."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     size = (4.6 * len(found) + 1, 4.4)
     figure, plots = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
@@ -461,6 +463,10 @@ def draw(found: dict[int, list[Way]], path: Path) -> None:
                 label = way.name
             plot.loglog(way.peak / MIB, 1e3 * way.time, linestyle="", label=label, **style)
         plot.set(title=f"{tokens:,} tokens", xlabel="peak above weights, MiB", ylabel="ms a step")
+        for axis in (plot.xaxis, plot.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     handles = {
         label: handle
         for plot in plots[0]
@@ -479,7 +485,7 @@ def report(
     lines = [
         "# What does a reversible network cost against what users of an ordinary one have?",
         "",
-        f"    python {' '.join(sys.argv)}",
+        f"    {shlex.join(['python', *sys.argv])}",
         "",
         f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
         f"{platform.python_version()}. Width {width}, {blocks} blocks of attention and MLP, batch "

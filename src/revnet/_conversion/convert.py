@@ -186,10 +186,12 @@ def convert(
             more are closer to the ordinary network.
         streams: `"fixed"` chooses the range from the first batch; a `revnet.Fixed` sets it;
             `"float"` holds the tensors themselves.
-        execution: of all layers, or one per layer; see `revnet.ReversibleSequence`.
+        execution: `"store"`, `"select"`, `"checkpoint"`, `"offload"` or `"invert"`, of all layers
+            or one per layer; see `revnet.ReversibleSequence`.
         calibrate: a batch from which the range is chosen at once: a mapping of keywords, a tuple,
             or one argument of the model.
-        preserve_rng_state, determinism_check: as in `revnet.ReversibleSequence`.
+        preserve_rng_state: as in `revnet.ReversibleSequence`.
+        determinism_check: `"default"`, `"none"` or `"exact"`, as in `revnet.ReversibleSequence`.
         tile: parts of each layer that treat tokens (dimension -2) independently, and on how many
             they run at a time, as in `{"mlp": 4096}`.
 
