@@ -130,7 +130,7 @@ class _Drift(nn.Module):
 class _FewStructures(Memory):
     """What earlier steps found, by branch: thousands of steps share one or two."""
 
-    def structure(self, number: int, fn: nn.Module, coupling: nn.Module) -> Structure:
+    def structure(self, number: Any, fn: nn.Module, coupling: nn.Module) -> Structure:
         return super().structure(id(fn), fn, coupling)
 
 

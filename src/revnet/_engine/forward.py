@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._couplings import Additive, Leapfrog, Midpoint
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
 from .._kept import Hosted, Saved
@@ -25,6 +26,7 @@ from .._state.results import Results
 from .._step import BoundStep, branch_output
 from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._sum import Sum
 from .._tile import Cut, Tiles, added, keywords_of_tiles, sizes_of
 from .._torch import (
     is_autocasting,
@@ -145,10 +147,15 @@ class Call:
                 step. The step is stored then, and the wrapper manages what it saves.
         """
         self.at = step
-        if step.tile is None:
-            self._take(index, step, within)
-        else:
+        if step.tile is not None:
             self._take_tiles(index, step, within)
+        elif isinstance(step.fn, Sum) and _divides(step):
+            for number, branch in enumerate(step.fn):
+                label = f"{step.name}, part {number} of {len(step.fn)}"
+                self.at = step._replace(name=label, fn=branch, part=number, whole=step.name)
+                self._take(index, self.at, within)
+        else:
+            self._take(index, step, within)
         self.at = None
 
     def _take_tiles(self, index: int, step: BoundStep, within: bool) -> None:
@@ -174,8 +181,8 @@ class Call:
         try:
             for number, given in enumerate(keywords):
                 label = f"{name}, tile {number} of {len(sizes)}"
-                cut = Cut(number, tile.dim, sizes, name)
-                self.at = step._replace(name=label, kwargs=given, cut=cut)
+                cut = Cut(number, tile.dim, sizes)
+                self.at = step._replace(name=label, kwargs=given, cut=cut, whole=name)
                 self._take(index, self.at, within)
         finally:
             self.gates = None
@@ -221,7 +228,7 @@ class Call:
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
         fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
-        structure = self.memory.structure(index, fn, step.coupling.state_owner)
+        structure = self.memory.structure((index, step.part), fn, step.coupling.state_owner)
         context_fn = self.options.context_fn
         return StepState(step, structure, self.environment, random, results, context_fn)
 
@@ -386,16 +393,23 @@ class Call:
             out, aux = branch_output(out, target)
             # A tile that is held here could not be freed below.
             del target
-            if aux is not None and step.cut is None:
-                self.aux[step.name] = aux
-            elif aux is not None and step.cut is not None:
-                self.aux[step.cut.step] = added(self.aux.get(step.cut.step), aux, step.name)
+            if aux is not None:
+                before = self.aux.get(step.whole) if step.whole else None
+                self.aux[step.whole or step.name] = added(before, aux, step.name)
         try:
             tiled.combine(self.arithmetic, step, self.streams, out, index)
         except (TypeError, ValueError) as error:
             raise ReversibleError(f"{step.name} {error}") from error
 
 
+def _divides(step: BoundStep) -> bool:
+    """Check whether the branches of a sum can be steps of their own."""
+    assert isinstance(step.fn, Sum)
+    additive = type(step.coupling.state_owner) in _ADDITIVE
+    return additive and step.target not in step.source and step.fn.divides
+
+
+_ADDITIVE = (Additive, Leapfrog, Midpoint)
 _prefetch = attrgetter("prefetch")
 # What `_shared` returns for one source.
 _ALONE = [0]
