@@ -33,7 +33,7 @@ def reason(steps: Sequence[Any], streams: Sequence[Any], blocks: Sequence[nn.Mod
     """
     if hooked(blocks):
         return "a block has hooks"
-    for name, fn, coupling, target, source, kwargs in steps:
+    for name, fn, coupling, target, source, kwargs, *_ in steps:
         if not coupling.translates or target in source or any(True for _ in coupling.parameters()):
             return (
                 f"{name}: its coupling, {coupling.state_owner}, is not supported in a compiled "
