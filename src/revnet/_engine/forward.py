@@ -162,15 +162,7 @@ class Call:
         """Apply a step tile by tile: each tile is a step."""
         assert step.tile is not None
         tile, name = step.tile, step.name
-        shapes = []
-        for i in (step.target, *step.source):
-            value = self.streams[i][0]
-            if not isinstance(value, Tensor | Tiles):
-                raise ReversibleError(
-                    f"{name}: stream {i} is a tree of tensors, but tiles are cut from a tensor: "
-                    f"leave out tile"
-                )
-            shapes.append(tiled.shape_of(value))
+        shapes = [self._shape(i, name) for i in (step.target, *step.source)]
         sizes = sizes_of(tile, shapes, name)
         if len(sizes) == 1:
             self._take(index, step, within)
@@ -186,6 +178,15 @@ class Call:
                 self._take(index, self.at, within)
         finally:
             self.gates = None
+
+    def _shape(self, stream: int, name: str) -> torch.Size:
+        value = self.streams[stream][0]
+        if not isinstance(value, Tensor | Tiles):
+            raise ReversibleError(
+                f"{name}: stream {stream} is a tree of tensors, but tiles are cut from a tensor: "
+                f"leave out tile"
+            )
+        return tiled.shape_of(value)
 
     def _take(self, index: int, step: BoundStep, within: bool) -> None:
         execution = STORE if within else self.executions[index]

@@ -28,10 +28,10 @@ def whole(value: Any) -> Any:
     return torch.cat(value.parts, value.dim) if isinstance(value, Tiles) else value
 
 
-def shape_of(value: Any) -> torch.Size:
+def shape_of(value: Tensor | Tiles) -> torch.Size:
     """Return the shape of a value, in tiles or not."""
     if not isinstance(value, Tiles):
-        return value.shape  # type: ignore[no-any-return]
+        return value.shape
     shape = list(value.parts[0].shape)
     shape[value.dim] = sum(value.sizes)
     return torch.Size(shape)
