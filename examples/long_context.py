@@ -107,7 +107,8 @@ class LongContext(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
+        low = hidden.dtype is torch.bfloat16
+        if hidden.is_cuda and low and importlib.util.find_spec("liger_kernel") is not None:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
             return LigerFusedLinearCrossEntropyLoss()(self.head.weight, self.norm(hidden), targets)

@@ -34,7 +34,7 @@ from parallel import (
     run_checks,
     sequence,
 )
-from revnet import ReversibleError, ReversibleSequence
+from revnet import ReversibleError, ReversibleSequence, Sum
 from revnet._execution import EXECUTIONS
 from revnet._state import fsdp as fsdp_state
 from test_ddp import Whole
@@ -398,6 +398,14 @@ def tiles(rank: int, world_size: int) -> None:
         results[execution] = gradients(model)
     for result in results.values():
         assert_bits(result, results["store"])
+    model = SHARDINGS["block"](
+        ReversibleSequence([(Sum([f, g]), g) for f, g in branches()], tile={"g": 1})
+    )
+    counts = Collectives()
+    with counts:
+        rank_loss(model, rank, world_size).backward()
+    gathers = sum(count for name, count in counts.counts.items() if "gather" in name)
+    assert gathers == 2 * depth, counts.counts
     for shard in (shard_branches, shard_linears):
         with pytest.raises(ReversibleError, match=r"branch g: fully_shard was called on this"):
             rank_loss(shard(sequence(tile={"g": 1})), rank, world_size)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ._step import Step as Step
     from ._streams.fixed import Fixed as Fixed
     from ._streams.format import Float as Float
+    from ._sum import Sum as Sum
     from ._tile import Tile as Tile
     from ._two_step import TwoStep as TwoStep
 
@@ -56,6 +57,7 @@ _MODULES = {
     "ReversibleSequence": "_sequence",
     "SequentialSequence": "_sequential",
     "Step": "_step",
+    "Sum": "_sum",
     "Tile": "_tile",
     "TwoStep": "_two_step",
     "convert": "_conversion.convert",

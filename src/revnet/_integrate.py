@@ -128,7 +128,7 @@ class _Drift(nn.Module):
 class _FewStructures(Memory):
     """What earlier steps found, by branch: thousands of steps share one or two."""
 
-    def structure(self, number: int, fn: nn.Module, coupling: Coupling) -> Structure:
+    def structure(self, number: Any, fn: nn.Module, coupling: Coupling) -> Structure:
         return super().structure(id(fn), fn, coupling)
 
 

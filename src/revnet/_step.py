@@ -149,3 +149,7 @@ class BoundStep(NamedTuple):
     # How many tokens the branch reads at a time, None for all; of one of these tiles, which.
     tile: Tile | None = None
     cut: Cut | None = None
+    # Of one branch of a sum, which.
+    part: int = 0
+    # The name of the step of which this is a tile, or a branch of a sum.
+    whole: str = ""

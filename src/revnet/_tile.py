@@ -69,13 +69,11 @@ class Cut(NamedTuple):
         number: which one.
         dim: dimension of the tokens.
         sizes: tokens of each tile.
-        step: the name of the whole step.
     """
 
     number: int
     dim: int
     sizes: tuple[int, ...]
-    step: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)

@@ -25,7 +25,8 @@ from .._state.results import Results
 from .._step import BoundStep, branch_output, hands_on
 from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
-from .._tile import Cut, Tiles, added, keywords_of_tiles, sizes_of
+from .._sum import Sum
+from .._tile import Tiles, added
 from .._torch import (
     is_autocasting,
     is_capturing,
@@ -44,6 +45,7 @@ from .checksums import tree_checksum
 from .gates import Gates
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
 from .keeping import kept_target, reads_alone
+from .parts import gates_of, parts_of
 from .tape import Layout, Options, Record, Tape, layout_of
 
 
@@ -150,34 +152,22 @@ class Call:
                 step. The step is stored then, and the wrapper manages what it saves.
         """
         self.at = step
-        if step.tile is None:
+        if step.tile is None and not isinstance(step.fn, Sum):
             self._take(index, step, within)
         else:
-            self._take_tiles(index, step, within)
+            self._take_parts(index, step, within)
         self.at = None
 
-    def _take_tiles(self, index: int, step: BoundStep, within: bool) -> None:
-        """Apply a step tile by tile: each tile is a step."""
-        assert step.tile is not None
-        tile, name = step.tile, step.name
-        shapes = [
-            tiled.shape_of(self.streams[i][0], f"{name}: stream {i}")
-            for i in (step.target, *step.source)
-        ]
-        sizes = sizes_of(tile, shapes, name)
-        if len(sizes) == 1:
-            self._take(index, step, within)
-            return
-        keywords = keywords_of_tiles(tile, sizes, shapes[0], step.kwargs, name)
-        self.tape.tiled = True
-        fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
-        self.gates = Gates(fn, tiled.device_of(self.streams[step.target]), name)
+    def _take_parts(self, index: int, step: BoundStep, within: bool) -> None:
+        """Apply a step that is several: each tile, or branch of a sum, is a step of its own."""
+        parts = parts_of(step, self.streams)
+        if parts[0].cut is not None:
+            self.tape.tiled = True
+            self.gates = gates_of(step, self.streams)
         try:
-            for number, given in enumerate(keywords):
-                label = f"{name}, tile {number} of {len(sizes)}"
-                cut = Cut(number, tile.dim, sizes, name)
-                self.at = step._replace(name=label, kwargs=given, cut=cut)
-                self._take(index, self.at, within)
+            for part in parts:
+                self.at = part
+                self._take(index, part, within)
         finally:
             self.gates = None
 
@@ -240,7 +230,7 @@ class Call:
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
         fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
-        structure = self.memory.structure(index, fn, step.coupling)
+        structure = self.memory.structure((index, step.part), fn, step.coupling)
         context_fn = self.options.context_fn
         return StepState(step, structure, self.environment, random, results, context_fn)
 
@@ -399,10 +389,9 @@ class Call:
             out, aux = branch_output(out, target)
             # A tile that is held here could not be freed below.
             del target
-            if aux is not None and step.cut is None:
-                self.aux[step.name] = aux
-            elif aux is not None and step.cut is not None:
-                self.aux[step.cut.step] = added(self.aux.get(step.cut.step), aux, step.name)
+            if aux is not None:
+                before = self.aux.get(step.whole) if step.whole else None
+                self.aux[step.whole or step.name] = added(before, aux, step.name)
         try:
             if self.tape.tiled:
                 tiled.combine(self.arithmetic, step, self.streams, out, index)

@@ -177,12 +177,12 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._structures: dict[int, tuple[nn.Module, nn.Module, Structure]] = {}
+        self._structures: dict[Any, tuple[nn.Module, nn.Module, Structure]] = {}
 
     def __reduce__(self) -> Any:
         return Memory, ()
 
-    def structure(self, number: int, fn: nn.Module, coupling: Coupling) -> Structure:
+    def structure(self, number: Any, fn: nn.Module, coupling: Coupling) -> Structure:
         """Return the structure of a step, read anew where it has changed."""
         known = self._structures.get(number)
         # A rule made for a single call, such as an inverse, has the modules of another.

@@ -104,7 +104,7 @@ def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> N
     """
     if step.cut is not None:
         for i in {step.target, *step.source}:
-            streams[i] = _split(arithmetic, streams[i], step.cut)
+            streams[i] = _split(arithmetic, streams[i], step.cut, step.whole)
         return
     value, held = streams[step.target]
     if not isinstance(held, Tiles):
@@ -115,7 +115,7 @@ def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> N
         streams[step.target] = _as_held(arithmetic, value, held)
 
 
-def _split(arithmetic: Arithmetic, stream: Stream, cut: Cut) -> Stream:
+def _split(arithmetic: Arithmetic, stream: Stream, cut: Cut, name: str) -> Stream:
     value, held = stream
     if isinstance(held, Tiles):
         if held.dim == cut.dim and held.sizes == cut.sizes:
@@ -126,7 +126,7 @@ def _split(arithmetic: Arithmetic, stream: Stream, cut: Cut) -> Stream:
         return values, values
     if not isinstance(held, Held):
         raise ReversibleError(
-            f"{cut.step}: a stream that another step multiplies cannot be cut into tiles, as fixed "
+            f"{name}: a stream that another step multiplies cannot be cut into tiles, as fixed "
             f"streams remember what the product left over: leave out tile, or use "
             f"streams='float'"
         )
