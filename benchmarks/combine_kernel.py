@@ -22,7 +22,7 @@ from torch import Tensor
 
 from revnet._streams import reference
 from revnet._streams.fixed import Fixed
-from revnet._streams.format import Held
+from revnet._streams.format import Encoded
 from revnet._streams.monitor import RangeMonitor
 
 FORMATS = (Fixed(), Fixed(37))
@@ -137,7 +137,7 @@ def sweep(shape: list[int], device: torch.device, repeats: int) -> None:
             )
 
 
-def check(fixed: Fixed, held: Held, increment: Tensor) -> None:
+def check(fixed: Fixed, held: Encoded, increment: Tensor) -> None:
     """Compare with plain torch operations, numbers that leave the range included, and undo."""
     bad = increment.clone()
     bad.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38])

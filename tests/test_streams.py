@@ -30,7 +30,7 @@ from revnet._streams.autograd import fixed_add, fixed_encode
 from revnet._streams.buffer import BufferedStream, multiply_and_add, subtract_and_divide
 from revnet._streams.checksum import checksum
 from revnet._streams.fixed import Fixed, fitting_fraction_bits
-from revnet._streams.format import Float, Held
+from revnet._streams.format import Encoded, Float
 from revnet._streams.monitor import RangeMonitor, key_of
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
@@ -74,42 +74,42 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 def combine(
     fixed: Fixed,
-    held: Held | None,
+    held: Encoded | None,
     increment: Tensor,
     sign: int,
     monitor: RangeMonitor | None = None,
     step: int = 0,
-) -> Held:
+) -> Encoded:
     return fixed._combine(held, increment, sign, monitor, step)
 
 
 def reference(
     fixed: Fixed,
-    held: Held | None,
+    held: Encoded | None,
     increment: Tensor,
     sign: int,
     monitor: RangeMonitor | None = None,
     step: int = 0,
-) -> Held:
+) -> Encoded:
     return plain_torch.combine(held, increment, sign, fixed.fraction_bits, monitor, step)
 
 
 def combine_kernel(
     fixed: Fixed,
-    held: Held | None,
+    held: Encoded | None,
     increment: Tensor,
     sign: int,
     monitor: RangeMonitor | None = None,
     step: int = 0,
-) -> Held:
+) -> Encoded:
     pattern = increment if held is None else held.value
     residual = torch.empty_like(pattern, dtype=fixed.residual_dtype(pattern.dtype), device=DEVICE)
-    new = Held(torch.empty_like(pattern, device=DEVICE), residual)
-    there = None if held is None else Held(*(part.to(DEVICE) for part in held))
+    new = Encoded(torch.empty_like(pattern, device=DEVICE), residual)
+    there = None if held is None else Encoded(*(part.to(DEVICE) for part in held))
     assert dispatch.launched(
         there, increment.to(DEVICE), new, sign, fixed.fraction_bits, monitor, step
     )
-    return Held(*(part.cpu() for part in new))
+    return Encoded(*(part.cpu() for part in new))
 
 
 def need_cuda() -> None:
@@ -161,7 +161,7 @@ def to_significant(number: int, bits: int) -> int:
     return round(Fraction(number, 2**excess)) * 2**excess
 
 
-def held_of(integers: list[int | None], fixed: Fixed, dtype: torch.dtype) -> Held:
+def held_of(integers: list[int | None], fixed: Fixed, dtype: torch.dtype) -> Encoded:
     """Return the stream of these integers, None for what is not a number."""
     values = [read(integer, fixed, dtype) for integer in integers]
     rests = [
@@ -171,7 +171,7 @@ def held_of(integers: list[int | None], fixed: Fixed, dtype: torch.dtype) -> Hel
     width = {torch.bfloat16: torch.int32, torch.float16: torch.int32}.get(dtype, torch.int16)
     if fixed.fraction_bits > 24:
         width = {torch.int16: torch.int32, torch.int32: torch.int64}[width]
-    return Held(
+    return Encoded(
         torch.tensor(values, dtype=torch.float64).to(dtype), torch.tensor(rests, dtype=width)
     )
 
@@ -228,7 +228,7 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(torch.uint8)
 
 
-def same(a: Held, b: Held) -> bool:
+def same(a: Encoded, b: Encoded) -> bool:
     return all(
         x.dtype == y.dtype and x.stride() == y.stride() and bits(x).equal(bits(y))
         for x, y in zip(a, b, strict=True)
@@ -415,7 +415,7 @@ def strides(x: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
 
 
-def equal(a: Held, b: Held) -> bool:
+def equal(a: Encoded, b: Encoded) -> bool:
     return all(x.cpu().equal(y.cpu()) for x, y in zip(a, b, strict=True))
 
 
@@ -445,7 +445,7 @@ def test_layouts(layout: str, device: str, monkeypatch: pytest.MonkeyPatch) -> N
         torch.empty(*part.shape, 2, dtype=part.dtype, device=device)[..., 0].copy_(part)
         for part in held
     ]
-    assert equal(fixed.add(Held(*gaps), increment), new)
+    assert equal(fixed.add(Encoded(*gaps), increment), new)
 
 
 def test_arguments_are_checked() -> None:
@@ -492,9 +492,11 @@ def test_no_fraction_bits_fit_infinity() -> None:
 # Gradients
 
 
-def streams(fixed: Fixed, dtype: torch.dtype = torch.float64) -> tuple[Held, Tensor]:
+def streams(fixed: Fixed, dtype: torch.dtype = torch.float64) -> tuple[Encoded, Tensor]:
     value, residual = fixed_encode(torch.randn(3, 4, dtype=dtype), fixed)
-    return Held(value.requires_grad_(), residual), torch.randn(3, 4, dtype=dtype).requires_grad_()
+    return Encoded(value.requires_grad_(), residual), torch.randn(
+        3, 4, dtype=dtype
+    ).requires_grad_()
 
 
 def test_gradients_pass_straight_through() -> None:
@@ -573,7 +575,7 @@ def test_encoding_passes_gradients_on() -> None:
 def added(fixed: Fixed, *watch: Any) -> Any:
     """Return fixed_add of three tensors."""
     return lambda value, residual, increment: tuple(
-        fixed_add(Held(value, residual), increment, fixed, *watch)
+        fixed_add(Encoded(value, residual), increment, fixed, *watch)
     )
 
 
@@ -589,8 +591,8 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
         x.expand(3, 4, 5) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(stacked, in_dims, strict=True)
     ]
-    wanted = fixed.add(Held(columns[0].contiguous(), columns[1].contiguous()), columns[2])
-    assert equal(Held(*torch.vmap(added(fixed, monitor, 4), in_dims)(*stacked)), wanted)
+    wanted = fixed.add(Encoded(columns[0].contiguous(), columns[1].contiguous()), columns[2])
+    assert equal(Encoded(*torch.vmap(added(fixed, monitor, 4), in_dims)(*stacked)), wanted)
     assert monitor.check() is None
     stacked[2][..., 0] = math.inf
     torch.vmap(added(fixed, monitor, 4), in_dims)(*stacked)
@@ -601,14 +603,14 @@ def test_vmap_of_the_plain_functions() -> None:
     fixed, monitor = Fixed(), RangeMonitor()
     x, increment = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     increment[1, 0, 0] = math.inf
-    held = Held(*torch.vmap(lambda x: tuple(fixed.encode(x, monitor)))(x))
+    held = Encoded(*torch.vmap(lambda x: tuple(fixed.encode(x, monitor)))(x))
     assert same(held, fixed.encode(x))
     got = torch.vmap(
         lambda value, residual, increment: tuple(
-            fixed.add(Held(value, residual), increment, monitor, 2)
+            fixed.add(Encoded(value, residual), increment, monitor, 2)
         )
     )(*held, increment)
-    assert same(Held(*got), fixed.add(held, increment))
+    assert same(Encoded(*got), fixed.add(held, increment))
     assert monitor.poll() == (2, math.inf)
 
 
@@ -644,21 +646,23 @@ def test_compiled(fixed: Fixed, dtype: torch.dtype, device: str) -> None:
         value: Tensor, residual: Tensor, factor: Tensor, increment: Tensor
     ) -> tuple[Tensor, ...]:
         # The product is fused with the addition: it must be rounded to its dtype all the same.
-        return tuple(fixed.add(Held(value, residual), factor * increment, monitor, 7))
+        return tuple(fixed.add(Encoded(value, residual), factor * increment, monitor, 7))
 
     @torch.compile(fullgraph=True)
     def backward(value: Tensor, residual: Tensor, increment: Tensor) -> tuple[Tensor, ...]:
-        return tuple(fixed.subtract(Held(value, residual), increment))
+        return tuple(fixed.subtract(Encoded(value, residual), increment))
 
     integers, increment = edges(fixed, dtype, dtype)
-    held = Held(*(part.to(device) for part in held_of(integers, fixed, dtype)))
+    held = Encoded(*(part.to(device) for part in held_of(integers, fixed, dtype)))
     increment = increment.to(device)
     factor = torch.where(
         increment.isfinite() & (increment.abs() < 1e3), torch.randn_like(increment), 1
     )
-    got = Held(*forward(*held, factor, increment))
+    got = Encoded(*forward(*held, factor, increment))
     assert same(got, fixed.add(held, factor * increment))
-    assert same(Held(*backward(*got, factor * increment)), fixed.subtract(got, factor * increment))
+    assert same(
+        Encoded(*backward(*got, factor * increment)), fixed.subtract(got, factor * increment)
+    )
     found = monitor.check()
     assert found is not None
     assert found.step == 7
@@ -699,9 +703,9 @@ def test_fake_tensors_and_tracing() -> None:
             torch.int16,
         )
     held, increment = fixed.encode(torch.randn(3, 4)), torch.randn(3, 4)
-    graph = make_fx(lambda *args: tuple(fixed.add(Held(*args[:2]), args[2])))(*held, increment)
+    graph = make_fx(lambda *args: tuple(fixed.add(Encoded(*args[:2]), args[2])))(*held, increment)
     increment[0, 0] = math.inf
-    assert same(Held(*graph(*held, increment)), fixed.add(held, increment))
+    assert same(Encoded(*graph(*held, increment)), fixed.add(held, increment))
 
 
 @pytest.mark.slow
@@ -709,7 +713,7 @@ def test_fake_tensors_and_tracing() -> None:
 def test_export(dtype: torch.dtype) -> None:
     class Add(torch.nn.Module):
         def forward(self, value: Tensor, residual: Tensor, increment: Tensor) -> tuple[Tensor, ...]:
-            return tuple(Fixed().add(Held(value, residual), increment))
+            return tuple(Fixed().add(Encoded(value, residual), increment))
 
     for x in (
         torch.randn(3, 4, dtype=dtype),
@@ -719,7 +723,7 @@ def test_export(dtype: torch.dtype) -> None:
         held, increment = Fixed().encode(x), torch.randn(x.shape)
         exported = torch.export.export(Add(), (*held, increment)).module()
         increment[(0,) * x.dim()] = math.inf
-        assert same(Held(*exported(*held, increment)), Fixed().add(held, increment))
+        assert same(Encoded(*exported(*held, increment)), Fixed().add(held, increment))
 
 
 # The monitor
@@ -949,7 +953,7 @@ class Integers:
             self.counts[i] = combined(product, increment[i], 1, self.fixed, self.dtype)
 
 
-def start_of(size: float, fixed: Fixed, dtype: torch.dtype) -> Held:
+def start_of(size: float, fixed: Fixed, dtype: torch.dtype) -> Encoded:
     """Return a stream of a size, NaN in one place."""
     x = torch.randn(3, 16, dtype=torch.float64) * size
     x[0, 1] = math.nan
@@ -979,7 +983,7 @@ def test_scaled_steps_equal_python_integers(
         wanted.step(ratio, increment.flatten().tolist())
         held = multiply_and_add(held, ratio, increment.to(device_of_steps), fixed, None, index)
         got = to(held, "cpu")
-        flat = Held(*(part.flatten() for part in got.stream))
+        flat = Encoded(*(part.flatten() for part in got.stream))
         assert same(flat, held_of(wanted.counts, fixed, dtype))
         if not got.full:
             assert unsigned(got.buffer).flatten().tolist() == wanted.buffers
@@ -1142,7 +1146,7 @@ def test_gradients_of_scaled_steps() -> None:
     increment = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, increment: Tensor) -> Tensor:
-        held: Any = Held(*fixed_encode(x, fixed))
+        held: Any = Encoded(*fixed_encode(x, fixed))
         for index in range(3):
             held = multiply_and_add(held, ratio, increment.sin(), fixed, None, index)
         return held.stream.value**2
@@ -1186,14 +1190,14 @@ def test_cuda_equals_cpu(
     )
     for start in (0, 1):  # memory that does and does not allow 16-byte accesses
         part = slice(start, start + size)
-        held = Held(*(piece[part] for piece in fixed.encode(x)))
-        there = Held(*(piece[part] for piece in fixed.encode(x.cuda())))
+        held = Encoded(*(piece[part] for piece in fixed.encode(x)))
+        there = Encoded(*(piece[part] for piece in fixed.encode(x.cuda())))
         wanted = fixed.add(held, increment[part])
         got = fixed.add(there, increment.cuda()[part])
         back = fixed.subtract(got, increment.cuda()[part])
         wanted_back = fixed.subtract(wanted, increment[part])
-        assert same(Held(*(piece.cpu() for piece in got)), wanted)
-        assert same(Held(*(piece.cpu() for piece in back)), wanted_back)
+        assert same(Encoded(*(piece.cpu() for piece in got)), wanted)
+        assert same(Encoded(*(piece.cpu() for piece in back)), wanted_back)
         assert checksum(got.residual).cpu() == checksum(wanted.residual)
 
 
@@ -1208,8 +1212,8 @@ def test_scaled_steps_on_cuda_equal_the_cpu(ratio: Fraction, dtype: torch.dtype,
     increment = (torch.randn(size + 1) * torch.logspace(-12, 1, size + 1) * fixed.limit).to(dtype)
     for begin in (0, 1):  # memory that does and does not allow 16-byte accesses
         part = slice(begin, begin + size)
-        here: Any = Held(*(piece[part] for piece in x))
-        start = Held(*(piece.cuda()[part] for piece in x))
+        here: Any = Encoded(*(piece[part] for piece in x))
+        start = Encoded(*(piece.cuda()[part] for piece in x))
         there: Any = start
         addend = increment.cuda()[part]
         for index in range(7):
@@ -1250,12 +1254,12 @@ def test_cuda_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from revnet._streams import cuda
 
     integers, increment = edges(Fixed(), torch.bfloat16, torch.bfloat16)
-    held = Held(*(part.cuda() for part in held_of(integers, Fixed(), torch.bfloat16)))
+    held = Encoded(*(part.cuda() for part in held_of(integers, Fixed(), torch.bfloat16)))
     wanted = Fixed().add(held, increment.cuda())
     monkeypatch.setitem(cuda._state, "broken", True)
     assert same(Fixed().add(held, increment.cuda()), wanted)
     encoded = Fixed().encode(increment.cuda())
-    assert same(Held(*(part.cpu() for part in encoded)), Fixed().encode(increment))
+    assert same(Encoded(*(part.cpu() for part in encoded)), Fixed().encode(increment))
 
 
 @pytest.mark.gpu
@@ -1269,7 +1273,7 @@ def test_nothing_synchronises() -> None:
     try:
         held = fixed_add(fixed_encode(x, fixed, monitor), x, fixed, monitor, 0)
         held.value.sum().backward()
-        held = fixed.subtract(Held(held.value.detach(), held.residual), x.detach())
+        held = fixed.subtract(Encoded(held.value.detach(), held.residual), x.detach())
         fixed.add(held, bad, monitor, 3)
         monitor.flush()
         monitor.poll()
@@ -1289,7 +1293,7 @@ def test_cuda_graph() -> None:
     held = fixed.encode(torch.randn(64, 64, device="cuda"))
     increment = torch.randn(64, 64, device="cuda")
 
-    def step() -> Held:
+    def step() -> Encoded:
         result = fixed.add(held, increment, monitor, 9)
         monitor.flush()
         return result

@@ -29,7 +29,7 @@ from ._schemes import residual_steps, steps_per_block
 from ._state.fsdp import LOW_PRECISION
 from ._streams import tiled
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
-from ._streams.format import Held
+from ._streams.format import Encoded
 from ._torch import saved_tensor_hooks
 from ._trees import tree_leaves
 
@@ -47,7 +47,7 @@ def _remember_held(call: Call) -> None:
         if isinstance(value, Tensor):
             forget = partial(_held.pop, id(value))
             encoded = tiled.joined(call.arithmetic, encoded)
-            residual = encoded.residual if isinstance(encoded, Held) else None
+            residual = encoded.residual if isinstance(encoded, Encoded) else None
             _held[id(value)] = weakref.ref(value, forget), call.arithmetic, residual
 
 
@@ -182,8 +182,8 @@ class ReversibleBlock(Program):
         call = Call(streams, arithmetic, self._settings.options, stored)
         for i, (value, encoded) in enumerate(call.streams):
             known = _held.get(id(streams[i]))
-            if known is not None and known[2] is not None and isinstance(encoded, Held):
-                call.streams[i] = value, Held(value, known[2])
+            if known is not None and known[2] is not None and isinstance(encoded, Encoded):
+                call.streams[i] = value, Encoded(value, known[2])
         return call
 
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:

@@ -276,7 +276,7 @@ class Program(nn.Module):
 
     @streams.setter
     def streams(self, streams: Streams) -> None:
-        self._settings.streams = _streams(streams)
+        self._settings.streams = streams_of(streams)
 
     @property
     def execution(self) -> Execution:
@@ -336,7 +336,7 @@ def callers_level() -> int:
     return level
 
 
-def _streams(streams: Streams) -> Streams:
+def streams_of(streams: Streams) -> Streams:
     named: dict[Any, Streams] = {"auto": "auto", "fixed": Fixed(), "float": Float()}
     if isinstance(streams, Fixed | Float):
         return streams

@@ -207,8 +207,11 @@ def _reversibly(
     residuals: tuple[int, ...] = ()
     if arithmetic.exact:
         # What a stored step left in a buffer, only the engine would read again.
-        helds = [held.stream if isinstance(held, BufferedStream) else held for _, held in states]
-        residuals = tuple([table.add(held.residual) for held in helds if held is not None])
+        pairs = [
+            encoded.stream if isinstance(encoded, BufferedStream) else encoded
+            for _, encoded in states
+        ]
+        residuals = tuple([table.add(encoded.residual) for encoded in pairs if encoded is not None])
     steps = []
     for index, part in parts:
         state = []

@@ -13,7 +13,7 @@ from .._couplings import fitting
 from .._errors import ReversibleError
 from .._step import BoundStep
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic
-from .._streams.format import Held
+from .._streams.format import Encoded
 
 Arithmetic = FloatArithmetic | FixedArithmetic
 
@@ -224,14 +224,14 @@ def _held(values: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Any]:
     """Return the streams as an arithmetic holds them; float ones have no residuals."""
     if not residuals:
         return list(values)
-    return [Held(*parts) for parts in zip(values, residuals, strict=True)]
+    return [Encoded(*parts) for parts in zip(values, residuals, strict=True)]
 
 
 def _tensors_of(streams: Sequence[Any]) -> list[Tensor]:
     """Return the values of all streams and then, of fixed ones, what is left over of each."""
-    if not isinstance(streams[0], Held):
+    if not isinstance(streams[0], Encoded):
         return list(streams)
-    return [held.value for held in streams] + [held.residual for held in streams]
+    return [encoded.value for encoded in streams] + [encoded.residual for encoded in streams]
 
 
 def _modes(program: _Program) -> list[bool]:

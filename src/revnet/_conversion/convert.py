@@ -12,7 +12,7 @@ from torch import nn
 from .._engine import Options
 from .._errors import ReversibleError
 from .._execution import ExecutionName, resolve
-from .._program import _streams, callers_level
+from .._program import callers_level, streams_of
 from .._state.random import devices_of
 from .._streams.fixed import Fixed
 from .._streams.format import Float
@@ -207,7 +207,7 @@ def convert(
     resolve(execution, 1 if isinstance(execution, str) else len(execution))
     _check(model, rule, streams, determinism_check)
     found = find(model) if layers is None else named(model, layers)
-    format_: Any = None if streams == "fixed" else _streams(streams)
+    format_: Any = None if streams == "fixed" else streams_of(streams)
     options = Options(preserve_rng_state, determinism_check, None)
     parts = parts_of(found, tile)
     conversion = _enter(model, found, layers is not None, rule, format_, options)

@@ -252,8 +252,8 @@ def _taken_up(found: _Open, x: Tensor) -> list[Stream]:
     """Return the streams of an open call, as functions of the tensor that was handed on."""
     place, own, other = found.readout
     streams = list(found.streams)
-    (value, held), (hidden, _) = streams[place], streams[1 - place]
-    streams[place] = TakeUp.apply(x, hidden, value, own, other), held
+    (value, encoded), (hidden, _) = streams[place], streams[1 - place]
+    streams[place] = TakeUp.apply(x, hidden, value, own, other), encoded
     return streams
 
 

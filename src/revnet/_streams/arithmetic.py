@@ -24,7 +24,7 @@ from .buffer import (
     subtract_and_divide,
 )
 from .fixed import Fixed
-from .format import Held
+from .format import Encoded
 from .monitor import RangeMonitor
 
 # A stream under way is a pair: its value, which branches read and gradients flow through, and how
@@ -63,32 +63,32 @@ class FloatArithmetic:
             value = coupling.combine(value, out)
         return value, value
 
-    def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
+    def invert(self, coupling: Coupling, encoded: Any, out: Any) -> Stream:
         """The stream before a step."""
-        value = coupling.invert(held, out)
+        value = coupling.invert(encoded, out)
         return value, value
 
     def hold(self, value: Tensor) -> Tensor:
         """Return how the stream that starts as `value` is held: `encode` inside a Function."""
         return value
 
-    def add(self, held: Tensor, increment: Tensor, index: int) -> Tensor:
+    def add(self, encoded: Tensor, increment: Tensor, index: int) -> Tensor:
         """Return the stream after an additive step: `combine` inside a Function."""
-        return held + increment.to(held.dtype)
+        return encoded + increment.to(encoded.dtype)
 
-    def subtract(self, held: Tensor, increment: Tensor) -> Tensor:
+    def subtract(self, encoded: Tensor, increment: Tensor) -> Tensor:
         """Return the stream before an additive step; differentiable outside of graphs."""
-        return held - increment.to(held.dtype)
+        return encoded - increment.to(encoded.dtype)
 
-    def read(self, held: Any) -> Any:
+    def read(self, encoded: Any) -> Any:
         """The value of a stream that is held so."""
-        return held
+        return encoded
 
-    def rest(self, held: Any) -> Any:
+    def rest(self, encoded: Any) -> Any:
         """Return how a stream is held, without its value: nothing."""
         return None
 
-    def held(self, rest: Any, value: Any) -> Any:
+    def with_value(self, rest: Any, value: Any) -> Any:
         """Return the stream of which `rest` was returned, with this value."""
         return value
 
@@ -110,10 +110,10 @@ class FixedArithmetic:
         self.monitor = monitor
 
     def encode(self, value: Any, index: int = -1) -> Stream:
-        held = Held(
+        encoded = Encoded(
             *tree_unzip(lambda leaf: fixed_encode(leaf, self.fixed, self.monitor, index), value)
         )
-        return held.value, held
+        return encoded.value, encoded
 
     def undoes(self, coupling: Coupling) -> bool:
         return coupling.rearranges or (
@@ -121,10 +121,10 @@ class FixedArithmetic:
         )
 
     def combine(self, coupling: Coupling, stream: Stream, out: Any, index: int) -> Stream:
-        value, held = stream
+        value, encoded = stream
         if (
             type(coupling) is Additive
-            and held.__class__ is Held
+            and encoded.__class__ is Encoded
             and isinstance(value, Tensor)
             and isinstance(out, Tensor)
             and value.dtype is out.dtype
@@ -132,26 +132,26 @@ class FixedArithmetic:
             and value.device == out.device
         ):
             # Most steps: what follows, without its calls.
-            held = fixed_add(
-                held._replace(value=value) if held.value is not value else held,
+            encoded = fixed_add(
+                encoded._replace(value=value) if encoded.value is not value else encoded,
                 out,
                 self.fixed,
                 self.monitor,
                 index,
             )
-            return held.value, held
+            return encoded.value, encoded
         if coupling.translates:
 
-            def add(held: Held, increment: Tensor) -> Held:
-                return fixed_add(held, increment, self.fixed, self.monitor, index)
+            def add(encoded: Encoded, increment: Tensor) -> Encoded:
+                return fixed_add(encoded, increment, self.fixed, self.monitor, index)
 
-            held = _added(held, value, fitting(value, coupling.increment(out)), add)
-            return _stream(held).value, held
+            encoded = _added(encoded, value, fitting(value, coupling.increment(out)), add)
+            return _stream(encoded).value, encoded
         if ratio := self._ratio(coupling, out):
             increment = fitting(value, coupling.increment(out))
-            held = _signed(held, value, coupling.sign(out))
-            held = multiply_and_add(held, ratio, increment, self.fixed, self.monitor, index)
-            return held.stream.value, held
+            encoded = _signed(encoded, value, coupling.sign(out))
+            encoded = multiply_and_add(encoded, ratio, increment, self.fixed, self.monitor, index)
+            return encoded.stream.value, encoded
         # The gradient is that of the rule on floats; the value, below, that of the fixed-point
         # numbers.
         like = coupling.combine(value, out)
@@ -159,54 +159,54 @@ class FixedArithmetic:
             return self.encode(like, index)
         with torch.no_grad(), without_tangents():
             if coupling.rearranges:
-                return like, _moved(held, lambda part: coupling.combine(part, out), like)
-            held = _signed(held, value, coupling.sign(out))
-            held = multiply(
-                held, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index
+                return like, _moved(encoded, lambda part: coupling.combine(part, out), like)
+            encoded = _signed(encoded, value, coupling.sign(out))
+            encoded = multiply(
+                encoded, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index
             )
 
-            def add(held: Held, increment: Tensor) -> Held:
-                return self.fixed.add(held, increment, self.monitor, index)
+            def add(encoded: Encoded, increment: Tensor) -> Encoded:
+                return self.fixed.add(encoded, increment, self.monitor, index)
 
-            held = _added(held, held.stream.value, coupling.increment(out), add)
-        return tree_map(with_gradient_of, like, held.stream.value), held
+            encoded = _added(encoded, encoded.stream.value, coupling.increment(out), add)
+        return tree_map(with_gradient_of, like, encoded.stream.value), encoded
 
-    def invert(self, coupling: Coupling, held: Any, out: Any) -> Stream:
-        value = _stream(held).value
+    def invert(self, coupling: Coupling, encoded: Any, out: Any) -> Stream:
+        value = _stream(encoded).value
         if coupling.rearranges:
-            held = _moved(
-                held, lambda part: coupling.invert(part, out), coupling.invert(value, out)
+            encoded = _moved(
+                encoded, lambda part: coupling.invert(part, out), coupling.invert(value, out)
             )
         elif ratio := self._ratio(coupling, out):
-            held = subtract_and_divide(held, ratio, coupling.increment(out), self.fixed)
-            held = _signed(held, _stream(held).value, coupling.sign(out))
+            encoded = subtract_and_divide(encoded, ratio, coupling.increment(out), self.fixed)
+            encoded = _signed(encoded, _stream(encoded).value, coupling.sign(out))
         else:
-            held = _added(held, value, coupling.increment(out), self.fixed.subtract)
+            encoded = _added(encoded, value, coupling.increment(out), self.fixed.subtract)
             if coupling.scales:
-                held = divide(held, coupling.scale(out), coupling.least_scale, self.fixed)
-                held = _signed(held, _stream(held).value, coupling.sign(out))
-        return _stream(held).value, held
+                encoded = divide(encoded, coupling.scale(out), coupling.least_scale, self.fixed)
+                encoded = _signed(encoded, _stream(encoded).value, coupling.sign(out))
+        return _stream(encoded).value, encoded
 
-    def hold(self, value: Tensor) -> Held:
-        return Held(*self.fixed.encode(value, self.monitor))
+    def hold(self, value: Tensor) -> Encoded:
+        return Encoded(*self.fixed.encode(value, self.monitor))
 
-    def add(self, held: Held, increment: Tensor, index: int) -> Held:
-        return Held(*self.fixed.add(held, increment, self.monitor, index))
+    def add(self, encoded: Encoded, increment: Tensor, index: int) -> Encoded:
+        return Encoded(*self.fixed.add(encoded, increment, self.monitor, index))
 
-    def subtract(self, held: Held, increment: Tensor) -> Held:
+    def subtract(self, encoded: Encoded, increment: Tensor) -> Encoded:
         if torch.compiler.is_compiling():
-            return Held(*self.fixed.subtract(held, increment))
+            return Encoded(*self.fixed.subtract(encoded, increment))
         # The same numbers, and differentiable.
-        return Held(*fixed_add(held, -increment, self.fixed))
+        return Encoded(*fixed_add(encoded, -increment, self.fixed))
 
-    def read(self, held: Any) -> Any:
-        return _stream(held).value
+    def read(self, encoded: Any) -> Any:
+        return _stream(encoded).value
 
-    def rest(self, held: Any) -> Any:
+    def rest(self, encoded: Any) -> Any:
         """Return how a stream is held, without its value."""
-        return self.held(held, None)
+        return self.with_value(encoded, None)
 
-    def held(self, rest: Any, value: Any) -> Any:
+    def with_value(self, rest: Any, value: Any) -> Any:
         """Return the stream of which `rest` was returned, with this value."""
         return _signed(rest, value, None)
 
@@ -221,39 +221,41 @@ class FixedArithmetic:
         return scale if scaled.takes(scale.numerator, scale.denominator, self.fixed) else None
 
 
-def _stream(held: Any) -> Held:
-    stream: Held = held.stream if isinstance(held, BufferedStream) else held
+def _stream(encoded: Any) -> Encoded:
+    stream: Encoded = encoded.stream if isinstance(encoded, BufferedStream) else encoded
     return stream
 
 
-def _signed(held: Any, value: Any, sign: Tensor | None) -> Any:
+def _signed(encoded: Any, value: Any, sign: Tensor | None) -> Any:
     """Return a held stream, read as this value, which has a gradient, times 1 or -1."""
-    residual = _stream(held).residual
+    residual = _stream(encoded).residual
     if sign is not None:
         # A stream holds no minus zero.
         value = tree_map(lambda leaf: leaf + 0.0, signed(value, sign))
         residual = signed(residual, sign)
-    stream = Held(value, residual)
-    return replace(held, stream=stream) if isinstance(held, BufferedStream) else stream
+    stream = Encoded(value, residual)
+    return replace(encoded, stream=stream) if isinstance(encoded, BufferedStream) else stream
 
 
-def _added(held: Any, value: Any, increment: Any, add: Callable[[Held, Tensor], Held]) -> Any:
-    """Held, read as this value, after `add` of each of its tensors and its increment."""
-    stream = Held(
+def _added(
+    encoded: Any, value: Any, increment: Any, add: Callable[[Encoded, Tensor], Encoded]
+) -> Any:
+    """Return a stream, read as this value, after `add` of each tensor and its increment."""
+    stream = Encoded(
         *tree_unzip(
-            lambda value, residual, leaf: add(Held(value, residual), leaf),
+            lambda value, residual, leaf: add(Encoded(value, residual), leaf),
             value,
-            _stream(held).residual,
+            _stream(encoded).residual,
             increment,
         )
     )
-    return replace(held, stream=stream) if isinstance(held, BufferedStream) else stream
+    return replace(encoded, stream=stream) if isinstance(encoded, BufferedStream) else stream
 
 
-def _moved(held: Any, move: Callable[[Any], Any], value: Any) -> Any:
-    """Held, read as this value, its integers moved likewise."""
+def _moved(encoded: Any, move: Callable[[Any], Any], value: Any) -> Any:
+    """Return a stream, read as this value, its integers moved likewise."""
     return (
-        held.map(move, value)
-        if isinstance(held, BufferedStream)
-        else Held(value, move(held.residual))
+        encoded.map(move, value)
+        if isinstance(encoded, BufferedStream)
+        else Encoded(value, move(encoded.residual))
     )

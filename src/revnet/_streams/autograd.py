@@ -10,7 +10,7 @@ from torch import Tensor
 from .._torch import without_tangents
 from . import scaled
 from .fixed import Fixed
-from .format import Held
+from .format import Encoded
 from .monitor import RangeMonitor
 
 
@@ -23,11 +23,11 @@ class _FixedAdd(torch.autograd.Function):
         fixed: Fixed,
         monitor: RangeMonitor | None,
         step: int,
-    ) -> Held:
-        return fixed.add(Held(value, residual), increment, monitor, step)
+    ) -> Encoded:
+        return fixed.add(Encoded(value, residual), increment, monitor, step)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Encoded) -> None:
         ctx.value_dtype, ctx.increment_dtype = inputs[0].dtype, inputs[2].dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -73,8 +73,8 @@ class _FixedAddNow(torch.autograd.Function):
         fixed: Fixed,
         monitor: RangeMonitor | None,
         step: int,
-    ) -> Held:
-        output = fixed._combine(Held(value, residual), increment, 1, monitor, step)
+    ) -> Encoded:
+        output = fixed._combine(Encoded(value, residual), increment, 1, monitor, step)
         ctx.value_dtype, ctx.increment_dtype = value.dtype, increment.dtype
         ctx.mark_non_differentiable(output.residual)
         ctx.set_materialize_grads(False)
@@ -86,11 +86,11 @@ class _FixedAddNow(torch.autograd.Function):
 
 class _FixedEncode(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> Held:
+    def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> Encoded:
         return fixed.encode(x, monitor, step)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Held) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Encoded) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
@@ -120,26 +120,31 @@ def _batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def fixed_add(
-    held: Held, increment: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = 0
-) -> Held:
-    """Return `fixed.add(held, increment)`, differentiable: the gradient passes straight through.
+    encoded: Encoded,
+    increment: Tensor,
+    fixed: Fixed,
+    monitor: RangeMonitor | None = None,
+    step: int = 0,
+) -> Encoded:
+    """Return `fixed.add(encoded, increment)`, differentiable: the gradient passes straight through.
 
-    The gradient of the value goes unchanged to held's value and, in its dtype, to the increment;
-    nothing is saved.
+    The gradient of the value goes unchanged to the value of the stream and, in its dtype, to the
+    increment; nothing is saved.
 
     Args:
-        held: a stream of this format.
-        increment: floating point, of held's shape or broadcast to it.
+        encoded: a stream of this format.
+        increment: floating point, of its shape or broadcast to it.
         fixed: the format.
         monitor: see `Fixed.add`.
         step: see `Fixed.add`.
     """
-    if increment.shape != held.value.shape:
-        increment = increment.expand(held.value.shape)
+    if increment.shape != encoded.value.shape:
+        increment = increment.expand(encoded.value.shape)
     if torch.compiler._is_exporting_flag:
-        new = fixed.add(held, increment, monitor, step)
-        return Held(
-            straight_through(held.value + increment.to(held.value.dtype), new.value), new.residual
+        new = fixed.add(encoded, increment, monitor, step)
+        return Encoded(
+            straight_through(encoded.value + increment.to(encoded.value.dtype), new.value),
+            new.residual,
         )
     if torch.compiler.is_compiling():
         add: Any = _FixedAdd
@@ -147,18 +152,18 @@ def fixed_add(
         add = _DualAdd
     else:
         add = _FixedAddNow
-    return Held(*add.apply(*held, increment, fixed, monitor, step))
+    return Encoded(*add.apply(*encoded, increment, fixed, monitor, step))
 
 
 def fixed_encode(
     x: Tensor, fixed: Fixed, monitor: RangeMonitor | None = None, step: int = -1
-) -> Held:
+) -> Encoded:
     """Return `fixed.encode(x)`, differentiable straight through."""
     if torch.compiler._is_exporting_flag:
-        held = fixed.encode(x, monitor, step)
-        return Held(straight_through(x, held.value), held.residual)
+        encoded = fixed.encode(x, monitor, step)
+        return Encoded(straight_through(x, encoded.value), encoded.residual)
     encode = _FixedEncode if torch.compiler.is_compiling() else _DualEncode
-    return Held(*encode.apply(x, fixed, monitor, step))
+    return Encoded(*encode.apply(x, fixed, monitor, step))
 
 
 def straight_through(like: Tensor, value: Tensor) -> Tensor:
@@ -185,14 +190,14 @@ class _ScaledAdd(torch.autograd.Function):
         monitor: RangeMonitor | None,
         step: int,
     ) -> tuple[Tensor, ...]:
-        held, after = scaled.scale_and_add(
-            Held(value, residual), buffer, increment, ratio, width, fixed, monitor, step
+        encoded, after = scaled.scale_and_add(
+            Encoded(value, residual), buffer, increment, ratio, width, fixed, monitor, step
         )
         ctx.factor = ratio[0] / ratio[1]
         ctx.dtypes = value.dtype, increment.dtype
-        ctx.mark_non_differentiable(held.residual, after)
+        ctx.mark_non_differentiable(encoded.residual, after)
         ctx.set_materialize_grads(False)
-        return *held, after
+        return *encoded, after
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -212,7 +217,7 @@ class _ScaledAdd(torch.autograd.Function):
 
 
 def scaled_add(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor | None,
     increment: Tensor,
     ratio: scaled.Ratio,
@@ -220,21 +225,23 @@ def scaled_add(
     fixed: Fixed,
     monitor: RangeMonitor | None,
     step: int,
-) -> tuple[Held, Tensor]:
+) -> tuple[Encoded, Tensor]:
     """Return `scaled.scale_and_add`, differentiable straight through."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         factor = ratio[0] / ratio[1]
         with torch.no_grad(), without_tangents():
             new, after = scaled.scale_and_add(
-                held, buffer, increment, ratio, width, fixed, monitor, step
+                encoded, buffer, increment, ratio, width, fixed, monitor, step
             )
         # The gradient is that of the rule on floats.
-        smooth = torch.ops.aten.mul.Scalar(held.value, factor) + increment.to(held.value.dtype)
-        return Held(with_gradient_of(smooth, new.value), new.residual), after
+        smooth = torch.ops.aten.mul.Scalar(encoded.value, factor) + increment.to(
+            encoded.value.dtype
+        )
+        return Encoded(with_gradient_of(smooth, new.value), new.residual), after
     value, residual, after = _ScaledAdd.apply(
-        *held, buffer, increment, ratio, width, fixed, monitor, step
+        *encoded, buffer, increment, ratio, width, fixed, monitor, step
     )
-    return Held(value, residual), after
+    return Encoded(value, residual), after
 
 
 def with_gradient_of(like: Tensor, value: Tensor) -> Tensor:

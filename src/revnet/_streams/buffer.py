@@ -24,7 +24,7 @@ from .._trees import tree_map, tree_unzip
 from . import scaled
 from .autograd import scaled_add
 from .fixed import Fixed
-from .format import Held
+from .format import Encoded
 from .monitor import RangeMonitor
 from .reference import MASKS, exchange, widened
 
@@ -55,7 +55,7 @@ class _Past:
 class BufferedStream:
     """Hold a stream that was multiplied, a buffer for each number, and the full buffers."""
 
-    stream: Held
+    stream: Encoded
     buffer: Any
     full: list[Any]
     past: _Past | None
@@ -64,7 +64,7 @@ class BufferedStream:
         """Return the same with another value, and `fn` of each tree of integers."""
         full = [fn(buffer) for buffer in self.full]
         return BufferedStream(
-            Held(value, fn(self.stream.residual)), fn(self.buffer), full, self.past
+            Encoded(value, fn(self.stream.residual)), fn(self.buffer), full, self.past
         )
 
 
@@ -75,24 +75,24 @@ def _unflatten(children: Any, past: Any) -> BufferedStream:
 
 pytree.register_pytree_node(
     BufferedStream,
-    lambda held: ([held.stream, held.buffer, held.full], held.past),
+    lambda encoded: ([encoded.stream, encoded.buffer, encoded.full], encoded.past),
     _unflatten,
     serialized_type_name="revnet._buffer.BufferedStream",
 )
 
 
 def multiply_and_add(
-    held: Any,
+    encoded: Any,
     ratio: Fraction,
     increment: Any,
     fixed: Fixed,
     monitor: RangeMonitor | None,
     step: int,
 ) -> BufferedStream:
-    """Return `ratio · held + increment`, differentiable; `scaled.takes` the ratio.
+    """Return `ratio · encoded + increment`, differentiable; `scaled.takes` the ratio.
 
     Args:
-        held: a stream, or what another multiplication returned.
+        encoded: a stream, or what another multiplication returned.
         ratio: the factor.
         increment: a tree of floating-point tensors in the shapes of the stream.
         fixed: the format of the stream.
@@ -102,30 +102,39 @@ def multiply_and_add(
     n, d = ratio.numerator, ratio.denominator
     # Compiled steps keep their targets, and nothing reads the buffer.
     widest = torch.int64 if torch.compiler.is_compiling() else _widest(n, d)
-    past, begun, buffer, full = _advanced(held, n, d, widest)
-    stream = held.stream if isinstance(held, BufferedStream) else held
+    past, begun, buffer, full = _advanced(encoded, n, d, widest)
+    stream = encoded.stream if isinstance(encoded, BufferedStream) else encoded
 
     def leaf(
         value: Tensor, residual: Tensor, addend: Tensor, buffer: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        held, after = scaled_add(
-            Held(value, residual), buffer, addend, (n, d), _dtype(past.bound), fixed, monitor, step
+        encoded, after = scaled_add(
+            Encoded(value, residual),
+            buffer,
+            addend,
+            (n, d),
+            _dtype(past.bound),
+            fixed,
+            monitor,
+            step,
         )
-        return *held, after
+        return *encoded, after
 
     value, residual, buffer = tree_unzip(leaf, *stream, increment, *(() if begun else (buffer,)))
-    return BufferedStream(Held(value, residual), buffer, full, past)
+    return BufferedStream(Encoded(value, residual), buffer, full, past)
 
 
-def subtract_and_divide(held: BufferedStream, ratio: Fraction, increment: Any, fixed: Fixed) -> Any:
+def subtract_and_divide(
+    encoded: BufferedStream, ratio: Fraction, increment: Any, fixed: Fixed
+) -> Any:
     """Return what `multiply_and_add` was given."""
-    past = held.past
+    past = encoded.past
     assert past is not None, "divided more often than multiplied"
     width = None if past.begun or past.before is None else _dtype(past.before.bound)
 
     def leaf(value: Tensor, residual: Tensor, addend: Tensor, buffer: Tensor) -> tuple[Any, ...]:
-        held, before = scaled.subtract_and_divide(
-            Held(value, residual),
+        encoded, before = scaled.subtract_and_divide(
+            Encoded(value, residual),
             buffer,
             addend,
             (ratio.numerator, ratio.denominator),
@@ -133,22 +142,22 @@ def subtract_and_divide(held: BufferedStream, ratio: Fraction, increment: Any, f
             fixed,
         )
         # A tree has no place for None: the buffer that is not wanted stands for it.
-        return *held, buffer if before is None else before
+        return *encoded, buffer if before is None else before
 
-    value, residual, buffer = tree_unzip(leaf, *held.stream, increment, held.buffer)
-    return _before(held, Held(value, residual), buffer)
+    value, residual, buffer = tree_unzip(leaf, *encoded.stream, increment, encoded.buffer)
+    return _before(encoded, Encoded(value, residual), buffer)
 
 
 def multiply(
-    held: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int
+    encoded: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int
 ) -> BufferedStream:
-    """Return a held stream times `scale`.
+    """Return a stream times `scale`.
 
     Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by
     less than the resolution of the format times one plus the factor.
 
     Args:
-        held: a stream, or what another multiplication returned.
+        encoded: a stream, or what another multiplication returned.
         scale: a `Fraction`, or a tree of positive factors.
         least: the smallest factor there can be.
         fixed: the format of the stream.
@@ -157,11 +166,11 @@ def multiply(
         step: see `monitor`.
     """
     numerators, denominator, least = _ratio(scale, least)
-    past, begun, buffer, full = _advanced(held, least, denominator, torch.int64)
-    stream = held.stream if isinstance(held, BufferedStream) else held
+    past, begun, buffer, full = _advanced(encoded, least, denominator, torch.int64)
+    stream = encoded.stream if isinstance(encoded, BufferedStream) else encoded
     width = _dtype(past.bound)
 
-    def times(stream: Held, buffer: Tensor, numerator: Any) -> tuple[Held, Tensor]:
+    def times(stream: Encoded, buffer: Tensor, numerator: Any) -> tuple[Encoded, Tensor]:
         count, known = fixed.counts(stream)
         product = count.double() * numerator / denominator * fixed.unit
         inside = (product.abs() < 0.99 * fixed.limit_in(stream.value.dtype)) & (numerator > 0)
@@ -180,42 +189,42 @@ def multiply(
     return BufferedStream(stream, buffer, full, past)
 
 
-def divide(held: BufferedStream, scale: Any, least: Any, fixed: Fixed) -> Any:
+def divide(encoded: BufferedStream, scale: Any, least: Any, fixed: Fixed) -> Any:
     """Return what `multiply` was given."""
     numerators, denominator, least = _ratio(scale, least)
-    past = held.past
+    past = encoded.past
     assert past is not None, "divided more often than multiplied"
     width = torch.int64 if past.before is None else _dtype(past.before.bound)
 
-    def over(stream: Held, buffer: Tensor, numerator: Any) -> tuple[Held, Tensor]:
+    def over(stream: Encoded, buffer: Tensor, numerator: Any) -> tuple[Encoded, Tensor]:
         count, known = fixed.counts(stream)
         numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
         count, wide = exchange(count, widened(buffer, count), denominator, numerator)
         return fixed.held(count, known, stream.value.dtype), wide.to(width)
 
-    stream, buffer = _over(over, numerators, held.stream, held.buffer)
-    return _before(held, stream, buffer)
+    stream, buffer = _over(over, numerators, encoded.stream, encoded.buffer)
+    return _before(encoded, stream, buffer)
 
 
 def _advanced(
-    held: Any, least: int, denominator: int, widest: torch.dtype
+    encoded: Any, least: int, denominator: int, widest: torch.dtype
 ) -> tuple[_Past, bool, Any, list[Any]]:
     """Return the past after one more multiplication, and the buffers that it goes on with.
 
     The buffer is None where the multiplication begins one.
     """
-    if not isinstance(held, BufferedStream) or held.past is None:
+    if not isinstance(encoded, BufferedStream) or encoded.past is None:
         return _Past(denominator - 1, True, None), True, None, []
-    bound = _after(held.past.bound, least, denominator)
+    bound = _after(encoded.past.bound, least, denominator)
     if bound > _LARGEST[widest]:
-        past = _Past(denominator - 1, True, held.past)
-        return past, True, None, [*held.full, held.buffer]
-    return _Past(bound, False, held.past), False, held.buffer, held.full
+        past = _Past(denominator - 1, True, encoded.past)
+        return past, True, None, [*encoded.full, encoded.buffer]
+    return _Past(bound, False, encoded.past), False, encoded.buffer, encoded.full
 
 
-def _before(held: BufferedStream, stream: Held, buffer: Any) -> Any:
+def _before(encoded: BufferedStream, stream: Encoded, buffer: Any) -> Any:
     """Return a stream with the buffers that it had before the latest multiplication."""
-    past, full = held.past, held.full
+    past, full = encoded.past, encoded.full
     assert past is not None
     if past.before is None:
         return stream
@@ -244,18 +253,18 @@ def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
 
 
 def _over(
-    fn: Callable[..., tuple[Held, Tensor]], numerators: Any, stream: Held, buffer: Any
-) -> tuple[Held, Any]:
+    fn: Callable[..., tuple[Encoded, Tensor]], numerators: Any, stream: Encoded, buffer: Any
+) -> tuple[Encoded, Any]:
     def leaf(
         value: Tensor, residual: Tensor, buffer: Tensor, numerator: Any = numerators
     ) -> tuple[Tensor, ...]:
-        held, buffer = fn(Held(value, residual), buffer, numerator)
-        return *held, buffer
+        encoded, buffer = fn(Encoded(value, residual), buffer, numerator)
+        return *encoded, buffer
 
     value, residual, buffer = tree_unzip(
         leaf, *stream, buffer, *(() if isinstance(numerators, int) else (numerators,))
     )
-    return Held(value, residual), buffer
+    return Encoded(value, residual), buffer
 
 
 def _after(bound: int, least: int, denominator: int) -> int:

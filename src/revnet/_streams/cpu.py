@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .format import Held, bound, unit
+from .format import Encoded, bound, unit
 from .monitor import RangeMonitor
 from .reference import combine_into
 
@@ -19,9 +19,9 @@ _PIECE = 262144
 
 
 def combine(
-    held: Held | None,
+    encoded: Encoded | None,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     sign: int,
     fraction_bits: int,
     monitor: RangeMonitor | None,
@@ -33,7 +33,7 @@ def combine(
     the reference.
     """
     one, scale, edge = _numbers(fraction_bits, new.value.dtype)
-    tensors = (increment, *new, *(held or ()))
+    tensors = (increment, *new, *(encoded or ()))
     small = increment.numel() <= _PIECE and new.value.is_contiguous()
     pieces = [tensors] if small else cut(tensors)
     # In one piece: the C library gives two back to the system, and each call would fault their
@@ -47,11 +47,11 @@ def combine(
             total.add_(other.copy_(part), alpha=factor)
         low, high = torch.aminmax(total)
         if not (low.item() > -edge and high.item() < edge):  # so also for NaN
-            piece = None if held is None else Held(*before)
-            into = Held(value, residual)
+            piece = None if encoded is None else Encoded(*before)
+            into = Encoded(value, residual)
             combine_into(piece, addend, into, sign, fraction_bits, monitor, step)
             continue
-        # Without held, minus zero is as yet zero's other form.
+        # Without encoded, minus zero is as yet zero's other form.
         value.copy_(torch.add(total, 0.0, out=other).mul_(one))
         residual.copy_(total.sub_(other.copy_(value), alpha=scale))
 
@@ -77,10 +77,10 @@ _UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
 
 
 def scale_and_add(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor | None,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     new_buffer: Tensor,
     ratio: tuple[int, int],
     fraction_bits: int,
@@ -96,7 +96,7 @@ def scale_and_add(
     scale = 1.0 / one
     n, d = ratio
     given = () if buffer is None else (buffer,)
-    pieces = cut((increment, *new, new_buffer, *held, *given))
+    pieces = cut((increment, *new, new_buffer, *encoded, *given))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
     for addend, value, residual, after, before, rest, *earlier in pieces:
         if value.shape != count.shape:
@@ -111,7 +111,7 @@ def scale_and_add(
         low, high = torch.aminmax(count)
         if not (low.item() > -edge and high.item() < edge):  # so also for NaN
             stream, last = reference.scale_and_add(
-                Held(before, rest),
+                Encoded(before, rest),
                 earlier[0] if earlier else None,
                 addend,
                 ratio,
@@ -127,10 +127,10 @@ def scale_and_add(
 
 
 def subtract_and_divide(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     new_buffer: Tensor | None,
     ratio: tuple[int, int],
     fraction_bits: int,
@@ -143,7 +143,7 @@ def subtract_and_divide(
     scale = 1.0 / one
     n, d = ratio
     wanted = () if new_buffer is None else (new_buffer,)
-    pieces = cut((increment, *new, buffer, *held, *wanted))
+    pieces = cut((increment, *new, buffer, *encoded, *wanted))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
     for addend, value, residual, digit, before, rest, *after in pieces:
         if value.shape != count.shape:
@@ -162,7 +162,7 @@ def subtract_and_divide(
         inside = low.item() > -edge and high.item() < edge
         if not (inside and lowest.item() > -edge and highest.item() < edge):  # so also for NaN
             stream, last = reference.subtract_and_divide(
-                Held(before, rest), digit, addend, ratio, torch.int64, fraction_bits
+                Encoded(before, rest), digit, addend, ratio, torch.int64, fraction_bits
             )
             _write((value, residual, *after), (*stream, last))
             continue

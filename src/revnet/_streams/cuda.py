@@ -15,7 +15,7 @@ from torch import Tensor
 from .reference import MASKS
 
 if TYPE_CHECKING:
-    from .format import Held
+    from .format import Encoded
 
 
 @triton.jit
@@ -174,9 +174,9 @@ _built: dict[Any, Any] = {}
 
 
 def launch(
-    held: Held | None,
+    encoded: Encoded | None,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     finding: Tensor | None,
     sign: int,
     fraction_bits: int,
@@ -186,7 +186,7 @@ def launch(
     """Combine over dense memory of one layout into `new`; False where Triton does not work here.
 
     Args:
-        held: the stream; None encodes the increment.
+        encoded: the stream; None encodes the increment.
         increment: floating point.
         new: receives the stream.
         finding: one int64 that receives the largest `key` + float32 bits of a magnitude out of
@@ -196,17 +196,17 @@ def launch(
         bound: magnitudes from this integer on are out of range.
         key: of the step, see `monitor.key_of`.
     """
-    tensors = (*(held or (None, None)), increment, *new, finding)
-    which = (sign, fraction_bits, held is None, finding is None)
+    tensors = (*(encoded or (None, None)), increment, *new, finding)
+    which = (sign, fraction_bits, encoded is None, finding is None)
     numbers = (sign, 2.0**fraction_bits, bound, _integers(increment))
     return _launch(_combine, tensors, increment, (key, 2.0**-fraction_bits), numbers, which)
 
 
 def launch_scaled(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor | None,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     new_buffer: Tensor | None,
     finding: Tensor | None,
     sign: int,
@@ -218,7 +218,7 @@ def launch_scaled(
     """Multiply by a ratio and add, or undo that, in one pass; False where Triton does not work.
 
     Args:
-        held: the stream.
+        encoded: the stream.
         buffer: the remainders so far; None where there are none.
         increment: floating point.
         new: receives the stream.
@@ -231,7 +231,7 @@ def launch_scaled(
         key: see `launch`.
     """
     n, d = ratio if sign > 0 else ratio[::-1]
-    tensors = (*held, buffer, increment, *new, new_buffer, finding)
+    tensors = (*encoded, buffer, increment, *new, new_buffer, finding)
     widths = tuple(None if x is None else x.dtype for x in (buffer, new_buffer))
     which = (sign, fraction_bits, ratio, widths, finding is None)
     mask = None if buffer is None else MASKS[buffer.dtype]

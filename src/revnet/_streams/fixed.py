@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, format, reference
-from .format import DEFAULT_FRACTION_BITS, LARGEST_FRACTION, Held
+from .format import DEFAULT_FRACTION_BITS, LARGEST_FRACTION, Encoded
 from .monitor import RangeMonitor, is_fake, key_of
 
 
@@ -74,7 +74,7 @@ class Fixed:
         """Return the integers that hold what rounding to this dtype leaves over."""
         return format.residual_dtype(self.fraction_bits, dtype)
 
-    def encode(self, x: Tensor, monitor: RangeMonitor | None = None, step: int = -1) -> Held:
+    def encode(self, x: Tensor, monitor: RangeMonitor | None = None, step: int = -1) -> Encoded:
         """Return x rounded to the format.
 
         Args:
@@ -88,49 +88,53 @@ class Fixed:
         return self._combine(None, x, 1, monitor, step)
 
     def add(
-        self, held: Held, increment: Tensor, monitor: RangeMonitor | None = None, step: int = 0
-    ) -> Held:
-        """Return `held + increment`, the increment rounded to the format.
+        self,
+        encoded: Encoded,
+        increment: Tensor,
+        monitor: RangeMonitor | None = None,
+        step: int = 0,
+    ) -> Encoded:
+        """Return `encoded + increment`, the increment rounded to the format.
 
         Args:
-            held: a stream of this format, any shape and strides.
-            increment: floating point, of held's shape or broadcast to it.
+            encoded: a stream of this format, any shape and strides.
+            increment: floating point, of its shape or broadcast to it.
             monitor: told, without synchronisation, about sums that leave the range and increments
                 that vanish.
             step: the number that the monitor reports.
 
         Returns:
-            The stream, in the dtypes of held and with the strides of an elementwise operation on
+            The stream, in its dtypes and with the strides of an elementwise operation on
             its value.
         """
-        return self._combine(held, increment, 1, monitor, step)
+        return self._combine(encoded, increment, 1, monitor, step)
 
-    def subtract(self, held: Held, increment: Tensor) -> Held:
+    def subtract(self, encoded: Encoded, increment: Tensor) -> Encoded:
         """Return what `add` was given: the exact inverse of an addition that stayed in range."""
-        return self._combine(held, increment, -1, None, 0)
+        return self._combine(encoded, increment, -1, None, 0)
 
-    def counts(self, held: Held) -> tuple[Tensor, Tensor]:
+    def counts(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Return a stream's integers as int64, zero where it is NaN, and where it is a number."""
-        return reference.counts(held, self.fraction_bits)
+        return reference.counts(encoded, self.fraction_bits)
 
-    def held(self, counts: Tensor, known: Tensor, dtype: torch.dtype) -> Held:
+    def held(self, counts: Tensor, known: Tensor, dtype: torch.dtype) -> Encoded:
         """Return the stream with these integers; NaN elsewhere and beyond the range."""
         total = torch.where(known, counts.double() * self.unit, math.nan)
         return reference.split(total, self.fraction_bits, dtype)[0]
 
     def _combine(
         self,
-        held: Held | None,
+        encoded: Encoded | None,
         increment: Tensor,
         sign: int,
         monitor: RangeMonitor | None,
         step: int,
-    ) -> Held:
-        tensors = (increment,) if held is None else (*held, increment)
+    ) -> Encoded:
+        tensors = (increment,) if encoded is None else (*encoded, increment)
         if fusible(tensors):
-            if monitor is not None and held is not None:
+            if monitor is not None and encoded is not None:
                 monitor.sample(increment, self.fraction_bits, step)
-            return _fused(held, increment, sign, self.fraction_bits, monitor, step)
+            return _fused(encoded, increment, sign, self.fraction_bits, monitor, step)
         if (
             torch.compiler.is_dynamo_compiling()
             and not torch.compiler._is_exporting_flag
@@ -140,12 +144,12 @@ class Fixed:
             # vectorise in another way, and so evaluate a branch in backward with other roundings
             # than in forward.
             value, residual, found = _operator(
-                *(held or (None, None)), increment, sign, self.fraction_bits, step
+                *(encoded or (None, None)), increment, sign, self.fraction_bits, step
             )
             if monitor is not None:
                 monitor.note(found)
-            return Held(value, residual)
-        return reference.combine(held, increment, sign, self.fraction_bits, monitor, step)
+            return Encoded(value, residual)
+        return reference.combine(encoded, increment, sign, self.fraction_bits, monitor, step)
 
 
 def fitting_fraction_bits(magnitude: float) -> int | None:
@@ -157,37 +161,37 @@ def fitting_fraction_bits(magnitude: float) -> int | None:
 
 
 def _fused(
-    held: Held | None,
+    encoded: Encoded | None,
     increment: Tensor,
     sign: int,
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
-) -> Held:
-    value = increment if held is None else held.value
+) -> Encoded:
+    value = increment if encoded is None else encoded.value
     new = empty(value, fraction_bits)
     if value.numel() == 0 or value.is_meta or (type(value) is not Tensor and is_fake(value)):
         return new
-    parts = (increment,) if held is None else (*held, increment)
+    parts = (increment,) if encoded is None else (*encoded, increment)
     if (
         not all(map(_is_contiguous, parts))
         or increment.shape != value.shape
         or any(map(_is_neg, parts))
     ):
-        if held is not None:
-            held = Held(like(value, new.value), like(held.residual, new.value))
+        if encoded is not None:
+            encoded = Encoded(like(value, new.value), like(encoded.residual, new.value))
         increment = like(increment, new.value)
     if value.is_cpu:
-        cpu.combine(held, increment, new, sign, fraction_bits, monitor, step)
-    elif not launched(held, increment, new, sign, fraction_bits, monitor, step):
-        reference.combine_into(held, increment, new, sign, fraction_bits, monitor, step)
+        cpu.combine(encoded, increment, new, sign, fraction_bits, monitor, step)
+    elif not launched(encoded, increment, new, sign, fraction_bits, monitor, step):
+        reference.combine_into(encoded, increment, new, sign, fraction_bits, monitor, step)
     return new
 
 
 def launched(
-    held: Held | None,
+    encoded: Encoded | None,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     sign: int,
     fraction_bits: int,
     monitor: RangeMonitor | None,
@@ -198,14 +202,14 @@ def launched(
     finding = None if monitor is None else monitor.prepare(new.value.device).key
     bound = format.bound(fraction_bits, new.value.dtype)
     return launch is not None and launch(
-        held, increment, new, finding, sign, fraction_bits, bound, key_of(step)
+        encoded, increment, new, finding, sign, fraction_bits, bound, key_of(step)
     )
 
 
-def empty(value: Tensor, fraction_bits: int) -> Held:
+def empty(value: Tensor, fraction_bits: int) -> Encoded:
     """Return memory for a stream of the shape, dtype and dense layout of an operation on value."""
     dtype = _residual_dtype(fraction_bits, value.dtype)
-    return Held(torch.empty_like(value), torch.empty_like(value, dtype=dtype))
+    return Encoded(torch.empty_like(value), torch.empty_like(value, dtype=dtype))
 
 
 # Not the function itself: compilers that trace it would warn of a cache.
@@ -284,9 +288,9 @@ def _operator(
     """Return `Fixed._combine` for compilers, and what the monitor is to be told."""
     found = torch.zeros(1, dtype=torch.int64, device=increment.device)
     monitor = RangeMonitor.writing_to(found)
-    held = None if value is None or residual is None else Held(value, residual)
-    run = _fused if fusible((increment, *(held or ()))) else reference.combine
-    return *run(held, increment, sign, fraction_bits, monitor, step), found
+    encoded = None if value is None or residual is None else Encoded(value, residual)
+    run = _fused if fusible((increment, *(encoded or ()))) else reference.combine
+    return *run(encoded, increment, sign, fraction_bits, monitor, step), found
 
 
 @_operator.register_fake

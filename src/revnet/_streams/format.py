@@ -24,7 +24,7 @@ class Float:
     """Hold streams as floating-point tensors: `(x + f) - f` is then close to x, not equal to it."""
 
 
-class Held(NamedTuple):
+class Encoded(NamedTuple):
     """Hold a fixed-point stream: the numbers that branches read, and integers that rounding left.
 
     Tensors, or equal trees of tensors; the stream is `value + residual · 2^-fraction_bits`.

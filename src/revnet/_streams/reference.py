@@ -11,32 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .format import Held, limit_in, residual_dtype, unit
+from .format import Encoded, limit_in, residual_dtype, unit
 from .monitor import RangeMonitor
 
 
 def combine(
-    held: Held | None,
+    encoded: Encoded | None,
     increment: Tensor,
     sign: int,
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
-) -> Held:
-    """Return the stream after an addition (sign 1) or a subtraction (-1); held None encodes.
+) -> Encoded:
+    """Return the stream after an addition (sign 1) or a subtraction (-1); None encodes.
 
     All sums are exact: they have fewer than 53 bits.
     """
     one = unit(fraction_bits)
     added = torch.round(increment.double() / one) * (sign * one)
-    if held is None:
+    if encoded is None:
         total, known = 0.0 + added, None
     else:
-        # held comes first in every operation: the first operand decides the strides of the
+        # encoded comes first in every operation: the first operand decides the strides of the
         # result.
-        known = ~held.value.isnan()
-        total = held.value.double() + held.residual.double() * one + added
-    dtype = increment.dtype if held is None else held.value.dtype
+        known = ~encoded.value.isnan()
+        total = encoded.value.double() + encoded.residual.double() * one + added
+    dtype = increment.dtype if encoded is None else encoded.value.dtype
     new, inside = split(total, fraction_bits, dtype)
     if monitor is not None:
         outside = ~inside if known is None else known & ~inside
@@ -45,21 +45,21 @@ def combine(
 
 
 def combine_into(
-    held: Held | None,
+    encoded: Encoded | None,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     sign: int,
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
 ) -> None:
     """Write what `combine` returns to memory that exists."""
-    parts = combine(held, increment, sign, fraction_bits, monitor, step)
+    parts = combine(encoded, increment, sign, fraction_bits, monitor, step)
     for into, part in zip(new, parts, strict=True):
         into.copy_(part)
 
 
-def split(total: Tensor, fraction_bits: int, dtype: torch.dtype) -> tuple[Held, Tensor]:
+def split(total: Tensor, fraction_bits: int, dtype: torch.dtype) -> tuple[Encoded, Tensor]:
     """Return a float64 stream in its two parts, and where it is in range."""
     inside = total.abs() < limit_in(fraction_bits, dtype)
     total = torch.where(inside, total, math.nan)
@@ -70,18 +70,18 @@ def split(total: Tensor, fraction_bits: int, dtype: torch.dtype) -> tuple[Held, 
         read = value.view(torch.int16 if value.itemsize == 2 else torch.int32).view(dtype)
     rest = (total - read.double()) / unit(fraction_bits)
     residual = torch.where(inside, rest, 0.0).to(residual_dtype(fraction_bits, dtype))
-    return Held(value, residual), inside
+    return Encoded(value, residual), inside
 
 
-def counts(held: Held, fraction_bits: int) -> tuple[Tensor, Tensor]:
+def counts(encoded: Encoded, fraction_bits: int) -> tuple[Tensor, Tensor]:
     """Return the integers of a stream as int64, zero where it is NaN, and where it is a number."""
-    known = ~held.value.isnan()
-    scaled = torch.where(known, held.value.double() / unit(fraction_bits), 0.0)
-    return scaled.to(torch.int64) + held.residual, known
+    known = ~encoded.value.isnan()
+    scaled = torch.where(known, encoded.value.double() / unit(fraction_bits), 0.0)
+    return scaled.to(torch.int64) + encoded.residual, known
 
 
 def scale_and_add(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor | None,
     increment: Tensor,
     ratio: tuple[int, int],
@@ -89,42 +89,42 @@ def scale_and_add(
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
-) -> tuple[Held, Tensor]:
-    """Return the stream `ratio · held + increment`, and the buffer that now holds the remainders.
+) -> tuple[Encoded, Tensor]:
+    """Return the stream `ratio · encoded + increment`, and the buffer with the remainders.
 
     Args:
-        held: a stream of this format.
+        encoded: a stream of this format.
         buffer: the remainders of earlier divisions; None where there are none.
-        increment: floating point, of held's shape.
+        increment: floating point, of its shape.
         ratio: n and d with 0 < n <= d, so that no product leaves the range.
         width: integers that hold every value of the new buffer, see `widened`.
         fraction_bits: of the format.
         monitor: see `combine`.
         step: see `combine`.
     """
-    count, known = counts(held, fraction_bits)
+    count, known = counts(encoded, fraction_bits)
     count, wide = exchange(count, widened(buffer, count), *ratio)
     total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
-    scaled = split(total, fraction_bits, held.value.dtype)[0]
+    scaled = split(total, fraction_bits, encoded.value.dtype)[0]
     new = combine(scaled, increment, 1, fraction_bits, monitor, step)
     return new, wide.to(width)
 
 
 def subtract_and_divide(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor,
     increment: Tensor,
     ratio: tuple[int, int],
     width: torch.dtype,
     fraction_bits: int,
-) -> tuple[Held, Tensor]:
+) -> tuple[Encoded, Tensor]:
     """Return the stream and the buffer that `scale_and_add` was given."""
-    scaled = combine(held, increment, -1, fraction_bits, None, 0)
+    scaled = combine(encoded, increment, -1, fraction_bits, None, 0)
     count, known = counts(scaled, fraction_bits)
     n, d = ratio
     count, wide = exchange(count, widened(buffer, count), d, n)
     total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
-    return split(total, fraction_bits, held.value.dtype)[0], wide.to(width)
+    return split(total, fraction_bits, encoded.value.dtype)[0], wide.to(width)
 
 
 def exchange(count: Tensor, buffer: Tensor, n: Any, d: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import cpu, format, reference
 from .fixed import Fixed, empty, fusible, launcher, like
-from .format import Held
+from .format import Encoded
 from .monitor import RangeMonitor, is_fake, key_of
 
 Ratio = tuple[int, int]
@@ -27,7 +27,7 @@ def takes(n: int, d: int, fixed: Fixed) -> bool:
 
 
 def scale_and_add(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor | None,
     increment: Tensor,
     ratio: Ratio,
@@ -35,69 +35,73 @@ def scale_and_add(
     fixed: Fixed,
     monitor: RangeMonitor | None = None,
     step: int = 0,
-) -> tuple[Held, Tensor]:
+) -> tuple[Encoded, Tensor]:
     """Return the stream and the buffer of `reference.scale_and_add`, fused where possible."""
     bits = fixed.fraction_bits
-    if not _fused(held, buffer, increment, width):
-        return reference.scale_and_add(held, buffer, increment, ratio, width, bits, monitor, step)
+    if not _fused(encoded, buffer, increment, width):
+        return reference.scale_and_add(
+            encoded, buffer, increment, ratio, width, bits, monitor, step
+        )
     if monitor is not None:
         monitor.sample(increment, fixed.fraction_bits, step)
-    new = empty(held.value, bits)
+    new = empty(encoded.value, bits)
     after = torch.empty_like(new.value, dtype=width)
     if new.value.numel() == 0 or is_fake(new.value):
         return new, after
-    held = Held(like(held.value, new.value), like(held.residual, new.value))
+    encoded = Encoded(like(encoded.value, new.value), like(encoded.residual, new.value))
     buffer = None if buffer is None else like(buffer, new.value)
     increment = like(increment, new.value)
     if new.value.is_cpu:
-        cpu.scale_and_add(held, buffer, increment, new, after, ratio, bits, monitor, step)
+        cpu.scale_and_add(encoded, buffer, increment, new, after, ratio, bits, monitor, step)
         return new, after
     finding = None if monitor is None else monitor.prepare(new.value.device).key
-    if _launched(held, buffer, increment, new, after, finding, 1, ratio, bits, key_of(step)):
+    if _launched(encoded, buffer, increment, new, after, finding, 1, ratio, bits, key_of(step)):
         return new, after
-    return reference.scale_and_add(held, buffer, increment, ratio, width, bits, monitor, step)
+    return reference.scale_and_add(encoded, buffer, increment, ratio, width, bits, monitor, step)
 
 
 def subtract_and_divide(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor,
     increment: Tensor,
     ratio: Ratio,
     width: torch.dtype | None,
     fixed: Fixed,
-) -> tuple[Held, Tensor | None]:
+) -> tuple[Encoded, Tensor | None]:
     """Return the stream and the buffer that `scale_and_add` was given; width None: no buffer."""
     bits = fixed.fraction_bits
-    new = empty(held.value, bits) if _fused(held, buffer, increment, width) else None
+    new = empty(encoded.value, bits) if _fused(encoded, buffer, increment, width) else None
     if new is not None:
         before = None if width is None else torch.empty_like(new.value, dtype=width)
         if new.value.numel() == 0 or is_fake(new.value):
             return new, before
-        held = Held(like(held.value, new.value), like(held.residual, new.value))
+        encoded = Encoded(like(encoded.value, new.value), like(encoded.residual, new.value))
         buffer, increment = like(buffer, new.value), like(increment, new.value)
         if new.value.is_cpu:
-            cpu.subtract_and_divide(held, buffer, increment, new, before, ratio, bits)
+            cpu.subtract_and_divide(encoded, buffer, increment, new, before, ratio, bits)
             return new, before
-        if _launched(held, buffer, increment, new, before, None, -1, ratio, bits, 0):
+        if _launched(encoded, buffer, increment, new, before, None, -1, ratio, bits, 0):
             return new, before
     stream, rest = reference.subtract_and_divide(
-        held, buffer, increment, ratio, width or torch.int64, bits
+        encoded, buffer, increment, ratio, width or torch.int64, bits
     )
     return stream, None if width is None else rest
 
 
-def _fused(held: Held, buffer: Tensor | None, increment: Tensor, width: torch.dtype | None) -> bool:
+def _fused(
+    encoded: Encoded, buffer: Tensor | None, increment: Tensor, width: torch.dtype | None
+) -> bool:
     """Return whether one fused pass may do it: plain memory, and a buffer below 2^53."""
     dtypes = width, None if buffer is None else buffer.dtype
-    tensors = (*held, increment) if buffer is None else (*held, increment, buffer)
+    tensors = (*encoded, increment) if buffer is None else (*encoded, increment, buffer)
     return torch.int64 not in dtypes and fusible(tensors)
 
 
 def _launched(
-    held: Held,
+    encoded: Encoded,
     buffer: Tensor | None,
     increment: Tensor,
-    new: Held,
+    new: Encoded,
     new_buffer: Tensor | None,
     finding: Tensor | None,
     sign: int,
@@ -112,5 +116,5 @@ def _launched(
 
     bound = format.bound(fraction_bits, new.value.dtype)
     return launch_scaled(
-        held, buffer, increment, new, new_buffer, finding, sign, ratio, fraction_bits, bound, key
+        encoded, buffer, increment, new, new_buffer, finding, sign, ratio, fraction_bits, bound, key
     )

@@ -18,7 +18,7 @@ from .._errors import ReversibleError
 from .._step import BoundStep
 from .._tile import Cut, Tiles
 from .arithmetic import FixedArithmetic, FloatArithmetic, Stream
-from .format import Held
+from .format import Encoded
 
 Arithmetic = FloatArithmetic | FixedArithmetic
 
@@ -64,20 +64,20 @@ def sources(streams: list[Stream], step: BoundStep) -> list[Any]:
 
 def read(arithmetic: Arithmetic, stream: Stream) -> Any:
     """Return the value of a stream, in tiles where it is held so."""
-    value, held = stream
+    value, encoded = stream
     if value is not None:
         return value
-    if isinstance(held, Tiles):
-        return held.map(arithmetic.read)
-    return arithmetic.read(held)
+    if isinstance(encoded, Tiles):
+        return encoded.map(arithmetic.read)
+    return arithmetic.read(encoded)
 
 
 def at(streams: list[Stream], i: int, cut: Cut | None) -> Stream:
     """Return stream i, or that tile of it on which a step works."""
     if cut is None:
         return streams[i]
-    value, held = streams[i]
-    return None if value is None else value.parts[cut.number], held.parts[cut.number]
+    value, encoded = streams[i]
+    return None if value is None else value.parts[cut.number], encoded.parts[cut.number]
 
 
 def put(streams: list[Stream], i: int, cut: Cut | None, stream: Stream) -> None:
@@ -88,12 +88,12 @@ def put(streams: list[Stream], i: int, cut: Cut | None, stream: Stream) -> None:
 
 
 def _with_part(stream: Stream, number: int, part: Stream) -> Stream:
-    value, held = stream
+    value, encoded = stream
     if part[0] is None:
         value = None
     elif value is not None:
         value = value.replaced(number, part[0])
-    return value, held.replaced(number, part[1])
+    return value, encoded.replaced(number, part[1])
 
 
 def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> None:
@@ -106,36 +106,36 @@ def arrange(arithmetic: Arithmetic, streams: list[Stream], step: BoundStep) -> N
         for i in {step.target, *step.source}:
             streams[i] = _split(arithmetic, streams[i], step.cut, step.whole)
         return
-    value, held = streams[step.target]
-    if not isinstance(held, Tiles):
+    value, encoded = streams[step.target]
+    if not isinstance(encoded, Tiles):
         return
     if not step.coupling.translates:
-        streams[step.target] = _joined(arithmetic, value, held)
+        streams[step.target] = _joined(arithmetic, value, encoded)
     elif isinstance(value, Tensor):
-        streams[step.target] = _as_held(arithmetic, value, held)
+        streams[step.target] = _as_encoded(arithmetic, value, encoded)
 
 
 def _split(arithmetic: Arithmetic, stream: Stream, cut: Cut, name: str) -> Stream:
-    value, held = stream
-    if isinstance(held, Tiles):
-        if held.dim == cut.dim and held.sizes == cut.sizes:
-            return _as_held(arithmetic, value, held) if isinstance(value, Tensor) else stream
-        value, held = _joined(arithmetic, value, held)
-    values = _cut(arithmetic.read(held) if value is None else value, cut)
-    if isinstance(held, Tensor):
+    value, encoded = stream
+    if isinstance(encoded, Tiles):
+        if encoded.dim == cut.dim and encoded.sizes == cut.sizes:
+            return _as_encoded(arithmetic, value, encoded) if isinstance(value, Tensor) else stream
+        value, encoded = _joined(arithmetic, value, encoded)
+    values = _cut(arithmetic.read(encoded) if value is None else value, cut)
+    if isinstance(encoded, Tensor):
         return values, values
-    if not isinstance(held, Held):
+    if not isinstance(encoded, Encoded):
         raise ReversibleError(
             f"{name}: a stream that another step multiplies cannot be cut into tiles, as fixed "
             f"streams remember what the product left over: leave out tile, or use "
             f"streams='float'"
         )
-    return values, values.like(map(Held, values.parts, _cut(held.residual, cut).parts))
+    return values, values.like(map(Encoded, values.parts, _cut(encoded.residual, cut).parts))
 
 
-def _as_held(arithmetic: Arithmetic, value: Tensor, held: Tiles) -> Stream:
+def _as_encoded(arithmetic: Arithmetic, value: Tensor, encoded: Tiles) -> Stream:
     """Return a stream whose value is one tensor, in the tiles in which the rest of it is held."""
-    found = with_value(arithmetic, rest(arithmetic, held), value)
+    found = with_value(arithmetic, rest(arithmetic, encoded), value)
     return found.map(arithmetic.read), found
 
 
@@ -145,17 +145,17 @@ def _cut(tensor: Tensor, tiles: Cut | Tiles) -> Tiles:
     return Tiles(tuple(part.contiguous() for part in parts), tiles.dim, tiles.sizes)
 
 
-def _joined(arithmetic: Arithmetic, value: Any, held: Tiles) -> Stream:
+def _joined(arithmetic: Arithmetic, value: Any, encoded: Tiles) -> Stream:
     """Return a stream that is held in one piece."""
-    value = whole(read(arithmetic, (value, held)))
-    if not isinstance(held.parts[0], Held):
+    value = whole(read(arithmetic, (value, encoded)))
+    if not isinstance(encoded.parts[0], Encoded):
         return value, value
-    return value, Held(value, torch.cat([part.residual for part in held.parts], held.dim))
+    return value, Encoded(value, torch.cat([part.residual for part in encoded.parts], encoded.dim))
 
 
-def joined(arithmetic: Arithmetic, held: Any) -> Any:
+def joined(arithmetic: Arithmetic, encoded: Any) -> Any:
     """Return how a stream is held, in one piece."""
-    return _joined(arithmetic, None, held)[1] if isinstance(held, Tiles) else held
+    return _joined(arithmetic, None, encoded)[1] if isinstance(encoded, Tiles) else encoded
 
 
 def surfaced(stream: Stream) -> Stream:
@@ -167,16 +167,16 @@ def surfaced(stream: Stream) -> Stream:
     return whole(stream[0]), stream[1]
 
 
-def rest(arithmetic: Arithmetic, held: Any) -> Any:
+def rest(arithmetic: Arithmetic, encoded: Any) -> Any:
     """Return how a stream is held, without its value."""
-    return held.map(arithmetic.rest) if isinstance(held, Tiles) else arithmetic.rest(held)
+    return encoded.map(arithmetic.rest) if isinstance(encoded, Tiles) else arithmetic.rest(encoded)
 
 
 def with_value(arithmetic: Arithmetic, found: Any, value: Any) -> Any:
     """Return the stream of which `rest` was returned, with this value."""
     if not isinstance(found, Tiles):
-        return arithmetic.held(found, value)
-    return found.like(map(arithmetic.held, found.parts, _cut(value, found).parts))
+        return arithmetic.with_value(found, value)
+    return found.like(map(arithmetic.with_value, found.parts, _cut(value, found).parts))
 
 
 def combine(
@@ -198,34 +198,34 @@ def combine(
     increments = _increments(target[1], step.coupling, out)
     del target
     for number, increment in enumerate(increments):
-        value, held = streams[step.target]
-        part = value.parts[number], held.parts[number]
+        value, encoded = streams[step.target]
+        part = value.parts[number], encoded.parts[number]
         part = arithmetic.combine(ADDITIVE, part, increment, index)
         # The old tile is freed here.
-        streams[step.target] = _with_part((value, held), number, part)
-        del value, held, part
+        streams[step.target] = _with_part((value, encoded), number, part)
+        del value, encoded, part
 
 
 def invert(arithmetic: Arithmetic, step: BoundStep, streams: list[Stream], out: Any) -> None:
     """Undo the update of a step; see `combine`."""
-    held = at(streams, step.target, step.cut)[1]
-    if not isinstance(held, Tiles):
-        put(streams, step.target, step.cut, arithmetic.invert(step.coupling, held, out))
+    encoded = at(streams, step.target, step.cut)[1]
+    if not isinstance(encoded, Tiles):
+        put(streams, step.target, step.cut, arithmetic.invert(step.coupling, encoded, out))
         return
-    increments = _increments(held, step.coupling, out)
-    del held
+    increments = _increments(encoded, step.coupling, out)
+    del encoded
     streams[step.target] = None, streams[step.target][1]
     for number, increment in enumerate(increments):
-        held = streams[step.target][1]
-        part = arithmetic.invert(ADDITIVE, held.parts[number], increment)
-        streams[step.target] = _with_part((None, held), number, part)
-        del held, part
+        encoded = streams[step.target][1]
+        part = arithmetic.invert(ADDITIVE, encoded.parts[number], increment)
+        streams[step.target] = _with_part((None, encoded), number, part)
+        del encoded, part
 
 
-def _increments(held: Tiles, coupling: Coupling, out: Any) -> tuple[Tensor, ...]:
+def _increments(encoded: Tiles, coupling: Coupling, out: Any) -> tuple[Tensor, ...]:
     """Return what a rule adds to each tile."""
-    values = held.map(lambda part: part.value if isinstance(part, Held) else part)
+    values = encoded.map(lambda part: part.value if isinstance(part, Encoded) else part)
     like = values.parts[0].detach().new_empty(()).expand(shape_of(values))
     increment: Tensor = fitting(like, coupling.increment(out))
-    parts: tuple[Tensor, ...] = increment.split(list(held.sizes), held.dim)
+    parts: tuple[Tensor, ...] = increment.split(list(encoded.sizes), encoded.dim)
     return parts
