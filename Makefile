@@ -20,6 +20,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(TORCH)
+# Beside a torch of the system its pin is left out.
+CONSTRAINTS := $(if $(filter system,$(TORCH)),$(VENV)/constraints.txt,constraints.txt)
 # Not compiled in advance, which takes longer than all else of an installation: what is imported is compiled once, and
 # kept also where the environment forbids it, as each process of the tests would compile torch again.
 export PYTHONDONTWRITEBYTECODE =
@@ -79,7 +81,7 @@ clean:
 
 # The packages of the group are installed when a target first asks for them: training and tests do without.
 $(VENV)/.installed-docs $(VENV)/.installed-ecosystem $(VENV)/.installed-release: $(VENV)/.installed-%: $(STAMP)
-	$(PIP_INSTALL) --constraint constraints.txt --group $*
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --group $*
 	@touch $@
 
 # pip first: the one that Python brings may not know dependency groups.

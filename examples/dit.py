@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from revnet import ReversibleSequence
 
 CLASSES = 10
-# Channels and sides of the images: digits, or the latents of DiT-B/2 with --full.
-SHAPES = {False: (1, 8, 8), True: (4, 32, 32)}
+SHAPES = {False: (1, 8, 8), True: (4, 32, 32)}  # Of digits; of the latents of DiT-B/2, --full.
 
 
 class Attention(nn.Module):
@@ -53,8 +52,8 @@ class AdaptiveNorm(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.inner = inner
         self.condition = nn.Linear(width, 3 * width)
-        nn.init.zeros_(self.condition.weight)
-        nn.init.zeros_(self.condition.bias)
+        for parameter in self.condition.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate = self.condition(F.silu(c))[:, None].chunk(3, -1)
@@ -84,11 +83,10 @@ class DiT(nn.Module):
         steps = torch.arange(self.width // 2, device=times.device) / (self.width // 2)
         angles = 1000 * times[:, None] * torch.exp(-math.log(10_000) * steps)
         c = self.time(torch.cat([angles.cos(), angles.sin()], -1)) + self.classes(classes)
-        side = images.shape[-1] // self.patch
         tokens = F.unfold(images, self.patch, stride=self.patch).mT
         x = self.blocks(self.enter(tokens) + self.position, c=c)
         out = self.leave(x + self.last(x, c))
-        return F.fold(out.mT, side * self.patch, self.patch, stride=self.patch)
+        return F.fold(out.mT, images.shape[-1], self.patch, stride=self.patch)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import threading
 import weakref
@@ -508,6 +509,30 @@ def test_checkpointed_layers_are_evaluated_once_more_each() -> None:
     calls.clear()
     weighted(y).backward()
     assert calls == list(range(DEPTH))[::-1]
+
+
+def test_a_checkpointed_layer_that_differs_is_noticed() -> None:
+    numbers = itertools.count()
+
+    class Counting(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + next(numbers)
+
+    net, x = Net(layer=Counting), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, execution="checkpoint", calibrate=x, determinism_check="exact")
+    loss = whole(net, x)
+    with pytest.raises(ReversibleError, match=r"layers\.4"):
+        loss.backward()
+
+
+def test_weights_of_a_checkpointed_layer_that_change_are_noticed() -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, execution="checkpoint")
+    loss = whole(net, x)
+    with torch.no_grad():
+        net.layers[1].enter.weight.mul_(2)
+    with pytest.raises(ReversibleError, match=r"layers\.1.*changed in place"):
+        loss.backward()
 
 
 def test_deepcopy_pickle_and_replicas_are_models_of_their_own() -> None:

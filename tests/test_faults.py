@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import revnet
 from oracle import StoredSequence, assert_near, assert_same_gradients, gradients_of, weighted
@@ -937,6 +938,47 @@ def test_large_buffer_written_once_is_not_copied_in_later_calls() -> None:
     # The write copies; the call after it may copy once more.
     assert peaks[1] >= nbytes
     assert all(peak < nbytes for peak in (peaks[0], *peaks[3:])), peaks
+
+
+class Cloning(TorchDispatchMode):
+    """Counts copies of tensors, lazy ones included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::clone", "aten::_lazy_clone")
+        return func(*args, **(kwargs or {}))
+
+
+def test_small_tensors_that_nobody_writes_to_are_copied_once() -> None:
+    class Holding(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.held[0]
+
+    net = pairs(lambda: Holding(WIDTH, WIDTH))(ReversibleSequence)
+    branches = [branch for block in net for branch in (block.f, block.g)]
+    for i, branch in enumerate(branches):
+        branch.held = [torch.full((), 1.0 + i)]
+        branch.other = torch.ones(3)
+    x = torch.randn(2, 5, WIDTH)
+    counts = []
+    for _ in range(3):
+        with Cloning() as mode:
+            net(x).sum().backward()
+        counts.append(mode.count)
+    assert counts[0] >= 2 * len(branches)
+    assert counts[1] == counts[2] < len(branches)
+    # A write without a version is noticed all the same.
+    branches[0].held[0].data.mul_(3)
+    found, expected = [], []
+    for execution, gradients in (("store", expected), ("invert", found)):
+        net.execution = execution
+        net.zero_grad()
+        net(x).sum().backward()
+        gradients += [p.grad.clone() for p in net.parameters()]
+    torch.testing.assert_close(found, expected)
 
 
 class Codebook(nn.Module):

@@ -23,7 +23,11 @@ from .._torch import data_address, is_capturing, is_plain, lazy_clone, storage_i
 _written: dict[int, weakref.ref[Tensor]] = {}
 
 # Of elements. To copy fewer at once costs no more than to watch them, and leaves them in place.
+# After a call that left them alone, one copy serves all calls until somebody writes to the tensor.
 _SMALL = 512
+
+# Copies of small tensors, with the version and the address of the tensor at which they are right.
+_small: dict[int, tuple[weakref.ref[Tensor], Tensor, int, int]] = {}
 
 # Copies of tensors that were read by their address, which is taken for a write: attention kernels
 # read masks so. A copy serves until the tensor has another version or another address.
@@ -96,6 +100,10 @@ class TensorState:
         if shadow is not None and shadow[2:] == (tensor._version, data_address(tensor)):
             self.copy = shadow[1]
             return
+        known = _small.get(id(tensor))
+        if known is not None and known[2:] == (tensor._version, data_address(tensor)):
+            self.copy, self._address = known[1], known[3]
+            return
         written = eager and id(tensor) in _written
         small = tensor.is_cpu and tensor.numel() <= _SMALL
         if written or small or not is_plain(tensor) or is_capturing():
@@ -133,11 +141,15 @@ class TensorState:
                 # The next call need not copy it: tables are often filled in one call.
                 _written.pop(id(tensor), None)
         if written:
+            _small.pop(id(tensor), None)
             _written[id(tensor)] = _until_freed(_written, tensor)
             self.version = None
         else:
             self.copy = None
-            self._watch()
+            if self._address is not None and data_address(tensor) == self._address:
+                self._shared = copy
+            else:
+                self._watch()
 
     def _watch(self) -> None:
         """Notice writes after the call that leave no version, as those to `.data`."""
@@ -145,10 +157,13 @@ class TensorState:
         if id(tensor) in _shadows or not is_plain(tensor) or is_capturing():
             return
         try:
-            self._shared = lazy_clone(tensor)
-            self._address = data_address(tensor)
+            shared = self._shared = lazy_clone(tensor)
+            address = self._address = data_address(tensor)
         except (RuntimeError, NotImplementedError):
             self._shared = None
+            return
+        if tensor.is_cpu and tensor.numel() <= _SMALL:
+            _small[id(tensor)] = _until_freed(_small, tensor), shared, tensor._version, address
 
     def contents(self) -> Tensor | None:
         """Return what the call found, None where the tensor still holds that."""
