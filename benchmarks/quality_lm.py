@@ -452,12 +452,12 @@ def draw(found: list[dict[str, Any]], size: Size, first: int, path: Path) -> Non
             statistics.median([p["seconds"] for c in curves for p in c if p["step"] == step])
             for step in steps
         ]
-        tokens = [step * size.batch * size.context for step in steps]
-        for plot, places in ((left, tokens), (right, seconds)):
+        seen = [step * size.batch * size.context / 1e6 for step in steps]
+        for plot, places in ((left, seen), (right, seconds)):
             (line,) = plot.plot(places, mean, label=form)
             low, high = ([f(at[step]) for step in steps] for f in (min, max))
             plot.fill_between(places, low, high, color=line.get_color(), alpha=0.2)
-    left.set(xlabel="bytes seen", ylabel="held-out bits per byte")
+    left.set(xlabel="million bytes seen", ylabel="held-out bits per byte")
     right.set(xlabel="seconds of training")
     left.legend()
     figure.savefig(path, dpi=110)
