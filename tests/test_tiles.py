@@ -429,14 +429,15 @@ def test_weight_gradients_in_bfloat16_are_as_near_as_those_of_one_call(count: in
     def gradients(dtype: torch.dtype, tile: dict[str, int]) -> dict[str, Tensor]:
         net = ReversibleSequence(copy.deepcopy(blocks), tile=tile).bfloat16().to(dtype)
         (net(x.to(dtype)) * weight.to(dtype)).sum().backward()
-        return {n: p.grad.double() for n, p in net.named_parameters() if p.dim() == 2}
+        return {n: p.grad.double() for n, p in net.named_parameters()}
 
     true = gradients(torch.float64, {})
     once = gradients(torch.bfloat16, {})
     tiled = gradients(torch.bfloat16, {"g": tokens // count})
     for name, gradient in true.items():
         error = [(each[name] - gradient).norm() for each in (tiled, once)]
-        assert error[0] <= 1.2 * error[1], name
+        # A bias is a sum that one call does not round on the way.
+        assert error[0] <= (1.2 if gradient.dim() == 2 else 2.0) * error[1], name
 
 
 def test_weight_gradients_under_autocast_are_added_up_in_float32():
