@@ -113,6 +113,17 @@ def test_keywords_reach_every_branch_and_extra_outputs_are_added_up(divided: boo
     assert [noted(part)[:2] for part in parts] == [[False, False]] * 3
 
 
+def test_the_signature_of_a_sum_is_that_of_its_branches():
+    f = Sum([Modulated(WIDTH), Modulated(WIDTH)])
+    net = ReversibleSequence([(f, nn.Linear(WIDTH, WIDTH))], "signature").double()
+    x, scale = randn(1, TOKENS, WIDTH), randn(TOKENS, 1)
+    first = x + f[0](x, scale=scale) + f[1](x, scale=scale)
+    expected = (first + x + net.blocks[0].g(first)) / 2
+    torch.testing.assert_close(net(x, scale=scale), expected)
+    with pytest.raises(TypeError, match="no branch takes the keyword 'mask'"):
+        net(x, mask=scale)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_where_a_sum_is_one_branch():
     x = randn(1, TOKENS, WIDTH)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -148,3 +150,31 @@ def test_forward_in_one_thread_and_backward_in_another():
         dict(enumerate(p.grad for p in net.parameters())),
         dict(enumerate(p.grad for p in oracle.parameters())),
     )
+
+
+def test_tiles_in_several_threads_leave_the_parameters():
+    """Each thread's gradients are right, to the rounding of a sum in bfloat16."""
+    torch.manual_seed(0)
+    pairs = [(torch.nn.Linear(8, 8), Mlp(8)) for _ in range(2)]
+    net = ReversibleSequence(pairs, tile={"g": 4}, streams="fixed").bfloat16()
+    parameters = list(net.parameters())
+    xs = [randn(1, 18, 8, seed=seed).bfloat16() for seed in range(3)]
+
+    def gradients(x: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(net(x).float().square().sum(), parameters))
+
+    expected = [gradients(x) for x in xs]
+
+    def job(x: torch.Tensor, wanted: list[torch.Tensor]) -> None:
+        for _ in range(5):
+            for found, gradient in zip(gradients(x), wanted, strict=True):
+                assert (found - gradient).norm() <= 0.02 * gradient.norm()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        in_threads([partial(job, *each) for each in zip(xs, expected, strict=True)])
+    finally:
+        sys.setswitchinterval(before)
+    held = [parameter for module in net.modules() for parameter in module._parameters.values()]
+    assert {type(parameter) for parameter in held} == {torch.nn.Parameter}

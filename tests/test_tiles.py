@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -427,14 +429,15 @@ def test_weight_gradients_in_bfloat16_are_as_near_as_those_of_one_call(count: in
     def gradients(dtype: torch.dtype, tile: dict[str, int]) -> dict[str, Tensor]:
         net = ReversibleSequence(copy.deepcopy(blocks), tile=tile).bfloat16().to(dtype)
         (net(x.to(dtype)) * weight.to(dtype)).sum().backward()
-        return {n: p.grad.double() for n, p in net.named_parameters() if p.dim() == 2}
+        return {n: p.grad.double() for n, p in net.named_parameters()}
 
     true = gradients(torch.float64, {})
     once = gradients(torch.bfloat16, {})
     tiled = gradients(torch.bfloat16, {"g": tokens // count})
     for name, gradient in true.items():
         error = [(each[name] - gradient).norm() for each in (tiled, once)]
-        assert error[0] <= 1.2 * error[1], name
+        # A bias is a sum that one call does not round on the way.
+        assert error[0] <= (1.2 if gradient.dim() == 2 else 2.0) * error[1], name
 
 
 def test_weight_gradients_under_autocast_are_added_up_in_float32():
@@ -905,6 +908,30 @@ def test_transforms_see_all_tokens_at_once():
     assert_close(
         [gradients[n] for n, _ in net.named_parameters()], [p.grad for p in net.parameters()]
     )
+
+
+# torch itself scripts a decomposition for forward mode.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_other_ways_to_differentiate(streams: str):
+    net = ReversibleSequence(pairs(2), tile={"g": 4}, streams=streams).float()
+    plain = ReversibleSequence(net, streams=streams)
+    x, v = torch.randn(2, 1, TOKENS, WIDTH)
+    tangents = []
+    for each in (net, plain):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(each(forward_ad.make_dual(x, v))).tangent)
+    torch.testing.assert_close(*tangents)
+    torch.testing.assert_close(make_fx(net)(x)(x), net(x))
+    leaf = x.clone().requires_grad_()
+    wanted = [leaf, net.blocks[0].g.enter.weight]
+    y = net(leaf)
+    grads = torch.randn(3, *y.shape)
+    many = torch.autograd.grad(y, wanted, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        one = torch.autograd.grad(y, wanted, grad, retain_graph=True)
+        for a, b in zip(many, one, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
 
 
 def test_plans_know_tiles():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ._step import BoundStep, Step
+from ._sum import Sum
 
 # What one branch does with a keyword: take it or not, or take it under a name of its own.
 Entry = bool | str
@@ -249,6 +250,10 @@ def inner(branch: Any) -> Any:
     while isinstance(branch, nn.Module):
         if isinstance(branch, Step):
             branch = branch.fn
+            continue
+        if isinstance(branch, Sum):
+            # All of its branches are given the same.
+            branch = branch[0]
             continue
         children = list(branch.children())
         if len(children) != 1 or not _hands_on(branch.forward):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._errors import ReversibleError
 from .._state import fsdp
+from .._state.modules import unaliased
 from .._step import BoundStep
 from .._torch import are_plain, is_forward_mode
 
@@ -81,7 +82,9 @@ class Gates:
             return
         gates: dict[nn.Parameter, Tensor] = {}
         for module in modules:
-            for key, parameter in module._parameters.items():
+            for key, present in module._parameters.items():
+                # Another thread may run a tile of the same branch.
+                parameter = unaliased(present)
                 if parameter is None or not _is_gated(parameter, low):
                     continue
                 if parameter not in gates:

@@ -9,7 +9,7 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._couplings import Additive, Affine, Coupling, Leapfrog, Midpoint, Momentum
@@ -139,7 +139,7 @@ class Structure:
         self.dicts += (parameters, buffers)
         for name, parameter in parameters.items():
             if parameter is not None:
-                self.parameters.append(parameter)
+                self.parameters.append(unaliased(parameter))
                 self.parameter_owns.append(parameters)
                 self.parameter_names.append(name)
 
@@ -375,7 +375,9 @@ class ModuleState:
         places = zip(structure.parameter_owns, structure.parameter_names, strict=True)
         for (own, name), parameter in zip(places, structure.parameters, strict=True):
             present = own.get(name, _ABSENT)
-            if present is not parameter and not fsdp.exchanged(parameter, present):
+            # An alias is there while a tile runs, in another thread perhaps, which takes it away.
+            aliased = unaliased(present) is parameter
+            if not aliased and not fsdp.exchanged(parameter, present):
                 undo.add(partial(_put, own, name, present))
                 own[name] = parameter
 
@@ -384,6 +386,13 @@ class ModuleState:
             if parameter.requires_grad is not flag and parameter.is_leaf:
                 undo.add(partial(parameter.requires_grad_, not flag))
                 parameter.requires_grad_(flag)
+
+
+def unaliased(parameter: Any) -> Any:
+    """Return the parameter of which a tensor in its place is a view, as tiles read it."""
+    if type(parameter) is Tensor and isinstance(parameter._base, nn.Parameter):
+        return parameter._base
+    return parameter
 
 
 _get = dict.get
