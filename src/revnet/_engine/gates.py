@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._errors import ReversibleError
 from .._state import fsdp
-from .._state.modules import unaliased
+from .._state.branch import unaliased
 from .._step import BoundStep
 from .._torch import are_plain, is_forward_mode
 

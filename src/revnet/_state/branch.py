@@ -9,10 +9,14 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .._couplings import Additive
+from .._couplings import Additive, Affine, Leapfrog, Midpoint, Momentum
+from .._two_step import TwoStep
 
+# These rules neither draw random numbers nor remember decisions: only the branch does, with what
+# a rule does to its output.
+QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum, TwoStep})
 # What torch, and wrappers around a module, keep in its `__dict__` for themselves.
 MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 MACHINERY |= {"_compiled_call_impl", "_hf_hook", "_old_forward", "_is_fsdp_managed_module"}
@@ -137,3 +141,10 @@ def is_compiled(fn: nn.Module) -> bool:
         module._compiled_call_impl is not None or "_orig_mod" in module._modules
         for module in modules_of(fn)
     )
+
+
+def unaliased(parameter: Any) -> Any:
+    """Return the parameter of which a tensor in its place is a view, as tiles read it."""
+    if type(parameter) is Tensor and isinstance(parameter._base, nn.Parameter):
+        return parameter._base
+    return parameter

@@ -9,23 +9,28 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .._couplings import Additive, Affine, Coupling, Leapfrog, Midpoint, Momentum
+from .._couplings import Coupling
 from .._errors import ReversibleError
 from .._torch import is_dtensor, storage_id, version_of
-from .._two_step import TwoStep
 from . import fsdp
-from .branch import MACHINERY, Table, attributes_of, modules_of, scripted_tables, tables_of
+from .branch import (
+    MACHINERY,
+    QUIET,
+    Table,
+    attributes_of,
+    modules_of,
+    scripted_tables,
+    tables_of,
+    unaliased,
+)
 from .copies import Copies, refill
 from .objects import Container, Large, Objects, modules_in, stands_for
 from .tensors import TensorState, replacements
 from .undo import Undo
 
-# These rules neither draw random numbers nor remember decisions: only the branch does, with what
-# a rule does to its output.
-_QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum, TwoStep})
 # Stands for an attribute that a module does not have.
 _ABSENT: Any = object()
 
@@ -109,7 +114,7 @@ class Structure:
             self._add(module, known)
         self.sizes = list(map(len, self.dicts))
         self.lazy = UninitializedParameter in map(type, self.parameters)
-        self.quiet = type(coupling) in _QUIET
+        self.quiet = type(coupling) in QUIET
         self.everything = (
             self.owns + self.parameter_owns,
             self.names + self.parameter_names,
@@ -386,13 +391,6 @@ class ModuleState:
             if parameter.requires_grad is not flag and parameter.is_leaf:
                 undo.add(partial(parameter.requires_grad_, not flag))
                 parameter.requires_grad_(flag)
-
-
-def unaliased(parameter: Any) -> Any:
-    """Return the parameter of which a tensor in its place is a view, as tiles read it."""
-    if type(parameter) is Tensor and isinstance(parameter._base, nn.Parameter):
-        return parameter._base
-    return parameter
 
 
 _get = dict.get
