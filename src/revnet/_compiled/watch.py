@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._errors import ReversibleError
+from .._errors import ReversibleError, changed_message
 from .._state.branch import attributes_of
-from .._state.modules import changed_message
 from .._state.objects import Objects
 from .._torch import version_of
 

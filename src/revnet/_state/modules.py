@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._couplings import Coupling
-from .._errors import ReversibleError
+from .._errors import ReversibleError, changed_message
 from .._torch import is_dtensor, storage_id, version_of
 from . import fsdp
 from .branch import (
@@ -443,11 +443,3 @@ _INITIALISED = (
     " If the branch itself initialises it in its first call, run one forward pass under "
     "torch.no_grad() first."
 )
-
-
-def changed_message(where: str, kind: str, name: str) -> str:
-    return (
-        f"{where}: {kind} {name!r} was changed in place between forward and backward, so the "
-        "forward pass cannot be replayed. Call backward before the optimizer's step (or any other "
-        "in-place write)."
-    )
