@@ -137,15 +137,23 @@ _NO_CONTEXT = contextlib.nullcontext()
 def _outside_transforms(levels: int) -> Iterator[None]:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+    # Twice, because an interrupt may come in the middle of the first.
     try:
-        for _ in range(levels):
-            torch._C._vmapmode_decrement_nesting()
-        with temporarily_clear_interpreter_stack():
-            yield
+        try:
+            for _ in range(levels):
+                torch._C._vmapmode_decrement_nesting()
+            with temporarily_clear_interpreter_stack():
+                yield
+        finally:
+            _return_to(levels)
     finally:
-        # Counted and not repeated, as an interrupt may have come before all were left.
-        for _ in range(levels - _vmap_levels()):
-            torch._C._vmapmode_increment_nesting()
+        _return_to(levels)
+
+
+def _return_to(levels: int) -> None:
+    # Counted, as an interrupt may have come before all were left, or after some were entered.
+    for _ in range(levels - _vmap_levels()):
+        torch._C._vmapmode_increment_nesting()
 
 
 def is_forward_mode() -> bool:
