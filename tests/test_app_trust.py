@@ -134,10 +134,12 @@ def test_neither_a_closed_output_nor_a_hangup_loses_a_training(
 ) -> None:
     # Pictures of the loss take longer than the steps.
     options = ("train", pictures, *TINY, "--image-size", 8, "--validate-every", 10_000, "--out")
+    # The tests themselves may run under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     closed = start(*options, "closed", "--steps", 1_000_000, cwd=tmp_path)
     closed.stdout.close()
     # As nohup does.
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with open("/dev/full", "w") as full:
         ignoring = start(*options, "full", "--steps", 100, cwd=tmp_path, stdout=full)
     signal.signal(signal.SIGHUP, before)
