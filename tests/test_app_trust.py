@@ -784,7 +784,9 @@ def test_checkpoints_are_checked(
     spoil(state)
     torch.save(state, run / "checkpoint.pt")
     error = refused(capsys, "train", "--resume", run, "--steps", 3)
-    assert f"{run}/checkpoint.pt is damaged ({message}" in error or message in error
+    # Torch 2.14 refuses sparse tensors itself, as it does code.
+    others = ["it holds more than tensors and numbers"] if spoil is spoil_layout else []
+    assert any(text in error for text in (message, *others))
 
 
 def test_a_checkpoint_runs_no_code_and_no_message_says_how(

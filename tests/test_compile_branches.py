@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 WIDTH = 8
+COMPILES_BUILT_IN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 class Custom(nn.Module):
@@ -52,8 +53,8 @@ class Fourier(nn.Module):
         return x * x.sin()
 
 
-# Each with the number of graphs that one of it makes: built-in modules are not compiled themselves,
-# but modules of other classes inside of them are.
+# Each with the number of graphs that one of it makes. Before torch 2.14 built-in modules are not
+# compiled themselves, but modules of other classes inside of them are. Since then each is a graph.
 BRANCHES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "linear": (lambda: nn.Linear(WIDTH, WIDTH), 0),
     "norm": (lambda: nn.LayerNorm(WIDTH), 0),
@@ -150,7 +151,7 @@ def test_compiled_branches_have_the_gradients_of_eager_ones(
         found = {name.replace("._orig_mod", ""): value for name, value in found.items()}
         oracle.assert_same_gradients(found, wanted)
     # Branches of one class share their graphs.
-    assert counter.frame_count == graphs
+    assert counter.frame_count == (1 if COMPILES_BUILT_IN else graphs)
     assert_no_engine(compiled_files)
 
 
