@@ -89,11 +89,16 @@ def start(*arguments: object, cwd: Path, **more: object) -> subprocess.Popen[str
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 0) -> None:
+    """Wait until a file is there, and has that many lines."""
+
+    def there() -> bool:
+        return path.exists() and path.read_bytes().count(b"\n") >= lines
+
     deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and not path.exists() and process.poll() is None:
+    while time.monotonic() < deadline and not there() and process.poll() is None:
         time.sleep(0.05)
-    assert path.exists(), process.stderr.read()
+    assert there(), process.stderr.read()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -145,7 +150,8 @@ def test_neither_a_closed_output_nor_a_hangup_loses_a_training(
     signal.signal(signal.SIGHUP, before)
     with closing_processes(closed, ignoring):
         for name, process in {"closed": closed, "full": ignoring}.items():
-            wait_for(tmp_path / name / "metrics.jsonl", process)
+            # The first line is of before the first step.
+            wait_for(tmp_path / name / "metrics.jsonl", process, lines=2)
             # A shell and the kernel both send one.
             process.send_signal(signal.SIGHUP)
             process.send_signal(signal.SIGHUP)
