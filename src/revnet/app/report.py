@@ -167,7 +167,7 @@ def close(training: Training, display: Display, rows: list[MemoryRow]) -> None:
         if found["pairs"]:
             display.say(
                 f"\nA held-out image is likelier under its own caption than under another one in "
-                f"[bold]{found['own_caption_likelier']:.1%}[/] of {found['pairs']} pairs.",
+                f"[bold]{found['own_caption_likelier']:.1%}[/] of {count(found['pairs'], 'pair')}.",
                 wrap=True,
             )
         display.say(
