@@ -439,7 +439,7 @@ def rates(found: list[dict[str, Any]], first: int) -> list[str]:
 
 
 def draw(found: list[dict[str, Any]], size: Size, first: int, path: Path) -> None:
-    """Encoded-out bits against tokens and seconds; bands from the lowest seed to the highest."""
+    """Held-out bits against tokens and seconds; bands from the lowest seed to the highest."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")

@@ -188,8 +188,7 @@ def convert(
             `"float"` holds the tensors themselves.
         execution: `"store"`, `"select"`, `"checkpoint"`, `"offload"` or `"invert"`, of all layers
             or one per layer; see `revnet.ReversibleSequence`.
-        calibrate: a batch from which the range is chosen at once: a mapping of keywords, a tuple,
-            or one argument of the model.
+        calibrate: a batch that sets the range at once: a mapping, a tuple, or one argument.
         preserve_rng_state: as in `revnet.ReversibleSequence`.
         determinism_check: `"default"`, `"none"` or `"exact"`, as in `revnet.ReversibleSequence`.
         tile: parts of each layer that treat tokens (dimension -2) independently, and on how many
@@ -204,8 +203,7 @@ def convert(
     Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
     """
     bits = _checked(bits)
-    resolve(execution, 1 if isinstance(execution, str) else len(execution))
-    _check(model, rule, streams, determinism_check)
+    _check(model, rule, streams, execution, determinism_check)
     found = find(model) if layers is None else named(model, layers)
     format_: Any = None if streams == "fixed" else streams_of(streams)
     options = Options(preserve_rng_state, determinism_check, None)
@@ -229,8 +227,13 @@ _FROM_SCRATCH = (
 
 
 def _check(
-    model: nn.Module, rule: str, streams: str | Fixed | Float, determinism_check: str
+    model: nn.Module,
+    rule: str,
+    streams: str | Fixed | Float,
+    execution: str | Sequence[str],
+    determinism_check: str,
 ) -> None:
+    resolve(execution, 1 if isinstance(execution, str) else len(execution))
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is not one of {', '.join(map(repr, RULES))}")
     if determinism_check not in ("default", "none", "exact"):

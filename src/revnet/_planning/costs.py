@@ -228,7 +228,7 @@ class _StepMeasurement:
         own = max(0, meter.current - shared)
         del call, graph
 
-        # Encoded until the meter is off, which does not know what was allocated before.
+        # Held until the meter is off, which does not know what was allocated before.
         gradients = self.whole.fill_gradients(self.step.fn.parameters())
         meter = self.whole.meter()
         with meter.watch():

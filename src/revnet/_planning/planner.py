@@ -93,6 +93,17 @@ def plan(
         >>> net = revnet.ReversibleSequence([(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)])
         >>> net.execution = revnet.plan(net, torch.randn(2, 8), "stored")
     """
+    _check(net, tile_sizes)
+    many = isinstance(budget, Sequence) and not isinstance(budget, str)
+    budgets = [_parse_budget(one) for one in (budget if many else [budget])]
+    with torch.enable_grad(), stand_ins(net, x, kwargs) as replaced:
+        planners = [_Planner(Measurement(replaced, size)) for size in tile_sizes or (0,)]
+        plans = planners[0].plans(budgets) if len(planners) == 1 else _best(planners, budgets)
+    return plans if many else plans[0]
+
+
+def _check(net: Any, tile_sizes: Sequence[int]) -> None:
+    """Raise unless a plan can be made of this network with these sizes of tiles."""
     if not isinstance(net, Program):
         raise TypeError(
             f"net is {type(net).__name__}, but a plan is for a revnet sequence: give the sequence "
@@ -110,12 +121,6 @@ def plan(
         )
     for size in tile_sizes:
         Tile(size)
-    many = isinstance(budget, Sequence) and not isinstance(budget, str)
-    budgets = [_parse_budget(one) for one in (budget if many else [budget])]
-    with torch.enable_grad(), stand_ins(net, x, kwargs) as replaced:
-        planners = [_Planner(Measurement(replaced, size)) for size in tile_sizes or (0,)]
-        plans = planners[0].plans(budgets) if len(planners) == 1 else _best(planners, budgets)
-    return plans if many else plans[0]
 
 
 def _best(planners: Sequence[_Planner], budgets: Sequence[int | float | None]) -> list[Plan]:

@@ -51,7 +51,7 @@ def combine(
             into = Encoded(value, residual)
             combine_into(piece, addend, into, sign, fraction_bits, monitor, step)
             continue
-        # Without encoded, minus zero is as yet zero's other form.
+        # Where nothing is added to a stream, minus zero is as yet zero's other form.
         value.copy_(torch.add(total, 0.0, out=other).mul_(one))
         residual.copy_(total.sub_(other.copy_(value), alpha=scale))
 

@@ -32,7 +32,7 @@ def combine(
     if encoded is None:
         total, known = 0.0 + added, None
     else:
-        # encoded comes first in every operation: the first operand decides the strides of the
+        # `encoded` comes first in every operation: the first operand decides the strides of the
         # result.
         known = ~encoded.value.isnan()
         total = encoded.value.double() + encoded.residual.double() * one + added
