@@ -7,12 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oracle import StoredSequence, stored_copy
 from revnet import ReversibleSequence
+
+# Torch's own, from tracing any Function and any tensor with a history, and from inductor's
+# imports.
+COMPILER_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
+    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
+]
 
 # What torch itself does not do here is said in the docs, and expected in the tests.
 OLD_TORCH = torch.__version__ < "2.12"

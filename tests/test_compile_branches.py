@@ -15,15 +15,10 @@ from torch._dynamo.utils import counters
 
 import oracle
 import revnet
+from cases import COMPILER_WARNINGS
 from revnet import _sequence
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
-]
+pytestmark = COMPILER_WARNINGS
 
 WIDTH = 8
 COMPILES_BUILT_IN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)

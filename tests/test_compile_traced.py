@@ -24,13 +24,7 @@ import oracle
 import revnet
 
 pytestmark = [
-    # torch's own, from tracing any Function and any tensor with a history, and from inductor's
-    # imports.
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
+    *cases.COMPILER_WARNINGS,
     # Advice of inductor for more speed on a GPU.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]

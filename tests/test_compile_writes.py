@@ -12,14 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import revnet
+from cases import COMPILER_WARNINGS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning"),
-]
+pytestmark = COMPILER_WARNINGS
 
 WIDTH = 8
 _global = torch.ones(WIDTH)
