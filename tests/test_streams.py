@@ -902,6 +902,8 @@ def test_checksum_is_the_sum_of_mixed_elements(elements: list[int]) -> None:
 # Scaled steps
 
 RATIOS = [Fraction(1, 2), Fraction(1, 8), Fraction(1, 16), Fraction(9, 10), Fraction(99, 100)]
+# Factors of increments: none, of whole bits, and one that no float holds.
+GAINS = [1.0, 7 / 8, 0.1]
 RATIO_IDS = [f"{ratio.numerator}-{ratio.denominator}" for ratio in RATIOS]
 
 every_ratio = pytest.mark.parametrize("ratio", RATIOS, ids=RATIO_IDS)
@@ -980,8 +982,17 @@ def test_scaled_steps_equal_python_integers(
     held: Any = to(start, device_of_steps)
     for index in range(7):
         increment = (torch.randn(3, 16) * 10.0 ** (index - 4)).to(dtype)
-        wanted.step(ratio, increment.flatten().tolist())
-        held = multiply_and_add(held, ratio, increment.to(device_of_steps), fixed, None, index)
+        gain = GAINS[index % len(GAINS)]
+        # One rounding to float32, or to a wider type of the increment.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        added = increment if gain == 1.0 else (increment.double() * gain).to(wide)
+        if wide == torch.float32 and gain != 1.0:
+            # The number is a float32 there, too; the product of two has no more digits than float64.
+            added = (increment.double() * torch.tensor(gain).double()).float()
+        wanted.step(ratio, added.flatten().tolist())
+        held = multiply_and_add(
+            held, ratio, increment.to(device_of_steps), fixed, None, index, gain
+        )
         got = to(held, "cpu")
         flat = Encoded(*(part.flatten() for part in got.stream))
         assert same(flat, held_of(wanted.counts, fixed, dtype))
@@ -1002,6 +1013,7 @@ def unsigned(buffer: Tensor) -> Tensor:
     size=st.sampled_from([1e-6, 1e-2, 1.0, 100.0, 20_000.0]),
     seed=st.integers(0, 1000),
     one=st.booleans(),
+    gain=st.sampled_from(GAINS),
 )
 def test_scaled_steps_of_every_implementation_are_equal_and_undone(
     device_of_steps: str,
@@ -1012,6 +1024,7 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
     size: float,
     seed: int,
     one: bool,
+    gain: float,
 ) -> None:
     torch.manual_seed(seed)
     fixed = Fixed()
@@ -1029,8 +1042,8 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
         increment = increment.to(device_of_steps)
         befores.append(held)
         increments.append(increment)
-        held = multiply_and_add(held, ratio, increment, fixed, monitor, index)
-        wanted = by_reference(befores[-1], held, ratio, increment, fixed, plain, index)
+        held = multiply_and_add(held, ratio, increment, fixed, monitor, index, gain)
+        wanted = by_reference(befores[-1], held, ratio, increment, fixed, plain, index, gain)
         assert equal_streams(held, wanted)
     found, wanted_found = monitor.check(), plain.check()
     assert (found is None) == (wanted_found is None)
@@ -1041,7 +1054,7 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
     for ratio, before, increment in zip(
         reversed(ratios), reversed(befores), reversed(increments), strict=True
     ):
-        held = subtract_and_divide(held, ratio, increment, fixed)
+        held = subtract_and_divide(held, ratio, increment, fixed, gain)
         pairs = zip(pytree.tree_leaves(held), pytree.tree_leaves(before), strict=True)
         for a, b in pairs:
             assert a.dtype == b.dtype
@@ -1056,6 +1069,7 @@ def by_reference(
     fixed: Fixed,
     monitor: RangeMonitor,
     index: int,
+    gain: float = 1.0,
 ) -> BufferedStream:
     """Return what plain torch makes of the same step."""
     assert after.past is not None
@@ -1064,6 +1078,7 @@ def by_reference(
         before.stream if isinstance(before, BufferedStream) else before,
         None if begun else before.buffer,
         increment,
+        gain,
         (ratio.numerator, ratio.denominator),
         after.buffer.dtype,
         fixed.fraction_bits,

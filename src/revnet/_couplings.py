@@ -63,6 +63,9 @@ class Coupling(nn.Module):
     reads_source = False
     # Whether a sequence with this rule starts at rest, and ends with its second stream.
     starts_at_rest = False
+    # Whether rules of this very class neither draw random numbers nor remember decisions, so that
+    # nothing is recorded around them.
+    quiet = False
     # Of each class of rules. Whether it multiplies the target; whether it has the form `scale(out)
     # · target + increment(out)`; whether it adds to the target something that does not depend on
     # it.
@@ -127,6 +130,13 @@ class Coupling(nn.Module):
             f"{type(self).__name__} defines neither `increment` nor `combine` and `invert`"
         )
 
+    def addend(self, out: Any) -> tuple[Any, float]:
+        """Return `increment(out)` as a tree and a number, whose product it is.
+
+        Fixed streams take the product of a scaled step where they add, in float32 or wider.
+        """
+        return self.increment(out), 1.0
+
     def combine(self, target: Any, out: Any) -> Any:
         """Return the target after the step."""
         increment = fitting(target, self.increment(out))
@@ -155,6 +165,8 @@ class Additive(Coupling):
 
     Reference: Dinh et al. 2014, arXiv:1410.8516; Gomez et al. 2017, arXiv:1707.04585.
     """
+
+    quiet = True
 
     def increment(self, out: Any) -> Any:
         return out
@@ -190,6 +202,8 @@ class Midpoint(_Scheme):
     Reference: Gal et al. 2025, arXiv:2512.02056.
     """
 
+    quiet = True
+
     multiple = 2.0
     starts_at_rest = True
 
@@ -214,6 +228,8 @@ class Leapfrog(_Scheme):
     Reference: Gal et al. 2025, arXiv:2512.02056; Hairer et al. 2003, doi:10.1017/S0962492902000144.
     """
 
+    quiet = True
+
     starts_at_rest = True
 
     @property
@@ -231,6 +247,8 @@ class Momentum(Coupling):
 
     Reference: Sander et al. 2021, arXiv:2102.07870; Maclaurin et al. 2015, arXiv:1502.03492.
     """
+
+    quiet = True
 
     starts_at_rest = True
 
@@ -251,6 +269,10 @@ class Momentum(Coupling):
 
     def increment(self, out: Any) -> Any:
         return tree_map(lambda leaf: times(leaf, number(1 - self.gamma)), out)
+
+    def addend(self, out: Any) -> tuple[Any, float]:
+        # A subclass may have an increment of its own.
+        return (out, float(1 - self.gamma)) if type(self) is Momentum else super().addend(out)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"
@@ -274,6 +296,8 @@ class Affine(Coupling):
 
     Reference: Dinh et al. 2017, arXiv:1605.08803; Kingma and Dhariwal 2018, arXiv:1807.03039.
     """
+
+    quiet = True
 
     def __init__(
         self, dim: int = -1, *, limit: float = 2.0, log_det: bool = False, approximate: bool = False

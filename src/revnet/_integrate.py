@@ -135,9 +135,9 @@ class _FewStructures(Memory):
 class _OneSample(RangeMonitor):
     """Measure how many increments vanish in the first step alone: all steps are alike."""
 
-    def sample(self, increment: Tensor, fraction_bits: int, step: int) -> None:
+    def sample(self, addend: Tensor, fraction_bits: int, step: int, gain: float = 1.0) -> None:
         if step == 0:
-            super().sample(increment, fraction_bits, step)
+            super().sample(addend, fraction_bits, step, gain)
 
 
 class _Integration(Program):

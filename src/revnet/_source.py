@@ -73,7 +73,18 @@ def received(coupling: Coupling, out: Any, sources: tuple[Any, ...]) -> Any:
     return [out, source] if aux is None else ([out, source], aux)
 
 
-class Receiving(nn.Module):
+class Adapter:
+    """Stand between a step and its branch, whose modules are those of the step."""
+
+    branch: nn.Module
+
+
+def branch_of(fn: Any) -> Any:
+    """Return the branch that a step evaluates, perhaps through an adapter."""
+    return fn.branch if isinstance(fn, Adapter) else fn
+
+
+class Receiving(Adapter, nn.Module):
     """A branch, whose output is handed to a rule as a `Step` does it.
 
     Args:

@@ -44,6 +44,8 @@ class TwoStep(Coupling):
     Reference: Zhang et al. 2024, arXiv:2407.09093; Zhao et al. 2024, arXiv:2401.04105.
     """
 
+    quiet = True
+
     reads_source = True
     starts_at_rest = True
     taken: Tensor

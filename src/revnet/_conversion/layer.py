@@ -21,14 +21,15 @@ from .._compiled.function import active
 from .._engine import Call
 from .._errors import ReversibleError
 from .._execution import STORE
+from .._source import Adapter
 from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
 from .._torch import is_faking, records_operators
 from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
-from .rules import HandOn, Readout, TakeUp
-from .stack import Bookkeeping, Stack, low_precision
+from .rules import NODES, Readout, hand_on, take_up
+from .stack import Stack, low_precision
 
 # Where a converted layer finds its stack, and its place there.
 KEY = "_revnet_place"
@@ -67,7 +68,7 @@ class _Range(Exception):
     """The format of the streams does not fit this layer."""
 
 
-class _Seen(Bookkeeping):
+class _Seen:
     """What a layer returned: its dtype, and where nothing is recorded the output itself."""
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class _Seen(Bookkeeping):
         self.out: Any = None
 
 
-class _Update(nn.Module):
+class _Update(Adapter):
     """What a layer adds to its input.
 
     Args:
@@ -94,21 +95,20 @@ class _Update(nn.Module):
         compiler: Any,
         watch: Callable[[float, float], bool] | None,
     ) -> None:
-        super().__init__()
-        self.layer = layer
+        self.branch = layer
         self.own = own
         self.given = dtype
         self.compiler = compiler
         self.watch = watch
         self.seen = _Seen()
 
-    def forward(self, x: Tensor, /, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
         x = x.to(self.given)
         if self.seen.out is not None:
             out = self.seen.out
         else:
-            out = _plainly(self.layer, self.own, (x, *positional), kwargs, self.compiler)
+            out = _plainly(self.branch, self.own, (x, *positional), kwargs, self.compiler)
         y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
         if not isinstance(y, Tensor):
             raise _Aside(f"it returns {type(y).__name__}, not a tensor")
@@ -217,7 +217,7 @@ def _steps(
         call.streams, call.aux = [], {}
     readout = rule.readout(bits, turn)
     value, hidden = streams[readout.place][0], streams[1 - readout.place][0]
-    y = HandOn.apply(value, hidden, readout.own, readout.other, update.seen.dtype)
+    y = hand_on(value, hidden, readout.own, readout.other, update.seen.dtype)
     hold = _Open(
         call,
         streams,
@@ -231,7 +231,7 @@ def _steps(
         _hooks(),
     )
     node: Any = y.grad_fn
-    if type(node) is _NODE:
+    if type(node) in NODES:
         vars(node)["open_call"] = hold
     else:
         _OPEN[y] = hold
@@ -253,7 +253,7 @@ def _taken_up(found: _Open, x: Tensor) -> list[Stream]:
     place, own, other = found.readout
     streams = list(found.streams)
     (value, encoded), (hidden, _) = streams[place], streams[1 - place]
-    streams[place] = TakeUp.apply(x, hidden, value, own, other), encoded
+    streams[place] = take_up(x, hidden, value, own, other), encoded
     return streams
 
 
@@ -263,7 +263,7 @@ def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
     place = x.output_nr
     while type(node).__name__ in _PASSING and place < len(node.next_functions):
         node, place = node.next_functions[place]
-    if type(node) is _NODE:
+    if type(node) in NODES:
         found = vars(node).pop("open_call", None)
     else:
         found = _OPEN.pop(x, None)
@@ -281,7 +281,6 @@ def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
 
 # Nodes of functions that return their inputs: of FSDP2 and of backward hooks of modules.
 _PASSING = frozenset(("RegisterPostBackwardFunctionBackward", "BackwardHookFunctionBackward"))
-_NODE = HandOn._backward_cls
 
 
 def _recording() -> bool:

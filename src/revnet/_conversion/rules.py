@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._compiled.function import active
 from .._couplings import Additive, Coupling
 from .._step import BoundStep, Step
+from .._streams.reference import gained
 
 
 class Readout(NamedTuple):
@@ -38,12 +41,11 @@ class Momentum:
         return Readout(1, 1.0, 1 / (2**bits - 1))
 
     def steps(
-        self, name: str, layer: nn.Module, kwargs: dict[str, Any], before: int, bits: int, turn: int
+        self, name: str, update: Any, kwargs: dict[str, Any], before: int, bits: int, turn: int
     ) -> list[BoundStep]:
         """Return the steps of a layer: the kick, and the drift."""
-        kick = _Kick(Fraction(2**bits - 1, 2**bits * (2**before - 1)), 1 - 2.0**-bits)
         return [
-            BoundStep(name, layer, kick, 0, (1,), kwargs),
+            BoundStep(name, update, _kick(before, bits), 0, (1,), kwargs),
             BoundStep(f"{name}, drift", _drift(), _ADDITIVE, 1, (0,), {}),
         ]
 
@@ -62,10 +64,10 @@ class TwoStreams:
         return Readout(turn % 2, 0.5, 0.5)
 
     def steps(
-        self, name: str, layer: nn.Module, kwargs: dict[str, Any], before: int, bits: int, turn: int
+        self, name: str, update: Any, kwargs: dict[str, Any], before: int, bits: int, turn: int
     ) -> list[BoundStep]:
         """Return the one step of a layer."""
-        return [BoundStep(name, layer, _ADDITIVE, turn % 2, (1 - turn % 2,), kwargs)]
+        return [BoundStep(name, update, _ADDITIVE, turn % 2, (1 - turn % 2,), kwargs)]
 
 
 RULES: dict[str, Momentum | TwoStreams] = {"momentum": Momentum(), "two-stream": TwoStreams()}
@@ -73,6 +75,8 @@ RULES: dict[str, Momentum | TwoStreams] = {"momentum": Momentum(), "two-stream":
 
 class _Kick(Coupling):
     """`v = a · v + b · f`."""
+
+    quiet = True
 
     def __init__(self, keep: Fraction, gain: float) -> None:
         super().__init__()
@@ -84,8 +88,16 @@ class _Kick(Coupling):
 
     def increment(self, out: Any) -> Any:
         # Of a bfloat16 difference the product would lose digits that a fixed stream holds.
-        wide = out if out.dtype in (torch.float32, torch.float64) else out.float()
-        return torch.ops.aten.mul.Scalar(wide, self.gain)
+        return gained(out, self.gain)
+
+    def addend(self, out: Any) -> tuple[Any, float]:
+        return out, self.gain
+
+
+@cache
+def _kick(before: int, bits: int) -> _Kick:
+    """Return the rule of a layer of these bits, after one of those."""
+    return _Kick(Fraction(2**bits - 1, 2**bits * (2**before - 1)), 1 - 2.0**-bits)
 
 
 _ADDITIVE = Additive()
@@ -99,8 +111,8 @@ def _drift() -> Step:
     return _DRIFT[0]
 
 
-class HandOn(torch.autograd.Function):
-    """The readout of two streams. Its node carries the open call, which dies with it."""
+class _HandOn(torch.autograd.Function):
+    """The readout of two streams, for transforms. Its node carries the open call."""
 
     generate_vmap_rule = True
 
@@ -108,9 +120,7 @@ class HandOn(torch.autograd.Function):
     def forward(
         value: Tensor, hidden: Tensor, own: float, other: float, dtype: torch.dtype
     ) -> Tensor:
-        if own == 1.0:
-            return torch.add(value, hidden, alpha=other).to(dtype)
-        return ((value + hidden) * own).to(dtype)
+        return _readout(value, hidden, own, other, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,12 +137,39 @@ class HandOn(torch.autograd.Function):
         return grad if own == 1.0 else grad * own, grad * other, None, None, None
 
 
-class TakeUp(torch.autograd.Function):
-    """A stream, as a function of the readout that a layer was given and of the other stream.
+class _HandOnNow(torch.autograd.Function):
+    """The readout of two streams: `setup_context` would bind the arguments by inspection."""
 
-    Its value is known. Its gradient reaches the earlier layers through the tensor that the layer
-    was given, where hooks of the model sit.
-    """
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, hidden: Tensor, own: float, other: float, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.factors, ctx.dtype = (own, other), value.dtype
+        ctx.set_materialize_grads(False)
+        return _readout(value, hidden, own, other, dtype)
+
+    backward = _HandOn.backward
+
+
+def _readout(value: Tensor, hidden: Tensor, own: float, other: float, dtype: torch.dtype) -> Tensor:
+    if own == 1.0:
+        return torch.add(value, hidden, alpha=other).to(dtype)
+    return ((value + hidden) * own).to(dtype)
+
+
+def hand_on(value: Tensor, hidden: Tensor, own: float, other: float, dtype: torch.dtype) -> Tensor:
+    """Return the readout of two streams, a tensor of its own."""
+    function: Any = _HandOn if active() else _HandOnNow
+    y: Tensor = function.apply(value, hidden, own, other, dtype)
+    return y
+
+
+# The nodes of readouts.
+NODES: tuple[Any, ...] = (_HandOn._backward_cls, _HandOnNow._backward_cls)
+
+
+class _TakeUp(torch.autograd.Function):
+    """What `take_up` returns, for transforms."""
 
     generate_vmap_rule = True
 
@@ -153,3 +190,28 @@ class TakeUp(torch.autograd.Function):
         own, other = ctx.factors
         given = (grad if own == 1.0 else grad * own).to(ctx.dtype)
         return given, grad * other, None, None, None
+
+
+class _TakeUpNow(torch.autograd.Function):
+    """What `take_up` returns, without the inspection of `setup_context`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: Tensor, hidden: Tensor, value: Tensor, own: float, other: float
+    ) -> Tensor:
+        ctx.factors, ctx.dtype = (1 / own, -other / own), given.dtype
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    backward = _TakeUp.backward
+
+
+def take_up(given: Tensor, hidden: Tensor, value: Tensor, own: float, other: float) -> Tensor:
+    """Return a stream, as a function of the readout that a layer was given and the other stream.
+
+    Its value is known. Its gradient reaches the earlier layers through the tensor that the layer
+    was given, where hooks of the model sit.
+    """
+    function: Any = _TakeUp if active() else _TakeUpNow
+    stream: Tensor = function.apply(given, hidden, value, own, other)
+    return stream

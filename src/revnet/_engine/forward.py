@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
 from .._kept import Saved
-from .._source import Receiving
+from .._source import Adapter, branch_of
 from .._state.branch import is_compiled
 from .._state.call_state import StepState
 from .._state.environment import Environment
@@ -173,7 +173,7 @@ class Call:
 
     def _take(self, index: int, step: BoundStep, within: bool) -> None:
         execution = STORE if within else self.executions[index]
-        if execution.keeps_results and is_compiled(step.fn):
+        if execution.keeps_results and is_compiled(branch_of(step.fn)):
             execution = STORE
         if execution.keeps_target and hands_on(step.fn) and not self.tape.follows_rebuilt():
             # It saves nothing, and no walk leads here.
@@ -229,7 +229,8 @@ class Call:
         random = None
         if self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
-        fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
+        # What `branch_of` returns, without a call.
+        fn = step.fn.branch if isinstance(step.fn, Adapter) else step.fn
         structure = self.memory.structure((index, step.part), fn, step.coupling)
         context_fn = self.options.context_fn
         return StepState(step, structure, self.environment, random, results, context_fn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .._couplings import Additive, Leapfrog, Midpoint
-from .._source import Receiving
+from .._source import branch_of
 from .._step import BoundStep
 from .._streams import tiled
 from .._streams.arithmetic import Stream
@@ -62,8 +62,7 @@ def _tiles(step: BoundStep, streams: Sequence[Stream]) -> list[BoundStep]:
 
 def gates_of(step: BoundStep, streams: Sequence[Stream]) -> Gates:
     """Return the gates that the tiles of a step share."""
-    fn = step.fn.branch if isinstance(step.fn, Receiving) else step.fn
-    return Gates(fn, tiled.device_of(streams[step.target]), step.name)
+    return Gates(branch_of(step.fn), tiled.device_of(streams[step.target]), step.name)
 
 
 def _divides(step: BoundStep, branch: Sum) -> bool:

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._couplings import Additive, Affine, Leapfrog, Midpoint, Momentum
-from .._two_step import TwoStep
+from .._couplings import Additive
 
-# These rules neither draw random numbers nor remember decisions: only the branch does, with what
-# a rule does to its output.
-QUIET = frozenset({Additive, Affine, Leapfrog, Midpoint, Momentum, TwoStep})
 # What torch, and wrappers around a module, keep in its `__dict__` for themselves.
 MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 MACHINERY |= {"_compiled_call_impl", "_hf_hook", "_old_forward", "_is_fsdp_managed_module"}
+# Where a converted layer finds its stack.
+MACHINERY |= {"_revnet_place"}
 
 
 def modules_of(fn: nn.Module, coupling: nn.Module | None = None) -> list[nn.Module]:

@@ -18,7 +18,6 @@ from .._torch import is_dtensor, storage_id, version_of
 from . import fsdp
 from .branch import (
     MACHINERY,
-    QUIET,
     Table,
     attributes_of,
     modules_of,
@@ -114,7 +113,8 @@ class Structure:
             self._add(module, known)
         self.sizes = list(map(len, self.dicts))
         self.lazy = UninitializedParameter in map(type, self.parameters)
-        self.quiet = type(coupling) in QUIET
+        # A rule that derives from this one may do more.
+        self.quiet = vars(type(coupling)).get("quiet", False)
         self.everything = (
             self.owns + self.parameter_owns,
             self.names + self.parameter_names,

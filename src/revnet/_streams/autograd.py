@@ -12,6 +12,7 @@ from . import scaled
 from .fixed import Fixed
 from .format import Encoded
 from .monitor import RangeMonitor
+from .reference import gained
 
 
 class _FixedAdd(torch.autograd.Function):
@@ -183,7 +184,8 @@ class _ScaledAdd(torch.autograd.Function):
         value: Tensor,
         residual: Tensor,
         buffer: Tensor | None,
-        increment: Tensor,
+        addend: Tensor,
+        gain: float,
         ratio: scaled.Ratio,
         width: torch.dtype,
         fixed: Fixed,
@@ -191,10 +193,10 @@ class _ScaledAdd(torch.autograd.Function):
         step: int,
     ) -> tuple[Tensor, ...]:
         encoded, after = scaled.scale_and_add(
-            Encoded(value, residual), buffer, increment, ratio, width, fixed, monitor, step
+            Encoded(value, residual), buffer, addend, gain, ratio, width, fixed, monitor, step
         )
-        ctx.factor = ratio[0] / ratio[1]
-        ctx.dtypes = value.dtype, increment.dtype
+        ctx.factors = ratio[0] / ratio[1], gain
+        ctx.dtypes = value.dtype, addend.dtype
         ctx.mark_non_differentiable(encoded.residual, after)
         ctx.set_materialize_grads(False)
         return *encoded, after
@@ -203,23 +205,28 @@ class _ScaledAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 9
-        needs_value, _, _, needs_increment = ctx.needs_input_grad[:4]
-        value = torch.ops.aten.mul.Scalar(grad, ctx.factor) if needs_value else None
-        increment = grad.to(ctx.dtypes[1]) if needs_increment else None
-        return value, None, None, increment, None, None, None, None, None
+            return (None,) * 10
+        needs_value, _, _, needs_addend = ctx.needs_input_grad[:4]
+        factor, gain = ctx.factors
+        value = torch.ops.aten.mul.Scalar(grad, factor) if needs_value else None
+        addend = gained(grad, gain).to(ctx.dtypes[1]) if needs_addend else None
+        return value, None, None, addend, None, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, value: Any, residual: Any, buffer: Any, increment: Any, *_: Any) -> Any:
+    def jvp(ctx: Any, value: Any, residual: Any, buffer: Any, addend: Any, *_: Any) -> Any:
+        factor, gain = ctx.factors
         if value is not None:
-            value = torch.ops.aten.mul.Scalar(value, ctx.factor)
-        return _sum(value, increment, ctx.dtypes[0]), None, None
+            value = torch.ops.aten.mul.Scalar(value, factor)
+        if addend is not None:
+            addend = gained(addend, gain)
+        return _sum(value, addend, ctx.dtypes[0]), None, None
 
 
 def scaled_add(
     encoded: Encoded,
     buffer: Tensor | None,
-    increment: Tensor,
+    addend: Tensor,
+    gain: float,
     ratio: scaled.Ratio,
     width: torch.dtype,
     fixed: Fixed,
@@ -231,15 +238,15 @@ def scaled_add(
         factor = ratio[0] / ratio[1]
         with torch.no_grad(), without_tangents():
             new, after = scaled.scale_and_add(
-                encoded, buffer, increment, ratio, width, fixed, monitor, step
+                encoded, buffer, addend, gain, ratio, width, fixed, monitor, step
             )
         # The gradient is that of the rule on floats.
-        smooth = torch.ops.aten.mul.Scalar(encoded.value, factor) + increment.to(
+        smooth = torch.ops.aten.mul.Scalar(encoded.value, factor) + gained(addend, gain).to(
             encoded.value.dtype
         )
         return Encoded(with_gradient_of(smooth, new.value), new.residual), after
     value, residual, after = _ScaledAdd.apply(
-        *encoded, buffer, increment, ratio, width, fixed, monitor, step
+        *encoded, buffer, addend, gain, ratio, width, fixed, monitor, step
     )
     return Encoded(value, residual), after
 

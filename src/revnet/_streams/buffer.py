@@ -84,20 +84,22 @@ pytree.register_pytree_node(
 def multiply_and_add(
     encoded: Any,
     ratio: Fraction,
-    increment: Any,
+    addend: Any,
     fixed: Fixed,
     monitor: RangeMonitor | None,
     step: int,
+    gain: float = 1.0,
 ) -> BufferedStream:
-    """Return `ratio · encoded + increment`, differentiable; `scaled.takes` the ratio.
+    """Return `ratio · encoded + gain · addend`, differentiable; `scaled.takes` the ratio.
 
     Args:
         encoded: a stream, or what another multiplication returned.
         ratio: the factor.
-        increment: a tree of floating-point tensors in the shapes of the stream.
+        addend: a tree of floating-point tensors in the shapes of the stream.
         fixed: the format of the stream.
         monitor: told where a sum leaves the range; `step` is the number it reports.
         step: see `monitor`.
+        gain: see `reference.scale_and_add`.
     """
     n, d = ratio.numerator, ratio.denominator
     # Compiled steps keep their targets, and nothing reads the buffer.
@@ -106,12 +108,13 @@ def multiply_and_add(
     stream = encoded.stream if isinstance(encoded, BufferedStream) else encoded
 
     def leaf(
-        value: Tensor, residual: Tensor, addend: Tensor, buffer: Tensor | None = None
+        value: Tensor, residual: Tensor, part: Tensor, buffer: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         encoded, after = scaled_add(
             Encoded(value, residual),
             buffer,
-            addend,
+            part,
+            gain,
             (n, d),
             _dtype(past.bound),
             fixed,
@@ -120,23 +123,24 @@ def multiply_and_add(
         )
         return *encoded, after
 
-    value, residual, buffer = tree_unzip(leaf, *stream, increment, *(() if begun else (buffer,)))
+    value, residual, buffer = tree_unzip(leaf, *stream, addend, *(() if begun else (buffer,)))
     return BufferedStream(Encoded(value, residual), buffer, full, past)
 
 
 def subtract_and_divide(
-    encoded: BufferedStream, ratio: Fraction, increment: Any, fixed: Fixed
+    encoded: BufferedStream, ratio: Fraction, addend: Any, fixed: Fixed, gain: float = 1.0
 ) -> Any:
     """Return what `multiply_and_add` was given."""
     past = encoded.past
     assert past is not None, "divided more often than multiplied"
     width = None if past.begun or past.before is None else _dtype(past.before.bound)
 
-    def leaf(value: Tensor, residual: Tensor, addend: Tensor, buffer: Tensor) -> tuple[Any, ...]:
+    def leaf(value: Tensor, residual: Tensor, part: Tensor, buffer: Tensor) -> tuple[Any, ...]:
         encoded, before = scaled.subtract_and_divide(
             Encoded(value, residual),
             buffer,
-            addend,
+            part,
+            gain,
             (ratio.numerator, ratio.denominator),
             width,
             fixed,
@@ -144,7 +148,7 @@ def subtract_and_divide(
         # A tree has no place for None: the buffer that is not wanted stands for it.
         return *encoded, buffer if before is None else before
 
-    value, residual, buffer = tree_unzip(leaf, *encoded.stream, increment, encoded.buffer)
+    value, residual, buffer = tree_unzip(leaf, *encoded.stream, addend, encoded.buffer)
     return _before(encoded, Encoded(value, residual), buffer)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .format import Encoded, bound, unit
 from .monitor import RangeMonitor
-from .reference import combine_into
+from .reference import combine_into, gained
 
 # Elements per thread and piece. Smaller pieces stay in a level-2 cache but cost more in calls than
 # that saves; this bounds the scratch memory and stays in a level-3 cache. A multiple of the length
@@ -79,7 +79,8 @@ _UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
 def scale_and_add(
     encoded: Encoded,
     buffer: Tensor | None,
-    increment: Tensor,
+    addend: Tensor,
+    gain: float,
     new: Encoded,
     new_buffer: Tensor,
     ratio: tuple[int, int],
@@ -96,9 +97,9 @@ def scale_and_add(
     scale = 1.0 / one
     n, d = ratio
     given = () if buffer is None else (buffer,)
-    pieces = cut((increment, *new, new_buffer, *encoded, *given))
+    pieces = cut((addend, *new, new_buffer, *encoded, *given))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
-    for addend, value, residual, after, before, rest, *earlier in pieces:
+    for part, value, residual, after, before, rest, *earlier in pieces:
         if value.shape != count.shape:
             count, other, digits = (x[: len(value)] for x in (count, other, digits))
         other.copy_(before).mul_(scale).add_(count.copy_(rest))
@@ -107,13 +108,14 @@ def scale_and_add(
         _take(digits, earlier)
         _exchanged(count, other, digits, n, d)
         unsigned(after).copy_(digits)
-        count.add_(other.copy_(addend).mul_(scale).round_())
+        count.add_(other.copy_(gained(part, gain)).mul_(scale).round_())
         low, high = torch.aminmax(count)
         if not (low.item() > -edge and high.item() < edge):  # so also for NaN
             stream, last = reference.scale_and_add(
                 Encoded(before, rest),
                 earlier[0] if earlier else None,
-                addend,
+                part,
+                gain,
                 ratio,
                 after.dtype,
                 fraction_bits,
@@ -129,7 +131,8 @@ def scale_and_add(
 def subtract_and_divide(
     encoded: Encoded,
     buffer: Tensor,
-    increment: Tensor,
+    addend: Tensor,
+    gain: float,
     new: Encoded,
     new_buffer: Tensor | None,
     ratio: tuple[int, int],
@@ -143,13 +146,13 @@ def subtract_and_divide(
     scale = 1.0 / one
     n, d = ratio
     wanted = () if new_buffer is None else (new_buffer,)
-    pieces = cut((increment, *new, buffer, *encoded, *wanted))
+    pieces = cut((addend, *new, buffer, *encoded, *wanted))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
-    for addend, value, residual, digit, before, rest, *after in pieces:
+    for part, value, residual, digit, before, rest, *after in pieces:
         if value.shape != count.shape:
             count, other, digits = (x[: len(value)] for x in (count, other, digits))
         other.copy_(before).mul_(scale).add_(count.copy_(rest))
-        other.sub_(count.copy_(addend).mul_(scale).round_())
+        other.sub_(count.copy_(gained(part, gain)).mul_(scale).round_())
         lowest, highest = torch.aminmax(other)
         if n == 1:
             count.copy_(other)
@@ -162,7 +165,7 @@ def subtract_and_divide(
         inside = low.item() > -edge and high.item() < edge
         if not (inside and lowest.item() > -edge and highest.item() < edge):  # so also for NaN
             stream, last = reference.subtract_and_divide(
-                Encoded(before, rest), digit, addend, ratio, torch.int64, fraction_bits
+                Encoded(before, rest), digit, part, gain, ratio, torch.int64, fraction_bits
             )
             _write((value, residual, *after), (*stream, last))
             continue

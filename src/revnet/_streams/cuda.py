@@ -136,6 +136,7 @@ def _scale(
     D: tl.constexpr,
     SHIFT: tl.constexpr,
     MASK: tl.constexpr,
+    GAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Multiply by N/D and add (SIGN = 1), or subtract and multiply (-1); buffers may be None."""
@@ -148,6 +149,8 @@ def _scale(
         # Narrow buffers are unsigned integers in memory of signed ones.
         buffer = buffer.to(tl.int64) & MASK
     increment = _wide(tl.load(increment_ptr + place, mask=mask, other=0.0))
+    if GAIN != 1.0:
+        increment = increment * tl.full((BLOCK,), GAIN, increment.dtype)
     count, magnitude, fits = _rounded(increment, SCALE, INTEGERS)
     if SIGN > 0:
         total, buffer = _exchange(total, buffer, N, D, SHIFT)
@@ -205,7 +208,8 @@ def launch(
 def launch_scaled(
     encoded: Encoded,
     buffer: Tensor | None,
-    increment: Tensor,
+    addend: Tensor,
+    gain: float,
     new: Encoded,
     new_buffer: Tensor | None,
     finding: Tensor | None,
@@ -220,7 +224,8 @@ def launch_scaled(
     Args:
         encoded: the stream.
         buffer: the remainders so far; None where there are none.
-        increment: floating point.
+        addend: floating point.
+        gain: its factor.
         new: receives the stream.
         new_buffer: receives the remainders; None where there are none.
         finding: see `launch`.
@@ -231,12 +236,12 @@ def launch_scaled(
         key: see `launch`.
     """
     n, d = ratio if sign > 0 else ratio[::-1]
-    tensors = (*encoded, buffer, increment, *new, new_buffer, finding)
+    tensors = (*encoded, buffer, addend, *new, new_buffer, finding)
     widths = tuple(None if x is None else x.dtype for x in (buffer, new_buffer))
-    which = (sign, fraction_bits, ratio, widths, finding is None)
+    which = (sign, fraction_bits, ratio, gain, widths, finding is None)
     mask = None if buffer is None else MASKS[buffer.dtype]
-    numbers = (sign, 2.0**fraction_bits, bound, _integers(increment), n, d, 2**53 // d + 1, mask)
-    return _launch(_scale, tensors, increment, (key, 2.0**-fraction_bits), numbers, which)
+    numbers = (sign, 2.0**fraction_bits, bound, _integers(addend), n, d, 2**53 // d + 1, mask, gain)
+    return _launch(_scale, tensors, addend, (key, 2.0**-fraction_bits), numbers, which)
 
 
 def _integers(increment: Tensor) -> float:

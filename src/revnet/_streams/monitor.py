@@ -122,29 +122,32 @@ class RangeMonitor:
         key = self.prepare(found.device).key
         key.copy_(torch.maximum(key, found.amax()))
 
-    def sample(self, increment: Tensor, fraction_bits: int, step: int) -> None:
-        """Measure in calls 1, 2, 4, 8 … of a step how many increments are rounded to zero."""
+    def sample(self, addend: Tensor, fraction_bits: int, step: int, gain: float = 1.0) -> None:
+        """Measure in calls 1, 2, 4, 8 … of a step how many increments are rounded to zero.
+
+        An increment is the product of an addend and the gain.
+        """
         calls = self._calls[step] = self._calls.get(step, 0) + 1
         if calls & (calls - 1):
             return
-        increment = _local(increment.detach())
-        if increment.numel() == 0 or is_fake(increment):
+        addend = _local(addend.detach())
+        if addend.numel() == 0 or is_fake(addend):
             return
-        if increment.is_cuda and torch.cuda.is_current_stream_capturing():
+        if addend.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        some = increment
+        some = addend
         for dim in range(some.dim()):
             some = some.narrow(
                 dim, 0, max(1, min(some.shape[dim], _SAMPLE * some.shape[dim] // some.numel()))
             )
         some = some.abs().double()
         nonzero = some > 0
-        small = nonzero & (some <= 0.5 * unit(fraction_bits))
+        small = nonzero & (some * gain <= 0.5 * unit(fraction_bits))
         share = small.sum().double() / nonzero.sum()
-        vanished = self.prepare(increment.device).vanished
+        vanished = self.prepare(addend.device).vanished
         if step not in vanished:
             with torch.inference_mode(False):
-                vanished[step] = _host(torch.empty((), dtype=torch.float64), increment.device)
+                vanished[step] = _host(torch.empty((), dtype=torch.float64), addend.device)
         vanished[step].fill_(-1.0).copy_(share, non_blocking=True)
         self._awaited.add(step)
 

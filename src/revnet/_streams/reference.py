@@ -83,19 +83,21 @@ def counts(encoded: Encoded, fraction_bits: int) -> tuple[Tensor, Tensor]:
 def scale_and_add(
     encoded: Encoded,
     buffer: Tensor | None,
-    increment: Tensor,
+    addend: Tensor,
+    gain: float,
     ratio: tuple[int, int],
     width: torch.dtype,
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
 ) -> tuple[Encoded, Tensor]:
-    """Return the stream `ratio · encoded + increment`, and the buffer with the remainders.
+    """Return the stream `ratio · encoded + gain · addend`, and the buffer with the remainders.
 
     Args:
         encoded: a stream of this format.
         buffer: the remainders of earlier divisions; None where there are none.
-        increment: floating point, of its shape.
+        addend: floating point, of its shape.
+        gain: its factor; see `gained`.
         ratio: n and d with 0 < n <= d, so that no product leaves the range.
         width: integers that hold every value of the new buffer, see `widened`.
         fraction_bits: of the format.
@@ -106,25 +108,35 @@ def scale_and_add(
     count, wide = exchange(count, widened(buffer, count), *ratio)
     total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
     scaled = split(total, fraction_bits, encoded.value.dtype)[0]
-    new = combine(scaled, increment, 1, fraction_bits, monitor, step)
+    new = combine(scaled, gained(addend, gain), 1, fraction_bits, monitor, step)
     return new, wide.to(width)
 
 
 def subtract_and_divide(
     encoded: Encoded,
     buffer: Tensor,
-    increment: Tensor,
+    addend: Tensor,
+    gain: float,
     ratio: tuple[int, int],
     width: torch.dtype,
     fraction_bits: int,
 ) -> tuple[Encoded, Tensor]:
     """Return the stream and the buffer that `scale_and_add` was given."""
-    scaled = combine(encoded, increment, -1, fraction_bits, None, 0)
+    scaled = combine(encoded, gained(addend, gain), -1, fraction_bits, None, 0)
     count, known = counts(scaled, fraction_bits)
     n, d = ratio
     count, wide = exchange(count, widened(buffer, count), d, n)
     total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
     return split(total, fraction_bits, encoded.value.dtype)[0], wide.to(width)
+
+
+def gained(addend: Tensor, gain: float) -> Tensor:
+    """Return the product of a tensor and a number, rounded to float32 or a wider type."""
+    if gain == 1.0:
+        return addend
+    wide = addend if addend.dtype in (torch.float32, torch.float64) else addend.float()
+    product: Tensor = torch.ops.aten.mul.Scalar(wide, gain)
+    return product
 
 
 def exchange(count: Tensor, buffer: Tensor, n: Any, d: Any) -> tuple[Tensor, Tensor]:
