@@ -109,8 +109,8 @@ def compare(
 
     Returns:
         The shares of memory that inverted execution keeps and needs, the largest relative
-        difference of a gradient and of a buffer, and what both executions keep for backward, in
-        bytes.
+        difference of a gradient and of a buffer, and of both executions what they keep for
+        backward, their peak, in bytes, and their time, in milliseconds.
     """
     costs = {name: cost(model, loss, name) for name in ("store", "invert")}
     costs |= {name: cost(model, other, "store") for name, other in (others or {}).items()}
@@ -129,6 +129,10 @@ def compare(
         "error": error,
         "stored_bytes": stored.saved * 2**20,
         "inverted_bytes": inverted.saved * 2**20,
+        "stored_peak_bytes": stored.peak * 2**20,
+        "inverted_peak_bytes": inverted.peak * 2**20,
+        "stored_ms": stored.time,
+        "inverted_ms": inverted.time,
     }
 
 

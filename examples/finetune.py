@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(f"the same weights as the ordinary network: {exported:.4f}")
     return {
         "saved": report.saved_bytes / report.stored_bytes,
+        "stored_bytes": report.stored_bytes,
+        "inverted_bytes": report.saved_bytes,
         "error": 0.0,
         "first": first,
         "last": last,
