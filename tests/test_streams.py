@@ -983,12 +983,8 @@ def test_scaled_steps_equal_python_integers(
     for index in range(7):
         increment = (torch.randn(3, 16) * 10.0 ** (index - 4)).to(dtype)
         gain = GAINS[index % len(GAINS)]
-        # One rounding to float32, or to a wider type of the increment.
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        added = increment if gain == 1.0 else (increment.double() * gain).to(wide)
-        if wide == torch.float32 and gain != 1.0:
-            # The number is a float32 there, too; the product of two has no more digits than float64.
-            added = (increment.double() * torch.tensor(gain).double()).float()
+        # float64 holds the product of two float32 numbers, which is rounded once.
+        added = (increment.double() * torch.tensor(gain).double()).float()
         wanted.step(ratio, added.flatten().tolist())
         held = multiply_and_add(
             held, ratio, increment.to(device_of_steps), fixed, None, index, gain
@@ -1340,3 +1336,27 @@ def test_a_first_call_in_a_capture_is_refused() -> None:
         torch.cuda.graph(graph),
     ):
         Fixed().add(held, torch.ones(8, device="cuda"), monitor, 0)
+
+
+@pytest.mark.gpu
+def test_hooks_of_triton_see_each_launch() -> None:
+    from triton import knobs
+
+    need_kernel()
+    fixed, seen = Fixed(), []
+    x = torch.randn(64, 64, device="cuda")
+    held = fixed.encode(x)
+    wanted = fixed.add(held, x)
+
+    def hook(metadata: Any) -> None:
+        seen.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        found = fixed.add(held, x)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == ["_combine"]
+    assert same(found, wanted)
+    assert same(fixed.add(held, x), wanted)
+    assert seen == ["_combine"]

@@ -34,6 +34,13 @@ lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone
 # The number of in-place writes to a tensor so far.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
+# The present CUDA device, and the address of its present stream: `torch.cuda` looks them up in
+# Python, for each launch of a kernel.
+current_cuda_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+current_cuda_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: 0
+)
+
 # Whether autocast is on for any type of device. Without it every replay would clear the cache of
 # casts, whether or not there can be any.
 is_autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled

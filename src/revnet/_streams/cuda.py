@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
+from triton import knobs
 
+from .._torch import current_cuda_device, current_cuda_stream
 from .reference import MASKS
 
 if TYPE_CHECKING:
@@ -172,8 +175,28 @@ _NOTHING = contextlib.nullcontext()
 _BLOCK = 512
 _WARPS = 8
 _state = {"launched": False, "broken": False}
-# Kernels by what Triton would look at to find them: asking it takes as long again as launching.
-_built: dict[Any, Any] = {}
+# Launches of kernels by what Triton would look at to find them: asking it takes as long again as
+# launching.
+_bound: dict[Any, Callable[[int, tuple[Any, ...]], None]] = {}
+
+
+def _bind(built: Any, device: int) -> Callable[[int, tuple[Any, ...]], None]:
+    """Return the launch of a built kernel, given its number of blocks and its arguments.
+
+    It is what `built[grid](*arguments)` does, without two chains of hooks where they are empty and
+    without asking for device and stream in Python.
+    """
+    run, function, packed = built.run, built.function, built.packed_metadata
+
+    def launch(blocks: int, arguments: tuple[Any, ...]) -> None:
+        hooks = knobs.runtime
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            built[(blocks, 1, 1)](*arguments)
+            return
+        stream = current_cuda_stream(device)
+        run(blocks, 1, 1, stream, function, packed, None, None, None, *arguments)
+
+    return launch
 
 
 def launch(
@@ -264,7 +287,7 @@ def _launch(
     if size == 0:
         return True
     arguments = (*tensors, size, *varying, *constants, _BLOCK)
-    grid, device = (-(-size // _BLOCK), 1, 1), increment.get_device()
+    blocks, device = -(-size // _BLOCK), increment.get_device()
     # Triton builds another kernel where numbers or addresses are not multiples of 16, and of
     # numbers beyond 32 bits.
     usual = (
@@ -277,15 +300,15 @@ def _launch(
     build = (kernel, device, increment.dtype, stream.dtype, *which) if usual else None
     try:
         # Triton's interpreter runs it on the CPU.
-        elsewhere = increment.is_cuda and device != torch.cuda.current_device()
+        elsewhere = increment.is_cuda and device != current_cuda_device()
         with torch.cuda.device_of(increment) if elsewhere else _NOTHING:
-            built = _built.get(build)
-            if built is not None:
-                built[grid](*arguments)
+            bound = _bound.get(build)
+            if bound is not None:
+                bound(blocks, arguments)
             else:
-                built = kernel[grid](*arguments, num_warps=_WARPS)
+                built = kernel[(blocks, 1, 1)](*arguments, num_warps=_WARPS)
                 if usual and built is not None:
-                    _built[build] = built
+                    _bound[build] = _bind(built, device)
     except Exception as error:
         if _state["launched"]:
             raise
