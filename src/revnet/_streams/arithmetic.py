@@ -27,6 +27,9 @@ from .fixed import Fixed
 from .format import Encoded
 from .monitor import RangeMonitor
 
+# Types of a stream and of what a branch returns whose sum has the type of the stream.
+_WIDENED = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
+
 # A stream under way is a pair: its value, which branches read and gradients flow through, and how
 # it is held.
 Stream = tuple[Any, Any]
@@ -53,7 +56,7 @@ class FloatArithmetic:
             type(coupling) is Additive
             and isinstance(value, Tensor)
             and isinstance(out, Tensor)
-            and value.dtype is out.dtype
+            and (value.dtype is out.dtype or (value.dtype, out.dtype) in _WIDENED)
             and value.shape == out.shape
             and value.device == out.device
         ):
@@ -65,7 +68,15 @@ class FloatArithmetic:
 
     def invert(self, coupling: Coupling, encoded: Any, out: Any) -> Stream:
         """The stream before a step."""
-        value = coupling.invert(encoded, out)
+        if (
+            type(coupling) is Additive
+            and isinstance(encoded, Tensor)
+            and isinstance(out, Tensor)
+            and (encoded.dtype is out.dtype or (encoded.dtype, out.dtype) in _WIDENED)
+        ):
+            value: Any = encoded - out
+        else:
+            value = coupling.invert(encoded, out)
         return value, value
 
     def hold(self, value: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ class FixedArithmetic:
             and encoded.__class__ is Encoded
             and isinstance(value, Tensor)
             and isinstance(out, Tensor)
-            and value.dtype is out.dtype
+            and (value.dtype is out.dtype or (value.dtype, out.dtype) in _WIDENED)
             and value.shape == out.shape
             and value.device == out.device
         ):
@@ -175,6 +186,14 @@ class FixedArithmetic:
         return tree_map(with_gradient_of, like, encoded.stream.value), encoded
 
     def invert(self, coupling: Coupling, encoded: Any, out: Any) -> Stream:
+        if (
+            type(coupling) is Additive
+            and encoded.__class__ is Encoded
+            and isinstance(encoded.value, Tensor)
+            and isinstance(out, Tensor)
+        ):
+            encoded = self.fixed._combine(encoded, out, -1, None, 0)
+            return encoded.value, encoded
         value = _stream(encoded).value
         if coupling.rearranges:
             encoded = _moved(
