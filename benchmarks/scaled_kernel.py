@@ -19,6 +19,7 @@ from combine_kernel import Combine, in_turn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from revnet._factors import Increment
 from revnet._streams import reference
 from revnet._streams.buffer import BufferedStream, multiply_and_add, subtract_and_divide
 from revnet._streams.fixed import Fixed
@@ -78,14 +79,14 @@ def table(
         held: Any = start
         for index in range(STEPS):
             before = held
-            held = multiply_and_add(held, ratio, increment, fixed, monitor, index)
+            held = multiply_and_add(held, ratio, Increment(increment), fixed, monitor, index)
         check(fixed, ratio, before, held, increment)
         ours: dict[str, Combine] = {
             f"{ratio}: step": lambda b=before, r=ratio, m=monitor: multiply_and_add(
-                b, r, increment, fixed, m, 0
+                b, r, Increment(increment), fixed, m, 0
             ),
             f"{ratio}: inverse": lambda h=held, r=ratio: subtract_and_divide(
-                h, r, increment, fixed
+                h, r, Increment(increment), fixed
             ),
             f"{ratio}: step, plain torch": lambda b=before, h=held, r=ratio: by_reference(
                 fixed, r, b, h, increment
@@ -117,7 +118,7 @@ def buffers() -> None:
         sizes = []
         held: Any = fixed.encode(torch.zeros(1))
         for index in range(96):
-            held = multiply_and_add(held, ratio, torch.zeros(1), fixed, None, index)
+            held = multiply_and_add(held, ratio, Increment(torch.zeros(1)), fixed, None, index)
             if index in (23, 95):
                 sizes.append(sum(x.element_size() for x in (*held.full, held.buffer)))
         bits = torch.tensor(float(1 / ratio)).log2().item()
@@ -136,7 +137,7 @@ def by_reference(
     return reference.scale_and_add(
         before.stream if isinstance(before, BufferedStream) else before,
         None if after.past.begun else before.buffer,
-        increment,
+        Increment(increment),
         (ratio.numerator, ratio.denominator),
         after.buffer.dtype,
         fixed.fraction_bits,
@@ -153,7 +154,7 @@ def check(
     assert torch.equal(after.stream.value, value)
     assert torch.equal(after.stream.residual, residual)
     assert torch.equal(after.buffer, buffer)
-    back = subtract_and_divide(after, ratio, increment, fixed)
+    back = subtract_and_divide(after, ratio, Increment(increment), fixed)
     leaves = pytree.tree_leaves(back), pytree.tree_leaves(before)
     assert all(torch.equal(part, old) for part, old in zip(*leaves, strict=True))
 

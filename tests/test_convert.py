@@ -317,16 +317,39 @@ def recurrence(net: Any, x: Tensor, bits: list[int]) -> list[Tensor]:
         v = keep * v + (1 - mu) * (layer(x) - x)
         x = x + v
         states.append(x + mu / (1 - mu) * v)
+        x = states[-1] - mu / (1 - mu) * v
         before = b
     return states
 
 
+def every_state(states: list[Tensor]) -> Tensor:
+    return sum(map(weighted, states), torch.zeros(()))
+
+
+def last_state(states: list[Tensor]) -> Tensor:
+    return weighted(states[-1])
+
+
+def scaled_on_the_way(states: list[Tensor]) -> Tensor:
+    for state in states[1:-1]:
+        state.register_hook(lambda grad: 1.5 * grad)
+    return weighted(states[-1])
+
+
+def blocked_on_the_way(states: list[Tensor]) -> Tensor:
+    states[2].register_hook(lambda grad: 0 * grad)
+    return weighted(states[-1]) + weighted(states[1])
+
+
 @pytest.mark.parametrize("bits", [1, 3, 8, [3, 1, 2, 2, 5]], ids=str)
-def test_every_layer_returns_the_readout_of_the_recurrence(bits: int | list[int]) -> None:
+@pytest.mark.parametrize("loss", [every_state, last_state, scaled_on_the_way, blocked_on_the_way])
+def test_every_layer_returns_the_readout_of_the_recurrence(
+    bits: int | list[int], loss: Callable[[list[Tensor]], Tensor]
+) -> None:
     net, x = Net(layer=lambda: Block(dropout=0.0)).double(), torch.randn(2, 3, WIDTH).double()
     per_layer = [bits] * DEPTH if isinstance(bits, int) else bits
     expected = recurrence(net, x, per_layer)
-    grads = torch.autograd.grad(sum(map(weighted, expected)), list(net.layers.parameters()))
+    grads = torch.autograd.grad(loss(expected), list(net.layers.parameters()))
     revnet.convert(net, bits=bits, streams=revnet.Fixed(37))
     own, states = net.embed(x), []
     for layer in net.layers:
@@ -334,7 +357,7 @@ def test_every_layer_returns_the_readout_of_the_recurrence(bits: int | list[int]
         states.append(own)
     for a, b in zip(states, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    found = torch.autograd.grad(sum(map(weighted, states)), list(net.layers.parameters()))
+    found = torch.autograd.grad(loss(states), list(net.layers.parameters()))
     for a, b in zip(found, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-7)
 

@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from revnet._factors import Increment
+from revnet._streams import buffer as buffers
 from revnet._streams import checksum as checksums
 from revnet._streams import cpu, scaled
 from revnet._streams import fixed as dispatch
 from revnet._streams import reference as plain_torch
 from revnet._streams.autograd import fixed_add, fixed_encode
-from revnet._streams.buffer import BufferedStream, multiply_and_add, subtract_and_divide
+from revnet._streams.buffer import BufferedStream
 from revnet._streams.checksum import checksum
 from revnet._streams.fixed import Fixed, fitting_fraction_bits
 from revnet._streams.format import Encoded, Float
@@ -937,6 +939,31 @@ def device_of_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return DEVICE
 
 
+def multiply_and_add(
+    held: Any,
+    ratio: Fraction,
+    addend: Any,
+    fixed: Fixed,
+    monitor: RangeMonitor | None,
+    index: int,
+    gain: float = 1.0,
+    less: Any = None,
+) -> BufferedStream:
+    increment = Increment(addend, gain, less)
+    return buffers.multiply_and_add(held, ratio, increment, fixed, monitor, index)
+
+
+def subtract_and_divide(
+    held: BufferedStream,
+    ratio: Fraction,
+    addend: Any,
+    fixed: Fixed,
+    gain: float = 1.0,
+    less: Any = None,
+) -> Any:
+    return buffers.subtract_and_divide(held, ratio, Increment(addend, gain, less), fixed)
+
+
 class Integers:
     """A scaled stream in Python integers: counts, buffers that never end, and NaN as None."""
 
@@ -985,9 +1012,15 @@ def test_scaled_steps_equal_python_integers(
         gain = GAINS[index % len(GAINS)]
         # float64 holds the product of two float32 numbers, which is rounded once.
         added = (increment.double() * torch.tensor(gain).double()).float()
+        less = None
+        if index % 2:
+            less = torch.randn(3, 16).to(FLOATS[index % 3 + 1])
+            added = increment.float() - less.float()
+            added = (added.double() * torch.tensor(gain).double()).float()
+            less = less.to(device_of_steps)
         wanted.step(ratio, added.flatten().tolist())
         held = multiply_and_add(
-            held, ratio, increment.to(device_of_steps), fixed, None, index, gain
+            held, ratio, increment.to(device_of_steps), fixed, None, index, gain, less
         )
         got = to(held, "cpu")
         flat = Encoded(*(part.flatten() for part in got.stream))
@@ -1010,6 +1043,7 @@ def unsigned(buffer: Tensor) -> Tensor:
     seed=st.integers(0, 1000),
     one=st.booleans(),
     gain=st.sampled_from(GAINS),
+    less_dtype=st.sampled_from([None, *FLOATS]),
 )
 def test_scaled_steps_of_every_implementation_are_equal_and_undone(
     device_of_steps: str,
@@ -1021,6 +1055,7 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
     seed: int,
     one: bool,
     gain: float,
+    less_dtype: torch.dtype | None,
 ) -> None:
     torch.manual_seed(seed)
     fixed = Fixed()
@@ -1029,7 +1064,8 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
     bad = data.draw(st.sampled_from([None, math.nan, math.inf, -math.inf, 3e38, 40_000.0]))
     place = data.draw(st.integers(0, len(ratios) - 1))
     held: Any = to(start_of(size, fixed, dtype), device_of_steps)
-    befores, increments = [], []
+    befores, increments, lesses = [], [], []
+    less = None
     monitor, plain = RangeMonitor(), RangeMonitor()
     for index, ratio in enumerate(ratios):
         increment = (torch.randn(3, 16) * size).to(increment_dtype)
@@ -1038,8 +1074,11 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
         increment = increment.to(device_of_steps)
         befores.append(held)
         increments.append(increment)
-        held = multiply_and_add(held, ratio, increment, fixed, monitor, index, gain)
-        wanted = by_reference(befores[-1], held, ratio, increment, fixed, plain, index, gain)
+        if less_dtype is not None:
+            less = (torch.randn(3, 16) * size).to(less_dtype).to(device_of_steps)
+        lesses.append(less)
+        held = multiply_and_add(held, ratio, increment, fixed, monitor, index, gain, less)
+        wanted = by_reference(befores[-1], held, ratio, increment, fixed, plain, index, gain, less)
         assert equal_streams(held, wanted)
     found, wanted_found = monitor.check(), plain.check()
     assert (found is None) == (wanted_found is None)
@@ -1047,10 +1086,9 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
         assert found.step == wanted_found.step
         assert found.magnitude == pytest.approx(wanted_found.magnitude, rel=1e-6, nan_ok=True)
     lost = pytree.tree_leaves(held)[0].isnan()
-    for ratio, before, increment in zip(
-        reversed(ratios), reversed(befores), reversed(increments), strict=True
-    ):
-        held = subtract_and_divide(held, ratio, increment, fixed, gain)
+    taken = zip(ratios, befores, increments, lesses, strict=True)
+    for ratio, before, increment, less in reversed(list(taken)):
+        held = subtract_and_divide(held, ratio, increment, fixed, gain, less)
         pairs = zip(pytree.tree_leaves(held), pytree.tree_leaves(before), strict=True)
         for a, b in pairs:
             assert a.dtype == b.dtype
@@ -1066,6 +1104,7 @@ def by_reference(
     monitor: RangeMonitor,
     index: int,
     gain: float = 1.0,
+    less: Tensor | None = None,
 ) -> BufferedStream:
     """Return what plain torch makes of the same step."""
     assert after.past is not None
@@ -1073,8 +1112,7 @@ def by_reference(
     stream, buffer = plain_torch.scale_and_add(
         before.stream if isinstance(before, BufferedStream) else before,
         None if begun else before.buffer,
-        increment,
-        gain,
+        Increment(increment, gain, less),
         (ratio.numerator, ratio.denominator),
         after.buffer.dtype,
         fixed.fraction_bits,

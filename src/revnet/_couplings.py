@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._factors import (
+    Increment,
     divided,
     multiplied,
     number,
@@ -130,12 +131,9 @@ class Coupling(nn.Module):
             f"{type(self).__name__} defines neither `increment` nor `combine` and `invert`"
         )
 
-    def addend(self, out: Any) -> tuple[Any, float]:
-        """Return `increment(out)` as a tree and a number, whose product it is.
-
-        Fixed streams take the product of a scaled step where they add, in float32 or wider.
-        """
-        return self.increment(out), 1.0
+    def factored(self, out: Any) -> Increment:
+        """Return the factors of `increment(out)`, which fixed streams multiply where they add."""
+        return Increment(self.increment(out))
 
     def combine(self, target: Any, out: Any) -> Any:
         """Return the target after the step."""
@@ -270,9 +268,10 @@ class Momentum(Coupling):
     def increment(self, out: Any) -> Any:
         return tree_map(lambda leaf: times(leaf, number(1 - self.gamma)), out)
 
-    def addend(self, out: Any) -> tuple[Any, float]:
+    def factored(self, out: Any) -> Increment:
         # A subclass may have an increment of its own.
-        return (out, float(1 - self.gamma)) if type(self) is Momentum else super().addend(out)
+        plain = type(self) is Momentum
+        return Increment(out, float(1 - self.gamma)) if plain else super().factored(out)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._trees import tree_map
+
+
+class Increment(NamedTuple):
+    """What a step adds: `gain · (addend - less)`, of tensors or equal trees of tensors."""
+
+    addend: Any
+    gain: float = 1.0
+    less: Any = None
 
 
 def times(x: Tensor, factor: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._compiled.function import outside
 from ._couplings import ADDITIVE, Coupling
 from ._execution import ExecutionName
+from ._factors import Increment
 from ._program import BoundSteps, Program, Streams, check_stream
 from ._state.modules import Memory, Structure
 from ._step import BoundStep
@@ -135,9 +136,9 @@ class _FewStructures(Memory):
 class _OneSample(RangeMonitor):
     """Measure how many increments vanish in the first step alone: all steps are alike."""
 
-    def sample(self, addend: Tensor, fraction_bits: int, step: int, gain: float = 1.0) -> None:
+    def sample(self, increment: Tensor | Increment, fraction_bits: int, step: int) -> None:
         if step == 0:
-            super().sample(addend, fraction_bits, step, gain)
+            super().sample(increment, fraction_bits, step)
 
 
 class _Integration(Program):

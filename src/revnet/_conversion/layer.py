@@ -85,6 +85,7 @@ class _Update(Adapter):
         dtype: of the tensor that the layer was given.
         compiler: at work where the layer was called.
         watch: told magnitudes around the layer; returns whether the format fits them.
+        subtracts: whether the rule takes the difference of what the layer returns and reads.
     """
 
     def __init__(
@@ -94,12 +95,14 @@ class _Update(Adapter):
         dtype: torch.dtype,
         compiler: Any,
         watch: Callable[[float, float], bool] | None,
+        subtracts: bool,
     ) -> None:
         self.branch = layer
         self.own = own
         self.given = dtype
         self.compiler = compiler
         self.watch = watch
+        self.subtracts = subtracts
         self.seen = _Seen()
 
     def __call__(self, x: Tensor, /, **kwargs: Any) -> Any:
@@ -117,24 +120,24 @@ class _Update(Adapter):
         if not y.is_floating_point():
             raise _Aside(f"it returns {y.dtype}")
         self.seen.dtype = y.dtype
-        update = y - x
-        if self.watch is not None and not self.watch(*_magnitudes(x, y, update)):
+        if self.watch is not None and not self.watch(*_magnitudes(x, y)):
             if not torch.is_grad_enabled():
                 self.seen.out = out
             raise _Range
+        update = [y, x] if self.subtracts else y - x
         return update if rest is None else (update, rest)
 
 
 _POSITIONAL = "_positional"
 
 
-def _magnitudes(x: Tensor, y: Tensor, update: Tensor) -> tuple[float, float]:
+def _magnitudes(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Return the largest magnitude around a layer, and the mean one of its update."""
     if x.is_meta or x.numel() == 0:
         return 0.0, 0.0
     with torch.no_grad():
         largest = torch.maximum(x.abs().amax(), y.abs().amax())
-        mean = update.abs().mean(dtype=torch.float32)
+        mean = (y - x).abs().mean(dtype=torch.float32)
         first, second = torch.stack((largest.float(), mean)).tolist()
     return first, second
 
@@ -150,7 +153,8 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
     if recording and not _without_caches(stack, keywords):
         return _plainly(layer, own, args, kwargs, compiler)
     unseen = place in stack.unseen and not active() and not is_faking()
-    update = _Update(layer, own, x.dtype, compiler, stack.fits if unseen else None)
+    watch = stack.fits if unseen else None
+    update = _Update(layer, own, x.dtype, compiler, watch, stack.rule.subtracts)
     random = RandomState(devices_of([x])) if unseen else None
     try:
         try:
@@ -253,16 +257,13 @@ def _taken_up(found: _Open, x: Tensor) -> list[Stream]:
     place, own, other = found.readout
     streams = list(found.streams)
     (value, encoded), (hidden, _) = streams[place], streams[1 - place]
-    streams[place] = take_up(x, hidden, value, own, other), encoded
+    streams[place] = take_up(x, hidden, value, own, other, _origin(x)), encoded
     return streams
 
 
 def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
     """Return the open call that returned this tensor, and take it from the tensor."""
-    node: Any = x.grad_fn
-    place = x.output_nr
-    while type(node).__name__ in _PASSING and place < len(node.next_functions):
-        node, place = node.next_functions[place]
+    node = _origin(x)
     if type(node) in NODES:
         found = vars(node).pop("open_call", None)
     else:
@@ -277,6 +278,15 @@ def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
         and not (node is None and x.requires_grad)
     )
     return found if same else None
+
+
+def _origin(x: Tensor) -> Any:
+    """Return the node that made a tensor, through those that return their inputs."""
+    node: Any = x.grad_fn
+    place = x.output_nr
+    while type(node).__name__ in _PASSING and place < len(node.next_functions):
+        node, place = node.next_functions[place]
+    return node
 
 
 # Nodes of functions that return their inputs: of FSDP2 and of backward hooks of modules.

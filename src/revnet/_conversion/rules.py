@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .._compiled.function import active
 from .._couplings import Additive, Coupling
+from .._factors import Increment
 from .._step import BoundStep, Step
-from .._streams.reference import gained
+from .._streams.reference import computed
+from .._torch import current_backward
 
 
 class Readout(NamedTuple):
@@ -31,6 +33,8 @@ class Momentum:
     """
 
     steps_per_layer = 2
+    # Whether the rule takes what a layer returns and what it read, and subtracts them itself.
+    subtracts = True
 
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the streams of a new call: v = 0, and x."""
@@ -54,6 +58,7 @@ class TwoStreams:
     """`a ← a + f(b)`, and in the next layer `b ← b + f(a)`: read as the mean of both."""
 
     steps_per_layer = 1
+    subtracts = False
 
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the streams of a new call: x twice."""
@@ -74,7 +79,7 @@ RULES: dict[str, Momentum | TwoStreams] = {"momentum": Momentum(), "two-stream":
 
 
 class _Kick(Coupling):
-    """`v = a · v + b · f`."""
+    """`v = a · v + b · f`, where f is the difference of two tensors in a list."""
 
     quiet = True
 
@@ -87,11 +92,11 @@ class _Kick(Coupling):
         return self.keep
 
     def increment(self, out: Any) -> Any:
-        # Of a bfloat16 difference the product would lose digits that a fixed stream holds.
-        return gained(out, self.gain)
+        return computed(self.factored(out))
 
-    def addend(self, out: Any) -> tuple[Any, float]:
-        return out, self.gain
+    def factored(self, out: Any) -> Increment:
+        # In bfloat16 the difference, and the product, would lose digits that a fixed stream holds.
+        return Increment(out[0], self.gain, out[1])
 
 
 @cache
@@ -148,7 +153,21 @@ class _HandOnNow(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return _readout(value, hidden, own, other, dtype)
 
-    backward = _HandOn.backward
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        backward, sent = ctx.__dict__.pop("sent", (None, None))
+        if sent is None or backward != current_backward():
+            return _HandOn.backward(ctx, grad)
+        ctx.__dict__.pop("open_call", None)
+        own, other = ctx.factors
+        if grad is None:
+            return None, -other * sent.to(ctx.dtype), None, None, None
+        value = grad.to(ctx.dtype)
+        value = value if own == 1.0 else value * own
+        if grad is sent:
+            return value, None, None, None, None
+        # A hook, or whoever else read the tensor, adds to the gradient.
+        return value, (grad - sent).to(ctx.dtype) * other, None, None, None
 
 
 def _readout(value: Tensor, hidden: Tensor, own: float, other: float, dtype: torch.dtype) -> Tensor:
@@ -193,25 +212,54 @@ class _TakeUp(torch.autograd.Function):
 
 
 class _TakeUpNow(torch.autograd.Function):
-    """What `take_up` returns, without the inspection of `setup_context`."""
+    """What `take_up` returns, without the inspection of `setup_context`.
+
+    Of the readout `own · x + other · v`, and of x as a function of it and v, the gradients for v
+    cancel. Neither is computed, then: this node tells that of the readout what it sent there.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, given: Tensor, hidden: Tensor, value: Tensor, own: float, other: float
+        ctx: Any,
+        given: Tensor,
+        hidden: Tensor,
+        value: Tensor,
+        own: float,
+        other: float,
+        node: Any,
     ) -> Tensor:
-        ctx.factors, ctx.dtype = (1 / own, -other / own), given.dtype
+        ctx.own, ctx.dtype, ctx.node = own, given.dtype, node
         ctx.set_materialize_grads(False)
         return value.view_as(value)
 
-    backward = _TakeUp.backward
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None, None, None, None
+        given = (grad if ctx.own == 1.0 else grad * (1 / ctx.own)).to(ctx.dtype)
+        vars(ctx.node)["sent"] = current_backward(), given
+        return given, None, None, None, None, None
 
 
-def take_up(given: Tensor, hidden: Tensor, value: Tensor, own: float, other: float) -> Tensor:
+def take_up(
+    given: Tensor, hidden: Tensor, value: Tensor, own: float, other: float, node: Any
+) -> Tensor:
     """Return a stream, as a function of the readout that a layer was given and the other stream.
 
     Its value is known. Its gradient reaches the earlier layers through the tensor that the layer
     was given, where hooks of the model sit.
+
+    Args:
+        given: the readout, as the layer was given it.
+        hidden: the other stream.
+        value: of the stream.
+        own: the factor of the stream in the readout.
+        other: the factor of the other stream.
+        node: of the readout in the graph.
     """
-    function: Any = _TakeUp if active() else _TakeUpNow
-    stream: Tensor = function.apply(given, hidden, value, own, other)
+    stream: Tensor
+    if type(node) is _HandOnNow._backward_cls and not active():
+        stream = _TakeUpNow.apply(given, hidden, value, own, other, node)
+    else:
+        stream = _TakeUp.apply(given, hidden, value, own, other)
     return stream

@@ -159,12 +159,10 @@ class FixedArithmetic:
             encoded = _added(encoded, value, fitting(value, coupling.increment(out)), add)
             return _stream(encoded).value, encoded
         if ratio := self._ratio(coupling, out):
-            addend, gain = coupling.addend(out)
-            addend = fitting(value, addend)
+            increment = coupling.factored(out)
+            increment = increment._replace(addend=fitting(value, increment.addend))
             encoded = _signed(encoded, value, coupling.sign(out))
-            encoded = multiply_and_add(
-                encoded, ratio, addend, self.fixed, self.monitor, index, gain
-            )
+            encoded = multiply_and_add(encoded, ratio, increment, self.fixed, self.monitor, index)
             return encoded.stream.value, encoded
         # The gradient is that of the rule on floats; the value, below, that of the fixed-point
         # numbers.
@@ -200,8 +198,7 @@ class FixedArithmetic:
                 encoded, lambda part: coupling.invert(part, out), coupling.invert(value, out)
             )
         elif ratio := self._ratio(coupling, out):
-            addend, gain = coupling.addend(out)
-            encoded = subtract_and_divide(encoded, ratio, addend, self.fixed, gain)
+            encoded = subtract_and_divide(encoded, ratio, coupling.factored(out), self.fixed)
             encoded = _signed(encoded, _stream(encoded).value, coupling.sign(out))
         else:
             encoded = _added(encoded, value, coupling.increment(out), self.fixed.subtract)

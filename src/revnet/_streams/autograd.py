@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._factors import Increment
 from .._torch import without_tangents
 from . import scaled
 from .fixed import Fixed
 from .format import Encoded
 from .monitor import RangeMonitor
-from .reference import gained
+from .reference import computed
 
 
 class _FixedAdd(torch.autograd.Function):
@@ -186,17 +188,19 @@ class _ScaledAdd(torch.autograd.Function):
         buffer: Tensor | None,
         addend: Tensor,
         gain: float,
+        less: Tensor | None,
         ratio: scaled.Ratio,
         width: torch.dtype,
         fixed: Fixed,
         monitor: RangeMonitor | None,
         step: int,
     ) -> tuple[Tensor, ...]:
+        increment = Increment(addend, gain, less)
         encoded, after = scaled.scale_and_add(
-            Encoded(value, residual), buffer, addend, gain, ratio, width, fixed, monitor, step
+            Encoded(value, residual), buffer, increment, ratio, width, fixed, monitor, step
         )
         ctx.factors = ratio[0] / ratio[1], gain
-        ctx.dtypes = value.dtype, addend.dtype
+        ctx.dtypes = value.dtype, addend.dtype, None if less is None else less.dtype
         ctx.mark_non_differentiable(encoded.residual, after)
         ctx.set_materialize_grads(False)
         return *encoded, after
@@ -205,28 +209,33 @@ class _ScaledAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 10
-        needs_value, _, _, needs_addend = ctx.needs_input_grad[:4]
-        factor, gain = ctx.factors
-        value = torch.ops.aten.mul.Scalar(grad, factor) if needs_value else None
-        addend = gained(grad, gain).to(ctx.dtypes[1]) if needs_addend else None
-        return value, None, None, addend, None, None, None, None, None, None
+            return (None,) * 11
+        needs_value, _, _, needs_addend, _, needs_less = ctx.needs_input_grad[:6]
+        (factor, gain), dtypes = ctx.factors, ctx.dtypes
+        value = _times(grad, factor, dtypes[0]) if needs_value else None
+        addend = _times(grad, gain, dtypes[1]) if needs_addend else None
+        less = _times(grad, -gain, dtypes[2]) if needs_less else None
+        return value, None, None, addend, None, less, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, value: Any, residual: Any, buffer: Any, addend: Any, *_: Any) -> Any:
+    def jvp(
+        ctx: Any, value: Any, residual: Any, buffer: Any, addend: Any, gain: Any, less: Any, *_: Any
+    ) -> Any:
         factor, gain = ctx.factors
-        if value is not None:
-            value = torch.ops.aten.mul.Scalar(value, factor)
-        if addend is not None:
-            addend = gained(addend, gain)
-        return _sum(value, addend, ctx.dtypes[0]), None, None
+        parts = (value, factor), (addend, gain), (less, -gain)
+        tangents = [_times(x, by, ctx.dtypes[0]) for x, by in parts if x is not None]
+        return functools.reduce(torch.add, tangents) if tangents else None, None, None
+
+
+def _times(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    product: Tensor = torch.ops.aten.mul.Scalar(x, factor)
+    return product if product.dtype is dtype else product.to(dtype)
 
 
 def scaled_add(
     encoded: Encoded,
     buffer: Tensor | None,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     ratio: scaled.Ratio,
     width: torch.dtype,
     fixed: Fixed,
@@ -238,15 +247,15 @@ def scaled_add(
         factor = ratio[0] / ratio[1]
         with torch.no_grad(), without_tangents():
             new, after = scaled.scale_and_add(
-                encoded, buffer, addend, gain, ratio, width, fixed, monitor, step
+                encoded, buffer, increment, ratio, width, fixed, monitor, step
             )
         # The gradient is that of the rule on floats.
-        smooth = torch.ops.aten.mul.Scalar(encoded.value, factor) + gained(addend, gain).to(
+        smooth = torch.ops.aten.mul.Scalar(encoded.value, factor) + computed(increment).to(
             encoded.value.dtype
         )
         return Encoded(with_gradient_of(smooth, new.value), new.residual), after
     value, residual, after = _ScaledAdd.apply(
-        *encoded, buffer, addend, gain, ratio, width, fixed, monitor, step
+        *encoded, buffer, *increment, ratio, width, fixed, monitor, step
     )
     return Encoded(value, residual), after
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._factors import Increment
 from .._trees import tree_map, tree_unzip
 from . import scaled
 from .autograd import scaled_add
@@ -84,22 +85,20 @@ pytree.register_pytree_node(
 def multiply_and_add(
     encoded: Any,
     ratio: Fraction,
-    addend: Any,
+    increment: Increment,
     fixed: Fixed,
     monitor: RangeMonitor | None,
     step: int,
-    gain: float = 1.0,
 ) -> BufferedStream:
-    """Return `ratio · encoded + gain · addend`, differentiable; `scaled.takes` the ratio.
+    """Return `ratio · encoded + increment`, differentiable; `scaled.takes` the ratio.
 
     Args:
         encoded: a stream, or what another multiplication returned.
         ratio: the factor.
-        addend: a tree of floating-point tensors in the shapes of the stream.
+        increment: trees of floating-point tensors in the shapes of the stream.
         fixed: the format of the stream.
         monitor: told where a sum leaves the range; `step` is the number it reports.
         step: see `monitor`.
-        gain: see `reference.scale_and_add`.
     """
     n, d = ratio.numerator, ratio.denominator
     # Compiled steps keep their targets, and nothing reads the buffer.
@@ -107,14 +106,12 @@ def multiply_and_add(
     past, begun, buffer, full = _advanced(encoded, n, d, widest)
     stream = encoded.stream if isinstance(encoded, BufferedStream) else encoded
 
-    def leaf(
-        value: Tensor, residual: Tensor, part: Tensor, buffer: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
+    def leaf(value: Tensor, residual: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        part, rest = _part_of(increment, rest)
         encoded, after = scaled_add(
             Encoded(value, residual),
-            buffer,
+            rest[0] if rest else None,
             part,
-            gain,
             (n, d),
             _dtype(past.bound),
             fixed,
@@ -123,24 +120,25 @@ def multiply_and_add(
         )
         return *encoded, after
 
-    value, residual, buffer = tree_unzip(leaf, *stream, addend, *(() if begun else (buffer,)))
+    trees = (*_trees_of(increment), *(() if begun else (buffer,)))
+    value, residual, buffer = tree_unzip(leaf, *stream, *trees)
     return BufferedStream(Encoded(value, residual), buffer, full, past)
 
 
 def subtract_and_divide(
-    encoded: BufferedStream, ratio: Fraction, addend: Any, fixed: Fixed, gain: float = 1.0
+    encoded: BufferedStream, ratio: Fraction, increment: Increment, fixed: Fixed
 ) -> Any:
     """Return what `multiply_and_add` was given."""
     past = encoded.past
     assert past is not None, "divided more often than multiplied"
     width = None if past.begun or past.before is None else _dtype(past.before.bound)
 
-    def leaf(value: Tensor, residual: Tensor, part: Tensor, buffer: Tensor) -> tuple[Any, ...]:
+    def leaf(value: Tensor, residual: Tensor, *rest: Tensor) -> tuple[Any, ...]:
+        part, (buffer,) = _part_of(increment, rest)
         encoded, before = scaled.subtract_and_divide(
             Encoded(value, residual),
             buffer,
             part,
-            gain,
             (ratio.numerator, ratio.denominator),
             width,
             fixed,
@@ -148,8 +146,25 @@ def subtract_and_divide(
         # A tree has no place for None: the buffer that is not wanted stands for it.
         return *encoded, buffer if before is None else before
 
-    value, residual, buffer = tree_unzip(leaf, *encoded.stream, addend, encoded.buffer)
+    value, residual, buffer = tree_unzip(
+        leaf, *encoded.stream, *_trees_of(increment), encoded.buffer
+    )
     return _before(encoded, Encoded(value, residual), buffer)
+
+
+def _trees_of(increment: Increment) -> tuple[Any, ...]:
+    """Return the trees of which an increment is made."""
+    addend, _, less = increment
+    return (addend,) if less is None else (addend, less)
+
+
+def _part_of(
+    increment: Increment, leaves: tuple[Tensor, ...]
+) -> tuple[Increment, tuple[Tensor, ...]]:
+    """Return an increment of these leaves of its trees, and the leaves that are left."""
+    addend, *rest = leaves
+    less = None if increment.less is None else rest.pop(0)
+    return Increment(addend, increment.gain, less), tuple(rest)
 
 
 def multiply(

@@ -7,10 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .._factors import Increment
 from . import reference
 from .format import Encoded, bound, unit
 from .monitor import RangeMonitor
-from .reference import combine_into, gained
+from .reference import combine_into, computed
 
 # Elements per thread and piece. Smaller pieces stay in a level-2 cache but cost more in calls than
 # that saves; this bounds the scratch memory and stays in a level-3 cache. A multiple of the length
@@ -79,8 +80,7 @@ _UNSIGNED = {torch.int16: torch.uint16, torch.int32: torch.uint32}
 def scale_and_add(
     encoded: Encoded,
     buffer: Tensor | None,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     new: Encoded,
     new_buffer: Tensor,
     ratio: tuple[int, int],
@@ -97,9 +97,12 @@ def scale_and_add(
     scale = 1.0 / one
     n, d = ratio
     given = () if buffer is None else (buffer,)
-    pieces = cut((addend, *new, new_buffer, *encoded, *given))
+    addends = _addends(increment)
+    pieces = cut((*addends, *new, new_buffer, *encoded, *given))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
-    for part, value, residual, after, before, rest, *earlier in pieces:
+    for piece in pieces:
+        part = Increment(piece[0], increment.gain, *piece[1 : len(addends)])
+        value, residual, after, before, rest, *earlier = piece[len(addends) :]
         if value.shape != count.shape:
             count, other, digits = (x[: len(value)] for x in (count, other, digits))
         other.copy_(before).mul_(scale).add_(count.copy_(rest))
@@ -108,14 +111,13 @@ def scale_and_add(
         _take(digits, earlier)
         _exchanged(count, other, digits, n, d)
         unsigned(after).copy_(digits)
-        count.add_(other.copy_(gained(part, gain)).mul_(scale).round_())
+        count.add_(other.copy_(computed(part)).mul_(scale).round_())
         low, high = torch.aminmax(count)
         if not (low.item() > -edge and high.item() < edge):  # so also for NaN
             stream, last = reference.scale_and_add(
                 Encoded(before, rest),
                 earlier[0] if earlier else None,
                 part,
-                gain,
                 ratio,
                 after.dtype,
                 fraction_bits,
@@ -131,8 +133,7 @@ def scale_and_add(
 def subtract_and_divide(
     encoded: Encoded,
     buffer: Tensor,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     new: Encoded,
     new_buffer: Tensor | None,
     ratio: tuple[int, int],
@@ -146,13 +147,16 @@ def subtract_and_divide(
     scale = 1.0 / one
     n, d = ratio
     wanted = () if new_buffer is None else (new_buffer,)
-    pieces = cut((addend, *new, buffer, *encoded, *wanted))
+    addends = _addends(increment)
+    pieces = cut((*addends, *new, buffer, *encoded, *wanted))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
-    for part, value, residual, digit, before, rest, *after in pieces:
+    for piece in pieces:
+        part = Increment(piece[0], increment.gain, *piece[1 : len(addends)])
+        value, residual, digit, before, rest, *after = piece[len(addends) :]
         if value.shape != count.shape:
             count, other, digits = (x[: len(value)] for x in (count, other, digits))
         other.copy_(before).mul_(scale).add_(count.copy_(rest))
-        other.sub_(count.copy_(gained(part, gain)).mul_(scale).round_())
+        other.sub_(count.copy_(computed(part)).mul_(scale).round_())
         lowest, highest = torch.aminmax(other)
         if n == 1:
             count.copy_(other)
@@ -165,7 +169,7 @@ def subtract_and_divide(
         inside = low.item() > -edge and high.item() < edge
         if not (inside and lowest.item() > -edge and highest.item() < edge):  # so also for NaN
             stream, last = reference.subtract_and_divide(
-                Encoded(before, rest), digit, part, gain, ratio, torch.int64, fraction_bits
+                Encoded(before, rest), digit, part, ratio, torch.int64, fraction_bits
             )
             _write((value, residual, *after), (*stream, last))
             continue
@@ -173,6 +177,10 @@ def subtract_and_divide(
             unsigned(into).copy_(digits)
         value.copy_(torch.add(count, 0.0, out=other).mul_(one))
         residual.copy_(count.sub_(other.copy_(value), alpha=scale))
+
+
+def _addends(increment: Increment) -> tuple[Tensor, ...]:
+    return (increment.addend,) if increment.less is None else (increment.addend, increment.less)
 
 
 def _take(digits: Tensor, buffers: list[Tensor]) -> None:

@@ -18,6 +18,7 @@ from .._torch import current_cuda_device, current_cuda_stream
 from .reference import MASKS
 
 if TYPE_CHECKING:
+    from .._factors import Increment
     from .format import Encoded
 
 
@@ -123,7 +124,8 @@ def _scale(
     value_ptr,
     residual_ptr,
     buffer_ptr,
-    increment_ptr,
+    addend_ptr,
+    less_ptr,
     new_value_ptr,
     new_residual_ptr,
     new_buffer_ptr,
@@ -151,7 +153,9 @@ def _scale(
         buffer = tl.load(buffer_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
         # Narrow buffers are unsigned integers in memory of signed ones.
         buffer = buffer.to(tl.int64) & MASK
-    increment = _wide(tl.load(increment_ptr + place, mask=mask, other=0.0))
+    increment = _wide(tl.load(addend_ptr + place, mask=mask, other=0.0))
+    if less_ptr is not None:
+        increment -= _wide(tl.load(less_ptr + place, mask=mask, other=0.0))
     if GAIN != 1.0:
         increment = increment * tl.full((BLOCK,), GAIN, increment.dtype)
     count, magnitude, fits = _rounded(increment, SCALE, INTEGERS)
@@ -231,8 +235,7 @@ def launch(
 def launch_scaled(
     encoded: Encoded,
     buffer: Tensor | None,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     new: Encoded,
     new_buffer: Tensor | None,
     finding: Tensor | None,
@@ -247,8 +250,7 @@ def launch_scaled(
     Args:
         encoded: the stream.
         buffer: the remainders so far; None where there are none.
-        addend: floating point.
-        gain: its factor.
+        increment: floating point.
         new: receives the stream.
         new_buffer: receives the remainders; None where there are none.
         finding: see `launch`.
@@ -259,8 +261,9 @@ def launch_scaled(
         key: see `launch`.
     """
     n, d = ratio if sign > 0 else ratio[::-1]
-    tensors = (*encoded, buffer, addend, *new, new_buffer, finding)
-    widths = tuple(None if x is None else x.dtype for x in (buffer, new_buffer))
+    addend, gain, less = increment
+    tensors = (*encoded, buffer, addend, less, *new, new_buffer, finding)
+    widths = tuple(None if x is None else x.dtype for x in (buffer, new_buffer, less))
     which = (sign, fraction_bits, ratio, gain, widths, finding is None)
     mask = None if buffer is None else MASKS[buffer.dtype]
     numbers = (sign, 2.0**fraction_bits, bound, _integers(addend), n, d, 2**53 // d + 1, mask, gain)

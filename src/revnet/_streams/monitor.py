@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._factors import Increment
 from .format import unit
 
 
@@ -122,27 +123,24 @@ class RangeMonitor:
         key = self.prepare(found.device).key
         key.copy_(torch.maximum(key, found.amax()))
 
-    def sample(self, addend: Tensor, fraction_bits: int, step: int, gain: float = 1.0) -> None:
-        """Measure in calls 1, 2, 4, 8 … of a step how many increments are rounded to zero.
-
-        An increment is the product of an addend and the gain.
-        """
+    def sample(self, increment: Tensor | Increment, fraction_bits: int, step: int) -> None:
+        """Measure in calls 1, 2, 4, 8 … of a step how many increments are rounded to zero."""
         calls = self._calls[step] = self._calls.get(step, 0) + 1
         if calls & (calls - 1):
             return
-        addend = _local(addend.detach())
+        if isinstance(increment, Tensor):
+            increment = Increment(increment)
+        addend, less = _local(increment.addend.detach()), increment.less
         if addend.numel() == 0 or is_fake(addend):
             return
         if addend.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        some = addend
-        for dim in range(some.dim()):
-            some = some.narrow(
-                dim, 0, max(1, min(some.shape[dim], _SAMPLE * some.shape[dim] // some.numel()))
-            )
-        some = some.abs().double()
+        some = _some(addend)
+        if less is not None:
+            some = some - _some(_local(less.detach()))
+        some = some.abs() * increment.gain
         nonzero = some > 0
-        small = nonzero & (some * gain <= 0.5 * unit(fraction_bits))
+        small = nonzero & (some <= 0.5 * unit(fraction_bits))
         share = small.sum().double() / nonzero.sum()
         vanished = self.prepare(addend.device).vanished
         if step not in vanished:
@@ -212,6 +210,13 @@ def _keys(marked: Tensor, step: int) -> Tensor:
 
 # Increments looked at in one sample.
 _SAMPLE = 65536
+
+
+def _some(x: Tensor) -> Tensor:
+    """Return a sample of the elements of a tensor, in float64."""
+    for dim in range(x.dim()):
+        x = x.narrow(dim, 0, max(1, min(x.shape[dim], _SAMPLE * x.shape[dim] // x.numel())))
+    return x.double()
 
 
 def _host(x: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._factors import Increment
 from .format import Encoded, limit_in, residual_dtype, unit
 from .monitor import RangeMonitor
 
@@ -83,21 +84,19 @@ def counts(encoded: Encoded, fraction_bits: int) -> tuple[Tensor, Tensor]:
 def scale_and_add(
     encoded: Encoded,
     buffer: Tensor | None,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     ratio: tuple[int, int],
     width: torch.dtype,
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
 ) -> tuple[Encoded, Tensor]:
-    """Return the stream `ratio · encoded + gain · addend`, and the buffer with the remainders.
+    """Return the stream `ratio · encoded + increment`, and the buffer with the remainders.
 
     Args:
         encoded: a stream of this format.
         buffer: the remainders of earlier divisions; None where there are none.
-        addend: floating point, of its shape.
-        gain: its factor; see `gained`.
+        increment: floating point, of its shape; see `computed`.
         ratio: n and d with 0 < n <= d, so that no product leaves the range.
         width: integers that hold every value of the new buffer, see `widened`.
         fraction_bits: of the format.
@@ -108,21 +107,20 @@ def scale_and_add(
     count, wide = exchange(count, widened(buffer, count), *ratio)
     total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
     scaled = split(total, fraction_bits, encoded.value.dtype)[0]
-    new = combine(scaled, gained(addend, gain), 1, fraction_bits, monitor, step)
+    new = combine(scaled, computed(increment), 1, fraction_bits, monitor, step)
     return new, wide.to(width)
 
 
 def subtract_and_divide(
     encoded: Encoded,
     buffer: Tensor,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     ratio: tuple[int, int],
     width: torch.dtype,
     fraction_bits: int,
 ) -> tuple[Encoded, Tensor]:
     """Return the stream and the buffer that `scale_and_add` was given."""
-    scaled = combine(encoded, gained(addend, gain), -1, fraction_bits, None, 0)
+    scaled = combine(encoded, computed(increment), -1, fraction_bits, None, 0)
     count, known = counts(scaled, fraction_bits)
     n, d = ratio
     count, wide = exchange(count, widened(buffer, count), d, n)
@@ -130,13 +128,21 @@ def subtract_and_divide(
     return split(total, fraction_bits, encoded.value.dtype)[0], wide.to(width)
 
 
-def gained(addend: Tensor, gain: float) -> Tensor:
-    """Return the product of a tensor and a number, rounded to float32 or a wider type."""
+def computed(increment: Increment) -> Tensor:
+    """Return `gain · (addend - less)`, each operation rounded to float32 or a wider type."""
+    addend: Tensor = increment.addend
+    gain, less = increment.gain, increment.less
+    if less is not None:
+        addend = wide(addend) - wide(less)
     if gain == 1.0:
         return addend
-    wide = addend if addend.dtype in (torch.float32, torch.float64) else addend.float()
-    product: Tensor = torch.ops.aten.mul.Scalar(wide, gain)
+    product: Tensor = torch.ops.aten.mul.Scalar(wide(addend), gain)
     return product
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return a tensor as float32, or in its type where that is wider."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def exchange(count: Tensor, buffer: Tensor, n: Any, d: Any) -> tuple[Tensor, Tensor]:

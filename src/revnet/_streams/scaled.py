@@ -1,4 +1,4 @@
-"""A step that scales its target by a constant ratio: one pass over stream, buffer and addend.
+"""A step that scales its target by a constant ratio: one pass over stream, buffer and increment.
 
 To multiply a count by n/d, it is multiplied by n, topped up with a digit of base n from the buffer,
 and divided by d. The remainder goes to the buffer as a digit of base d. Both directions are the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._factors import Increment
 from . import cpu, format, reference
 from .fixed import Fixed, empty, fusible, launcher, like
 from .format import Encoded
@@ -29,8 +30,7 @@ def takes(n: int, d: int, fixed: Fixed) -> bool:
 def scale_and_add(
     encoded: Encoded,
     buffer: Tensor | None,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     ratio: Ratio,
     width: torch.dtype,
     fixed: Fixed,
@@ -39,71 +39,75 @@ def scale_and_add(
 ) -> tuple[Encoded, Tensor]:
     """Return the stream and the buffer of `reference.scale_and_add`, fused where possible."""
     bits = fixed.fraction_bits
-    if not _fused(encoded, buffer, addend, width):
+    if not _fused(encoded, buffer, increment, width):
         return reference.scale_and_add(
-            encoded, buffer, addend, gain, ratio, width, bits, monitor, step
+            encoded, buffer, increment, ratio, width, bits, monitor, step
         )
     if monitor is not None:
-        monitor.sample(addend, fixed.fraction_bits, step, gain)
+        monitor.sample(increment, fixed.fraction_bits, step)
     new = empty(encoded.value, bits)
     after = torch.empty_like(new.value, dtype=width)
     if new.value.numel() == 0 or is_fake(new.value):
         return new, after
     encoded = Encoded(like(encoded.value, new.value), like(encoded.residual, new.value))
     buffer = None if buffer is None else like(buffer, new.value)
-    addend = like(addend, new.value)
+    increment = _like(increment, new.value)
     if new.value.is_cpu:
-        cpu.scale_and_add(encoded, buffer, addend, gain, new, after, ratio, bits, monitor, step)
+        cpu.scale_and_add(encoded, buffer, increment, new, after, ratio, bits, monitor, step)
         return new, after
     finding = None if monitor is None else monitor.prepare(new.value.device).key
-    if _launched(encoded, buffer, addend, gain, new, after, finding, 1, ratio, bits, key_of(step)):
+    if _launched(encoded, buffer, increment, new, after, finding, 1, ratio, bits, key_of(step)):
         return new, after
-    return reference.scale_and_add(encoded, buffer, addend, gain, ratio, width, bits, monitor, step)
+    return reference.scale_and_add(encoded, buffer, increment, ratio, width, bits, monitor, step)
 
 
 def subtract_and_divide(
     encoded: Encoded,
     buffer: Tensor,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     ratio: Ratio,
     width: torch.dtype | None,
     fixed: Fixed,
 ) -> tuple[Encoded, Tensor | None]:
     """Return the stream and the buffer that `scale_and_add` was given; width None: no buffer."""
     bits = fixed.fraction_bits
-    new = empty(encoded.value, bits) if _fused(encoded, buffer, addend, width) else None
+    new = empty(encoded.value, bits) if _fused(encoded, buffer, increment, width) else None
     if new is not None:
         before = None if width is None else torch.empty_like(new.value, dtype=width)
         if new.value.numel() == 0 or is_fake(new.value):
             return new, before
         encoded = Encoded(like(encoded.value, new.value), like(encoded.residual, new.value))
-        buffer, addend = like(buffer, new.value), like(addend, new.value)
+        buffer, increment = like(buffer, new.value), _like(increment, new.value)
         if new.value.is_cpu:
-            cpu.subtract_and_divide(encoded, buffer, addend, gain, new, before, ratio, bits)
+            cpu.subtract_and_divide(encoded, buffer, increment, new, before, ratio, bits)
             return new, before
-        if _launched(encoded, buffer, addend, gain, new, before, None, -1, ratio, bits, 0):
+        if _launched(encoded, buffer, increment, new, before, None, -1, ratio, bits, 0):
             return new, before
     stream, rest = reference.subtract_and_divide(
-        encoded, buffer, addend, gain, ratio, width or torch.int64, bits
+        encoded, buffer, increment, ratio, width or torch.int64, bits
     )
     return stream, None if width is None else rest
 
 
 def _fused(
-    encoded: Encoded, buffer: Tensor | None, addend: Tensor, width: torch.dtype | None
+    encoded: Encoded, buffer: Tensor | None, increment: Increment, width: torch.dtype | None
 ) -> bool:
     """Return whether one fused pass may do it: plain memory, and a buffer below 2^53."""
     dtypes = width, None if buffer is None else buffer.dtype
-    tensors = (*encoded, addend) if buffer is None else (*encoded, addend, buffer)
-    return torch.int64 not in dtypes and fusible(tensors)
+    tensors = (*encoded, increment.addend, increment.less, buffer)
+    return torch.int64 not in dtypes and fusible(x for x in tensors if x is not None)
+
+
+def _like(increment: Increment, pattern: Tensor) -> Increment:
+    """Return an increment with the memory layout of a dense tensor."""
+    addend, gain, less = increment
+    return Increment(like(addend, pattern), gain, None if less is None else like(less, pattern))
 
 
 def _launched(
     encoded: Encoded,
     buffer: Tensor | None,
-    addend: Tensor,
-    gain: float,
+    increment: Increment,
     new: Encoded,
     new_buffer: Tensor | None,
     finding: Tensor | None,
@@ -121,8 +125,7 @@ def _launched(
     return launch_scaled(
         encoded,
         buffer,
-        addend,
-        gain,
+        increment,
         new,
         new_buffer,
         finding,
