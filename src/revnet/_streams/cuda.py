@@ -266,7 +266,8 @@ def launch_scaled(
     widths = tuple(None if x is None else x.dtype for x in (buffer, new_buffer, less))
     which = (sign, fraction_bits, ratio, gain, widths, finding is None)
     mask = None if buffer is None else MASKS[buffer.dtype]
-    numbers = (sign, 2.0**fraction_bits, bound, _integers(addend), n, d, 2**53 // d + 1, mask, gain)
+    integers = _integers(addend) if less is None else max(_integers(addend), _integers(less))
+    numbers = (sign, 2.0**fraction_bits, bound, integers, n, d, 2**53 // d + 1, mask, gain)
     return _launch(_scale, tensors, addend, (key, 2.0**-fraction_bits), numbers, which)
 
 
