@@ -151,6 +151,7 @@ def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Savin
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         for k in range(position - 1, step, -1):
             _revisit(tape, k, state, None, undo=True)
+            tape.lower(recomputed, k, state)
         # Once the branch has run, the state above goes tile by tile while the one below is made.
         free = partial(tape.forget_above, recomputed, step)
         _revisit(tape, step, state, collected, undo=position > step, free=free)

@@ -219,6 +219,11 @@ class Tape:
                 del states[position]
         return True
 
+    def lower(self, recomputed: Recomputed, step: int, state: list[Stream]) -> None:
+        """Keep the state before a step on the way in place of those above it, if it serves."""
+        if self.forget_above(recomputed, step):
+            self.saved_states[step] = list(state)
+
     def release(self, recomputed: Recomputed, step: int, state: list[Stream] | None) -> None:
         """Free every saved state that no pending step needs (rule 4).
 
