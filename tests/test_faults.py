@@ -26,7 +26,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import revnet
 from oracle import StoredSequence, assert_near, assert_same_gradients, gradients_of, weighted
@@ -1598,12 +1600,39 @@ def test_state_of_a_coupling(streams: str, branch: Any, decides: bool, execution
 # --- wrappers around a block
 
 
+class Around(nn.Module):
+    """Hands on the call of a module, and none of its attributes."""
+
+    def __init__(self, module: nn.Module, again: bool) -> None:
+        super().__init__()
+        self.module, self.again = module, again
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.again:
+            return checkpoint(self.module, *args, use_reentrant=False, **kwargs)
+        return self.module(*args, **kwargs)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "wrapper of torch": checkpoint_wrapper,
+    "checkpoint": lambda block: Around(block, again=True),
+    "call": lambda block: Around(block, again=False),
+    "two": lambda block: Around(checkpoint_wrapper(block), again=False),
+}
+
+
+def test_blocks_holds_what_is_no_block() -> None:
+    net = pairs(lambda: nn.Linear(WIDTH, WIDTH))(ReversibleSequence)
+    net.blocks[1] = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(TypeError, match="blocks holds a Linear with 0 ReversibleBlocks"):
+        net(torch.randn(2, WIDTH))
+
+
 @pytest.mark.parametrize("inner", ["invert", "checkpoint", "select", "store", "offload", "mixed"])
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 @pytest.mark.parametrize("stateful", [False, True])
-def test_checkpoint_wrapper(stateful: bool, streams: str, inner: str) -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_checkpoint_wrapper(wrapper: str, stateful: bool, streams: str, inner: str) -> None:
     def branch() -> nn.Module:
         parts = [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
         return nn.Sequential(*parts, nn.Dropout(0.4)) if stateful else nn.Sequential(*parts)
@@ -1613,7 +1642,7 @@ def test_checkpoint_wrapper(stateful: bool, streams: str, inner: str) -> None:
     torch.manual_seed(0)
     net = make(ReversibleSequence, streams=streams, execution=execution)
     for i in (0, 2):
-        net.blocks[i] = checkpoint_wrapper(net.blocks[i])
+        net.blocks[i] = WRAPPERS[wrapper](net.blocks[i])
     found = outcome(net, once)
     torch.manual_seed(0)
     expected = outcome(make(ReversibleSequence, streams=streams, execution="store"), once)
