@@ -447,6 +447,40 @@ class Statistics(nn.Module):
         return self.norm(x.mT).mT
 
 
+class CountingClosure(nn.Module):
+    """Counts its calls in a variable that a function holds."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        calls = 0
+
+        def count() -> int:
+            nonlocal calls
+            calls += 1
+            return calls
+
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() * self.count()
+
+
+class Averaging(nn.Module):
+    """Moves a buffer by giving it other memory."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        return (x - self.mean.clone()).sin()
+
+
+def scripted(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), torch.jit.script(nn.Tanh()))
+
+
 def hooked(width: int) -> nn.Module:
     branch = cases.Mlp(width)
     branch.register_forward_hook(lambda module, args, out: 2 * out)
@@ -464,11 +498,16 @@ UNTRACEABLE = {
     "hooks": (hooked, "has hooks"),
     "function": (cases.ReadsSavedTwice, "autograd.Function"),
     "nested": (nested, "contains a reversible sequence"),
+    "memory": (Averaging, "other memory"),
+    "scripted": (scripted, "scripted or traced"),
     "attribute": (Counting, "changes its attribute 'calls'"),
+    "closure": (CountingClosure, "changes its attribute 'count'"),
 }
 
 
-@pytest.mark.parametrize("what", [name for name in UNTRACEABLE if name != "attribute"])
+@pytest.mark.parametrize(
+    "what", [name for name in UNTRACEABLE if name not in ("attribute", "closure")]
+)
 def test_what_cannot_be_replayed_in_a_graph_runs_outside_it(what: str) -> None:
     branch, _ = UNTRACEABLE[what]
     pairs = pairs_of(branch)

@@ -9,18 +9,26 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
+import queue
+import random
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import revnet
 from oracle import StoredSequence, assert_near, assert_same_gradients, gradients_of, weighted
@@ -82,6 +90,22 @@ def _picture(value: Any, seen: dict[int, Any]) -> Any:
         parts += sorted(map(repr, value))
     elif isinstance(value, list | tuple | collections.deque):
         parts += [_picture(part, seen) for part in value]
+    elif isinstance(value, types.FunctionType):
+        parts += [_picture(cell.cell_contents, seen) for cell in value.__closure__ or ()]
+    elif isinstance(value, functools.partial):
+        parts += [_picture(part, seen) for part in (value.func, value.args, value.keywords)]
+    elif isinstance(value, types.MethodType):
+        return [*parts, _picture(value.__self__, seen)]
+    elif isinstance(value, weakref.ref):
+        parts.append(_picture(value(), seen))
+    elif isinstance(value, torch.Generator):
+        parts.append(value.get_state().tolist())
+    elif isinstance(value, random.Random):
+        parts.append(value.getstate())
+    elif isinstance(value, np.ndarray):
+        parts.append(value.tolist())
+    elif isinstance(value, np.random.Generator):
+        parts.append(repr(value.bit_generator.state))
     if hasattr(value, "__dict__") and not isinstance(value, type | types.FunctionType):
         parts.append(_picture(vars(value), seen))
     return parts
@@ -294,6 +318,118 @@ def _user_dict(module: nn.Module) -> float:
     return module.state["count"]
 
 
+def _call(module: nn.Module) -> Any:
+    return module.state()
+
+
+def _counting_closure() -> Any:
+    count = 0
+
+    def advance() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return advance
+
+
+def _counting_function() -> Any:
+    def advance() -> int:
+        advance.count += 1
+        return advance.count
+
+    advance.count = 0
+    return advance
+
+
+def _two_closures() -> Any:
+    count = 0
+
+    def advance() -> None:
+        nonlocal count
+        count += 1
+
+    return {"advance": advance, "read": lambda: count}
+
+
+def _read_shared(module: nn.Module) -> float:
+    module.state["advance"]()
+    return module.state["read"]()
+
+
+def _late_closure() -> Any:
+    # Its variable has no value before the first call.
+    def advance() -> int:
+        nonlocal log
+        try:
+            log = [*log, 1]
+        except NameError:
+            log = [1, 1]
+        return len(log)
+
+    if False:
+        log: list[int] = []
+    return advance
+
+
+def _append_one(log: list[int], *, more: list[int]) -> int:
+    log.append(1)
+    more.append(1)
+    return len(log) + len(more)
+
+
+def _default(log: list[int] = [1]) -> Any:  # noqa: B006
+    return lambda log=list(log): log.append(1) or len(log)
+
+
+class Ticker:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def tick(self) -> int:
+        self.count += 1
+        return self.count
+
+
+def _held_and_referred() -> Any:
+    held = Plain()
+    return held, weakref.ref(held)
+
+
+def _through_reference(module: nn.Module) -> float:
+    held, reference = module.state
+    assert reference() is held
+    reference().count += 1
+    return held.count
+
+
+def _objects_as_keys() -> Any:
+    key = Plain()
+    return {"key": key, key: 0}
+
+
+def _by_object(module: nn.Module) -> float:
+    key = module.state["key"]
+    key.count += 1
+    module.state[key] += 1
+    return key.count + module.state[key]
+
+
+def _array(module: nn.Module) -> float:
+    module.state[0] += 1
+    return float(module.state[0])
+
+
+def _two_views() -> Any:
+    array = np.zeros(4)
+    return array, array[1:]
+
+
+def _by_view(module: nn.Module) -> float:
+    module.state[1][0] += 1
+    return float(module.state[0].sum())
+
+
 def _twice_the_same() -> Any:
     log: list[int] = []
     return {"a": log, "b": log}
@@ -329,6 +465,30 @@ STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "attribute that comes and goes": (lambda: None, _new),
     "tensor rebound": (lambda: torch.ones(()), _tensor),
     "tensor list": (lambda: [torch.ones(())], _tensors),
+    "closure": (_counting_closure, _call),
+    "attribute of a function": (_counting_function, _call),
+    "variable of two closures": (_two_closures, _read_shared),
+    "variable without a value": (_late_closure, _call),
+    "partial": (lambda: functools.partial(_append_one, [], more=[]), _call),
+    "default": (_default, _call),
+    "bound method": (lambda: Ticker().tick, _call),
+    "weak reference": (_held_and_referred, _through_reference),
+    "objects as keys": (_objects_as_keys, _by_object),
+    "generator": (
+        lambda: torch.Generator().manual_seed(3),
+        lambda module: torch.rand(WIDTH, generator=module.state, dtype=torch.float64),
+    ),
+    "generator of Python": (lambda: random.Random(3), lambda module: module.state.random()),
+    "generator of NumPy": (
+        lambda: np.random.default_rng(3),
+        lambda module: float(module.state.random()),
+    ),
+    "old generator of NumPy": (
+        lambda: np.random.RandomState(3),
+        lambda module: float(module.state.rand()),
+    ),
+    "array": (lambda: np.zeros(2), _array),
+    "views of one array": (_two_views, _by_view),
 }
 # A user's write in place to a tensor raises, so only the call writes here.
 WRITTEN = {"tensor in place": (lambda: torch.ones(()), _in_place)}
@@ -337,6 +497,8 @@ OTHERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "counter": (collections.Counter, _counter),
     "bytearray": (lambda: bytearray(b"\0\0"), _bytes),
     "iterator": (lambda: iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]), _iterator),
+    "cycle": (lambda: itertools.cycle([1.0, 2.0, 3.0]), _iterator),
+    "mapped iterator": (lambda: map(float, iter(range(1, 9))), _iterator),
 }
 
 
@@ -382,12 +544,56 @@ def test_attribute_that_holds_its_state_elsewhere(kind: str, mode: tuple[str, st
         check(pairs(lambda: Counting(*OTHERS[kind])), once, mode)
 
 
-def test_user_write_in_place_to_an_attribute_raises() -> None:
-    net = pairs(lambda: Counting(lambda: torch.ones(WIDTH), lambda m: m.state))(ReversibleSequence)
-    loss = net(torch.randn(2, WIDTH)).sum()
-    net.blocks[1].f.state.mul_(2)
-    with pytest.raises(ReversibleError, match="attribute 'state'"):
+class Scaling:
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def __call__(self) -> Tensor:
+        return self.scale
+
+    def read(self) -> Tensor:
+        return self.scale
+
+
+HOLDERS: dict[str, Callable[[Tensor], Any]] = {
+    "closure": lambda scale: lambda: scale,
+    "default": lambda scale: lambda scale=scale: scale,
+    "partial": lambda scale: functools.partial(torch.mul, scale, 1.0),
+    "partial of a closure": lambda scale: functools.partial(lambda one: scale * one, 1.0),
+    "bound method": lambda scale: Scaling(scale).read,
+    "object": Scaling,
+    "closure over an object": lambda scale: (lambda holder: lambda: holder())(Scaling(scale)),
+}
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select", "offload"])
+@pytest.mark.parametrize("hold", [None, *HOLDERS])
+def test_user_write_in_place_to_an_attribute_raises(hold: str | None, execution: str) -> None:
+    scales = []
+
+    def start() -> Any:
+        scales.append(torch.ones(WIDTH))
+        return scales[-1] if hold is None else HOLDERS[hold](scales[-1])
+
+    def branch() -> nn.Module:
+        return Counting(start, lambda module: module.state if hold is None else _call(module))
+
+    loss = pairs(branch)(ReversibleSequence, execution=execution)(torch.randn(2, WIDTH)).sum()
+    scales[1].mul_(2)
+    with pytest.raises(ReversibleError, match="block 1, branch f: attribute 'state' was changed"):
         loss.backward()
+
+
+@pytest.mark.parametrize("hold", HOLDERS)
+def test_user_write_in_place_to_what_a_function_reads_raises(hold: str) -> None:
+    """Where the branch is a function itself."""
+    scale, lin = torch.ones(WIDTH), nn.Linear(WIDTH, WIDTH)
+    read = HOLDERS[hold](scale)
+    steps = [Step(lambda x: lin(x).tanh() * read(), i % 2, (i + 1) % 2) for i in range(4)]
+    y = Reversible(steps)(*torch.randn(2, 3, WIDTH).unbind())
+    scale.mul_(2)
+    with pytest.raises(ReversibleError, match=r"step 3.*attribute 'fn' was changed"):
+        weighted(*y).backward()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -438,6 +644,165 @@ def test_modules_in_a_plain_list(mode: tuple[str, str]) -> None:
             return (x - self.mean).tanh()
 
     check(pairs(Hidden), twice, mode)
+
+
+class Ticking(nn.Module):
+    """Scales by a buffer and a number, both of which count its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls.clone()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("hold", ["directly", "in a list", "by reference", "by a method"])
+def test_modules_that_are_not_registered(hold: str, mode: tuple[str, str]) -> None:
+    kept = []
+
+    class Reaching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+            part = nn.Sequential(Ticking())
+            kept.append(part)
+            vars(self)["part"] = {
+                "directly": part,
+                "in a list": [part],
+                "by reference": weakref.ref(part),
+                "by a method": part.forward,
+            }[hold]
+
+        def forward(self, x: Tensor) -> Tensor:
+            part = self.part
+            if hold == "in a list":
+                (part,) = part
+            elif hold == "by reference":
+                part = part()
+            return part(self.lin(x)).tanh()
+
+    check(pairs(Reaching), twice, mode)
+
+
+class Listing(nn.Module):
+    """Calls the modules of a plain list, and those that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.parts = nn.Linear(WIDTH, WIDTH), [nn.Sequential(Ticking())]
+
+    def forward(self, x: Tensor, given: Any = ()) -> Tensor:
+        for part in (*self.parts, *given):
+            x = part(x)
+        return self.lin(x).tanh()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modules_that_come_into_a_plain_list(mode: tuple[str, str]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        total = weighted(net(x))
+        for block in net.blocks:
+            block.f.parts.append(nn.Sequential(Ticking()))
+        total = total + weighted(net(x))
+        for block in net.blocks:
+            block.f.parts[0] = Ticking()
+        return total + weighted(net(x))
+
+    check(pairs(Listing), run, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modules_that_a_keyword_holds(mode: tuple[str, str]) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        given = [nn.Sequential(Ticking())]
+        return weighted(net(x, given=given)) + weighted(net(2 * x, given=given))
+
+    check(lambda kind, **o: pairs(Listing)(kind, {"given": ((True, False),) * 2}, **o), run, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [once, twice])
+def test_attribute_of_the_network_around(run: Run, mode: tuple[str, str]) -> None:
+    """A module that holds the branch is no part of it, but the branch may read its attributes."""
+
+    class Tempered(nn.Module):
+        def __init__(self, root: list[Any]) -> None:
+            super().__init__()
+            self.lin, self.root = nn.Linear(WIDTH, WIDTH), root
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.lin(x) / self.root[0].temperature).tanh()
+
+    def make(kind: Any, **options: Any) -> nn.Module:
+        root: list[Any] = []
+        net = pairs(lambda: Tempered(root))(kind, **options)
+        root.append(net)
+        net.temperature = 1.0
+        return net
+
+    def cooling(net: Any, x: Tensor) -> Tensor:
+        loss = run(net, x)
+        net.temperature = 0.2
+        return loss
+
+    check(make, cooling, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffer_registered_by_the_call(mode: tuple[str, str]) -> None:
+    """In a module that had none before."""
+
+    class Making(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.tables = nn.Linear(WIDTH, WIDTH), nn.Module()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if hasattr(self.tables, "table"):
+                self.tables.table = self.tables.table + 1
+            else:
+                self.tables.register_buffer("table", torch.rand(WIDTH, dtype=x.dtype))
+            return self.lin(x) * self.tables.table
+
+    check(pairs(Making), twice, mode, retain=True)
+
+
+class Closing:
+    """Ends with the file, say, that it stands for: a copy of it must not."""
+
+    def __init__(self) -> None:
+        self.count, self.ended = 0, []
+
+    def __del__(self) -> None:
+        self.ended.append(self.count)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_objects_that_hold_what_cannot_be_copied(mode: tuple[str, str]) -> None:
+    """Locks stay what they are, and objects that end something have no copies."""
+
+    class Queueing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.waiting, self.closing = nn.Linear(WIDTH, WIDTH), queue.Queue(), Closing()
+            self.waiting.put(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            value = self.waiting.get()
+            self.waiting.put(1.5 * value)
+            return (self.lin(x) * value).tanh()
+
+    nets = []
+
+    def make(kind: Any, **options: Any) -> nn.Module:
+        nets.append(pairs(Queueing)(kind, **options))
+        return nets[-1]
+
+    check(make, twice, mode)
+    assert all(not block.f.closing.ended for net in nets for block in net.blocks)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -1235,12 +1600,39 @@ def test_state_of_a_coupling(streams: str, branch: Any, decides: bool, execution
 # --- wrappers around a block
 
 
+class Around(nn.Module):
+    """Hands on the call of a module, and none of its attributes."""
+
+    def __init__(self, module: nn.Module, again: bool) -> None:
+        super().__init__()
+        self.module, self.again = module, again
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.again:
+            return checkpoint(self.module, *args, use_reentrant=False, **kwargs)
+        return self.module(*args, **kwargs)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "wrapper of torch": checkpoint_wrapper,
+    "checkpoint": lambda block: Around(block, again=True),
+    "call": lambda block: Around(block, again=False),
+    "two": lambda block: Around(checkpoint_wrapper(block), again=False),
+}
+
+
+def test_blocks_holds_what_is_no_block() -> None:
+    net = pairs(lambda: nn.Linear(WIDTH, WIDTH))(ReversibleSequence)
+    net.blocks[1] = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(TypeError, match="blocks holds a Linear with 0 ReversibleBlocks"):
+        net(torch.randn(2, WIDTH))
+
+
 @pytest.mark.parametrize("inner", ["invert", "checkpoint", "select", "store", "offload", "mixed"])
 @pytest.mark.parametrize("streams", ["float", "fixed"])
 @pytest.mark.parametrize("stateful", [False, True])
-def test_checkpoint_wrapper(stateful: bool, streams: str, inner: str) -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_checkpoint_wrapper(wrapper: str, stateful: bool, streams: str, inner: str) -> None:
     def branch() -> nn.Module:
         parts = [nn.Linear(WIDTH, WIDTH), nn.Tanh()]
         return nn.Sequential(*parts, nn.Dropout(0.4)) if stateful else nn.Sequential(*parts)
@@ -1250,7 +1642,7 @@ def test_checkpoint_wrapper(stateful: bool, streams: str, inner: str) -> None:
     torch.manual_seed(0)
     net = make(ReversibleSequence, streams=streams, execution=execution)
     for i in (0, 2):
-        net.blocks[i] = checkpoint_wrapper(net.blocks[i])
+        net.blocks[i] = WRAPPERS[wrapper](net.blocks[i])
     found = outcome(net, once)
     torch.manual_seed(0)
     expected = outcome(make(ReversibleSequence, streams=streams, execution="store"), once)

@@ -247,6 +247,21 @@ def take_keys(
     return bool(found)
 
 
+def block_in(module: nn.Module) -> ReversibleBlock:
+    """Return the block that a wrapper holds.
+
+    Raises:
+        TypeError: it holds none, or several.
+    """
+    found = [part for part in module.modules() if isinstance(part, ReversibleBlock)]
+    if len(found) != 1:
+        raise TypeError(
+            f"blocks holds a {type(module).__name__} with {len(found)} ReversibleBlocks inside: an "
+            "entry of blocks is a ReversibleBlock, or a module that wraps one and calls it"
+        )
+    return found[0]
+
+
 def runs_only_steps(block: nn.Module) -> bool:
     """Whether calling a block would run its steps and nothing else: no hooks, say."""
     own = vars(block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from ._couplings import ADDITIVE, Coupling
 from ._execution import ExecutionName
 from ._factors import Increment
 from ._program import BoundSteps, Program, Streams, check_stream
-from ._state.modules import Memory, Structure
+from ._state.structure import Memory, Structure
 from ._step import BoundStep
 from ._streams.fixed import Fixed
 from ._streams.monitor import RangeMonitor
@@ -129,8 +129,10 @@ class _Drift(nn.Module):
 class _FewStructures(Memory):
     """What earlier steps found, by branch: thousands of steps share one or two."""
 
-    def structure(self, number: Any, fn: nn.Module, coupling: Coupling) -> Structure:
-        return super().structure(id(fn), fn, coupling)
+    def structure(
+        self, number: Any, fn: nn.Module, coupling: Coupling, given: Iterable[nn.Module] = ()
+    ) -> Structure:
+        return super().structure(id(fn), fn, coupling, given)
 
 
 class _OneSample(RangeMonitor):

@@ -24,7 +24,7 @@ from ._routing import (
     explain,
 )
 from ._state.fsdp import LOW_PRECISION, casts_to_low_precision
-from ._state.modules import Memory
+from ._state.structure import Memory
 from ._step import BoundStep
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from ._streams.fixed import Fixed, fitting_fraction_bits

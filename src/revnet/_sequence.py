@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ._block import (
     ReversibleBlock,
+    block_in,
     check_streams,
     enter_call,
     entered,
@@ -248,7 +249,8 @@ class ReversibleSequence(BlockSequence):
 
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:
-        return [(block.f, block.g) for block in cast(Iterable[ReversibleBlock], self.blocks)]
+        blocks = [x if isinstance(x, ReversibleBlock) else block_in(x) for x in self.blocks]
+        return [(block.f, block.g) for block in blocks]
 
     @property
     def _called_blocks(self) -> Sequence[nn.Module]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ._state.modules import Memory
+from ._state.structure import Memory
 from ._streams.monitor import RangeMonitor
 
 P = TypeVar("P", bound=nn.Module)

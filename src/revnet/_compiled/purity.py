@@ -92,6 +92,8 @@ def branch_unsupported_reason(
     modules = list(fn.modules())
     if hooked(modules):
         return "has hooks"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        return "contains a scripted or traced module"
     if parametrize._cache_enabled:
         return "may read weights from torch.nn.utils.parametrize.cached(), which no replay finds"
     held = _held(kwargs)
@@ -229,6 +231,7 @@ def _run(
             source.requires_grad_()
         leaves, structure = pytree.tree_flatten(given)
         watch = stack.enter_context(_Watch(own=tensors, transformed=transformed))
+        storages = list(map(_storage, tensors.values()))
         decisions = Decisions("")
         stack.enter_context(decisions)
         try:
@@ -243,6 +246,8 @@ def _run(
         return "remembers decisions"
     if inner.found:
         return "contains a reversible sequence"
+    if storages != list(map(_storage, tensors.values())):
+        return "gives a buffer or a parameter other memory, as by `.data`"
     if name := held.changed():
         return f"changes its attribute {name!r}"
     after, structure_after = pytree.tree_flatten(given)

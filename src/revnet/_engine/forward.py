@@ -19,9 +19,10 @@ from .._source import Adapter, branch_of
 from .._state.branch import is_compiled
 from .._state.call_state import StepState
 from .._state.environment import Environment
-from .._state.modules import Memory
+from .._state.modules import ModuleState
 from .._state.random import RandomState, devices_of
 from .._state.results import Results
+from .._state.structure import Memory
 from .._step import BoundStep, branch_output, hands_on
 from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
@@ -231,9 +232,15 @@ class Call:
             random = self.random or RandomState(self.devices)
         # What `branch_of` returns, without a call.
         fn = step.fn.branch if isinstance(step.fn, Adapter) else step.fn
-        structure = self.memory.structure((index, step.part), fn, step.coupling)
+        number = index, step.part
+        structure = self.memory.structure(number, fn, step.coupling)
         context_fn = self.options.context_fn
-        return StepState(step, structure, self.environment, random, results, context_fn)
+        state = StepState(step, structure, self.environment, random, results, context_fn)
+        if state.modules.objects.modules and (given := state.modules.strangers()):
+            # A list of modules, say, has other modules in it than in the last call.
+            structure = self.memory.structure(number, fn, step.coupling, given)
+            state.modules = ModuleState(structure, step.kwargs, step.name)
+        return state
 
     def _run(
         self, index: int, step: BoundStep, hook: PackHook, sources: list[Any], alone: bool

@@ -14,9 +14,10 @@ from .._step import BoundStep
 from . import fsdp
 from .decisions import Decisions, _active, replays
 from .environment import Environment
-from .modules import ModuleState, Structure
+from .modules import ModuleState
 from .random import RandomState
 from .results import RecordResults, ReplayResults, Results, unrecorded
+from .structure import Structure
 from .undo import Undo
 
 ContextFn = Callable[

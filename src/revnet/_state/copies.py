@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import types
 from collections import OrderedDict, defaultdict, deque
+from types import CellType
 from typing import Any
 
 from torch import Tensor
 
-from .objects import BUILTIN, Container, Large, Objects, attributes_of
+from .contents import FUNCTIONS, attributes_of, blank, function_with
+from .objects import Container, Large, Objects
 from .tensors import TensorState
 
 
@@ -63,46 +64,46 @@ class Copies:
 
     def _build(self, container: Container) -> None:
         kind = container.kind
-        if issubclass(kind, tuple | frozenset):
+        if issubclass(kind, tuple | frozenset) or (kind in FUNCTIONS and kind is not CellType):
             items = [self.make(item) for item in container.items]
             # One of its items may hold it, and have built it.
             if id(container) in self._made:
                 return
-            base: Any = tuple if issubclass(kind, tuple) else frozenset
-            copy = self._made[id(container)] = base.__new__(kind, items)
+            copy = self._made[id(container)] = _fixed(container, items)
         else:
             copy = self._made[id(container)] = _blank(container)
+            keys = [self.make(key) for key in container.keys or ()]
             items = [self.make(item) for item in container.items]
-            _fill(copy, container, items)
+            _fill(copy, keys, items)
         for name, item in container.attributes.items():
             # Also where the class is frozen.
             object.__setattr__(copy, name, self.make(item))
 
 
+def _fixed(container: Container, items: list[Any]) -> Any:
+    """Return a copy of a container that holds the same objects for good."""
+    if container.kind in FUNCTIONS:
+        return function_with(container.kind, container.options, items)
+    base: Any = tuple if issubclass(container.kind, tuple) else frozenset
+    return base.__new__(container.kind, items)
+
+
 def _blank(container: Container) -> Any:
-    kind = container.kind
-    if issubclass(kind, deque):
-        copy: Any = deque.__new__(kind)
+    copy = blank(container.kind)
+    if isinstance(copy, deque):
         deque.__init__(copy, (), container.options)
-        return copy
-    if issubclass(kind, types.SimpleNamespace):
-        return types.SimpleNamespace.__new__(kind)
-    for base in BUILTIN:
-        if issubclass(kind, base):
-            copy = base.__new__(kind)
-            if issubclass(kind, defaultdict):
-                defaultdict.__init__(copy, container.options)
-            return copy
-    return object.__new__(kind)
+    elif isinstance(copy, defaultdict):
+        defaultdict.__init__(copy, container.options)
+    return copy
 
 
-def _fill(copy: Any, container: Container, items: list[Any]) -> None:
+def _fill(copy: Any, keys: list[Any], items: list[Any]) -> None:
     """Give a new container its items, past the methods of its class."""
     if isinstance(copy, OrderedDict):
-        for key, item in zip(container.keys or (), items, strict=True):
+        for key, item in zip(keys, items, strict=True):
             OrderedDict.__setitem__(copy, key, item)
     elif isinstance(copy, dict):
-        dict.update(copy, zip(container.keys or (), items, strict=True))
+        dict.update(copy, zip(keys, items, strict=True))
     elif isinstance(copy, list):
         list.extend(copy, items)
     elif isinstance(copy, bytearray):
@@ -111,6 +112,8 @@ def _fill(copy: Any, container: Container, items: list[Any]) -> None:
         set.update(copy, items)
     elif isinstance(copy, deque):
         deque.extend(copy, items)
+    elif isinstance(copy, CellType) and items:
+        copy.cell_contents = items[0]
 
 
 def refill(container: Container, originals: dict[int, Any]) -> None:
@@ -129,11 +132,14 @@ def refill(container: Container, originals: dict[int, Any]) -> None:
     present = originals[id(container)]
     if container.same(present):
         return
+    keys = [original(key) for key in container.keys or ()]
     items = [original(item) for item in container.items]
     if isinstance(present, list | set | dict | deque | bytearray):
         bases: tuple[Any, ...] = (list, set, OrderedDict, dict, deque, bytearray)
         next(base for base in bases if isinstance(present, base)).clear(present)
-        _fill(present, container, items)
+    elif isinstance(present, CellType) and not items:
+        del present.cell_contents
+    _fill(present, keys, items)
     if container.attributes:
         for name in attributes_of(present).keys() - container.attributes.keys():
             object.__delattr__(present, name)

@@ -8,25 +8,16 @@ from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .._couplings import Coupling
 from .._errors import ReversibleError, changed_message
 from .._torch import is_dtensor, storage_id, version_of
 from . import fsdp
-from .branch import (
-    MACHINERY,
-    Table,
-    attributes_of,
-    modules_of,
-    scripted_tables,
-    tables_of,
-    unaliased,
-)
+from .branch import Table, attributes_of, unaliased
 from .copies import Copies, refill
-from .objects import Container, Large, Objects, modules_in, stands_for
+from .objects import Container, Large, Objects, stands_for
+from .structure import Structure, hold
 from .tensors import TensorState, replacements
 from .undo import Undo
 
@@ -63,146 +54,6 @@ class _Owner:
         if len(own) != self.size or not all(map(is_, present, self._values)):
             return True
         return not all(stands_for(value, own.get(name)) for name, value in self._others)
-
-
-class Structure:
-    """The modules of a step, and of their dicts those that hold no containers and no tensors.
-
-    Most hold nothing but numbers, modules and parameters: they are compared all at once, and read
-    anew only where something is different.
-    """
-
-    __slots__ = (
-        "modules",
-        "dicts",
-        "sizes",
-        "founds",
-        "owns",
-        "names",
-        "values",
-        "others",
-        "buffered",
-        "scripted",
-        "parameters",
-        "parameter_owns",
-        "parameter_names",
-        "lazy",
-        "simple",
-        "quiet",
-        "everything",
-    )
-
-    def __init__(self, fn: nn.Module, coupling: nn.Module) -> None:
-        self.modules = modules_of(fn, coupling)
-        self.dicts: list[dict[str, Any]] = []
-        self.founds: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        # For each name the dict that has it, and its value.
-        self.owns: list[dict[str, Any]] = []
-        self.names: list[str] = []
-        self.values: list[Any] = []
-        # Modules with other attributes, and modules with buffers.
-        self.others: list[nn.Module] = []
-        self.buffered: list[nn.Module] = []
-        # What scripted modules hold.
-        self.scripted: list[Table] = []
-        self.parameters: list[Any] = []
-        self.parameter_owns: list[dict[str, Any]] = []
-        self.parameter_names: list[str] = []
-        known = set(self.modules)
-        for module in self.modules:
-            self._add(module, known)
-        self.sizes = list(map(len, self.dicts))
-        self.lazy = UninitializedParameter in map(type, self.parameters)
-        # A rule that derives from this one may do more.
-        self.quiet = vars(type(coupling)).get("quiet", False)
-        self.everything = (
-            self.owns + self.parameter_owns,
-            self.names + self.parameter_names,
-            self.values + self.parameters,
-        )
-        # Whether there is nothing in them that is copied or watched.
-        self.simple = not (self.others or self.buffered or self.scripted or self.lazy)
-
-    def _add(self, module: nn.Module, known: set[nn.Module]) -> None:
-        own = module.__dict__
-        attributes, simple = attributes_of(module)
-        children, parameters, buffers = tables_of(module)
-        if simple:
-            self._hold(own, attributes)
-        else:
-            self.others.append(module)
-            for hidden in modules_in(attributes.values()):
-                # A module that holds the branch is no part of it.
-                if hidden not in known and self.modules[0] not in hidden.modules():
-                    known.add(hidden)
-                    self.modules.append(hidden)
-        self._hold(children, children.copy())
-        if isinstance(module, torch.jit.ScriptModule):
-            self.scripted += scripted_tables(module)
-        elif buffers:
-            self.buffered.append(module)
-        self.dicts += (parameters, buffers)
-        for name, parameter in parameters.items():
-            if parameter is not None:
-                self.parameters.append(unaliased(parameter))
-                self.parameter_owns.append(parameters)
-                self.parameter_names.append(name)
-
-    def _hold(self, own: dict[str, Any], found: dict[str, Any]) -> None:
-        self.dicts.append(own)
-        self.founds.append((own, found))
-        self.owns += [own] * len(found)
-        self.names += found
-        self.values += found.values()
-
-    def same(self) -> bool:
-        """Check that every dict holds what it held, parameters apart."""
-        return list(map(len, self.dicts)) == self.sizes and all(
-            map(is_, map(_get, self.owns, self.names), self.values)
-        )
-
-    def current(self) -> bool:
-        """Check that every dict holds what it held, parameters included."""
-        owns, names, values = self.everything
-        return list(map(len, self.dicts)) == self.sizes and all(
-            map(is_, map(_get, owns, names), values)
-        )
-
-    def put_back(self) -> None:
-        """Put into every dict what it held, where something is different."""
-        if not self.same():
-            for own, found in self.founds:
-                _set(own, found)
-
-
-class Memory:
-    """What earlier calls of the steps of a program found, by the number of the step.
-
-    It belongs to one program: a copy of that starts with none.
-    """
-
-    def __init__(self) -> None:
-        self._structures: dict[Any, tuple[nn.Module, nn.Module, Structure]] = {}
-
-    def __reduce__(self) -> Any:
-        return Memory, ()
-
-    def structure(self, number: Any, fn: nn.Module, coupling: Coupling) -> Structure:
-        """Return the structure of a step, read anew where it has changed."""
-        known = self._structures.get(number)
-        # A rule made for a single call, such as an inverse, has the modules of another.
-        if (
-            known is not None
-            and known[0] is fn
-            and (known[1] is coupling or known[1] is coupling.state_owner)
-        ):
-            structure = known[2]
-            if structure.current():
-                return structure
-        owner = coupling.state_owner
-        structure = Structure(fn, owner)
-        self._structures[number] = fn, owner, structure
-        return structure
 
 
 class ModuleState:
@@ -245,6 +96,11 @@ class ModuleState:
     def modules(self) -> list[nn.Module]:
         """Every distinct module that the step may enter."""
         return self.structure.modules
+
+    def strangers(self) -> list[nn.Module]:
+        """Return the modules that containers hold now and the structure lacks, as they were."""
+        known = self.structure.known
+        return [module for module in self.objects.modules if module not in known]
 
     def _keywords(self, kwargs: Mapping[str, Any], where: str) -> dict[str, Any]:
         found = {}
@@ -344,7 +200,7 @@ class ModuleState:
         else:
             undo.add(partial(_reset, [(own, own.copy()) for own, _ in structure.founds]))
             for own, found in structure.founds:
-                _set(own, found)
+                hold(own, found)
         if not current:
             self._restore_parameters(undo)
         if list(map(_requires_grad, structure.parameters)) != self.flags:
@@ -354,6 +210,8 @@ class ModuleState:
             return {}
         replaced = replacements(objects.tensors.values()) if objects.tensors else {}
         originals = objects.locate(self._values()) if objects.containers else {}
+        for whole in objects.wholes.values():
+            whole.restore(undo)
         copies = Copies(objects, replaced, originals)
         if self.owners:
             self._restore_owners(copies, undo)
@@ -372,7 +230,7 @@ class ModuleState:
                 # A tensor with a graph stays where it is.
                 kept = stands_for(value, present) and not copies.replaces(value)
                 made[name] = present if kept else copies.make(value)
-            _set(owner.own, made)
+            hold(owner.own, made)
         undo.add(partial(_put_back, unchanged, self.objects, copies.originals))
 
     def _restore_parameters(self, undo: Undo) -> None:
@@ -393,18 +251,10 @@ class ModuleState:
                 parameter.requires_grad_(flag)
 
 
-_get = dict.get
 # Of a step without keywords whose modules hold nothing but numbers and parameters.
 _NOTHING = Objects()
 _NO_KEYWORDS: dict[str, Any] = {}
 _requires_grad = attrgetter("requires_grad")
-
-
-def _set(own: Table, wanted: dict[str, Any]) -> None:
-    """Let a dict hold this and nothing else, but for what torch keeps there for itself."""
-    for name in own.keys() - wanted.keys() - MACHINERY:
-        del own[name]
-    own.update(wanted)
 
 
 def _reset(dicts: Sequence[tuple[Table, dict[str, Any]]]) -> None:
@@ -426,7 +276,7 @@ def _put_back(owners: list[_Owner], objects: Objects, originals: dict[int, Any])
     for owner in owners:
         if owner.changed():
             found = {name: _present(value, originals) for name, value in owner.found.items()}
-            _set(owner.own, found)
+            hold(owner.own, found)
     if originals:
         for container in objects.containers.values():
             if id(container) in originals:

@@ -9,118 +9,34 @@ them is that of the call and the originals are never touched.
 
 from __future__ import annotations
 
-import enum
-import types
-from collections import OrderedDict, defaultdict, deque
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from functools import cache
+from itertools import cycle
 from operator import is_, length_hint
-from typing import Any, Generic
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._errors import ReversibleError
-from .tensors import TensorState
-
-# Types of which a value never changes, or is handed out as it is.
-ATOMS = frozenset(
-    [
-        *map(type, (None, True, 0, 0.0, 0j, "", b"", ..., NotImplemented, range(0), slice(0))),
-        *(type, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
-    ]
+from .contents import (
+    ATOMS,
+    FUNCTIONS,
+    contents_of,
+    is_constant,
+    is_container,
+    length_of,
+    options_of,
 )
+from .tensors import TensorState
+from .wholes import Whole, whole_of
 
 # A container of more leaves is kept by reference: to copy it in each call would cost more than the
 # step.
 LARGEST = 1000
 
-_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, deque, bytearray)
-BUILTIN: tuple[Any, ...] = (
-    dict,
-    OrderedDict,
-    defaultdict,
-    list,
-    tuple,
-    set,
-    frozenset,
-    deque,
-    bytearray,
-)
-_SIZED: tuple[Any, ...] = (dict, *_SEQUENCES)
-_BASES = frozenset([*BUILTIN, object, Generic, types.SimpleNamespace])
-# Classes of these packages hold locks, threads or memory that no copy of `__dict__` shares rightly.
-_FOREIGN = frozenset({"asyncio", "concurrent", "logging", "multiprocessing", "threading", "torch"})
-_FOREIGN |= {"weakref"}
-_PYTHON_CLASS = 1 << 9
-
-
-@cache
-def is_container(kind: Any) -> bool:
-    """Check whether objects of a type are what their items and attributes are, and nothing else.
-
-    So are the built-in containers and the classes that were written in Python on top of them or of
-    nothing, unless they say themselves how they are to be pickled.
-    """
-    if kind in _BASES:
-        return kind not in (object, Generic)
-    if issubclass(kind, enum.Enum | Tensor | nn.Module | type):
-        return False
-    if kind.__module__.partition(".")[0] in _FOREIGN:
-        return False
-    for base in kind.__mro__:
-        if base in _BASES:
-            continue
-        if not base.__flags__ & _PYTHON_CLASS:
-            return False
-        pickled = "__reduce__" in vars(base) or "__reduce_ex__" in vars(base)
-        if pickled and not issubclass(kind, BUILTIN):
-            return False
-    return True
-
-
-@cache
-def _slots(kind: Any) -> tuple[str, ...]:
-    names: list[str] = []
-    for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__"):
-                private = name.startswith("__") and not name.endswith("__")
-                names.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
-    return tuple(names)
-
-
-def attributes_of(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, those in slots included."""
-    found = dict(value.__dict__) if hasattr(value, "__dict__") else {}
-    for name in _slots(value.__class__):
-        try:
-            found[name] = object.__getattribute__(value, name)
-        except AttributeError:
-            continue
-    return found
-
-
-def contents_of(value: Any) -> tuple[list[Any] | None, list[Any], dict[str, Any]]:
-    """Return the keys of a mapping, the items of a container, and its attributes."""
-    kind = type(value)
-    attributes = {} if kind in BUILTIN else attributes_of(value)
-    if isinstance(value, OrderedDict):
-        # Its own order is not the one that `dict` sees.
-        keys = list(OrderedDict.keys(value))
-        return keys, [dict.__getitem__(value, key) for key in keys], attributes
-    if isinstance(value, dict):
-        return list(dict.keys(value)), list(dict.values(value)), attributes
-    base = next((base for base in _SEQUENCES if isinstance(value, base)), None)
-    if base is not None:
-        return None, list(base.__iter__(value)), attributes
-    return None, [], attributes
-
 
 class Container:
-    """One container as it was.
+    """One container, or function, as it was.
 
     It keeps the identity of the container and no reference: what the container holds later may be
     a graph that holds this record, a cycle through C++ that nothing collects.
@@ -129,7 +45,7 @@ class Container:
         identity: the `id` of the container.
         keys: of a mapping.
         items, attributes: their values: atoms themselves, `Container`, `TensorState` or `Large` for
-            others.
+            others, as keys are, too.
         changed: whether the call changed it.
         plain: whether it holds nothing but atoms.
     """
@@ -143,12 +59,7 @@ class Container:
         self.keys: list[Any] | None = None
         self.items: list[Any] = []
         self.attributes: dict[str, Any] = {}
-        # What a copy needs beside its contents.
-        self.options: Any = None
-        if isinstance(original, deque):
-            self.options = original.maxlen
-        elif isinstance(original, defaultdict):
-            self.options = original.default_factory
+        self.options = options_of(original)
 
     def same(self, original: Any) -> bool:
         """Check that the container holds what it held."""
@@ -167,7 +78,7 @@ class Container:
         """Check that these are the contents that were recorded."""
         if len(items) != len(self.items) or attributes.keys() != self.attributes.keys():
             return False
-        if keys is not None and (self.keys is None or not all(map(is_, keys, self.keys))):
+        if keys is not None and (self.keys is None or not all(map(stands_for, self.keys, keys))):
             return False
         if issubclass(self.kind, set | frozenset):
             # A set has no order of its own, and its items compare by value.
@@ -178,7 +89,9 @@ class Container:
 
     def parts(self) -> Iterator[Any]:
         """Go through the containers and tensors that it holds."""
-        for part in () if self.plain else (*self.items, *self.attributes.values()):
+        if self.plain:
+            return
+        for part in (*(self.keys or ()), *self.items, *self.attributes.values()):
             if part.__class__ is Container or part.__class__ is TensorState:
                 yield part
 
@@ -190,22 +103,11 @@ class Large:
 
     def __init__(self, original: Any) -> None:
         self.original = original
-        self.length = _length(original)
+        self.length = length_of(original)
 
     def same(self) -> bool:
         """Check that as many items are in it as then."""
-        return _length(self.original) == self.length
-
-
-def _length(value: Any) -> int:
-    """Return how many items and attributes a container has."""
-    kind = type(value)
-    if kind in BUILTIN:
-        return len(value)
-    # A class of the user's may count in another way.
-    base = next((base for base in _SIZED if issubclass(kind, base)), None)
-    items: int = 0 if base is None else base.__len__(value)
-    return items + len(attributes_of(value))
+        return length_of(self.original) == self.length
 
 
 def _identity(value: Any) -> int:
@@ -236,14 +138,20 @@ class Iteration:
         self.progress = _progress(original)
 
     def moved(self) -> bool:
-        """Check whether something was taken from it since."""
-        return bool(_progress(self.original) != self.progress)
+        """Check whether something was taken from it since, or nothing tells so."""
+        return isinstance(self.original, cycle) or bool(_progress(self.original) != self.progress)
 
 
-def _progress(value: Any) -> Any:
+def _progress(value: Any, depth: int = 4) -> Any:
     frame = getattr(value, "gi_frame", None)
-    # A generator has a frame until it ends, `itertools.count` says where it is.
-    return length_hint(value, -1), frame and frame.f_lasti, repr(value)
+    # A generator has a frame until it ends, `itertools.count` says where it is, and others, such as
+    # `zip`, take from iterators and count by what they refer to.
+    found = [length_hint(value, -1), frame and frame.f_lasti, repr(value)]
+    if frame is None and depth:
+        for part in gc.get_referents(value):
+            iterators = part if isinstance(part, tuple) else (part,)
+            found += [_progress(x, depth - 1) for x in iterators if isinstance(x, Iterator)]
+    return found
 
 
 class _TooLargeError(Exception):
@@ -253,13 +161,24 @@ class _TooLargeError(Exception):
 class Objects:
     """The containers and tensors that some values reach, each once."""
 
-    __slots__ = ("containers", "tensors", "large", "iterations", "eager", "_left")
+    __slots__ = (
+        "containers",
+        "tensors",
+        "large",
+        "iterations",
+        "wholes",
+        "modules",
+        "eager",
+        "_left",
+    )
 
     def __init__(self) -> None:
         self.containers: dict[int, Container] = {}
         self.tensors: dict[int, TensorState] = {}
         self.large: dict[int, Large] = {}
         self.iterations: list[Iteration] = []
+        self.wholes: dict[int, Whole] = {}
+        self.modules: list[nn.Module] = []
         # Whether tensors that earlier calls wrote to are copied at once.
         self.eager = True
         self._left = 0
@@ -315,31 +234,42 @@ class Objects:
         known = self.containers.get(id(value)) or self.large.get(id(value))
         if known is not None:
             return known
+        if is_constant(value):
+            return value
         # Counted first: to list what a large one holds would take longer than the step.
-        self._left -= _length(value)
+        self._left -= length_of(value)
         if self._left < 0:
             raise _TooLargeError
         keys, items, attributes = contents_of(value)
-        plain = ATOMS.issuperset(map(type, items)) and ATOMS.issuperset(
-            map(type, attributes.values())
-        )
+        plain = ATOMS.issuperset(map(type, (*items, *attributes.values(), *(keys or ()))))
         if plain and type(value) in (tuple, frozenset):
             return value
         # Entered before its items, which may hold it.
         container = self.containers[id(value)] = Container(value)
-        container.keys = keys
-        container.items, container.attributes = items, attributes
+        container.keys, container.items, container.attributes = keys, items, attributes
         container.plain = plain
         if not plain:
-            container.items = [self._take(item, keyword) for item in items]
-            container.attributes = {
-                name: self._take(item, keyword) for name, item in attributes.items()
-            }
+            self._fill(container, keyword and type(value) not in FUNCTIONS)
         return container
 
+    def _fill(self, container: Container, keyword: bool) -> None:
+        """Let a container hold what stands for its contents, in place of these themselves."""
+        take = self._take
+        if container.keys is not None:
+            container.keys = [take(key, keyword) for key in container.keys]
+        container.items = [take(item, keyword) for item in container.items]
+        container.attributes = {
+            name: take(item, keyword) for name, item in container.attributes.items()
+        }
+
     def _check(self, value: Any, keyword: bool) -> None:
-        """Raise or watch where something can be read only once."""
-        if isinstance(value, Iterator) and not keyword:
+        """Note what can be read as a whole; raise or watch where something is read only once."""
+        whole = whole_of(value)
+        if whole is not None:
+            self.wholes[id(value)] = whole
+        elif isinstance(value, nn.Module):
+            self.modules.append(value)
+        elif isinstance(value, Iterator) and not keyword:
             self.iterations.append(Iteration(value))
         elif keyword and isinstance(value, Iterator | Mapping | Sequence | Set):
             raise TypeError(type(value).__name__)
@@ -401,6 +331,7 @@ class Objects:
                 present_items = {id(item): item for item in items}
                 items = [present_items[_identity(item)] for item in recorded.items]
             waiting += zip(recorded.items, items, strict=True)
+            waiting += zip(recorded.keys or (), keys or (), strict=True)
             waiting += ((value, attributes[name]) for name, value in recorded.attributes.items())
         return originals
 
@@ -421,26 +352,23 @@ class Objects:
                 kind = type(iteration.original).__name__
                 raise ReversibleError(
                     f"a branch took something from a {kind} that an attribute holds, which its "
-                    "replay could not find there again. Keep a list and an index instead."
+                    "replay could not find there again (of a cycle, nothing tells). Keep a list "
+                    "and an index instead."
                 )
 
 
 def modules_in(values: Iterable[Any]) -> list[nn.Module]:
-    """Return the modules that containers hold which are not modules themselves."""
+    """Return the modules among values, and in containers that are no modules themselves."""
     found: list[nn.Module] = []
     seen: set[int] = set()
-    waiting = [value for value in values if is_container(value.__class__)]
+    waiting = list(values)
     while waiting and len(seen) < LARGEST:
         value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if _length(value) > LARGEST:
-            continue
-        _, items, attributes = contents_of(value)
-        for item in (*items, *attributes.values()):
-            if isinstance(item, nn.Module):
-                found.append(item)
-            elif is_container(item.__class__):
-                waiting.append(item)
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif is_container(value.__class__) and id(value) not in seen:
+            seen.add(id(value))
+            if length_of(value) <= LARGEST:
+                keys, items, attributes = contents_of(value)
+                waiting += (*(keys or ()), *items, *attributes.values())
     return found

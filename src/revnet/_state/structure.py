@@ -1,0 +1,212 @@
+"""The modules that a step may enter, and what of them is compared all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from .._couplings import Coupling
+from .branch import (
+    MACHINERY,
+    Table,
+    attributes_of,
+    modules_of,
+    scripted_tables,
+    tables_of,
+    unaliased,
+)
+from .objects import modules_in
+
+
+class Structure:
+    """The modules of a step, and of their dicts those that hold no containers and no tensors.
+
+    Most hold nothing but numbers, modules and parameters: they are compared all at once, and read
+    anew only where something is different.
+
+    Args:
+        fn: the branch.
+        coupling: the rule of the step.
+        given: modules that containers hold.
+    """
+
+    __slots__ = (
+        "modules",
+        "known",
+        "dicts",
+        "sizes",
+        "founds",
+        "owns",
+        "names",
+        "values",
+        "others",
+        "buffered",
+        "scripted",
+        "parameters",
+        "parameter_owns",
+        "parameter_names",
+        "lazy",
+        "simple",
+        "quiet",
+        "everything",
+    )
+
+    def __init__(self, fn: nn.Module, coupling: nn.Module, given: Iterable[nn.Module] = ()) -> None:
+        self.modules = modules_of(fn, coupling)
+        # These, and those of which nothing but attributes are looked at.
+        self.known = set(self.modules)
+        self.dicts: list[dict[str, Any]] = []
+        self.founds: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        # For each name the dict that has it, and its value.
+        self.owns: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        # Modules with other attributes, and modules with buffers.
+        self.others: list[nn.Module] = []
+        self.buffered: list[nn.Module] = []
+        # What scripted modules hold.
+        self.scripted: list[Table] = []
+        self.parameters: list[Any] = []
+        self.parameter_owns: list[dict[str, Any]] = []
+        self.parameter_names: list[str] = []
+        self._add_hidden(given)
+        for module in self.modules:
+            self._add(module)
+        self.sizes = list(map(len, self.dicts))
+        self.lazy = UninitializedParameter in map(type, self.parameters)
+        # A rule that derives from this one may do more.
+        self.quiet = vars(type(coupling)).get("quiet", False)
+        self.everything = (
+            self.owns + self.parameter_owns,
+            self.names + self.parameter_names,
+            self.values + self.parameters,
+        )
+        # Whether there is nothing in them that is copied or watched.
+        self.simple = not (self.others or self.buffered or self.scripted or self.lazy)
+
+    def _add(self, module: nn.Module) -> None:
+        own = module.__dict__
+        attributes, simple = attributes_of(module)
+        children, parameters, buffers = tables_of(module)
+        if simple:
+            self._hold(own, attributes)
+        else:
+            self.others.append(module)
+            self._add_hidden(modules_in(attributes.values()))
+        self._hold(children, children.copy())
+        if isinstance(module, torch.jit.ScriptModule):
+            self.scripted += scripted_tables(module)
+            self.dicts.append(buffers)
+        elif buffers:
+            self.buffered.append(module)
+            self.dicts.append(buffers)
+        else:
+            self._hold(buffers, {})
+        self.dicts.append(parameters)
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                self.parameters.append(unaliased(parameter))
+                self.parameter_owns.append(parameters)
+                self.parameter_names.append(name)
+
+    def _add_hidden(self, modules: Iterable[nn.Module]) -> None:
+        """Add modules that attributes and keywords hold, and all within."""
+        for module in modules:
+            if module in self.known:
+                continue
+            inside = modules_of(module)
+            if self.modules[0] not in inside:
+                self.modules += [each for each in inside if each not in self.known]
+                self.known.update(inside)
+                continue
+            # Of one that holds the branch, the branch may read attributes.
+            self.known.add(module)
+            attributes, simple = attributes_of(module)
+            if simple:
+                self._hold(module.__dict__, attributes)
+            else:
+                self.others.append(module)
+
+    def _hold(self, own: dict[str, Any], found: dict[str, Any]) -> None:
+        self.dicts.append(own)
+        self.founds.append((own, found))
+        self.owns += [own] * len(found)
+        self.names += found
+        self.values += found.values()
+
+    def same(self) -> bool:
+        """Check that every dict holds what it held, parameters apart."""
+        return list(map(len, self.dicts)) == self.sizes and all(
+            map(is_, map(_get, self.owns, self.names), self.values)
+        )
+
+    def current(self) -> bool:
+        """Check that every dict holds what it held, parameters included."""
+        owns, names, values = self.everything
+        return list(map(len, self.dicts)) == self.sizes and all(
+            map(is_, map(_get, owns, names), values)
+        )
+
+    def put_back(self) -> None:
+        """Put into every dict what it held, where something is different."""
+        if not self.same():
+            for own, found in self.founds:
+                hold(own, found)
+
+
+class Memory:
+    """What earlier calls of the steps of a program found, by the number of the step.
+
+    It belongs to one program: a copy of that starts with none.
+    """
+
+    def __init__(self) -> None:
+        self._structures: dict[Any, tuple[nn.Module, nn.Module, Structure]] = {}
+
+    def __reduce__(self) -> Any:
+        return Memory, ()
+
+    def structure(
+        self,
+        number: Any,
+        fn: nn.Module,
+        coupling: Coupling,
+        given: Iterable[nn.Module] = (),
+    ) -> Structure:
+        """Return the structure of a step, read anew where it has changed.
+
+        Args:
+            number: of the step.
+            fn: the branch.
+            coupling: the rule.
+            given: modules that containers hold, where the structure lacks one.
+        """
+        known = None if given else self._structures.get(number)
+        # A rule made for a single call, such as an inverse, has the modules of another.
+        if (
+            known is not None
+            and known[0] is fn
+            and (known[1] is coupling or known[1] is coupling.state_owner)
+        ):
+            structure = known[2]
+            if structure.current():
+                return structure
+        owner = coupling.state_owner
+        structure = Structure(fn, owner, given)
+        self._structures[number] = fn, owner, structure
+        return structure
+
+
+_get = dict.get
+
+
+def hold(own: Table, wanted: dict[str, Any]) -> None:
+    """Let a dict hold this and nothing else, but for what torch keeps there for itself."""
+    for name in own.keys() - wanted.keys() - MACHINERY:
+        del own[name]
+    own.update(wanted)
