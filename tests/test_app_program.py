@@ -199,7 +199,7 @@ def test_a_run_of_another_version(run: Path, capsys: pytest.CaptureFixture[str])
         assert "The run is of another version of revnet, 7.0, or its config.json" in error
     del config["format"]
     (run / "config.json").write_text(json.dumps(config))
-    assert "it is not of the format 'revnet run 2'" in refused(capsys, "sample", run)
+    assert "it is not of the format 'revnet run 3'" in refused(capsys, "sample", run)
 
 
 def test_a_run_resumes_from_any_directory(
