@@ -227,9 +227,13 @@ def test_plain_logs(texts: Path) -> None:
     # On a slow machine there are more in between.
     steps = [line for line in lines if line.startswith("step ")]
     first, last = steps[0], steps[-1]
-    assert re.match(r"step 1/4  8\.000 bits per byte  [\d,]+ tokens/s  0:\d\d:\d\d left$", first)
-    held_out = r"step 4/4  \d\.\d+ bits per byte \(\d\.\d+ held out\)  [\d,]+ tokens/s$"
-    assert re.match(held_out, last)
+    held_out = r"8\.000 bits per byte \(\d\.\d+ held out\)"
+    assert re.match(rf"step 1/4  {held_out}  [\d,]+ tokens/s  0:\d\d:\d\d left$", first)
+    held_out = r"step 4/4  \d\.\d+ bits per byte \((\d\.\d+) held out\)  [\d,]+ tokens/s$"
+    rows = (texts / "run" / "metrics.jsonl").read_text().splitlines()
+    bits = [row["held_out_bits"] for row in map(json.loads, rows) if "held_out_bits" in row]
+    assert re.match(held_out, last)[1] == f"{bits[-1]:.3f}"
+    assert re.search(r"\((\d\.\d+) held out\)", first)[1] == f"{bits[0]:.3f}"
     assert "drawing samples …" in lines
     assert "judging held-out text …" in lines
     assert max(map(len, steps)) <= 80

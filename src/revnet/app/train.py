@@ -189,7 +189,8 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
             loss = training.take_step(*batch)
             tokens += batch[1].numel()
             step, last = training.step, training.step == config.steps
-            if step % LOG_EVERY == 0 or step == 1 or last:
+            shown = step % LOG_EVERY == 0 or step == 1 or last
+            if shown:
                 bits = float(loss)
                 if not math.isfinite(bits):
                     raise UserError(
@@ -200,14 +201,15 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
                 training.log(
                     {"bits": bits, "lr": training.learning_rate(), "tokens_per_second": round(rate)}
                 )
-                display.step(step, bits, rate, last)
-                if training.device.type == "cpu" and (advice := watch.advice()):
-                    display.say(advice, wrap=True)
             if step % config.validate_every == 0 or last:
                 found = training.validate()
                 training.log(found)
                 display.held_out(found["held_out_bits"])
                 training.draw_loss()
+            if shown:
+                display.step(step, bits, rate, last)
+                if training.device.type == "cpu" and (advice := watch.advice()):
+                    display.say(advice, wrap=True)
             if step % config.save_every == 0 and not last:
                 training.save()
                 report.draw_samples(training, last=False)
