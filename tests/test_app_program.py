@@ -399,6 +399,8 @@ def test_overloaded_cores_are_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
         ("train two", "the held-out text has only 1 byte: it needs twice --context 4"),
         ("train wide", "wide is UTF-16, half of whose bytes say nothing: save it as UTF-8"),
         ("train folder", "wide.txt is UTF-16"),
+        ("train little", "little is UTF-16, half of whose bytes say nothing: save it as UTF-8"),
+        ("train big", "big is UTF-16"),
     ],
 )
 def test_advice(
@@ -412,6 +414,9 @@ def test_advice(
     (tmp_path / "one").write_text("a")
     (tmp_path / "two").write_text("ab" * 8)
     (tmp_path / "wide").write_text("wide words " * 400, encoding="utf-16")
+    # Without its mark it is UTF-16 all the same.
+    (tmp_path / "little").write_text("wide words\n" * 400, encoding="utf-16-le")
+    (tmp_path / "big").write_text("wide words\n" * 400, encoding="utf-16-be")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "wide.txt").write_text("wide " * 400, encoding="utf-16")
     words = command.split()
