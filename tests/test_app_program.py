@@ -172,6 +172,30 @@ def test_the_default_prompt_is_shorter_than_the_context(
     assert "give a file that ends in .png" not in error
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "message"),
+    [
+        ("pictures", "--length", "--length is for texts, and this run draws images"),
+        ("texts", "--each", "--each is for images, and this run continues texts"),
+    ],
+)
+def test_options_of_the_other_kind_of_run(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    option: str,
+    message: str,
+) -> None:
+    run = request.getfixturevalue(kind) / "run"
+    assert message in refused(capsys, "sample", run, option, "4")
+
+
+def test_sample_needs_a_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RUN\n")
+
+
 def test_pictures_have_names_that_end_in_png(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

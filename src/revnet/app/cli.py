@@ -208,14 +208,17 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_run_sample)
     command.add_argument("run_path", metavar="RUN", help="folder of the run")
     command.add_argument(
-        "captions", nargs="*", metavar="CAPTION", help="captions or beginnings of texts (the run's)"
+        "captions",
+        nargs="*",
+        # Otherwise argparse would say that one is required.
+        default=[],
+        metavar="CAPTION",
+        help="captions or beginnings of texts (the run's)",
     )
     command.add_argument(
         "--out", metavar="FILE", help="PNG of the images (RUN/sample.png), or file for the text"
     )
-    command.add_argument(
-        "--each", type=int, default=8, metavar="N", help="images for each caption (8)"
-    )
+    command.add_argument("--each", type=int, metavar="N", help="images for each caption (8)")
     command.add_argument(
         "--length", type=int, metavar="N", help="bytes of a text (the run's context)"
     )
