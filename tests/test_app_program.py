@@ -347,6 +347,19 @@ def test_ctrl_c_leaves_one_bar(tmp_path: Path) -> None:
     assert any(row.startswith(f"step {step}/100000 ") for row in rows), rows
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train digits icons", "revnet: digits and icons are data sets: give one data set"),
+        ("trian", "revnet: error: argument COMMAND: invalid choice: 'trian' (choose from 'train',"),
+    ],
+)
+def test_no_word_of_an_error_is_broken(tmp_path: Path, command: str, message: str) -> None:
+    rows = screen_of(command.split(), tmp_path, interrupt=False).splitlines()
+    assert max(map(len, rows)) <= 80
+    assert message in " ".join(rows)
+
+
 def test_a_bar_begins_at_the_step_that_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     with redirect_stdout(Terminal()) as screen, Display(8, "byte", done=5):
