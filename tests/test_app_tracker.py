@@ -189,6 +189,23 @@ def test_a_run_is_continued_and_not_by_what_another_service_calls_it(
             assert not {"log_params", "set_experiment"} & told.keys()
 
 
+def test_a_run_folder_is_no_place_for_settings_of_a_service(
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    service: Service,
+) -> None:
+    """Of the working directory, wandb reads which server gets the key of the account."""
+    assert train(text, *OPTIONS, "--steps", "1", "--out", "run") == 0
+    (text.parent / "run" / "wandb").mkdir()
+    for folder in ("run", "run/wandb"):
+        monkeypatch.chdir(text.parent / folder)
+        options = ("--steps", 2, "--report-to", "mlflow")
+        error = refused(capsys, "--resume", text.parent / "run", *options)
+        assert "start it outside of the run's folder" in error
+    assert service.told == []
+
+
 # With the packages
 
 

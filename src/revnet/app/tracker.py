@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from revnet.app.config import TrainConfig
@@ -147,6 +148,11 @@ class Tracker:
         self.known = dict(known)
         if name == "none":
             return
+        if name != "tensorboard" and Path.cwd().resolve().is_relative_to(run.path.resolve()):
+            raise UserError(
+                f"--report-to {name}: its settings may be in the working directory: start it "
+                f"outside of the run's folder, which may be from somebody else"
+            )
         options = {
             key: visible_line(value) if isinstance(value, str | list) else value
             for key, value in asdict(config).items()
