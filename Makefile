@@ -2,7 +2,7 @@
 # make test    build the environment and run all tests
 # make long    run the searches that take too long for make test
 # make fuzz    run 100,000 random programs of each kind, or until one fails
-# make ecosystem    convert models of other libraries, and train them in other frameworks
+# make ecosystem    convert models of other libraries, train them in other frameworks, report to other services
 # make docs    build the documentation into site/; warnings are errors
 # make notebooks    run the notebooks of docs/notebooks; ARGS=--write keeps what they print
 # make dist    build and check what a package index gets, in dist/

@@ -31,6 +31,16 @@ print(net(torch.randn(2, 4)).requires_grad)
 print(revnet.__file__)
 print(revnet.__version__)
 """
+TYPED = """
+# pyright: standard
+import torch
+from torch import nn
+
+import revnet
+
+net = revnet.ReversibleSequence([(nn.Linear(4, 4), nn.Linear(4, 4))])
+reveal_type(net(torch.randn(2, 4)))
+"""
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -73,6 +83,11 @@ def main(folder: Path) -> None:
         assert gradient == "True"
         assert Path(where).is_relative_to(site), where
         assert found == version, (found, version)
+        typed = place / "typed.py"
+        typed.write_text(TYPED)
+        checker = Path(sys.executable).with_name("basedpyright")
+        shown = run(checker, "--pythonpath", python, typed, cwd=place)
+        assert 'Type of "net(torch.randn(2, 4))" is "Tensor"' in shown, shown
         command = python.with_name("revnet")
         assert run(command, "--version", cwd=place) == f"revnet {version}\n"
         assert "train" in run(command, "--help", cwd=place)

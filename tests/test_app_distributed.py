@@ -40,7 +40,7 @@ SMALL |= {"steps": STEPS, "save_every": STEPS, "validate_every": STEPS}
 LONG = {"steps": 60, "save_every": 10, "validate_every": 60, "parallel": "fsdp", "rank_timeout": 60}
 LONG |= {"data": [__file__], "context": 16}
 CURVES = {
-    "ddp": {"parallel": "ddp"},
+    "ddp": {"parallel": "ddp", "report_to": "tensorboard"},
     "fsdp": {"parallel": "fsdp"},
     "planned": {"memory": "4MiB", "parallel": "fsdp"},
 }
@@ -138,6 +138,16 @@ def test_weights_for_sampling(name: str, folder: Path) -> None:
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-3)
+
+
+def test_the_first_rank_reports(folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (written,) = (folder / "ddp" / "tensorboard").iterdir()
+    events = EventAccumulator(str(written)).Reload()
+    found = {event.step: event.value for event in events.Scalars("bits")}
+    assert found == pytest.approx(rows(folder / "ddp"))
 
 
 def test_resumes_bit_for_bit(folder: Path) -> None:

@@ -282,7 +282,7 @@ def test_options_that_cannot_be(options: dict, message: str) -> None:
             ["sample", "{run}", "--seed", str(2**70)],
             f"--seed is {2**70}, which is not an integer of 64 bits",
         ),
-        (["sample", "{run}", "--each", "-1"], "--each and --length are at least 1"),
+        (["sample", "{run}", "--each", "-1"], "--each is -1, which is too small: give at least 1"),
         (["compare", "--repeats", "0"], "--repeats is 0, which is too small"),
         (["compare", "--width", "-32"], "--width is -32, which is too small"),
         (["plan", "--batch", "0"], "--batch is 0, which is too small"),

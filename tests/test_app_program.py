@@ -172,6 +172,30 @@ def test_the_default_prompt_is_shorter_than_the_context(
     assert "give a file that ends in .png" not in error
 
 
+@pytest.mark.parametrize(
+    ("kind", "option", "message"),
+    [
+        ("pictures", "--length", "--length is for texts, and this run draws images"),
+        ("texts", "--each", "--each is for images, and this run continues texts"),
+    ],
+)
+def test_options_of_the_other_kind_of_run(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    option: str,
+    message: str,
+) -> None:
+    run = request.getfixturevalue(kind) / "run"
+    assert message in refused(capsys, "sample", run, option, "4")
+
+
+def test_sample_needs_a_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RUN\n")
+
+
 def test_pictures_have_names_that_end_in_png(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +223,7 @@ def test_a_run_of_another_version(run: Path, capsys: pytest.CaptureFixture[str])
         assert "The run is of another version of revnet, 7.0, or its config.json" in error
     del config["format"]
     (run / "config.json").write_text(json.dumps(config))
-    assert "it is not of the format 'revnet run 2'" in refused(capsys, "sample", run)
+    assert "it is not of the format 'revnet run 3'" in refused(capsys, "sample", run)
 
 
 def test_a_run_resumes_from_any_directory(
@@ -227,9 +251,13 @@ def test_plain_logs(texts: Path) -> None:
     # On a slow machine there are more in between.
     steps = [line for line in lines if line.startswith("step ")]
     first, last = steps[0], steps[-1]
-    assert re.match(r"step 1/4  8\.000 bits per byte  [\d,]+ tokens/s  0:\d\d:\d\d left$", first)
-    held_out = r"step 4/4  \d\.\d+ bits per byte \(\d\.\d+ held out\)  [\d,]+ tokens/s$"
-    assert re.match(held_out, last)
+    held_out = r"8\.000 bits per byte \(\d\.\d+ held out\)"
+    assert re.match(rf"step 1/4  {held_out}  [\d,]+ tokens/s  0:\d\d:\d\d left$", first)
+    held_out = r"step 4/4  \d\.\d+ bits per byte \((\d\.\d+) held out\)  [\d,]+ tokens/s$"
+    rows = (texts / "run" / "metrics.jsonl").read_text().splitlines()
+    bits = [row["held_out_bits"] for row in map(json.loads, rows) if "held_out_bits" in row]
+    assert re.match(held_out, last)[1] == f"{bits[-1]:.3f}"
+    assert re.search(r"\((\d\.\d+) held out\)", first)[1] == f"{bits[0]:.3f}"
     assert "drawing samples …" in lines
     assert "judging held-out text …" in lines
     assert max(map(len, steps)) <= 80
@@ -319,6 +347,19 @@ def test_ctrl_c_leaves_one_bar(tmp_path: Path) -> None:
     assert any(row.startswith(f"step {step}/100000 ") for row in rows), rows
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train digits icons", "revnet: digits and icons are data sets: give one data set"),
+        ("trian", "revnet: error: argument COMMAND: invalid choice: 'trian' (choose from 'train',"),
+    ],
+)
+def test_no_word_of_an_error_is_broken(tmp_path: Path, command: str, message: str) -> None:
+    rows = screen_of(command.split(), tmp_path, interrupt=False).splitlines()
+    assert max(map(len, rows)) <= 80
+    assert message in " ".join(rows)
+
+
 def test_a_bar_begins_at_the_step_that_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     with redirect_stdout(Terminal()) as screen, Display(8, "byte", done=5):
@@ -395,6 +436,8 @@ def test_overloaded_cores_are_named_once(monkeypatch: pytest.MonkeyPatch) -> Non
         ("train two", "the held-out text has only 1 byte: it needs twice --context 4"),
         ("train wide", "wide is UTF-16, half of whose bytes say nothing: save it as UTF-8"),
         ("train folder", "wide.txt is UTF-16"),
+        ("train little", "little is UTF-16, half of whose bytes say nothing: save it as UTF-8"),
+        ("train big", "big is UTF-16"),
     ],
 )
 def test_advice(
@@ -408,6 +451,9 @@ def test_advice(
     (tmp_path / "one").write_text("a")
     (tmp_path / "two").write_text("ab" * 8)
     (tmp_path / "wide").write_text("wide words " * 400, encoding="utf-16")
+    # Without its mark it is UTF-16 all the same.
+    (tmp_path / "little").write_text("wide words\n" * 400, encoding="utf-16-le")
+    (tmp_path / "big").write_text("wide words\n" * 400, encoding="utf-16-be")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "wide.txt").write_text("wide " * 400, encoding="utf-16")
     words = command.split()

@@ -297,17 +297,6 @@ def test_a_planned_run_stays_in_its_memory(
     assert "--memory 1KiB: " in capsys.readouterr().err
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = tmp_path / "run"
-    assert main(["train", *TINY, "--steps", "2", "--tensorboard", "--out", str(run)]) == 0
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    wanted = [(row["step"], row["held_out_bits"]) for row in rows_of(run) if "held_out_bits" in row]
-    found = [(event.step, event.value) for event in events.Scalars("held_out_bits")]
-    assert found == [(step, pytest.approx(bits)) for step, bits in wanted]
-
-
 @pytest.mark.parametrize("execution", ["select", "offload"])
 def test_every_execution_trains(tmp_path: Path, execution: str) -> None:
     assert (

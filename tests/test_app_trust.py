@@ -628,6 +628,13 @@ REMOVED = "<removed>"
         ("config.json", {"batch": REMOVED}, "it has no 'batch'"),
         ("config.json", {"threads": 2**40}, "--threads is 1099511627776, which is too large"),
         ("config.json", {"colour": 1}, "it has an unknown field 'colour'"),
+        ("config.json", {"report_to": "file:///"}, "report_to is 'file:///', not one of none, t"),
+        ("config.json", {"tracked": "a"}, "tracked is 'a', not an object of names"),
+        ("config.json", {"tracked": {"x": "a"}}, "tracked is {'x': 'a'}, not an object of names"),
+        ("config.json", {"tracked": {"wandb": 3}}, "tracked is {'wandb': 3}, not an object"),
+        ("config.json", {"tracked": {"wandb": ""}}, "tracked is {'wandb': ''}, not an object"),
+        ("config.json", {"tracked": {"wandb": "../x"}}, "tracked is {'wandb': '../x'}, not an"),
+        ("config.json", {"tracked": {"mlflow": "a\nb"}}, "tracked is {'mlflow': 'a\\nb'}, not"),
         ("data.json", {"kind": "code"}, "kind is 'code', not 'images' or 'text'"),
         ("data.json", {"kind": "text"}, "in config.json"),
         ("data.json", {"words": ["\ud800"]}, "words is"),
@@ -834,7 +841,8 @@ def test_tensorboard_writes_nowhere_else(
     mine = tmp_path / "mine"
     mine.mkdir()
     (run / "tensorboard").symlink_to(mine)
-    error = refused(capsys, "train", "--resume", run, "--steps", 3, "--tensorboard")
+    reported = ("--report-to", "tensorboard")
+    error = refused(capsys, "train", "--resume", run, "--steps", 3, *reported)
     assert f"cannot write {run}/tensorboard: it is not a folder of this run" in error
     assert not list(mine.iterdir())
 
@@ -844,8 +852,9 @@ def test_tensorboard_in_a_folder_whose_name_is_not_utf_8(
 ) -> None:
     pytest.importorskip("tensorboard")
     other = run.rename(run.with_name("run\udcff"))
-    error = refused(capsys, "train", "--resume", other, "--steps", 3, "--tensorboard")
-    assert "--tensorboard needs a run folder whose name is UTF-8" in error
+    reported = ("--report-to", "tensorboard")
+    error = refused(capsys, "train", "--resume", other, "--steps", 3, *reported)
+    assert "--report-to tensorboard needs a run folder whose name is UTF-8" in error
 
 
 @pytest.mark.parametrize("output", ["/dev/full", "pipe"])

@@ -662,7 +662,7 @@ def test_the_table_says_what_is_kept_and_what_is_predicted(small_plan: Plan):
     assert str(small_plan) == "\n".join(
         [
             "plan for 2×16×32 float32 on cpu: 6 steps",
-            "budget              4.00 MiB   of activations, above weights, gradients, optimizer",
+            "budget              4.00 MiB   activations above weights, gradients, optimizer",
             "predicted peak      3.00 MiB",
             "predicted time         13 ms   1.300 × stored (measured)",
             "",
@@ -673,6 +673,8 @@ def test_the_table_says_what_is_kept_and_what_is_predicted(small_plan: Plan):
     )
     assert "estimated from FLOPs" in str(replace(small_plan, estimated=True))
     assert len(repr(small_plan)) < 80
+    # A terminal would break a word of a longer line.
+    assert max(map(len, str(small_plan).splitlines())) <= 80
 
 
 def test_a_plan_is_saved_and_loaded(small_plan: Plan, tmp_path: Path):

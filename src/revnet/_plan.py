@@ -170,7 +170,7 @@ class Plan:
         lines = [
             f"plan for {'×'.join(map(str, self.shape))} {self.dtype} on {self.device}: "
             f"{len(self.executions)} steps",
-            f"budget          {format_bytes(self.budget):>12}   of activations, above weights, "
+            f"budget          {format_bytes(self.budget):>12}   activations above weights, "
             f"gradients, optimizer",
             f"predicted peak  {format_bytes(self.peak_bytes):>12}",
             f"predicted time  {f'{1000 * self.seconds:.3g} ms':>12}   {self.slowdown:.3f} × stored "

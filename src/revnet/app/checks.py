@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from revnet.app.config import MOST, MOST_PARAMETERS, TrainConfig
+from revnet.app.config import MOST, MOST_PARAMETERS, SERVICES, TrainConfig
 from revnet.app.data import START, Array
 from revnet.app.errors import UserError
 from revnet.app.model import Shape
 
 MOST_PIXELS = 2**26
 # Changes with the fields of config.json, or with what they mean.
-FORMAT = "revnet run 2"
+FORMAT = "revnet run 3"
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,22 @@ LIST = Rule("a list", lambda value: isinstance(value, list))
 OBJECT = Rule("an object", lambda value: isinstance(value, dict))
 
 
+def _is_name(value: Any) -> bool:
+    if not isinstance(value, str) or not 0 < len(value) <= 256:
+        return False
+    # Services make names of files of it.
+    return value.isprintable() and not set("/\\") & set(value)
+
+
+def _are_names(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(key in SERVICES and _is_name(name) for key, name in value.items())
+
+
+NAMES = Rule("an object of names of the run by services", _are_names)
+
+
 def check_fields(where: Path, found: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     """Raise unless every field of the rules is there and as its rule says."""
     for name, rule in rules.items():
@@ -123,6 +139,7 @@ def _config_rules() -> dict[str, Rule]:
     rules["format"] = Rule(f"{FORMAT!r}", FORMAT.__eq__)
     rules["versions"] = OBJECT
     rules["command"] = list_of(PATH, 0, 2**20)
+    rules["tracked"] = NAMES
     kinds = {
         # Their ranges are those of the command line, which `TrainConfig` checks.
         "int": whole(0, 2**53),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import revnet
 from revnet.app.config import DTYPES, STREAMS, TrainConfig
 from revnet.app.errors import MachineError, UserError, first_line, meant
-from revnet.app.terminal import complain, show, visible_line
+from revnet.app.terminal import complain, show, visible_line, wrapped
 
 if TYPE_CHECKING:
     from revnet.app.case import Case
@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         hint = visible_line(self._meant(message))
         words = f"{visible_line(message)}.{hint}" if hint else visible_line(message)
-        self.exit(USER_ERROR, f"{self.prog}: error: {words}\n")
+        self.exit(USER_ERROR, f"{wrapped(f'{self.prog}: error: {words}', sys.stderr)}\n")
 
     def _meant(self, message: str) -> str:
         """Return what a misspelt command, option or choice may have been meant to be."""
@@ -208,14 +208,17 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_run_sample)
     command.add_argument("run_path", metavar="RUN", help="folder of the run")
     command.add_argument(
-        "captions", nargs="*", metavar="CAPTION", help="captions or beginnings of texts (the run's)"
+        "captions",
+        nargs="*",
+        # Otherwise argparse would say that one is required.
+        default=[],
+        metavar="CAPTION",
+        help="captions or beginnings of texts (the run's)",
     )
     command.add_argument(
         "--out", metavar="FILE", help="PNG of the images (RUN/sample.png), or file for the text"
     )
-    command.add_argument(
-        "--each", type=int, default=8, metavar="N", help="images for each caption (8)"
-    )
+    command.add_argument("--each", type=int, metavar="N", help="images for each caption (8)")
     command.add_argument(
         "--length", type=int, metavar="N", help="bytes of a text (the run's context)"
     )

@@ -33,6 +33,7 @@ EXECUTIONS = ("invert", *(name for name in KNOWN_EXECUTIONS if name != "invert")
 DTYPES = ("float32", "bfloat16")
 STREAMS = ("auto", "float", "fixed")
 PARALLEL = ("ddp", "fsdp")
+SERVICES = ("none", "tensorboard", "wandb", "mlflow")
 # More of these would overflow somewhere, or never end.
 MOST = {
     "image_size": 2**13,
@@ -120,7 +121,9 @@ class TrainConfig:
     save_every: int = option(
         None, "run", "steps between checkpoints and samples (steps / 4)", "N", own=True
     )
-    tensorboard: bool = option(False, "run", "log for TensorBoard too", own=True)
+    report_to: str = option(
+        SERVICES[0], "run", "tensorboard, wandb, mlflow, or none (none)", "S", SERVICES, own=True
+    )
 
     def __post_init__(self) -> None:
         """Raise where a number is out of its range."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,9 +53,6 @@ class _ReadOnlyRun(Run):
 
     def save_plan(self, plan: revnet.Plan) -> None:
         """Do nothing: the plan is the first rank's."""
-
-    def board(self) -> None:
-        """Return no writer: the numbers are the first rank's."""
 
     def log(self, row: dict[str, Any]) -> None:
         """Do nothing: the rows are the first rank's."""
@@ -162,6 +159,11 @@ class ParallelTraining(Training):
             row = row | {"tokens_per_second": row["tokens_per_second"] * self._world}
         super().log(row)
 
+    def track(self, known: Mapping[str, str]) -> dict[str, str]:
+        """Begin to report on the first rank; return what services call the run."""
+        begin = super().track
+        return from_first(lambda: begin(known))
+
     def is_finite(self) -> bool:
         """Return whether all weights of all ranks are numbers."""
         return self._are_finite(list(self.model.parameters()))
@@ -232,7 +234,9 @@ def train_on_ranks(given: dict[str, Any], resumed: str | None) -> int:
     first = int(os.environ["RANK"]) == 0
     try:
         with ExitStack() as held, joined(given, resumed) as attempt:
-            return _train_and_close(_make(given, resumed, attempt, held))
+            training = _make(given, resumed, attempt, held)
+            held.push(training.end_tracking)
+            return _train_and_close(training)
     except DataError:
         raise
     except (UserError, MachineError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from revnet.app.config import TrainConfig
 from revnet.app.errors import UserError, first_line
 from revnet.app.lock import locked
 from revnet.app.model import Shape
-from revnet.app.writing import check_own_folder, new_file, writing
+from revnet.app.writing import new_file, writing
 
 MOST_JSON_BYTES = 2**28
 # What a checkpoint holds beside tensors.
@@ -158,25 +157,6 @@ class Run:
             reason = error.strerror if isinstance(error, OSError) else first_line(error)
             where = f"{self.path / 'plan.json'}: " if isinstance(error, OSError) else ""
             raise UserError(f"{where}{reason}. Give another --memory to plan anew.") from error
-
-    def board(self) -> Any:
-        """Return a writer of TensorBoard's files."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "--tensorboard needs its package: pip install 'revnet[tensorboard]'"
-            ) from None
-        folder = self.path / "tensorboard"
-        check_own_folder(folder)
-        try:
-            os.fspath(folder).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"--tensorboard needs a run folder whose name is UTF-8, but it is {self.path}"
-            ) from None
-        with writing(folder):
-            return SummaryWriter(folder)
 
     def write_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace checkpoint.pt by the state of a training, and weights.safetensors."""

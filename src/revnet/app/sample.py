@@ -14,12 +14,15 @@ from torch import Tensor
 from revnet.app.checks import shorten
 from revnet.app.data import START, Array, Patches, Words, image_codecs
 from revnet.app.device import find_device
-from revnet.app.errors import UserError
+from revnet.app.errors import UserError, check_least
 from revnet.app.model import Shape, Transformer
 from revnet.app.plots import sample_grid
 from revnet.app.run import Run
 from revnet.app.terminal import complain
 from revnet.app.writing import new_file
+
+# Images for a caption.
+EACH = 8
 
 
 @dataclass
@@ -124,14 +127,15 @@ def sample(
     run_path: str,
     captions: Sequence[str],
     out: str | None,
-    each: int,
+    each: int | None,
     length: int | None,
     device: str,
     how: Sampling,
 ) -> str:
     """Draw images for every caption as a grid, or continue every prompt; return what to print."""
-    if each < 1 or (length is not None and length < 1):
-        raise UserError("--each and --length are at least 1")
+    for name, value in (("each", each), ("length", length)):
+        if value is not None:
+            check_least(name, value, 1)
     # What is not UTF-8 on the command line comes as half of a surrogate pair.
     captions = [
         caption.encode(errors="surrogateescape").decode(errors="replace") for caption in captions
@@ -139,6 +143,10 @@ def sample(
     run = Run.open(run_path)
     config, shape = run.read_config()
     spec = run.read_data(shape)
+    if spec["kind"] == "text" and each is not None:
+        raise UserError("--each is for images, and this run continues texts")
+    if spec["kind"] == "images" and length is not None:
+        raise UserError("--length is for texts, and this run draws images")
     model = load_model(run, shape, config.streams, find_device(device))
     if spec["kind"] == "text":
         length = _checked_length(model.shape.length, length, captions)
@@ -156,7 +164,7 @@ def sample(
     captions = captions or spec["show"]
     for caption in captions:
         _warn(words, caption)
-    images = images_of(model, words, patches, captions, each, how)
+    images = images_of(model, words, patches, captions, each or EACH, how)
     with new_file(path) as file:
         sample_grid(file, captions, [("", images)])
     return str(path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sys
+import textwrap
 from contextlib import suppress
 from typing import IO, Any
 
@@ -101,6 +103,14 @@ class Output:
             complain(f"{self._message}: {self.error.strerror}")
 
 
+def wrapped(text: str, stream: Any) -> str:
+    """Return a line as a terminal shows it without breaking a word, and as it is elsewhere."""
+    if stream is None or not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(text, columns, break_long_words=False, break_on_hyphens=False)
+
+
 def show(text: str) -> OSError | None:
     """Print a text; return why it could not be printed, if it could not."""
     output = Output(sys.stdout)
@@ -112,5 +122,5 @@ def show(text: str) -> OSError | None:
 def complain(message: str) -> None:
     """Write a line to the standard error, or nowhere if that is closed."""
     output = Output(sys.stderr)
-    output.write(f"revnet: {visible_line(message)}\n")
+    output.write(f"{wrapped(f'revnet: {visible_line(message)}', output)}\n")
     output.flush()

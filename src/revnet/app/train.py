@@ -26,6 +26,7 @@ from revnet.app.display import Display
 from revnet.app.errors import DataError, UserError
 from revnet.app.run import Run
 from revnet.app.threads import Watch, set_threads
+from revnet.app.tracker import find_package
 from revnet.app.training import Training, shape_of
 
 INTERRUPTED = 130
@@ -69,6 +70,7 @@ def start(
     """Return a new training with the options that were `given`."""
     config = TrainConfig(**given)
     find_device(config.device)
+    find_package(config.report_to)
     data, defaults = sources.load(config)
     sources.check_options(config, given, data)
     config = config.resolve(defaults)
@@ -80,16 +82,21 @@ def start(
     if config.memory:
         training.choose_executions(new=True)
     run.write_json("data.json", data.spec)
-    write_config(training)
+    write_config(training, known={})
     return training
 
 
-def write_config(training: Training) -> None:
-    """Write the options of a run, the size of its network, and what it was made with."""
+def write_config(training: Training, known: dict[str, str]) -> None:
+    """Write the options of a run, the size of its network, and what it was made with.
+
+    Args:
+        training: The training, which begins to report.
+        known: What services that it has reported to call the run.
+    """
     versions = {"revnet": version("revnet"), "torch": torch.__version__}
     versions["python"] = platform.python_version()
     made = {"format": FORMAT, "versions": versions, "command": sys.argv}
-    made["shape"] = asdict(training.shape)
+    made["shape"], made["tracked"] = asdict(training.shape), training.track(known)
     training.run.write_json("config.json", made | asdict(training.config))
 
 
@@ -111,6 +118,7 @@ def resume(
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {options[name]} in {path}: a resumed run keeps it")
     config = TrainConfig(**options | given)
+    find_package(config.report_to)
     # The same number: sums over threads are rounded in another order.
     config.threads = set_threads(config.threads)
     run.check_weights(shape)
@@ -124,7 +132,7 @@ def resume(
     training.resume()
     if config.memory:
         training.choose_executions(new="memory" in given)
-    write_config(training)
+    write_config(training, run.read_json("config.json")["tracked"])
     return training
 
 
@@ -140,8 +148,11 @@ def train_alone(given: dict[str, Any], resumed: str | None = None) -> int:
 
         try:
             if resumed is None:
-                return _train_and_close(start(given, Training, create), new=True)
-            return _train_and_close(resume(resumed, given, Training, find), new=False)
+                training = start(given, Training, create)
+            else:
+                training = resume(resumed, given, Training, find)
+            held.push(training.end_tracking)
+            return _train_and_close(training, new=resumed is None)
         except revnet.ReversibleError as error:
             raise UserError(str(error)) from error
 
@@ -178,7 +189,8 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
             loss = training.take_step(*batch)
             tokens += batch[1].numel()
             step, last = training.step, training.step == config.steps
-            if step % LOG_EVERY == 0 or step == 1 or last:
+            shown = step % LOG_EVERY == 0 or step == 1 or last
+            if shown:
                 bits = float(loss)
                 if not math.isfinite(bits):
                     raise UserError(
@@ -189,14 +201,15 @@ def loop(training: Training, display: Display, stop: Callable[[], bool]) -> None
                 training.log(
                     {"bits": bits, "lr": training.learning_rate(), "tokens_per_second": round(rate)}
                 )
-                display.step(step, bits, rate, last)
-                if training.device.type == "cpu" and (advice := watch.advice()):
-                    display.say(advice, wrap=True)
             if step % config.validate_every == 0 or last:
                 found = training.validate()
                 training.log(found)
                 display.held_out(found["held_out_bits"])
                 training.draw_loss()
+            if shown:
+                display.step(step, bits, rate, last)
+                if training.device.type == "cpu" and (advice := watch.advice()):
+                    display.say(advice, wrap=True)
             if step % config.save_every == 0 and not last:
                 training.save()
                 report.draw_samples(training, last=False)

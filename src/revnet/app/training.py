@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from revnet.app.measure import reconstruction_error
 from revnet.app.model import Attention, FeedForward, Shape, Transformer, bits_per_token
 from revnet.app.plots import loss_plot
 from revnet.app.run import Run, check_tensors, damaged_checkpoint
+from revnet.app.tracker import Tracker
 
 HELD_OUT_TOKENS = 50_000
 
@@ -41,7 +42,7 @@ class Training:
                 if isinstance(module, Attention | FeedForward):
                     module.compile()
         self.optimizer = self.make_optimizer()
-        self._board = run.board() if config.tensorboard else None
+        self._tracker: Tracker | None = None
         self._start = time.perf_counter()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -136,14 +137,31 @@ class Training:
         return found
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write a row with its step and time to metrics.jsonl, and to TensorBoard where asked."""
+        """Write a row with its step and time to metrics.jsonl, and report it where asked."""
         self.run.log(
             {"step": self.step, "seconds": round(time.perf_counter() - self._start, 1)} | row
         )
-        if self._board is not None:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, self.step)
-            self._board.flush()
+        if self._tracker is not None:
+            self._tracker.log(self.step, row)
+
+    def track(self, known: Mapping[str, str]) -> dict[str, str]:
+        """Begin to report what is logged; return what services call the run.
+
+        Args:
+            known: What they called it before.
+        """
+        self._tracker = Tracker(self.config, self.run, known)
+        return self._tracker.known
+
+    def end_tracking(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Report how the training has ended; the arguments are those of `__exit__`."""
+        if self._tracker is not None:
+            end = "finished" if self.step >= self.config.steps else "stopped"
+            if kind is not None:
+                end = "stopped" if kind is KeyboardInterrupt else "failed"
+            self._tracker.close(end)
 
     def is_finite(self) -> bool:
         """Return whether no weight is NaN or infinite."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import re
 import sysconfig
 from bisect import bisect_right
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ VOCAB = 256
 NGRAMS = 4
 # From as many files on, whole ones are held out.
 FEW = 20
+# What no text has, but numbers of two bytes have.
+_CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 
 # A document: a file from one byte to another.
 Document = tuple[Path, int, int]
@@ -58,11 +61,26 @@ def _is_binary(path: Path) -> bool:
     """Return whether a file has zero bytes; raise where it is a text that has them for a reason."""
     with open_file(path) as file:
         content = file.read(4096)
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        with suppress(UnicodeDecodeError):
-            content.decode("utf-16")
-            raise UserError(f"{path} is UTF-16, half of whose bytes say nothing: save it as UTF-8")
+    if _is_utf16(content):
+        raise UserError(f"{path} is UTF-16, half of whose bytes say nothing: save it as UTF-8")
     return b"\0" in content
+
+
+def _is_utf16(content: bytes) -> bool:
+    """Return whether a file begins as a UTF-16 text does, with its mark or without."""
+    encoding, marked = "utf-16", content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if not marked:
+        # Of each Latin letter one byte is zero, always the first or always the second.
+        zeros = content[::2].count(0), content[1::2].count(0)
+        if min(zeros) or 4 * max(zeros) <= len(content):
+            return False
+        encoding = "utf-16-be" if zeros[0] else "utf-16-le"
+    try:
+        # The last character may be cut.
+        text = codecs.getincrementaldecoder(encoding)().decode(content)
+    except UnicodeDecodeError:
+        return False
+    return marked or not _CONTROL.search(text)
 
 
 class Corpus:
