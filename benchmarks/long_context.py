@@ -275,8 +275,13 @@ def host_time() -> list[str]:
     return lines
 
 
-def available(arm: str) -> bool:
-    return "TRL" not in arm or importlib.util.find_spec("trl") is not None
+def missing(arm: str) -> str:
+    """Return what an arm needs and does not find, or nothing."""
+    if "TRL" not in arm:
+        return ""
+    if importlib.util.find_spec("trl") is None:
+        return "not installed"
+    return "" if torch.accelerator.is_available() else "needs an accelerator"
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
@@ -291,14 +296,14 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     args = parser.parse_args(argv)
     cpu = args.device == "cpu"
     shape = args.shape or ("small" if cpu else "1.2B")
-    arms = [arm for arm in args.arms if available(arm)]
+    arms = [arm for arm in args.arms if not missing(arm)]
     lines = ["| arm | largest relative error of a gradient, float64 |", "|---|---|"]
     for arm in arms:
         error = examine(arm, args.device)
         lines.append(f"| {arm} | {error:.1e} |")
         if not error <= 1e-6:
             raise SystemExit(f"{arm}: a gradient is off by {error:.1e}: its figures say nothing")
-    lines += [f"| {arm} | not installed |" for arm in args.arms if arm not in arms]
+    lines += [f"| {arm} | {missing(arm)} |" for arm in args.arms if arm not in arms]
     lines += [
         "",
         f"Shape {shape}: peak above weights and gradients.",

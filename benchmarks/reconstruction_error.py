@@ -22,6 +22,7 @@ import importlib.util
 import math
 import os
 import platform
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -84,6 +85,29 @@ def with_streams(streams: Any) -> Arm:
     return arm
 
 
+class Alone(nn.Module):
+    """Blocks that are called one by one, so that each holds streams of its own."""
+
+    def __init__(self, pairs: Pairs, streams: str, execution: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(revnet.ReversibleBlock(*pair) for pair in pairs)
+        for block in self.blocks:
+            block.streams, block.execution = streams, execution
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1 = x2 = x
+        for block in self.blocks:
+            x1, x2 = block(x1, x2)
+        return (x1 + x2) / 2
+
+
+def one_by_one(streams: str) -> Arm:
+    def arm(pairs: Pairs) -> tuple[nn.Module, nn.Module]:
+        return tuple(Alone(pairs, streams, how) for how in ("store", "invert"))
+
+    return arm
+
+
 def dalle_pytorch(pairs: Pairs) -> tuple[nn.Module, nn.Module]:
     """Its one file: the package itself imports much that this does not need."""
     package = importlib.util.find_spec("dalle_pytorch")
@@ -129,6 +153,8 @@ ARMS: dict[str, Arm] = {
     "revnet fixed": with_streams("fixed"),
     "revnet fixed, 16 bits": with_streams(revnet.Fixed(16)),
     "revnet float": with_streams("float"),
+    "revnet blocks alone, fixed": one_by_one("fixed"),
+    "revnet blocks alone, float": one_by_one("float"),
     "DALLE-pytorch": dalle_pytorch,
     "memcnn": memcnn,
     "revlib": revlib,
@@ -202,7 +228,8 @@ def usable(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]
     """
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
-    for name, arm in ARMS.items():
+    for name in given.arms:
+        arm = ARMS[name]
         try:
             errors[name] = error(arm, 3, 1.0, "float64", given)
         except Exception as failure:
@@ -279,8 +306,6 @@ def document(
     reasons: dict[str, str],
     results: dict[Any, dict[str, Any]],
 ) -> list[str]:
-    cuda = given.device == "cuda"
-    hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     versions = [
         f"{name} {importlib.metadata.version(name)}"
         for arm, name in DISTRIBUTIONS.items()
@@ -289,9 +314,9 @@ def document(
     lines = [
         "# How wrong are gradients when activations are rebuilt?",
         "",
-        f"    python {' '.join(sys.argv)}",
+        f"    {shlex.join(['python', *sys.argv])}",
         "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
+        f"{datetime.date.today()}; {given.hardware}; torch {torch.__version__}, Python "
         f"{platform.python_version()}; {', '.join(versions) or 'no other library installed'}.",
         "",
         f"Pre-norm attention and MLP branches without dropout, width {given.width}, {given.tokens} "
@@ -303,7 +328,7 @@ def document(
         "outside the autocast region, as torch's documentation asks: under autocast the other "
         "libraries rebuild activations in float32, which adds to their error. momentumnet is "
         "another network (one stream, momentum 0.9, each branch a step) and is compared with its "
-        "own stored execution.",
+        'own stored execution. "Blocks alone" are called one by one, outside of a sequence.',
         "",
         "In float64, three blocks: "
         + ", ".join(f"{name} {shown(value)}" for name, value in errors.items())
@@ -312,7 +337,7 @@ def document(
     ]
     lines += [f"- {name} is left out. {reason}" for name, reason in reasons.items()]
     lines += [""] if reasons else []
-    if given.out is not None:
+    if given.out is not None and len(given.modes) > 1:
         lines += [
             f"![Gradient error by depth and by weight "
             f"growth]({given.out.with_suffix('.png').name})",
@@ -334,9 +359,11 @@ def plot(
         2, len(given.modes), figsize=(4.2 * len(given.modes), 7), sharey=True, squeeze=False
     )
     # Larger below smaller: many of the lines are one.
-    sizes = dict(zip(ARMS, (10, 6, 13, 10, 7.5, 5, 7), strict=True))
-    looks = dict(zip(ARMS, ("o-", "s--", "^-", "v-", "D:", "x--", "+-"), strict=True))
-    colours = dict(zip(ARMS, ("C2", "C8", "C0", "C3", "C1", "C4", "C7"), strict=True))
+    sizes = dict(zip(ARMS, (10, 6, 13, 4, 5, 10, 7.5, 5, 7), strict=True))
+    marks = ("o-", "s--", "^-", "*:", "p:", "v-", "D:", "x--", "+-")
+    looks = dict(zip(ARMS, marks, strict=True))
+    order = ("C2", "C8", "C0", "C6", "C9", "C3", "C1", "C4", "C7")
+    colours = dict(zip(ARMS, order, strict=True))
     for column, mode in enumerate(given.modes):
         rows = (
             (
@@ -389,8 +416,15 @@ def main() -> None:
         "--growths", type=float, nargs="+", default=[1, 4, 16], help="factors of the output weights"
     )
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--out", type=Path, help="a Markdown file; the plot is written beside it")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
+    parser.add_argument("--hardware", help="as the report names it")
+    parser.add_argument(
+        "--out", type=Path, help="a Markdown file; the plot of several modes is beside it"
+    )
     given = parser.parse_args()
+    if given.hardware is None:
+        cuda, threads = given.device == "cuda", torch.get_num_threads()
+        given.hardware = torch.cuda.get_device_name() if cuda else f"CPU, {threads} threads"
     torch.use_deterministic_algorithms(True)
     # Other libraries call what torch has deprecated since.
     warnings.simplefilter("ignore")
@@ -401,7 +435,8 @@ def main() -> None:
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text("\n".join(report).rstrip() + "\n")
-        plot(given, list(errors), results, given.out.with_suffix(".png"))
+        if len(given.modes) > 1:
+            plot(given, list(errors), results, given.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

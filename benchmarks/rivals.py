@@ -203,6 +203,8 @@ def rivals(pairs: Pairs, device: str, budgets: list[float]) -> list[Way]:
 def offloaded_by_trl(stored: Run) -> Run | str:
     if importlib.util.find_spec("trl") is None:
         return "not installed"
+    if not torch.accelerator.is_available():
+        return "needs an accelerator"
     from trl.models.activation_offloading import OffloadActivations
 
     return within(OffloadActivations, stored)

@@ -111,9 +111,11 @@ class LongContext(nn.Module):
         if hidden.is_cuda and low and importlib.util.find_spec("liger_kernel") is not None:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-            return LigerFusedLinearCrossEntropyLoss()(self.head.weight, self.norm(hidden), targets)
-        # In float32, so that the gradients of the chunks are added up in it.
-        weight, total = self.head.weight.float(), hidden.new_zeros((), dtype=torch.float32)
+            fused = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
+            return fused(self.head.weight, self.norm(hidden), targets)
+        # In at least float32, so that the gradients of the chunks are added up in it.
+        high = torch.promote_types(hidden.dtype, torch.float32)
+        weight, total = self.head.weight.to(high), hidden.new_zeros((), dtype=high)
         pairs = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
         for part, wanted in pairs:
             total = total + checkpoint(self.piece, part, weight, wanted, use_reentrant=False)
@@ -121,7 +123,8 @@ class LongContext(nn.Module):
 
     def piece(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(self.norm(hidden), weight.to(hidden.dtype))
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        high = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(high), targets, reduction="sum")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tracemalloc
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revnet.app.data import PAD, START, Patches, Words, step_batch
 from revnet.app.data.digits import load, share_read
+from revnet.app.measure import step_memory
 from revnet.app.model import (
     BUCKETS,
     NGrams,
@@ -160,6 +164,65 @@ def test_bits_are_minus_log2() -> None:
     assert float(bits_per_token(model, prefix, tokens)) == pytest.approx(
         float(-probability.log2().mean()), rel=1e-6
     )
+
+
+def of_chunks(
+    model: Transformer, prefix: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = bits_per_token(model, prefix, tokens)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("shape", [IMAGE, TEXT], ids=["image", "text"])
+@pytest.mark.parametrize("tokens_at_once", [1, 8, 44])
+def test_a_loss_in_chunks_is_the_loss(
+    shape: Shape, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(shape)
+    prefix, tokens = example(shape)
+    logits = model(prefix, tokens[:, :-1]).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, tokens.flatten()) / math.log(2)
+    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    monkeypatch.setattr("revnet.app.model.LOGITS", tokens_at_once * shape.vocab)
+    found = of_chunks(model, prefix, tokens)
+    for a, b in zip(found, [loss, *filter(torch.is_tensor, expected)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_chunks_add_up_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the head's gradient in 45 chunks is no further off than in one."""
+    model = network(TEXT).float()
+    prefix, tokens = example(TEXT)
+    exact = of_chunks(copy.deepcopy(model).double(), prefix, tokens)[-1]
+    errors = []
+    for tokens_at_once in (45, 1):
+        monkeypatch.setattr("revnet.app.model.LOGITS", tokens_at_once * TEXT.vocab)
+        found = of_chunks(model, prefix, tokens, torch.bfloat16)[-1]
+        errors.append(float((found - exact).norm()))
+    assert errors[1] <= 1.2 * errors[0]
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("revnet.app.model.LOGITS", 2**14)
+
+    def grows(vocab: int) -> float:
+        """Return by how many bytes one more token raises the peak."""
+        peaks = []
+        for length in (256, 768):
+            shape = replace(TEXT, vocab=vocab, rows=length, ngrams=1)
+            model = Transformer(shape)
+            batch = torch.ones(1, 1, dtype=torch.long), torch.randint(vocab, (1, length))
+            loss = partial(bits_per_token, model, *batch)
+            peaks.append(step_memory(model, loss).peak_bytes)
+        return (peaks[1] - peaks[0]) / 512
+
+    few, many = grows(64), grows(2048)
+    assert many < few + 64, (few, many)  # logits of a token alone take 4 · 2048 bytes
 
 
 def test_draws_have_the_asked_distribution() -> None:

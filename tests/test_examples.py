@@ -204,6 +204,64 @@ def test_groups_of_heads_are_the_attention(
     assert torch.allclose(leave, found[1][-1], rtol=0, atol=1e-12)
 
 
+@pytest.fixture
+def long_context(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    return importlib.import_module("long_context")
+
+
+def whole_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = model.head(model.norm(hidden)).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_a_loss_in_chunks_is_the_loss(long_context: Any, chunk: int):
+    model = long_context.LongContext(11, 8, 1, 2, 2, 1, 8, 8, chunk).double()
+    hidden = torch.randn(2, 20, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (2, 20))
+    wanted = (hidden, model.head.weight, model.norm.weight)
+    found, expected = (
+        [loss, *torch.autograd.grad(loss, wanted)]
+        for loss in (model.loss(hidden, targets), whole_loss(model, hidden, targets))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_loss_in_chunks_does_not_grow_with_the_vocabulary(long_context: Any):
+    def grows(vocabulary: int) -> float:
+        """Return by how many bytes one more token raises the peak of the loss."""
+        peaks = []
+        for tokens in (256, 1024):
+            model = long_context.LongContext(vocabulary, 8, 1, 2, 2, 1, 8, 8, 64).bfloat16()
+            hidden = torch.randn(1, tokens, 8, dtype=torch.bfloat16, requires_grad=True)
+            targets = torch.randint(vocabulary, (1, tokens))
+            peaks.append(measure_memory(model.loss, hidden, targets).peak_bytes)
+        return (peaks[1] - peaks[0]) / 768
+
+    assert grows(2048) <= grows(64) + 16  # logits of a token alone take 4096 bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # what liger-kernel warns about is its own
+def test_the_fused_loss_is_the_loss(long_context: Any):
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    model = long_context.LongContext(1000, 64, 1, 2, 2, 1, 64, 64, 64).cuda().bfloat16()
+    hidden = torch.randn(2, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(1000, (2, 300), device="cuda")
+    wanted = (hidden, model.head.weight, model.norm.weight)
+    twin = copy.deepcopy(model).double()
+    exact = hidden.detach().double().requires_grad_()
+    losses = model.loss(hidden, targets), whole_loss(twin, exact, targets)
+    assert "Liger" in type(losses[0].grad_fn).__name__
+    found = torch.autograd.grad(losses[0], wanted)
+    expected = torch.autograd.grad(losses[1], (exact, twin.head.weight, twin.norm.weight))
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 0.02 * b.norm()
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_short(path: Path):
     assert len(path.read_text().splitlines()) < 150

@@ -29,8 +29,9 @@ def benchmark() -> Iterator[Any]:
 
 
 def test_every_arm_has_the_gradients_of_stored_execution(benchmark: Any):
-    for arm in filter(benchmark.available, benchmark.ARMS):
-        assert benchmark.examine(arm, "cpu") <= 1e-10, arm
+    for arm in benchmark.ARMS:
+        if not benchmark.missing(arm):
+            assert benchmark.examine(arm, "cpu") <= 1e-10, arm
 
 
 def test_an_arm_is_measured(benchmark: Any):

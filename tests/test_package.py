@@ -89,7 +89,8 @@ def test_the_address_stands_in_one_place():
 
 
 def test_what_developers_need_is_no_extra():
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"app", "icons", "tensorboard"}
+    extras = {"app", "icons", "liger", "tensorboard"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == extras
     groups = {"dev", "docs", "release", "ecosystem", "peers"}
     assert set(PROJECT["dependency-groups"]) == groups
 

@@ -358,8 +358,8 @@ def peak(kind: Any, execution: str, depth: int, micro: int, rank: int, world_siz
 def pipeline_memory(rank: int, world_size: int) -> None:
     """A micro-batch in flight keeps two streams per stage, whatever the depth.
 
-    The last stage has them and, held by torch's pipelining, its two inputs and the network's
-    output.
+    The last stage has them, the network's output, which the schedule collects, and two tensors of
+    the loss.
     """
     for execution, depths in (("invert", (2, 8)), ("store", (2,))):
         for depth in depths:

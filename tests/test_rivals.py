@@ -99,6 +99,24 @@ def test_what_a_selective_checkpoint_computes_again(
     assert found[0] - found[1] in (evaluated, evaluated - 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("save_on_cpu", "cpu"),
+        ("checkpoint per block, offloaded", "cpu"),
+        # It asks for an accelerator when it is made.
+        pytest.param("TRL OffloadActivations", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_offloading_has_the_gradients_of_stored_execution(name: str, device: str):
+    pairs, x = branches(2, 16, device=device), torch.randn(1, 8, 16, device=device)
+    (way,) = (way for way in rivals.rivals(pairs, device, []) if way.name == name)
+    if way.failure:
+        pytest.skip(f"{name}: {way.failure}")
+    found, expected = (rivals.gradients(run, pairs, x) for run in (way.run, way.stored))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_network_by_layer_adds_whole_layers_in_turn():
     pairs, x = branches(3, 16), torch.randn(1, 8, 16)
     found = revnet.ReversibleSequence(rivals.by_layer(pairs), streams="float")(x)

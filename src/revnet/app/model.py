@@ -9,11 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import revnet
 
 PAD = 0
 BUCKETS = 2**14
+# Logits that exist at a time while the loss is computed: 64 MiB in float32.
+LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -234,17 +237,23 @@ class Transformer(nn.Module):
         return x[:, done:], {"rotary_pos_emb": self.rotary[:, done:slots], "mask": mask}
 
     def forward(
-        self, prefix: Tensor, tokens: Tensor, cache: dict[Any, Any] | None = None
+        self,
+        prefix: Tensor,
+        tokens: Tensor,
+        cache: dict[Any, Any] | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Return logits of the token after each slot from the last prefix slot on.
+        """Return logits of the token after each slot from the last prefix slot on, or their losses.
 
         Args:
             prefix: (batch, prefix_length), int64; padding first.
             tokens: (batch, n), int64, the first n tokens; n may be 0.
             cache: A dict, empty at first; only slots that it does not hold yet are computed.
+            targets: (batch, m), int64, what each of these slots is to predict.
 
         Returns:
-            (batch, m, vocab): m = n + 1, or with a filled cache the number of new slots.
+            (batch, m, vocab): m = n + 1, or with a filled cache the number of new slots. With
+            `targets`, -ln p of each of them: (batch, m), float32.
         """
         done = 0
         if cache is not None:
@@ -252,14 +261,34 @@ class Transformer(nn.Module):
             cache["slots"] = prefix.shape[1] + tokens.shape[1]
         x, keywords = self.embed(prefix, tokens, done)
         start = max(prefix.shape[1] - 1 - done, 0)
-        return self.head(self.norm(self.layers(x, **keywords, cache=cache)[:, start:]))
+        x = self.norm(self.layers(x, **keywords, cache=cache)[:, start:])
+        return self.head(x) if targets is None else self._losses(x, targets)
+
+    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Compute the losses so many tokens at a time that there are at most `LOGITS` logits."""
+        # Autocast shares the cast of a parameter, and would add up the chunks' gradients in
+        # bfloat16. It does not share that of a view.
+        weight = self.head.weight.view_as(self.head.weight)
+        size = max(1, LOGITS // len(weight))
+        pieces = list(zip(x.flatten(0, 1).split(size), targets.flatten().split(size), strict=True))
+        if len(pieces) == 1:
+            return _cross_entropy(*pieces[0], weight).view(targets.shape)
+        losses = [
+            checkpoint(_cross_entropy, *piece, weight, use_reentrant=False) for piece in pieces
+        ]
+        return torch.cat(losses).view(targets.shape)
+
+
+def _cross_entropy(x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    logits = F.linear(x, weight)
+    # At least float32: in bfloat16 a loss has two or three digits.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def example_bits(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean of -log2 p(token) of each example: (batch,), float32."""
-    logits = model(prefix, tokens[:, :-1])
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
-    return losses.view(tokens.shape).mean(dim=1) / math.log(2)
+    return model(prefix, tokens[:, :-1], targets=tokens).mean(dim=1) / math.log(2)
 
 
 def bits_per_token(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
