@@ -135,6 +135,89 @@ def test_scripted_pieces(piece: Any, execution: str):
     oracle.assert_same_gradients(found[1][1], found[0][1])
 
 
+def scripted_module() -> nn.Module:
+    class Fresh(Piece):
+        """A class that the compiler of scripts has not met."""
+
+    return torch.jit.script(Fresh())
+
+
+def scripted_function() -> nn.Module:
+    def scaled(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.layer_norm(x, [x.shape[-1]], weight).tanh() * weight
+
+    class Calls(nn.Module):
+        """A plain module that calls a script, where nobody can look for it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return script(x, self.weight)
+
+    script = torch.jit.script(scaled)
+    return Calls()
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint", "select"])
+@pytest.mark.parametrize("piece", [scripted_module, scripted_function])
+def test_the_first_call_of_a_script_is_replayed(piece: Any, execution: str):
+    # Scripts are profiled when first called, and then compiled anew.
+    found = []
+    for name in (execution, "store"):
+        net = network(lambda: nn.Sequential(nn.Tanh(), piece()), execution=name)
+        x = data(4).requires_grad_()
+        net.eval()(x).pow(2).sum().backward()
+        found.append({"x": x.grad, **oracle.gradients_of(net)})
+    oracle.assert_same_gradients(found[0], found[1])
+    assert torch._C._get_graph_executor_optimize()
+
+
+CHOSEN = {"wide": False}
+
+
+class Fickle(nn.Module):
+    """Two branches, one of which a variable of Python chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Linear(WIDTH, 2), nn.Tanh(), nn.Linear(2, WIDTH))
+        self.wide = nn.Sequential(nn.Linear(WIDTH, 3), nn.Tanh(), nn.Linear(3, WIDTH))
+
+    @torch.jit.ignore
+    def chosen(self):  # A script takes what has no annotation for a tensor.
+        return torch.tensor(CHOSEN["wide"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool(self.chosen()):
+            return self.wide(x)
+        return self.narrow(x)
+
+
+class Forgiving(nn.Module):
+    """A branch that goes on where another one fails."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.inner(x)
+        except RuntimeError:
+            return x
+
+
+@pytest.mark.parametrize("wrapped", [torch.jit.script, Forgiving])
+def test_a_replay_that_differs_raises_our_error(wrapped: Any, monkeypatch: Any):
+    net = network(lambda: wrapped(Fickle()), execution="invert")
+    loss = net(data(4)).sum()
+    monkeypatch.setitem(CHOSEN, "wide", True)
+    with pytest.raises(revnet.ReversibleError, match="block 1, branch f: saved tensor"):
+        loss.backward()
+
+
 def test_a_scripted_parameter_changed_before_backward_raises():
     net = network(lambda: nn.Sequential(script()))
     loss = net(data(4)).sum()

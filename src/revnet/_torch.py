@@ -199,6 +199,12 @@ def saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+# Returns whether scripts that run in this thread are optimised; an argument sets it. Without it the
+# first replay of a script would raise: torch.jit profiles the first call of a script and optimises
+# it for the second, which saves other tensors for backward.
+optimize_scripts: Callable[..., bool] = torch._C._get_graph_executor_optimize
+
+
 def storage_id(tensor: Tensor) -> int:
     """Return the identity of a tensor's memory, whichever view of it this is."""
     try:

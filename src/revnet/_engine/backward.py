@@ -24,6 +24,7 @@ from .._tile import Tiles
 from .._torch import (
     after_backward,
     current_backward,
+    optimize_scripts,
     outside_transforms,
     pop_saved_tensor_hooks,
     push_saved_tensor_hooks,
@@ -211,6 +212,8 @@ def _revisit(
     # Twice, because an interrupt may come in the middle of the first.
     try:
         try:
+            restoring.add(partial(optimize_scripts, optimize_scripts()))
+            optimize_scripts(False)
             keywords = record.state.restore(restoring)
             replay = _Replay(tape, record, state, collected, keywords)
             if undo and not kept:
@@ -302,10 +305,12 @@ class _Replay:
         try:
             with torch.enable_grad(), record.state.replaying(self.running):
                 out = step.fn(*sources, **self.keywords)
-        except Exception:
-            # The branch may have put another exception in its place.
+        except Exception as error:
+            # The branch may have put another exception in its place, as a script does.
             if not hook.stopped:
-                raise
+                if hook.error is None or error is hook.error:
+                    raise
+                raise hook.error from error
             self.stopped = True
             return None
         finally:

@@ -33,6 +33,7 @@ from .._torch import (
     is_capturing,
     is_faking,
     is_forward_mode,
+    optimize_scripts,
     pop_saved_tensor_hooks,
     push_saved_tensor_hooks,
     records_operators,
@@ -249,8 +250,11 @@ class Call:
         record, before = hook.record, self.streams[step.target][0] if alone else None
         state = record.state
         versions = list(map(version_of, hook.sources))
+        optimized = optimize_scripts()
         push_saved_tensor_hooks(hook.pack, hook.unpack)
         try:
+            # As in the replay.
+            optimize_scripts(False)
             with state.decisions if state.unaided else state.recording(self.devices):
                 if self.gates is None:
                     out = step.fn(*sources, **step.kwargs)
@@ -273,6 +277,7 @@ class Call:
                     self._combine(index, step, out)
         finally:
             pop_saved_tensor_hooks()
+            optimize_scripts(optimized)
         if record.kept is not None or alone:
             record.stops = may_stop_at_last_save(tensors_in(out))
         if alone:

@@ -161,7 +161,7 @@ class RecomputeHook:
         early: stop at the last tensor.
     """
 
-    __slots__ = ("record", "count", "collected", "compare", "partial", "early", "stopped")
+    __slots__ = ("record", "count", "collected", "compare", "partial", "early", "stopped", "error")
 
     def __init__(
         self,
@@ -179,6 +179,7 @@ class RecomputeHook:
         self.partial = partial
         self.early = early
         self.stopped = False
+        self.error: ReversibleError | None = None
 
     @untraced
     def pack(self, tensor: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ class RecomputeHook:
                     or (strides is not None and tensor.stride() != strides)
                     or tensor.device != device
                 ):
-                    raise ReversibleError(
+                    raise self._differs(
                         _mismatch(self.record.step.name, index, forward, describe(tensor))
                     )
                 if tensor.requires_grad:
@@ -211,21 +212,29 @@ class RecomputeHook:
                 and tensor._base is not forward
             ):
                 # Rule 6 restores parameters, so state that it does not know chose another one.
-                raise ReversibleError(
+                raise self._differs(
                     f"{self.record.step.name}: saved tensor {index} was a parameter in the forward "
                     f"pass, shape {tuple(forward.shape)}, and is another tensor in the replay. "
                     "Call backward before anything that changes what the branch computes, such as "
                     "the choice of another adapter."
                 )
         elif not self.partial and self.compare:
-            raise ReversibleError(_mismatch(self.record.step.name, index, None, describe(tensor)))
+            raise self._differs(_mismatch(self.record.step.name, index, None, describe(tensor)))
         if self.early and count == len(saved):
             self.stopped = True
             raise Stop
         return found
 
+    def _differs(self, message: str) -> ReversibleError:
+        """Return an error, kept because the branch may put another one in its place."""
+        self.error = ReversibleError(message)
+        return self.error
+
     def check(self, expected: int) -> None:
-        """Raise unless as many tensors were saved as in the forward pass."""
+        """Raise unless as many tensors were saved as in the forward pass, each like there."""
+        if self.error is not None:
+            # The branch has caught it.
+            raise self.error
         missing = self.count < expected
         if missing or (self.compare and self.count != expected and not self.partial):
             raise ReversibleError(
