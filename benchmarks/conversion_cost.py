@@ -130,9 +130,15 @@ def equal_in_every_bit(bits: int, x: Tensor) -> bool:
     return all(map(torch.equal, found, gradients(net, x)))
 
 
+def network(layers: int) -> Network:
+    """Return a network that is initialised on the GPU: hundreds of layers take the CPU minutes."""
+    with torch.device("cuda"):
+        return Network(layers, WIDTH, HIDDEN, HEADS).to(torch.bfloat16)
+
+
 def row(layers: int, batch: int, tokens: int, rounds: int, fits: bool) -> list[str]:
     torch.manual_seed(0)
-    ordinary = Network(layers, WIDTH, HIDDEN, HEADS).to("cuda", torch.bfloat16)
+    ordinary = network(layers)
     x = torch.randn(batch, tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
     arms: dict[str, Callable[[], nn.Module]] = {}
 
@@ -149,7 +155,7 @@ def row(layers: int, batch: int, tokens: int, rounds: int, fits: bool) -> list[s
         arms["stored"] = as_stored
     converted = {}
     for bits in (3, 1):
-        net = Network(layers, WIDTH, HIDDEN, HEADS).to("cuda", torch.bfloat16)
+        net = network(layers)
         # The same weights: they exist once.
         for own, other in zip(net.layers, ordinary.layers, strict=True):
             own.load_state_dict(copy.copy(other.state_dict()), assign=True)
