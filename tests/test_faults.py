@@ -1808,6 +1808,7 @@ class Stateful(nn.Module):
         self.lin, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2)
         self.count, self.log, self.names = 0, [torch.ones(())], {"a": [1]}
         self.record = types.SimpleNamespace(steps=0)
+        self.advance, self.generator = _counting_closure(), torch.Generator().manual_seed(1)
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.register_buffer("table", torch.zeros(1024))
 
@@ -1815,7 +1816,8 @@ class Stateful(nn.Module):
         self.count += 1
         self.log.append(x.detach().mean())
         self.names["a"].append(self.count)
-        self.record.steps += 2
+        self.record.steps += self.advance()
+        x = x + torch.rand(WIDTH, generator=self.generator)
         self.mean = 0.5 * self.mean + x.detach().mean((0, 1))
         self.table[:WIDTH] += self.mean
         keep = revnet.remember(torch.rand(WIDTH) > 0.3)
