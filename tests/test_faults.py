@@ -844,6 +844,57 @@ def test_training_flag_changed_between_forward_and_backward(mode: tuple[str, str
 # --- gradients of attributes
 
 
+def _tripled(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return 3 * out
+
+
+def _shifted(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out + 1
+
+
+def _scaled(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return (2 * args[0],), kwargs
+
+
+def _read_late(net: Any, x: Tensor) -> Tensor:
+    loss = weighted(net(x))
+    for block in net.blocks:
+        block.f.lin.register_forward_hook(_tripled)
+        block.f.lin.register_forward_pre_hook(_scaled, with_kwargs=True)
+    return loss
+
+
+def _steered(net: Any, x: Tensor) -> Tensor:
+    """With hooks that are there during the call alone."""
+    handles = []
+    for block in net.blocks:
+        handles.append(block.f.lin.register_forward_hook(_tripled))
+        handles.append(block.f.lin.register_forward_pre_hook(_scaled, with_kwargs=True))
+    loss = weighted(net(x))
+    for handle in handles:
+        handle.remove()
+    return loss
+
+
+def _in_order(net: Any, x: Tensor) -> Tensor:
+    """With hooks of which the first is taken away and another one added."""
+    handles = [block.f.lin.register_forward_hook(_tripled) for block in net.blocks]
+    for block in net.blocks:
+        block.f.lin.register_forward_hook(_shifted)
+    loss = weighted(net(x))
+    for handle in handles:
+        handle.remove()
+    return _read_late(net, x) + loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [_read_late, _steered, _in_order])
+def test_hooks_added_or_removed_between_forward_and_backward(
+    run: Run, mode: tuple[str, str]
+) -> None:
+    check(pairs(lambda: Counting(lambda: 2.0, lambda module: module.state)), run, mode)
+
+
 class Film(nn.Module):
     def __init__(self) -> None:
         super().__init__()
