@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Any], Tensor], str]] =
         lambda b: b.table["scale"][0],
         "branch g: attribute 'table'",
     ),
-    "closure": (*_closure(), "tensor of a closure or global"),
+    "closure": (*_closure(), "attribute 'factor'"),
     "global": (lambda b: _global, lambda b: _global, "tensor of a closure or global"),
 }
 

@@ -844,6 +844,57 @@ def test_training_flag_changed_between_forward_and_backward(mode: tuple[str, str
 # --- gradients of attributes
 
 
+def _tripled(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return 3 * out
+
+
+def _shifted(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out + 1
+
+
+def _scaled(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return (2 * args[0],), kwargs
+
+
+def _read_late(net: Any, x: Tensor) -> Tensor:
+    loss = weighted(net(x))
+    for block in net.blocks:
+        block.f.lin.register_forward_hook(_tripled)
+        block.f.lin.register_forward_pre_hook(_scaled, with_kwargs=True)
+    return loss
+
+
+def _steered(net: Any, x: Tensor) -> Tensor:
+    """With hooks that are there during the call alone."""
+    handles = []
+    for block in net.blocks:
+        handles.append(block.f.lin.register_forward_hook(_tripled))
+        handles.append(block.f.lin.register_forward_pre_hook(_scaled, with_kwargs=True))
+    loss = weighted(net(x))
+    for handle in handles:
+        handle.remove()
+    return loss
+
+
+def _in_order(net: Any, x: Tensor) -> Tensor:
+    """With hooks of which the first is taken away and another one added."""
+    handles = [block.f.lin.register_forward_hook(_tripled) for block in net.blocks]
+    for block in net.blocks:
+        block.f.lin.register_forward_hook(_shifted)
+    loss = weighted(net(x))
+    for handle in handles:
+        handle.remove()
+    return _read_late(net, x) + loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("run", [_read_late, _steered, _in_order])
+def test_hooks_added_or_removed_between_forward_and_backward(
+    run: Run, mode: tuple[str, str]
+) -> None:
+    check(pairs(lambda: Counting(lambda: 2.0, lambda module: module.state)), run, mode)
+
+
 class Film(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1808,6 +1859,7 @@ class Stateful(nn.Module):
         self.lin, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.2)
         self.count, self.log, self.names = 0, [torch.ones(())], {"a": [1]}
         self.record = types.SimpleNamespace(steps=0)
+        self.advance, self.generator = _counting_closure(), torch.Generator().manual_seed(1)
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.register_buffer("table", torch.zeros(1024))
 
@@ -1815,7 +1867,8 @@ class Stateful(nn.Module):
         self.count += 1
         self.log.append(x.detach().mean())
         self.names["a"].append(self.count)
-        self.record.steps += 2
+        self.record.steps += self.advance()
+        x = x + torch.rand(WIDTH, generator=self.generator)
         self.mean = 0.5 * self.mean + x.detach().mean((0, 1))
         self.table[:WIDTH] += self.mean
         keep = revnet.remember(torch.rand(WIDTH) > 0.3)

@@ -3,10 +3,13 @@
 `call_state` composes the kinds. Each follows one protocol: record before the call, settle after it,
 check and restore before a replay, verify after it.
 
-    objects      containers and plain objects, copied to any depth with one memo
+    contents     what containers, functions and plain objects hold
+    objects      these as they were, to any depth and with one memo
     copies       what a replay reads in their place
+    wholes       generators and arrays, which are put back as a whole
     tensors      tensors without gradient, copied only where somebody writes to them
     branch       the modules of a step: the one visitor
+    structure    what of them is compared all at once
     modules      attributes, buffers, parameters and keywords of a step
     fsdp         what FSDP2 exchanges between call and replay
     random       generators

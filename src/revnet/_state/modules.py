@@ -259,9 +259,7 @@ _requires_grad = attrgetter("requires_grad")
 
 def _reset(dicts: Sequence[tuple[Table, dict[str, Any]]]) -> None:
     for own, before in dicts:
-        for name in own.keys() - before.keys():
-            del own[name]
-        own.update(before)
+        hold(own, before, frozenset())
 
 
 def _put(own: dict[str, Any], name: str, value: Any) -> None:

@@ -22,6 +22,12 @@ from .branch import (
 )
 from .objects import modules_in
 
+# A hook that is called in another way than by itself stands in one of the tables behind the first.
+_HOOKS = (
+    ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+
 
 class Structure:
     """The modules of a step, and of their dicts those that hold no containers and no tensors.
@@ -77,8 +83,10 @@ class Structure:
         self._add_hidden(given)
         for module in self.modules:
             self._add(module)
-        self.sizes = list(map(len, self.dicts))
         self.lazy = UninitializedParameter in map(type, self.parameters)
+        if not self.lazy:  # Such a module takes its hook away in the first call.
+            self._add_hooks()
+        self.sizes = list(map(len, self.dicts))
         # A rule that derives from this one may do more.
         self.quiet = vars(type(coupling)).get("quiet", False)
         self.everything = (
@@ -131,6 +139,17 @@ class Structure:
                 self._hold(module.__dict__, attributes)
             else:
                 self.others.append(module)
+
+    def _add_hooks(self) -> None:
+        for module in self.modules:
+            own = module.__dict__
+            for name, *behind in _HOOKS:
+                hooks = own.get(name)
+                if hooks is None:  # A scripted module keeps its own elsewhere.
+                    continue
+                self._hold(hooks, hooks.copy())
+                for other in behind if hooks else ():
+                    self._hold(own[other], own[other].copy())
 
     def _hold(self, own: dict[str, Any], found: dict[str, Any]) -> None:
         self.dicts.append(own)
@@ -205,8 +224,12 @@ class Memory:
 _get = dict.get
 
 
-def hold(own: Table, wanted: dict[str, Any]) -> None:
+def hold(own: Table, wanted: dict[str, Any], machinery: frozenset[str] = MACHINERY) -> None:
     """Let a dict hold this and nothing else, but for what torch keeps there for itself."""
-    for name in own.keys() - wanted.keys() - MACHINERY:
+    for name in own.keys() - wanted.keys() - machinery:
         del own[name]
     own.update(wanted)
+    if "_modules" not in own and list(own) != list(wanted):
+        # Children and hooks run in their order. That of attributes is no matter.
+        own.clear()
+        own.update(wanted)
