@@ -221,6 +221,14 @@ def test_too_many_patches_become_their_means() -> None:
             "{p}/a/1.txt is not UTF-8: unexpected end of data at",
         ),
         (
+            lambda p: (p / "a" / "1.txt").write_bytes("red".encode("utf-16-le")),
+            "{p}/a/1.txt has zero bytes, as UTF-16 without its mark has. Save it as UTF-8.",
+        ),
+        (
+            lambda p: (p / "captions.csv").write_bytes("красный мак".encode("utf-16-be")),
+            "{p}/captions.csv has zero bytes, as UTF-16 without its mark has.",
+        ),
+        (
             lambda p: (p / "a" / "1.png").write_bytes(b"no image"),
             "the image {p}/a/1.png cannot be decoded",
         ),

@@ -273,9 +273,11 @@ def test_mlflow_gets_the_same_numbers(text: Path) -> None:
     for name in ("bits", "held_out_bits", "stored_peak_bytes"):
         history = client.get_metric_history(found.info.run_id, name)
         assert [(each.step, each.value) for each in history] == points_of(Path("run"), name)
-    # A store that does not know the run.
-    other = f"sqlite:///{text.parent}/other.db"
-    lost = command("train", "--resume", "run", "--steps", "100001", MLFLOW_TRACKING_URI=other)
+    # As a store does that does not know the run.
+    config = json.loads(Path("run/config.json").read_text())
+    config["tracked"]["mlflow"] = "0" * 32
+    Path("run/config.json").write_text(json.dumps(config))
+    lost = command("train", "--resume", "run", "--steps", "100001", MLFLOW_TRACKING_URI=store)
     said = lost.communicate(timeout=100)[1]
     assert lost.returncode == 2
     assert re.search(r"^revnet: --report-to mlflow: Run with id=\w+ not found\.", said, re.M)

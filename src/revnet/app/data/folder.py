@@ -38,11 +38,13 @@ def read_text(path: Path) -> str:
         content = read_file(path, LARGEST_FILE)
         marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
         text = content.decode("utf-16" if marked else "utf-8-sig")
-        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8."
         ) from None
+    if "\0" in text:
+        raise UserError(f"{path} has zero bytes, as UTF-16 without its mark has. Save it as UTF-8.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_image(path: Path, side: int, grey: bool) -> Array:
