@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -56,3 +57,21 @@ def test_formulas_give_measured_bytes_of_fsdp2(
     assert (paper.checkpointed(shape, 8192, here) + paper.buffers(shape)) / mib == pytest.approx(
         checkpointed, rel=0.05
     )
+
+
+def test_the_widest_moment_by_kind() -> None:
+    x = torch.randn(256, 256, dtype=torch.bfloat16)
+    unit = x.nbytes
+
+    def step() -> None:
+        gathered = torch.empty(256 * 256, dtype=torch.bfloat16)
+        product = x @ x
+        gradient = x.t() @ product
+        reduced = gradient.float()
+        gathered.untyped_storage().resize_(0)  # as FSDP2 frees it
+        del reduced, product
+        torch.empty(8, 256, 256, dtype=torch.bfloat16)
+        del gradient
+
+    # At the end eight streams and the gradient; the moment before was five units wide.
+    assert paper.widest(step) == [8 * unit, unit, 0, 0]
