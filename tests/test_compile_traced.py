@@ -9,6 +9,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -543,6 +544,24 @@ def test_dropout_under_fullgraph_is_right_when_stored_and_in_eval() -> None:
     net.eval()
     stored = oracle.stored_copy(pairs).eval()
     assert_as_stored(torch.compile(net, fullgraph=True, backend="aot_eager"), net, stored, tokens())
+
+
+class Leaky(cases.Mlp):
+    """Draws slopes in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rrelu(super().forward(x), training=self.training)
+
+
+@pytest.mark.parametrize(
+    "branch", [partial(cases.Attention, fused=True), Leaky], ids=["attention", "rrelu"]
+)
+def test_one_graph_through_operators_that_draw_where_they_are_told_to(branch: Any) -> None:
+    # Their rate, or their training flag, has its default value here.
+    pairs = pairs_of(branch)
+    stored, net = oracle.stored_copy(pairs).eval(), revnet.ReversibleSequence(pairs).eval()
+    run = torch.compile(net, fullgraph=True, backend="aot_eager")
+    assert_as_stored(run, net, stored, tokens())
 
 
 def test_extra_outputs_run_outside_the_graph() -> None:

@@ -5,7 +5,7 @@ cannot be right.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -361,6 +361,33 @@ class Pair(NamedTuple):
     shift: Tensor
 
 
+class Couple(tuple):
+    """A tuple that pytrees do not know."""
+
+
+class Many(list):
+    """A list that pytrees do not know."""
+
+
+class Table(dict):
+    """A dict that cannot be made without its name."""
+
+    def __init__(self, name: str, **items: Tensor) -> None:
+        super().__init__(**items)
+        self.name = name
+
+
+CONTAINERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "namedtuple": Pair,
+    "OrderedDict": lambda scale, shift: OrderedDict(scale=scale, shift=shift),
+    "defaultdict": lambda scale, shift: defaultdict(list, scale=scale, shift=shift),
+    "deque": lambda *pair: deque(pair),
+    "tuple": lambda *pair: Couple(pair),
+    "list": lambda *pair: Many(pair),
+    "dict": lambda scale, shift: Table("pair", scale=scale, shift=shift),
+}
+
+
 class Conditioned(nn.Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, width)
@@ -371,21 +398,11 @@ class Conditioned(nn.Linear):
 
 
 @pytest.mark.parametrize("how", ["transformed", "compiled"])
-@pytest.mark.parametrize("container", [Pair, OrderedDict, defaultdict])
-def test_tensors_in_containers_of_other_types_have_their_gradients(
-    container: Any, how: str
-) -> None:
+@pytest.mark.parametrize("pack", CONTAINERS.values(), ids=CONTAINERS)
+def test_tensors_in_containers_of_other_types_have_their_gradients(pack: Any, how: str) -> None:
     net, stored = networks(Conditioned, args_route={"given": ((True, True),) * 3})
     tensors = [torch.randn(WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     x, results = tokens(), []
-
-    def pack(scale: Tensor, shift: Tensor) -> Any:
-        if container is Pair:
-            return Pair(scale, shift)
-        made = container()
-        made.update(scale=scale, shift=shift)
-        return made
-
     for of in (net, stored):
         if how == "compiled":
             call = torch.compile(of, backend="aot_eager") if of is net else of

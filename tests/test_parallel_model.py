@@ -358,9 +358,11 @@ def peak(kind: Any, execution: str, depth: int, micro: int, rank: int, world_siz
 def pipeline_memory(rank: int, world_size: int) -> None:
     """A micro-batch in flight keeps two streams per stage, whatever the depth.
 
-    The last stage has them, the network's output, which the schedule collects, and two tensors of
-    the loss.
+    The last stage has them and, held by torch's pipelining, its two inputs and the network's
+    output. Since torch 2.15 it also has two streams in which it received them: earlier versions
+    allocate those for all micro-batches before the first step, which is not measured.
     """
+    last = 5 if torch.__version__ < "2.15" else 7
     for execution, depths in (("invert", (2, 8)), ("store", (2,))):
         for depth in depths:
             few, many = (
@@ -370,7 +372,7 @@ def pipeline_memory(rank: int, world_size: int) -> None:
             if execution == "store":
                 assert each > 20, f"stored execution keeps {each} streams per micro-batch"
             else:
-                assert each == pytest.approx(2 if rank == 0 else 5, abs=0.1), (
+                assert each == pytest.approx(2 if rank == 0 else last, abs=0.1), (
                     f"{each} streams at depth {depth}"
                 )
     # 1F1B holds at most as many micro-batches as there are stages to come: their number does not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -212,17 +213,39 @@ def _realized(variable: Any, effects: Any) -> Any:
         return guard_scalar(variable.sym_num)
     if isinstance(variable, BaseListVariable):
         items = [_realized(item, effects) for item in variable.items]
-        return tuple(items) if variable.python_type() is not list else items
+        return _container(variable.python_type(), items)
     if isinstance(variable, ConstDictVariable):
-        # In torch 2.11 an OrderedDict or a defaultdict is one, too.
-        found = kind() if issubclass(kind := variable.python_type(), dict) else {}
-        found.update(
+        pairs = [
             (key.vt.as_python_constant(), _realized(item, effects))
             for key, item in variable.items.items()
-        )
-        return found
+        ]
+        return _container(variable.python_type(), pairs)
     if hasattr(variable, "value"):
         if not isinstance(variable.value, nn.Module) and _modified(variable, effects):
             raise _UnknownError(type(variable.value).__name__)
         return variable.value
     return variable.as_python_constant()
+
+
+def _container(kind: type, items: list[Any]) -> Any:
+    """Return a container of this type, made past the methods of its class.
+
+    Args:
+        kind: the type. What is none of a container, as of a range, gives a tuple.
+        items: what it holds; of a dict, pairs of key and value.
+    """
+    # From its type `unsupported_reason` knows where gradients would not find tensors. Up to torch
+    # 2.13 a deque comes here, in 2.15 a named tuple or any subclass of list, tuple or dict, too.
+    if issubclass(kind, tuple):
+        try:
+            return tuple.__new__(kind, items)
+        except TypeError:  # A type written in C, such as torch.Size.
+            return kind(items)
+    bases: tuple[Any, ...] = (OrderedDict, defaultdict, dict, list, deque)
+    for base in bases:
+        if issubclass(kind, base):
+            made = base.__new__(kind)
+            fill = base.update if issubclass(base, dict) else base.extend
+            fill(made, items)
+            return made
+    return tuple(items)

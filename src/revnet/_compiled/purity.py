@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -156,11 +157,20 @@ def _held(kwargs: Mapping[str, Any]) -> str:
     for leaf in pytree.tree_leaves(
         kwargs, is_leaf=lambda value: type(value) not in (dict, list, tuple)
     ):
-        if not isinstance(leaf, Tensor) and any(
-            isinstance(part, Tensor) for part in pytree.tree_leaves(leaf)
-        ):
+        if not isinstance(leaf, Tensor) and _holds_tensor(leaf):
             return type(leaf).__name__
     return ""
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Check for a tensor in a value, also in containers of classes that pytrees do not know."""
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, dict):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, list | tuple | deque | set | frozenset):
+        return any(map(_holds_tensor, value))
+    return any(isinstance(part, Tensor) for part in pytree.tree_leaves(value))
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._errors import ReversibleError
 from .._kept import Saved
-from .._torch import untraced
+from .._torch import is_faking, untraced
 from .random import RandomState
 
 
@@ -72,7 +72,13 @@ def draws(func: Any, args: Any, kwargs: Any) -> bool:
     """Check whether a call of an operator takes random numbers: its rate may be zero."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    values = {argument.name: value for argument, value in arguments(func, args, kwargs)}
+    # A mode is not given the arguments that have their default values.
+    values = {
+        argument.name: argument.default_value
+        for argument in func._schema.arguments
+        if argument.has_default_value()
+    }
+    values.update((argument.name, value) for argument, value in arguments(func, args, kwargs))
     rates = [
         values[name]
         for name in ("p", "dropout_p", "dropout")
@@ -109,9 +115,9 @@ class RecordResults(TorchDispatchMode):
             self._protect(func, args, kwargs)
         if not results.keeps(func, args, kwargs):
             return func(*args, **kwargs)
-        before = (
-            RandomState(self.devices) if not results.random and draws(func, args, kwargs) else None
-        )
+        # Under a fake mode nothing is drawn, and what is read of generators has no values.
+        drawing = not results.random and not is_faking() and draws(func, args, kwargs)
+        before = RandomState(self.devices) if drawing else None
         out = func(*args, **kwargs)
         kept = pytree.tree_map_only(Tensor, Tensor.detach, out)
         if func is torch.ops.aten.native_dropout.default:
