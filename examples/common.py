@@ -39,9 +39,7 @@ def options(
 
 
 def digits(device: str, size: int = 8, channels: int = 1) -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits, resized: images (n, channels, size, size) from 0 to 1, classes
-    (n,).
-    """
+    """1,797 digits, resized: images (n, channels, size, size) from 0 to 1, and classes (n,)."""
     from sklearn.datasets import load_digits
 
     images, classes = load_digits(return_X_y=True)
@@ -117,7 +115,7 @@ def compare(
     print(f"{'execution':<24}{'saved':>12}{'peak':>12}{'time':>12}")
     for name, one in costs.items():
         print(f"{name:<24}{one.saved:>8.2f} MiB{one.peak:>8.2f} MiB{one.time:>9.1f} ms")
-    stored, inverted = costs["store"], costs["invert"]
+    both = {"stored": (stored := costs["store"]), "inverted": (inverted := costs["invert"])}
     error = difference(inverted.gradients, stored.gradients)
     kept, peak = inverted.saved / stored.saved, inverted.peak / stored.peak
     print(f"inverted execution keeps {kept:.1%} of stored, its peak is {peak:.1%}")
@@ -127,12 +125,9 @@ def compare(
         "saved": kept,
         "peak": peak,
         "error": error,
-        "stored_bytes": stored.saved * 2**20,
-        "inverted_bytes": inverted.saved * 2**20,
-        "stored_peak_bytes": stored.peak * 2**20,
-        "inverted_peak_bytes": inverted.peak * 2**20,
-        "stored_ms": stored.time,
-        "inverted_ms": inverted.time,
+        **{f"{name}_bytes": one.saved * 2**20 for name, one in both.items()},
+        **{f"{name}_peak_bytes": one.peak * 2**20 for name, one in both.items()},
+        **{f"{name}_ms": one.time for name, one in both.items()},
     }
 
 
