@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from distributed import start_ranks
+from distributed import run_ranks, start_ranks
 from revnet.app import parallel, ranks
 from revnet.app.data import step_batch
-from revnet.app.errors import DataError, UserError
+from revnet.app.errors import DataError, MachineError, UserError
 
 pytest.importorskip("sklearn")
 
@@ -231,6 +231,20 @@ def test_any_rank_says_what_it_may_have_met_alone(
     monkeypatch.setattr(parallel, "_make", fail)
     with pytest.raises(DataError) if said else nullcontext():
         assert parallel.train_on_ranks({}, None) == 2
+
+
+def _meets(rank: int, world: int, error: type[Exception]) -> None:
+    def fail() -> None:
+        assert rank == 0
+        raise error("the disk is full")
+
+    with pytest.raises(error, match="the disk is full"):
+        ranks.from_first(fail)
+
+
+@pytest.mark.parametrize("error", [UserError, MachineError])
+def test_all_ranks_hear_what_the_first_one_meets(error: type[Exception]) -> None:
+    run_ranks(_meets, 2, error)
 
 
 def test_ranks_agree_which_start_this_is() -> None:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from revnet.app.config import TrainConfig
-from revnet.app.errors import UserError
+from revnet.app.errors import MachineError, UserError
 from revnet.app.run import Run
 
 T = TypeVar("T")
@@ -91,17 +91,17 @@ def count_attempts(store: Store, rank: int, world: int, timeout: timedelta) -> i
 def from_first(fn: Callable[[], T]) -> T:
     """Call `fn` on the first rank, and return what it returns on all ranks.
 
-    What the user can put right is raised on all ranks, too.
+    What ends the command in one line is raised on all ranks, too.
     """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             found[0] = fn()
-        except UserError as error:
-            found[1] = str(error)
+        except (UserError, MachineError) as error:
+            found[1] = error
     dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
-        raise UserError(found[1])
+        raise found[1]
     return found[0]
 
 
