@@ -5,6 +5,7 @@ Each maps (batch, tokens, 8) to the same shape.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from typing import Any
@@ -317,6 +318,65 @@ class Schedule(nn.Module):
         self.step += 1
         self.rate = 0.5 / self.step
         return F.dropout(self.enter(x), self.rate, self.training).tanh() / self.step
+
+
+class OwnNoise(nn.Module):
+    """Noise from a generator of its own, as samplers of diffusion take one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(WIDTH, WIDTH)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        return (self.enter(x) + 0.1 * noise).tanh()
+
+
+class WrappedForward(nn.Module):
+    """A forward that a function with state of its own wraps, as libraries that place weights do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(WIDTH, WIDTH)
+        plain, seen = self.forward, {"calls": 0, "longest": 1}
+
+        @functools.wraps(plain)
+        def wrapped(x: Tensor) -> Tensor:
+            seen["calls"] += 1
+            seen["longest"] = max(seen["longest"], x.shape[1])
+            return plain(x) * seen["longest"] / seen["calls"]
+
+        self.forward = wrapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.enter(x).tanh()
+
+
+class ListedExperts(nn.Module):
+    """Routes to experts in a plain list, with statistics of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+        self.experts = [nn.Sequential(RunningMean()), RunningMean()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        outs = [expert((i + 1) * self.enter(x)) for i, expert in enumerate(self.experts)]
+        return sum(weights[..., i, None] * out for i, out in enumerate(outs))
+
+
+class RunningMean(nn.Module):
+    """Subtracts the mean of all inputs so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean((0, 1)), 0.5)
+        return (x - self.mean.clone()).tanh()
 
 
 class RunningStatistics(nn.Module):

@@ -63,6 +63,19 @@ def with_contexts(net: Any, x: Tensor) -> Tensor:
     return total
 
 
+def steered(net: Any, x: Tensor) -> Tensor:
+    """Hooks that add a direction during the call alone, as tools for interpretation do."""
+    direction = torch.linspace(-1, 1, WIDTH, dtype=x.dtype)
+    handles = [
+        block.f.enter.register_forward_hook(lambda module, args, out: out + direction)
+        for block in net.blocks
+    ]
+    loss = weighted(net(x))
+    for handle in handles:
+        handle.remove()
+    return loss + weighted(net(0.5 * x))
+
+
 def initialised(net: Any, x: Tensor) -> Tensor:
     """One forward without gradients first, as the error tells."""
     with torch.no_grad():
@@ -88,12 +101,16 @@ CASES: list[tuple[type[nn.Module], Run]] = [
             branches.StreamingConvolution,
             branches.Lstm,
             branches.GruStack,
+            branches.OwnNoise,
+            branches.WrappedForward,
+            branches.ListedExperts,
         )
         for run in (micro_batches, one_after_the_other)
     ),
     (branches.ActNorm, initialised),
     (branches.Lora, switched),
     (branches.Film, with_contexts),
+    (branches.Recorder, steered),
 ]
 PARAMETERS = [
     pytest.param(branch, run, id=f"{branch.__name__}-{run.__name__}") for branch, run in CASES

@@ -160,9 +160,16 @@ def function_with(kind: Any, options: Any, items: list[Any]) -> Any:
 
 
 def is_constant(value: Any) -> bool:
-    """Check whether a function reaches nothing that may change."""
+    """Check whether a function reaches nothing that may change, as most do; or but a module."""
+    kind = type(value)
+    if kind is partial:
+        given = (*value.args, *value.keywords.values())
+        held = type(value.func) in ATOMS or is_constant(value.func)
+        return held and not value.__dict__ and ATOMS.issuperset(map(type, given))
+    if kind is types.MethodType:
+        return isinstance(value.__self__, nn.Module | type) and is_constant(value.__func__)
     return (
-        type(value) is types.FunctionType
+        kind is types.FunctionType
         and value.__closure__ is None
         and not value.__dict__
         and ATOMS.issuperset(map(type, value.__defaults__ or ()))

@@ -234,7 +234,10 @@ class Objects:
         known = self.containers.get(id(value)) or self.large.get(id(value))
         if known is not None:
             return known
-        if is_constant(value):
+        if type(value) in FUNCTIONS and is_constant(value):
+            owner = getattr(value, "__self__", None)
+            if isinstance(owner, nn.Module):
+                self.modules.append(owner)
             return value
         # Counted first: to list what a large one holds would take longer than the step.
         self._left -= length_of(value)
