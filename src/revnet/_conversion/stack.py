@@ -24,21 +24,7 @@ HEADROOM = 16
 DIGITS = 64
 
 
-class Bookkeeping:
-    """An object that replays share with the call, since it is no part of what a layer computes.
-
-    Objects that say themselves how they are pickled are kept by reference (`_state/objects.py`).
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (type(self),), vars(self)
-
-
-def _revive(kind: Any) -> Any:
-    return kind.__new__(kind)
-
-
-class Stack(Bookkeeping):
+class Stack:
     """One stack of converted layers.
 
     Args:
