@@ -759,6 +759,9 @@ def spoil_names(state: dict) -> None:
     state["optimizer"]["state"][0]["more"] = 1
 
 
+# Torch says these when it loads the sparse tensor: up to 2.12 the first, since 2.14 the other.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -797,9 +800,7 @@ def test_checkpoints_are_checked(
     spoil(state)
     torch.save(state, run / "checkpoint.pt")
     error = refused(capsys, "train", "--resume", run, "--steps", 3)
-    # Torch 2.14 refuses sparse tensors itself, as it does code.
-    others = ["it holds more than tensors and numbers"] if spoil is spoil_layout else []
-    assert any(text in error for text in (message, *others))
+    assert f"{run}/checkpoint.pt is damaged ({message}" in error or message in error
 
 
 def test_a_checkpoint_runs_no_code_and_no_message_says_how(
