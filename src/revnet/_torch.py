@@ -1,6 +1,6 @@
 """The private parts of torch that the library rests on, each in one place.
 
-Every function says what breaks without it. All were seen in torch 2.11 to 2.13.
+Every function says what breaks without it. All were seen in torch 2.11 to 2.15.
 """
 
 from __future__ import annotations

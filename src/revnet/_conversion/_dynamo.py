@@ -13,7 +13,7 @@ from typing import Any
 from torch._C._dynamo import eval_frame
 
 # The oldest and the newest torch with these names; see tests/test_convert_ecosystem.py.
-VERSIONS = "2.11", "2.13"
+VERSIONS = "2.11", "2.15"
 
 
 def keep_out(function: Callable[..., Any]) -> None:
