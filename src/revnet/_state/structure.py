@@ -229,7 +229,8 @@ def hold(own: Table, wanted: dict[str, Any], machinery: frozenset[str] = MACHINE
     for name in own.keys() - wanted.keys() - machinery:
         del own[name]
     own.update(wanted)
-    if "_modules" not in own and list(own) != list(wanted):
-        # Children and hooks run in their order. That of attributes is no matter.
+    if isinstance(own, dict) and "_modules" not in own and list(own) != list(wanted):
+        # Children and hooks run in their order. That of attributes is no matter, nor has what a
+        # script holds any other.
         own.clear()
         own.update(wanted)
