@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -18,6 +18,16 @@ class Increment(NamedTuple):
     addend: Any
     gain: float = 1.0
     less: Any = None
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """Return the tensors or trees of which it is made."""
+        return (self.addend,) if self.less is None else (self.addend, self.less)
+
+    def with_parts(self, parts: Iterable[Any]) -> Increment:
+        """Return the same of other tensors or trees, as many."""
+        addend, *less = parts
+        return Increment(addend, self.gain, *less)
 
 
 def times(x: Tensor, factor: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._factors import Increment
+from .._factors import Increment, times
 from .._torch import without_tangents
 from . import scaled
 from .fixed import Fixed
@@ -228,8 +228,7 @@ class _ScaledAdd(torch.autograd.Function):
 
 
 def _times(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    product: Tensor = torch.ops.aten.mul.Scalar(x, factor)
-    return product if product.dtype is dtype else product.to(dtype)
+    return times(x, factor).to(dtype)
 
 
 def scaled_add(
@@ -250,9 +249,7 @@ def scaled_add(
                 encoded, buffer, increment, ratio, width, fixed, monitor, step
             )
         # The gradient is that of the rule on floats.
-        smooth = torch.ops.aten.mul.Scalar(encoded.value, factor) + computed(increment).to(
-            encoded.value.dtype
-        )
+        smooth = times(encoded.value, factor) + computed(increment).to(encoded.value.dtype)
         return Encoded(with_gradient_of(smooth, new.value), new.residual), after
     value, residual, after = _ScaledAdd.apply(
         *encoded, buffer, *increment, ratio, width, fixed, monitor, step

@@ -107,11 +107,11 @@ def multiply_and_add(
     stream = encoded.stream if isinstance(encoded, BufferedStream) else encoded
 
     def leaf(value: Tensor, residual: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        part, rest = _part_of(increment, rest)
+        *parts, buffer = (*rest, None) if begun else rest
         encoded, after = scaled_add(
             Encoded(value, residual),
-            rest[0] if rest else None,
-            part,
+            buffer,
+            increment.with_parts(parts),
             (n, d),
             _dtype(past.bound),
             fixed,
@@ -120,7 +120,7 @@ def multiply_and_add(
         )
         return *encoded, after
 
-    trees = (*_trees_of(increment), *(() if begun else (buffer,)))
+    trees = (*increment.parts, *(() if begun else (buffer,)))
     value, residual, buffer = tree_unzip(leaf, *stream, *trees)
     return BufferedStream(Encoded(value, residual), buffer, full, past)
 
@@ -134,11 +134,11 @@ def subtract_and_divide(
     width = None if past.begun or past.before is None else _dtype(past.before.bound)
 
     def leaf(value: Tensor, residual: Tensor, *rest: Tensor) -> tuple[Any, ...]:
-        part, (buffer,) = _part_of(increment, rest)
+        *parts, buffer = rest
         encoded, before = scaled.subtract_and_divide(
             Encoded(value, residual),
             buffer,
-            part,
+            increment.with_parts(parts),
             (ratio.numerator, ratio.denominator),
             width,
             fixed,
@@ -146,25 +146,8 @@ def subtract_and_divide(
         # A tree has no place for None: the buffer that is not wanted stands for it.
         return *encoded, buffer if before is None else before
 
-    value, residual, buffer = tree_unzip(
-        leaf, *encoded.stream, *_trees_of(increment), encoded.buffer
-    )
+    value, residual, buffer = tree_unzip(leaf, *encoded.stream, *increment.parts, encoded.buffer)
     return _before(encoded, Encoded(value, residual), buffer)
-
-
-def _trees_of(increment: Increment) -> tuple[Any, ...]:
-    """Return the trees of which an increment is made."""
-    addend, _, less = increment
-    return (addend,) if less is None else (addend, less)
-
-
-def _part_of(
-    increment: Increment, leaves: tuple[Tensor, ...]
-) -> tuple[Increment, tuple[Tensor, ...]]:
-    """Return an increment of these leaves of its trees, and the leaves that are left."""
-    addend, *rest = leaves
-    less = None if increment.less is None else rest.pop(0)
-    return Increment(addend, increment.gain, less), tuple(rest)
 
 
 def multiply(

@@ -97,11 +97,11 @@ def scale_and_add(
     scale = 1.0 / one
     n, d = ratio
     given = () if buffer is None else (buffer,)
-    addends = _addends(increment)
+    addends = increment.parts
     pieces = cut((*addends, *new, new_buffer, *encoded, *given))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
     for piece in pieces:
-        part = Increment(piece[0], increment.gain, *piece[1 : len(addends)])
+        part = increment.with_parts(piece[: len(addends)])
         value, residual, after, before, rest, *earlier = piece[len(addends) :]
         if value.shape != count.shape:
             count, other, digits = (x[: len(value)] for x in (count, other, digits))
@@ -147,11 +147,11 @@ def subtract_and_divide(
     scale = 1.0 / one
     n, d = ratio
     wanted = () if new_buffer is None else (new_buffer,)
-    addends = _addends(increment)
+    addends = increment.parts
     pieces = cut((*addends, *new, buffer, *encoded, *wanted))
     count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
     for piece in pieces:
-        part = Increment(piece[0], increment.gain, *piece[1 : len(addends)])
+        part = increment.with_parts(piece[: len(addends)])
         value, residual, digit, before, rest, *after = piece[len(addends) :]
         if value.shape != count.shape:
             count, other, digits = (x[: len(value)] for x in (count, other, digits))
@@ -177,10 +177,6 @@ def subtract_and_divide(
             unsigned(into).copy_(digits)
         value.copy_(torch.add(count, 0.0, out=other).mul_(one))
         residual.copy_(count.sub_(other.copy_(value), alpha=scale))
-
-
-def _addends(increment: Increment) -> tuple[Tensor, ...]:
-    return (increment.addend,) if increment.less is None else (increment.addend, increment.less)
 
 
 def _take(digits: Tensor, buffers: list[Tensor]) -> None:

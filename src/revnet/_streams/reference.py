@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._factors import Increment
+from .._factors import Increment, times
 from .format import Encoded, limit_in, residual_dtype, unit
 from .monitor import RangeMonitor
 
@@ -134,10 +134,7 @@ def computed(increment: Increment) -> Tensor:
     gain, less = increment.gain, increment.less
     if less is not None:
         addend = wide(addend) - wide(less)
-    if gain == 1.0:
-        return addend
-    product: Tensor = torch.ops.aten.mul.Scalar(wide(addend), gain)
-    return product
+    return addend if gain == 1.0 else times(wide(addend), gain)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -94,14 +94,13 @@ def _fused(
 ) -> bool:
     """Return whether one fused pass may do it: plain memory, and a buffer below 2^53."""
     dtypes = width, None if buffer is None else buffer.dtype
-    tensors = (*encoded, increment.addend, increment.less, buffer)
-    return torch.int64 not in dtypes and fusible(x for x in tensors if x is not None)
+    tensors = (*encoded, *increment.parts, *(() if buffer is None else (buffer,)))
+    return torch.int64 not in dtypes and fusible(tensors)
 
 
 def _like(increment: Increment, pattern: Tensor) -> Increment:
     """Return an increment with the memory layout of a dense tensor."""
-    addend, gain, less = increment
-    return Increment(like(addend, pattern), gain, None if less is None else like(less, pattern))
+    return increment.with_parts(like(part, pattern) for part in increment.parts)
 
 
 def _launched(
