@@ -68,14 +68,6 @@ class _Range(Exception):
     """The format of the streams does not fit this layer."""
 
 
-class _Seen:
-    """What a layer returned: its dtype, and where nothing is recorded the output itself."""
-
-    def __init__(self) -> None:
-        self.dtype = torch.float32
-        self.out: Any = None
-
-
 class _Update(Adapter):
     """What a layer adds to its input.
 
@@ -103,13 +95,15 @@ class _Update(Adapter):
         self.compiler = compiler
         self.watch = watch
         self.subtracts = subtracts
-        self.seen = _Seen()
+        # What the layer returned: its dtype, and where nothing is recorded the output itself.
+        self.dtype = dtype
+        self.out: Any = None
 
     def __call__(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
         x = x.to(self.given)
-        if self.seen.out is not None:
-            out = self.seen.out
+        if self.out is not None:
+            out = self.out
         else:
             out = _plainly(self.branch, self.own, (x, *positional), kwargs, self.compiler)
         y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
@@ -119,10 +113,10 @@ class _Update(Adapter):
             raise _Aside(f"it changes the shape, {tuple(x.shape)} to {tuple(y.shape)}")
         if not y.is_floating_point():
             raise _Aside(f"it returns {y.dtype}")
-        self.seen.dtype = y.dtype
+        self.dtype = y.dtype
         if self.watch is not None and not self.watch(*_magnitudes(x, y)):
             if not torch.is_grad_enabled():
-                self.seen.out = out
+                self.out = out
             raise _Range
         update = [y, x] if self.subtracts else y - x
         return update if rest is None else (update, rest)
@@ -221,7 +215,7 @@ def _steps(
         call.streams, call.aux = [], {}
     readout = rule.readout(bits, turn)
     value, hidden = streams[readout.place][0], streams[1 - readout.place][0]
-    y = hand_on(value, hidden, readout.own, readout.other, update.seen.dtype)
+    y = hand_on(value, hidden, readout.own, readout.other, update.dtype)
     hold = _Open(
         call,
         streams,
