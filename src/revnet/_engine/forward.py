@@ -250,10 +250,11 @@ class Call:
         record, before = hook.record, self.streams[step.target][0] if alone else None
         state = record.state
         versions = list(map(version_of, hook.sources))
-        # As in the replay.
-        optimized = optimize_scripts(False)
+        optimized = optimize_scripts()
         push_saved_tensor_hooks(hook.pack, hook.unpack)
         try:
+            # As in the replay.
+            optimize_scripts(False)
             with state.decisions if state.unaided else state.recording(self.devices):
                 if self.gates is None:
                     out = step.fn(*sources, **step.kwargs)
