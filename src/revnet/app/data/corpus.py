@@ -15,7 +15,7 @@ import numpy as np
 
 from revnet._files import open_file
 from revnet.app.data.codecs import START, Array
-from revnet.app.data.examples import digest, files_in, split
+from revnet.app.data.examples import UTF16_MARKS, digest, files_in, split
 from revnet.app.errors import DataError, UserError, count
 
 DEFAULTS = {"depth": 4, "dropout": 0.0, "batch": 8, "steps": 4000}
@@ -68,7 +68,7 @@ def _is_binary(path: Path) -> bool:
 
 def _is_utf16(content: bytes) -> bool:
     """Return whether a file begins as a UTF-16 text does, with its mark or without."""
-    encoding, marked = "utf-16", content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    encoding, marked = "utf-16", content[:2] in UTF16_MARKS
     if not marked:
         # Of each Latin letter one byte is zero, always the first or always the second.
         zeros = content[::2].count(0), content[1::2].count(0)

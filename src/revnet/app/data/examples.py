@@ -17,6 +17,9 @@ from revnet._files import open_file
 from revnet.app.data.codecs import Array, Patches, Words
 from revnet.app.errors import UserError
 
+# What a UTF-16 text may begin with.
+UTF16_MARKS = b"\xff\xfe", b"\xfe\xff"
+
 
 class Data(Protocol):
     """A data set that is split for training and validation."""

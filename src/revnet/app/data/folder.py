@@ -14,7 +14,7 @@ import numpy as np
 
 from revnet._files import open_file, read_file
 from revnet.app.data.codecs import Array, codecs
-from revnet.app.data.examples import Images, digest, files_in, split
+from revnet.app.data.examples import UTF16_MARKS, Images, digest, files_in, split
 from revnet.app.errors import DataError, UserError, count, first_line
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
     """Return a caption file or table, UTF-8 or, where it begins with its mark, UTF-16."""
     try:
         content = read_file(path, LARGEST_FILE)
-        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        marked = content[:2] in UTF16_MARKS
         text = content.decode("utf-16" if marked else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
