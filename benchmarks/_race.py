@@ -147,7 +147,7 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
             continue
         if expected is None:
             expected = found
-        arm.error = _difference(found, expected)
+        arm.error = difference(found, expected)
         allowed = row.allowed if row.weights is torch.bfloat16 or row.autocast else 1e-3
         if not arm.error <= allowed:
             raise SystemExit(
@@ -239,7 +239,7 @@ def _captured(step: Callable[[], None], leaves: list[Tensor]) -> Callable[[], No
     return replay
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     off = sum(
         float((a.double() - b.double()).square().sum())
         for a, b in zip(found, expected, strict=True)

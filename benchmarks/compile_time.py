@@ -16,13 +16,12 @@ import datetime
 import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from _models import branches
-from _race import BLOCK, FIXED, FLOAT, STORED, Loop
+from _race import BLOCK, FIXED, FLOAT, STORED, Loop, difference, timed
 from torch import Tensor, nn
 
 import revnet
@@ -48,17 +47,8 @@ def first_step(arm: str, pairs: Any, x: Tensor) -> tuple[float, list[Tensor]]:
         run: Any = net
     else:
         run = torch.compile(net, fullgraph=True)
-    start = time.perf_counter()
-    run(x).float().square().mean().backward()
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, [p.grad for p in net.parameters() if p.grad is not None]
-
-
-def distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = zip(found, expected, strict=True)
-    wrong = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    return (wrong / sum(float(b.double().square().sum()) for b in expected)) ** 0.5
+    seconds = timed(lambda: run(x).float().square().mean().backward(), x.device.type)
+    return seconds, [p.grad for p in net.parameters() if p.grad is not None]
 
 
 def table(blocks: int, options: argparse.Namespace) -> list[str]:
@@ -72,7 +62,7 @@ def table(blocks: int, options: argparse.Namespace) -> list[str]:
         for arm in ARMS:
             seconds, found = first_step(arm, pairs, x)
             expected = expected or found
-            errors[arm] = distance(found, expected)
+            errors[arm] = difference(found, expected)
             assert errors[arm] < 1e-3, f"{arm}: gradients are off by {errors[arm]}"
             times[arm].append(seconds)
             print(f"{blocks} blocks, {arm}: {seconds:.1f} s", flush=True)
