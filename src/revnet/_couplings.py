@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -381,7 +380,7 @@ class Bijection(Coupling):
         return self.module(target)
 
     def invert(self, target: Any, out: Any) -> Any:
-        inverse: Callable[[Any], Any] = self.module.inverse if self.undo is None else self.undo  # type: ignore[assignment]
+        inverse: Any = self.module.inverse if self.undo is None else self.undo
         return inverse(target)
 
 

@@ -89,7 +89,8 @@ class ParallelTraining(Training):
             # Of this device, because FSDP2 would move the weights to an accelerator that --device
             # leaves alone; of this group, because one that the mesh made would wait for a lost rank
             # for half an hour.
-            mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.type)  # type: ignore[arg-type]
+            everyone: Any = dist.group.WORLD
+            mesh = DeviceMesh.from_group(everyone, self.device.type)
             # By branch, so that the parts of a report that call branches directly find their
             # weights.
             for block in self.model.layers.blocks:
