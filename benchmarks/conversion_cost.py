@@ -3,11 +3,12 @@
     python benchmarks/conversion_cost.py --out benchmarks/results/conversion_cost_h200.md
 
 Ordinary pre-norm residual layers of attention and a gated MLP in bfloat16, the MLP in tiles of 8192
-tokens by nested checkpointing in every arm. "checkpointing" is `torch.utils.checkpoint` around each
-layer of the ordinary network, without random state; "converted" is `revnet.convert` of the same
-layers. Gradients of the converted network are first compared, bit for bit, with its own stored
-execution. Times are medians of interleaved rounds in one process; peaks are allocated bytes above
-weights and gradients.
+tokens by nested checkpointing in every arm, but where a row says that it is untiled. Where a row
+says compiled, `layer.compile()` was called for each layer of every arm. "checkpointing" is
+`torch.utils.checkpoint` around each layer of the ordinary network, without random state;
+"converted" is `revnet.convert` of the same layers. Gradients of the converted network are first
+compared, bit for bit, with its own stored execution. Times are medians of interleaved rounds in one
+process; peaks are allocated bytes above weights and gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import datetime
 import platform
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,21 +29,44 @@ from torch.utils.checkpoint import checkpoint
 
 import revnet
 
-# Layers, batch, tokens, rounds, whether stored execution fits.
-ROWS = (
-    (24, 2, 4096, 7, True),
-    (24, 1, 65_536, 2, False),
-    (96, 2, 4096, 3, False),
-)
 WIDTH, HIDDEN, HEADS, TILE = 2048, 5504, 16, 8192
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, its input, and how both are run."""
+
+    layers: int
+    batch: int
+    tokens: int
+    rounds: int
+    # Whether stored execution fits the card, too.
+    stored: bool = False
+    tile: int = TILE
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        name = f"{self.layers} layers, {self.batch} × {self.tokens}"
+        # One tile is the whole MLP.
+        untiled = ", untiled" if TILE < self.batch * self.tokens <= self.tile else ""
+        return name + untiled + (", compiled" if self.compiled else "")
+
+
+ROWS = (
+    Row(24, 2, 4096, 7, stored=True),
+    Row(24, 1, 65_536, 2),
+    Row(96, 2, 4096, 3),
+    Row(24, 2, 4096, 7, stored=True, compiled=True),
+    Row(24, 1, 32_768, 2, tile=32_768),
+)
 
 
 class Layer(nn.Module):
     """Attention and a gated MLP, each with its residual connection."""
 
-    def __init__(self, width: int, hidden: int, heads: int) -> None:
+    def __init__(self, width: int, hidden: int, heads: int, tile: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.tile = heads, tile
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -58,11 +83,11 @@ class Layer(nn.Module):
 
     def tiled(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
-        if not torch.is_grad_enabled() or len(flat) <= TILE:
+        if not torch.is_grad_enabled() or len(flat) <= self.tile:
             return self.mlp(flat).view_as(x)
         tiles = [
             checkpoint(self.mlp, tile, use_reentrant=False, preserve_rng_state=False)
-            for tile in flat.split(TILE)
+            for tile in flat.split(self.tile)
         ]
         return torch.cat(tiles).view_as(x)
 
@@ -74,9 +99,9 @@ class Layer(nn.Module):
 class Network(nn.Module):
     """Layers one after the other, checkpointed where asked."""
 
-    def __init__(self, layers: int, width: int, hidden: int, heads: int) -> None:
+    def __init__(self, layers: int, tile: int = TILE) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(width, hidden, heads) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(WIDTH, HIDDEN, HEADS, tile) for _ in range(layers))
         self.checkpointed = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,23 +148,28 @@ def seconds(run: Callable[[], None]) -> float:
 def equal_in_every_bit(bits: int, x: Tensor) -> bool:
     """Check inverted against stored execution on a network of four layers."""
     torch.manual_seed(0)
-    net = Network(4, x.shape[-1], HIDDEN, HEADS).to(x.device, x.dtype)
+    net = Network(4).to(x.device, x.dtype)
     conversion = revnet.convert(net, bits=bits)
     found = gradients(net, x)
     conversion.execution = "store"
     return all(map(torch.equal, found, gradients(net, x)))
 
 
-def network(layers: int) -> Network:
+def network(row: Row) -> Network:
     """Return a network that is initialised on the GPU: hundreds of layers take the CPU minutes."""
     with torch.device("cuda"):
-        return Network(layers, WIDTH, HIDDEN, HEADS).to(torch.bfloat16)
+        net = Network(row.layers, row.tile).to(torch.bfloat16)
+    if row.compiled:
+        for layer in net.layers:
+            layer.compile()
+    return net
 
 
-def row(layers: int, batch: int, tokens: int, rounds: int, fits: bool) -> list[str]:
+def measure(row: Row) -> list[str]:
     torch.manual_seed(0)
-    ordinary = network(layers)
-    x = torch.randn(batch, tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    ordinary = network(row)
+    x = torch.randn(row.batch, row.tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
     arms: dict[str, Callable[[], nn.Module]] = {}
 
     def as_checkpointed() -> nn.Module:
@@ -151,11 +181,11 @@ def row(layers: int, batch: int, tokens: int, rounds: int, fits: bool) -> list[s
         return ordinary
 
     arms["checkpointing"] = as_checkpointed
-    if fits:
+    if row.stored:
         arms["stored"] = as_stored
     converted = {}
     for bits in (3, 1):
-        net = network(layers)
+        net = network(row)
         # The same weights: they exist once.
         for own, other in zip(net.layers, ordinary.layers, strict=True):
             own.load_state_dict(copy.copy(other.state_dict()), assign=True)
@@ -167,7 +197,7 @@ def row(layers: int, batch: int, tokens: int, rounds: int, fits: bool) -> list[s
         peaks[name] = peak(arm(), x)
         for p in arm().parameters():
             p.grad = None
-    for _ in range(rounds):
+    for _ in range(row.rounds):
         for name, arm in arms.items():
             net = arm()
             times[name].append(seconds(lambda net=net: step(net, x)))
@@ -178,7 +208,7 @@ def row(layers: int, batch: int, tokens: int, rounds: int, fits: bool) -> list[s
     for name in arms:
         ratios = [a / b for a, b in zip(times[name], times[base], strict=True)]
         lines.append(
-            f"| {layers} layers, {batch} × {tokens} | {name} | "
+            f"| {row} | {name} | "
             f"{1000 * statistics.median(times[name]):.4g} | {statistics.median(ratios):.3f} | "
             f"{peaks[name]:.0f} | {peaks[name] / peaks[base]:.3f} |"
         )
@@ -208,7 +238,7 @@ def main() -> None:
     print(lines[-2])
     lines += ["| work | arm | ms | time ÷ | peak, MiB | peak ÷ |", "|---|---|---|---|---|---|"]
     for index in options.rows:
-        lines += row(*ROWS[index])
+        lines += measure(ROWS[index])
         torch.cuda.empty_cache()
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

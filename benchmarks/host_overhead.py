@@ -47,6 +47,10 @@ ROWS = (
     Row("cpu-64-one-token", 64, 1, 1, 24, device="cpu"),
     Row("cpu-64-autocast", 64, 64, 4, 24, device="cpu", autocast=True),
 )  # fmt: skip
+# With --old alone: time_vs_depth.py has these rows with all arms.
+WIDE = (
+    Row("eager-1024", 1024, 1024, 8, 24), Row("autocast-1024", 1024, 1024, 8, 24, autocast=True)
+)  # fmt: skip
 COMPARED = (STORED, FLOAT, FIXED)
 
 
@@ -100,7 +104,7 @@ def calls_per_step() -> list[str]:
 
 def serve(name: str) -> None:
     """Runs one step for each line read, which names the arm, and writes its seconds."""
-    row = next(row for row in ROWS if row.name == name)
+    row = next(row for row in ROWS + WIDE if row.name == name)
     network = Network(row)
     print(json.dumps({name: network.calls(name) for name in COMPARED}), flush=True)
     for line in sys.stdin:
@@ -176,13 +180,15 @@ def ratio(times: list[float], base: list[float]) -> float:
 def start() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--old", type=Path, help="another checkout, to compare with")
-    parser.add_argument("--serve", choices=[row.name for row in ROWS], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--serve", choices=[row.name for row in ROWS + WIDE], help=argparse.SUPPRESS
+    )
     given, _ = parser.parse_known_args()
     if given.old is None and given.serve is None:
         main("Host overhead of the engine", ROWS, calls_per_step)
         return
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS])
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS + WIDE])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -190,7 +196,7 @@ def start() -> None:
     if given.serve is not None:
         serve(given.serve)
         return
-    rows = [row for row in ROWS if row.device == given.device and row.mode == "eager"]
+    rows = [row for row in ROWS + WIDE if row.device == given.device and row.mode == "eager"]
     rows = [row for row in rows if not given.rows or row.name in given.rows]
     print("\n".join(compare(given.old.resolve(), rows, given.rounds, given.threads)))
 

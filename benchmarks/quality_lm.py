@@ -264,6 +264,10 @@ def train(run: Run, text: Text, options: argparse.Namespace, end: float) -> bool
     folder = options.out / run.name
     folder.mkdir(parents=True, exist_ok=True)
     model = Model(run.form, size, run.seed, options.execution).to(device)
+    if options.compile:
+        for module in model.modules():
+            if isinstance(module, Attention | FeedForward):
+                module.compile()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -512,6 +516,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=float, default=400, help="of text, at most")
     parser.add_argument("--evaluations", type=int, default=24, help="held-out batches")
     parser.add_argument("--execution", default="store", choices=("store", "invert", "checkpoint"))
+    parser.add_argument("--compile", action="store_true", help="attentions and MLPs")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--minutes", type=float, default=1e9, help="after which it stops")
