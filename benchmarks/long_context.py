@@ -2,7 +2,7 @@
 
 python benchmarks/long_context.py --out benchmarks/results/long_context_h100.md
 python benchmarks/long_context.py --tokens 1048576 --blocks 2 4
-python benchmarks/long_context.py --shape 8B --blocks 8
+python benchmarks/long_context.py --shape 8B --blocks 2 --dummy-weights --limit 79
 python benchmarks/long_context.py --device cpu --out benchmarks/results/long_context_cpu.md
 
 The network is that of examples/long_context.py: heads in groups, the MLP in tiles, the loss in
@@ -10,8 +10,10 @@ chunks. Its rivals are the ordinary residual network of the same branches, check
 with the same groups, tiles and loss by nested checkpoints; the inputs of its layers stay on the
 device, or go to pinned host memory. First the gradients of every arm are compared with those of
 stored execution of its network, in float64. Arms run one after the other, as they do not fit a GPU
-together. On the CPU no step is timed; there, the bytes per token are then compared with the
-arithmetic of docs/long_context.md, and the host time of a tile is measured.
+together; the report is written anew after each. Depth adds weights alone: with `--dummy-weights`
+a few blocks run beside memory for the weights of all, and "whole device" is what the whole network
+takes. On the CPU no step is timed; there, the bytes per token are then compared with the arithmetic
+of docs/long_context.md, and the host time of a tile is measured.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import copy
 import datetime
 import gc
 import importlib.util
+import itertools
+import shlex
 import statistics
 import sys
 import time
@@ -59,6 +63,8 @@ class Ordinary(LongContext):
     """The residual network of one stream with the same branches, checkpointed per layer."""
 
     stored = False
+    # Around the layers: what they save may go elsewhere.
+    around: Callable[[], Any] = contextlib.nullcontext
 
     def trunk(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         layers: list[list[Any]] = [[]]
@@ -66,8 +72,9 @@ class Ordinary(LongContext):
             layers[-1].append(step)
             if step.target == 1:
                 layers.append([])
-        for layer in layers[:-1]:
-            x = self.layer(layer, x, turn) if self.stored else again(self.layer, layer, x, turn)
+        with self.around():
+            for layer in layers[:-1]:
+                x = self.layer(layer, x, turn) if self.stored else again(self.layer, layer, x, turn)
         return x
 
     def layer(self, steps: list[Any], x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -83,7 +90,7 @@ class Ordinary(LongContext):
 def stored(model: LongContext) -> None:
     """Keep every activation."""
     if isinstance(model, Ordinary):
-        model.stored = True
+        model.stored, model.around = True, contextlib.nullcontext
     else:
         model.steps.execution = "store"
 
@@ -95,7 +102,7 @@ def offloaded() -> Any:
     return OffloadActivations()
 
 
-# Of each arm: the network, its streams, and the context of its forward pass.
+# Of each arm: the network, its streams, and the context of its layers.
 ARMS: dict[str, tuple[type[LongContext], str, Callable[[], Any]]] = {
     "reversible, fixed": (LongContext, "fixed", contextlib.nullcontext),
     "reversible, float": (LongContext, "float", contextlib.nullcontext),
@@ -108,12 +115,19 @@ PIN = torch.cuda.is_available()
 
 def made(arm: str, shape: str, blocks: int, device: str, dtype: torch.dtype) -> LongContext:
     """Return the network of an arm; the same weights for every arm."""
-    kind, streams, _ = ARMS[arm]
+    kind, streams, around = ARMS[arm]
     vocabulary, width, heads, kv_heads, groups, hidden, tile, chunk = SHAPES[shape][0]
     torch.manual_seed(0)
-    with torch.device(device):
-        model = kind(vocabulary, width, blocks, heads, kv_heads, groups, hidden, tile, chunk)
-    model.to(dtype)
+    before = torch.get_default_dtype()
+    # Weights in float32 first would be twice as large.
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = kind(vocabulary, width, blocks, heads, kv_heads, groups, hidden, tile, chunk)
+    finally:
+        torch.set_default_dtype(before)
+    if isinstance(model, Ordinary):
+        model.around = around
     fixed = revnet.Fixed(fraction_bits=37) if dtype is torch.float64 else revnet.Fixed()
     model.steps.streams = fixed if streams == "fixed" else "float"
     return model
@@ -130,10 +144,8 @@ def examine(arm: str, device: str) -> float:
     twin = copy.deepcopy(model)
     stored(twin)
     text, gradients = text_for(600, "small", device), []
-    for each, context in ((twin, contextlib.nullcontext()), (model, ARMS[arm][2]())):
-        with context:
-            loss = each(text)
-        loss.backward()
+    for each in (twin, model):
+        each(text).backward()
         gradients.append([parameter.grad for parameter in each.parameters()])
     return max(((a - b).norm() / b.norm()).item() for b, a in zip(*gradients, strict=True))
 
@@ -153,57 +165,81 @@ def fill_gradients(model: nn.Module, sgd: bool) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
+def ballast(model: LongContext, shape: str, sgd: bool) -> Tensor:
+    """Return as much memory as the weights, and gradients, of the blocks that do not run."""
+    steps = SHAPES[shape][0][4] + 1
+    block = sum(parameter.nbytes for step in model.steps[:steps] for parameter in step.parameters())
+    count = SHAPES[shape][1] - len(model.steps) // steps
+    device = model.head.weight.device
+    return torch.zeros(block * count * (1 if sgd else 2), dtype=torch.uint8, device=device)
+
+
 def pinned() -> int:
-    """Return the bytes of pinned host memory in use, at most since the last reset."""
-    stats = torch.cuda.host_memory_stats() if PIN else {}
-    return int(stats.get("allocated_bytes.peak", 0))
+    """Return the bytes of pinned host memory, at most since the last reset."""
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
 
 
-def row(arm: str, shape: str, blocks: int, tokens: int, rounds: int, device: str) -> str:
+def counts_pinned() -> bool:
+    """Check that pinned memory is counted: a zero would say nothing otherwise."""
+    held = torch.empty(2**16, dtype=torch.uint8, pin_memory=True)
+    return pinned() >= held.nbytes
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.3f}"
+
+
+def row(
+    arm: str, shape: str, blocks: int, tokens: int, rounds: int, device: str, dummy: bool = False
+) -> str:
     """Measure one arm at one size; an arm that does not fit says so."""
-    width = SHAPES[shape][0][1]
+    sgd = shape == "8B"
     start = f"| {arm} | {blocks} | {tokens:,} |"
+    model = None
     try:
         model = made(arm, shape, blocks, device, torch.bfloat16)
-        fill_gradients(model, sgd=shape == "8B")
+        if dummy:
+            # An attribute, so that it lives as long as the model.
+            model.ballast = ballast(model, shape, sgd)
+        fill_gradients(model, sgd)
         text = text_for(tokens, shape, device)
-        seconds: list[float] = []
-
-        def step() -> None:
-            with ARMS[arm][2]():
-                loss = model(text)
-            loss.backward()
-
-        def timed() -> None:
-            begun = time.perf_counter()
-            step()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
-
         model(text[:, :129]).backward()  # Warm up.
         if device == "cpu":
-            peak = revnet.measure_memory(step).peak_bytes
+            peak = revnet.measure_memory(lambda: model(text).backward()).peak_bytes
+            found = ["–", "–", "–", "–"]
         else:
-            torch.cuda.reset_peak_host_memory_stats()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            timed()
-            peak = torch.cuda.max_memory_allocated() - before
-            for _ in range(rounds):
-                timed()
-        took = f"{statistics.median(seconds):.2f}" if seconds else "–"
-        return (
-            f"{start} {peak / GIB:.3f} | {peak / tokens / width:.1f} | {took} | "
-            f"{pinned() / GIB:.2f} |"
+            peak, found = measured(lambda: model(text).backward(), rounds)
+        return f"{start} {gib(peak)} | {peak / tokens / SHAPES[shape][0][1]:.1f} | " + (
+            " | ".join(found) + " |"
         )
     except torch.OutOfMemoryError:
-        return f"{start} out of memory | – | – | – |"
+        return f"{start} out of memory | – | – | – | – | – |"
     finally:
-        model = step = timed = None
+        model = None
         gc.collect()
         if device != "cpu":
             torch.cuda.empty_cache()
+
+
+def measured(step: Callable[[], None], rounds: int) -> tuple[int, list[str]]:
+    """Return the peak of a step on a GPU above what is held, and the other columns of its row."""
+    seconds: list[float] = []
+    counted = counts_pinned()
+    torch.cuda.synchronize()
+    # What the warm-up left in the cache is in pieces of other sizes.
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_host_memory_stats()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(1 + rounds):
+        begun = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    whole, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    took = f"{statistics.median(seconds):.2f}"
+    host = f"{pinned() / GIB:.2f}" if counted else "not counted"
+    return whole - before, [took, host, gib(whole), gib(reserved)]
 
 
 def arithmetic(streams: str, groups: int, shared: float) -> float:
@@ -284,7 +320,7 @@ def missing(arm: str) -> str:
     return "" if torch.accelerator.is_available() else "needs an accelerator"
 
 
-def main(argv: Sequence[str] | None = None) -> list[str]:
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", choices=SHAPES)
@@ -292,47 +328,80 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=0, help="timed steps beside the first")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--dummy-weights",
+        action="store_true",
+        help="hold memory for the weights of all blocks of the shape, beside those that run",
+    )
+    parser.add_argument("--limit", type=float, help="GiB of the GPU that may be used")
+    parser.add_argument("--out", type=Path, help="the report, written anew after each row")
     args = parser.parse_args(argv)
+    args.shape = args.shape or ("small" if args.device == "cpu" else "1.2B")
+    args.blocks = args.blocks or [SHAPES[args.shape][1]]
+    args.tokens = args.tokens or [SHAPES[args.shape][2]]
+    return args
+
+
+def heading(args: argparse.Namespace, command: str) -> list[str]:
+    """Return the lines above the first table."""
     cpu = args.device == "cpu"
-    shape = args.shape or ("small" if cpu else "1.2B")
-    arms = [arm for arm in args.arms if not missing(arm)]
-    lines = ["| arm | largest relative error of a gradient, float64 |", "|---|---|"]
-    for arm in arms:
-        error = examine(arm, args.device)
-        lines.append(f"| {arm} | {error:.1e} |")
-        if not error <= 1e-6:
-            raise SystemExit(f"{arm}: a gradient is off by {error:.1e}: its figures say nothing")
-    lines += [f"| {arm} | {missing(arm)} |" for arm in args.arms if arm not in arms]
-    lines += [
-        "",
-        f"Shape {shape}: peak above weights and gradients.",
-        "",
-        "| arm | blocks | tokens | peak, GiB | bytes per token and element | s | pinned, GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for blocks in args.blocks or [SHAPES[shape][1]]:
-        for tokens in args.tokens or [SHAPES[shape][2]]:
-            for arm in arms:
-                lines.append(row(arm, shape, blocks, tokens, args.rounds, args.device))
-                print(lines[-1], flush=True)
-    if cpu:
-        lines += ["", *bytes_per_token(), "", *host_time()]
-    command = " ".join(["python", "benchmarks/long_context.py", *(argv or sys.argv[1:])])
     name = "two shared CPU cores" if cpu else torch.cuda.get_device_name()
-    report = [
+    limit = f", of which {args.limit:g} GiB may be used" if args.limit else ""
+    return [
         "# Long contexts",
         "",
         f"    {command}",
         "",
-        f"{datetime.date.today()}; {name}; torch {torch.__version__}, bfloat16.",
+        f"{datetime.date.today()}; {name}{limit}; torch {torch.__version__}, bfloat16.",
         "",
-        *lines,
+        "| arm | largest relative error of a gradient, float64 |",
+        "|---|---|",
     ]
-    if args.out:
-        args.out.write_text("\n".join(report) + "\n")
-    else:
-        print("\n".join(report))
+
+
+def above_rows(shape: str, dummy: bool) -> list[str]:
+    """Return the lines above the rows."""
+    also = f" Memory for the weights of all {SHAPES[shape][1]} blocks is held." if dummy else ""
+    what = "weights" if shape == "8B" else "weights and gradients"
+    also += " Plain SGD in backward frees each gradient at once." if shape == "8B" else ""
+    return [
+        "",
+        f"Shape {shape}: peak above {what}.{also}",
+        "",
+        "| arm | blocks | tokens | peak, GiB | bytes per token and element | s | pinned, GiB | "
+        "whole device, GiB | reserved, GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    args = options(argv)
+    cpu = args.device == "cpu"
+    if args.limit:
+        total = torch.cuda.get_device_properties().total_memory
+        torch.cuda.set_per_process_memory_fraction(args.limit * GIB / total)
+    command = shlex.join(["python", "benchmarks/long_context.py", *(argv or sys.argv[1:])])
+    lines: list[str] = []
+
+    def say(*more: str) -> None:
+        lines.extend(more)
+        print("\n".join(more), flush=True)
+        if args.out:
+            args.out.write_text("\n".join(lines) + "\n")
+
+    say(*heading(args, command))
+    arms = [arm for arm in args.arms if not missing(arm)]
+    for arm in arms:
+        error = examine(arm, args.device)
+        say(f"| {arm} | {error:.1e} |")
+        if not error <= 1e-6:
+            raise SystemExit(f"{arm}: a gradient is off by {error:.1e}: its figures say nothing")
+    absent = [f"| {arm} | {missing(arm)} |" for arm in args.arms if arm not in arms]
+    say(*absent, *above_rows(args.shape, args.dummy_weights))
+    for blocks, tokens, arm in itertools.product(args.blocks, args.tokens, arms):
+        say(row(arm, args.shape, blocks, tokens, args.rounds, args.device, args.dummy_weights))
+    if cpu:
+        say("", *bytes_per_token(), "", *host_time())
     return lines
 
 

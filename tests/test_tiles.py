@@ -183,6 +183,27 @@ def test_memory_grows_with_the_streams_alone(
 
 
 @pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize(("streams", "units"), [("float", 14), ("fixed", 20)])
+def test_tiles_of_a_stream_have_memory_of_their_own(streams: str, units: int):
+    """A view would keep the whole stream, until backward has replaced the last tile of it.
+
+    In one block no step replaces the tiles of the first stream in forward. In bytes an element.
+    """
+    peaks = []
+    for tokens in (4096, 8192):
+        f = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        net = ReversibleSequence([(f, nn.Linear(64, 64))], tile={"g": 512}, streams=streams)
+        net, x = net.bfloat16(), torch.randn(1, tokens, 64).bfloat16()
+
+        def step(net: nn.Module = net, x: Tensor = x) -> None:
+            net(x).sum().backward()
+
+        step()
+        peaks.append(revnet.measure_memory(step).peak_bytes)
+    assert (peaks[1] - peaks[0]) / (4096 * 64) <= units + 0.01
+
+
+@pytest.mark.usefixtures("no_collector")
 def test_without_tiles_memory_grows_with_the_hidden_activations():
     """The meter of the test above sees them."""
     net = ReversibleSequence([(Widening(), Widening())])

@@ -140,9 +140,11 @@ def _as_encoded(arithmetic: Arithmetic, value: Tensor, encoded: Tiles) -> Stream
 
 
 def _cut(tensor: Tensor, tiles: Cut | Tiles) -> Tiles:
-    # With several samples the parts are views with gaps, which branches would not read otherwise.
+    # Views would keep the whole tensor until the last of them is replaced, and with several samples
+    # they have gaps, which branches would not read otherwise.
     parts = tensor.split(list(tiles.sizes), tiles.dim)
-    return Tiles(tuple(part.contiguous() for part in parts), tiles.dim, tiles.sizes)
+    copies = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return Tiles(tuple(copies), tiles.dim, tiles.sizes)
 
 
 def _joined(arithmetic: Arithmetic, value: Any, encoded: Tiles) -> Stream:
