@@ -478,6 +478,11 @@ def all_ways(options: argparse.Namespace, shape: Shape, end: float) -> Iterator[
 # --- the report
 
 
+def digits(number: float) -> str:
+    """Write a number with four digits or more, and without an exponent."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
 def table(ways: list[Way]) -> list[str]:
     stored, checkpointed = ways[0], ways[1]
     lines = [
@@ -489,15 +494,15 @@ def table(ways: list[Way]) -> list[str]:
         if way.failure or not way.peak:
             lines.append(f"| {way.name} | {way.network} | {way.failure} |" + " |" * 9)
             continue
-        ms = f"{1e3 * way.time:.4g}" if way.times else "–"
+        ms = digits(1e3 * way.time) if way.times else "–"
         smaller = f"{way.peak / checkpointed.peak:.3f}" if checkpointed.peak else "–"
         own = "equal in every bit" if way.own_error == 0 else f"{way.own_error:.1e}"
         host = "–" if way.host is None else f"{way.host / MIB:,.0f}"
         error = "–" if way.error is None else f"{way.error:.1e}"
         lines.append(
             f"| {way.name} | {way.network} | {ms} | {way.against(stored)} | "
-            f"{way.against(checkpointed)} | {way.peak / MIB:.4g} | {smaller} | "
-            f"{way.kept / MIB:.4g} | {host} | {own} | {error} | {len(way.times)} |"
+            f"{way.against(checkpointed)} | {digits(way.peak / MIB)} | {smaller} | "
+            f"{digits(way.kept / MIB)} | {host} | {own} | {error} | {len(way.times)} |"
         )
     return lines
 
