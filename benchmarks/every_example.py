@@ -6,7 +6,8 @@
 
 The second line has the size of the papers. Each example runs in a process of its own, one after the
 other; its row is printed and written when it ends. An example that fails, or takes longer than
-`--limit` seconds, has a row that says so.
+`--limit` seconds, has a row that says so. A report that exists is gone on with: rows with figures
+stay, and their examples do not run again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -136,6 +138,19 @@ def head(options: argparse.Namespace) -> list[str]:
     ]
 
 
+def measured(report: Path | None) -> dict[str, str]:
+    """Return the rows with figures of a report, by example; none if there is no report."""
+    if report is None or not report.exists():
+        return {}
+    lines = report.read_text(encoding="utf-8").splitlines()
+    if f"| {' | '.join(COLUMNS)} |" not in lines:
+        raise SystemExit(f"{report} has other columns than {', '.join(COLUMNS)}")
+    rows = {line.split(" | ")[0].lstrip("| "): line for line in lines if line.startswith("| ")}
+    # The cell after the name is a number, or says what failed.
+    number = re.compile(r"\| \w+ \| [\d.e+-]+ \|")
+    return {name: row for name, row in rows.items() if number.match(row)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,8 +168,12 @@ def main() -> None:
         cores = f"{os.cpu_count()} CPU cores"
         options.hardware = cores if options.device == "cpu" else apart(hardware, options.device)
     lines = head(options)
+    known = measured(options.out)
+    lines += known.values()
     print("\n".join(lines), flush=True)
     for name in options.only:
+        if name in known:
+            continue
         arguments = ["--device", options.device, *["--full"] * options.full]
         if options.steps and name in TRAINED:
             arguments += ["--steps", str(options.steps)]

@@ -36,6 +36,7 @@ import sys
 import sysconfig
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -44,6 +45,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import revnet
 from revnet.app.model import Attention, FeedForward, Shape, rotary_table
@@ -74,6 +76,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(4, 64, 2, 128, 16, 300, (4e-3,)),
+    "6M": Size(8, 256, 4, 512, 64, 1500, (1e-3, 2e-3, 4e-3)),
     "25M": Size(8, 512, 8, 512, 64, 1500, (1e-3, 2e-3, 4e-3)),
     "100M": Size(14, 768, 12, 1024, 32, 4000, (1e-3,)),
 }
@@ -95,15 +98,19 @@ class Layer(nn.Module):
 
 
 class Residual(nn.Module):
-    """The ordinary network."""
+    """The ordinary network, each layer checkpointed or none."""
 
-    def __init__(self, layers: list[Layer]) -> None:
+    def __init__(self, layers: list[Layer], checkpointed: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.checkpointed = checkpointed
 
     def forward(self, x: Tensor, rotary_pos_emb: Tensor) -> Tensor:
         for layer in self.layers:
-            x = x + layer(x, rotary_pos_emb)
+            if self.checkpointed:
+                x = x + checkpoint(layer, x, rotary_pos_emb, use_reentrant=False)
+            else:
+                x = x + layer(x, rotary_pos_emb)
         return x
 
 
@@ -111,7 +118,7 @@ def body(form: str, pairs: list[tuple[nn.Module, nn.Module]], execution: str) ->
     """Build one form of the network from its attentions and MLPs."""
     layers = [Layer(*pair) for pair in pairs]
     if form == "ordinary":
-        return Residual(layers)
+        return Residual(layers, execution == "checkpoint")
     by_branch = "branch" in form
     if not by_branch and len(layers) % 2:
         raise SystemExit(f"{form}: a block is two layers, and {len(layers)} is an odd number")
@@ -165,7 +172,7 @@ class Model(nn.Module):
         self.register_buffer("rotary", rotary_table(shape)[:, : size.context], persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.body(self.embedding(tokens), rotary_pos_emb=self.rotary)
+        x = self.body(self.embedding(tokens), rotary_pos_emb=self.rotary[:, : tokens.shape[1]])
         return self.head(self.norm(x))
 
 
@@ -258,7 +265,13 @@ def held_out(model: Model, text: Text, size: Size, device: str, batches: int) ->
     return statistics.fmean(found)
 
 
-def train(run: Run, text: Text, options: argparse.Namespace, end: float) -> bool:
+def train(
+    run: Run,
+    text: Text,
+    options: argparse.Namespace,
+    end: float,
+    evaluate: Callable[[Model, Text, Size, str, int], float] = held_out,
+) -> bool:
     """Train, or go on; return whether the run is complete. It stops at the time `end`."""
     size, device = options.shape, options.device
     folder = options.out / run.name
@@ -305,7 +318,7 @@ def train(run: Run, text: Text, options: argparse.Namespace, end: float) -> bool
             # Evaluation is not counted.
             seconds += time.perf_counter() - started
             if not late or step + 1 == size.steps:
-                loss = held_out(model, text, size, device, options.evaluations)
+                loss = evaluate(model, text, size, device, options.evaluations)
                 curve.append({"step": step + 1, "seconds": seconds, "bits": loss})
             save(step + 1)
             if late and step + 1 < size.steps:
@@ -484,7 +497,7 @@ def write_report(text: Text, options: argparse.Namespace) -> None:
         f"({size.steps * size.batch * size.context / 1e6:.1f} million bytes) of the Python sources "
         f"of installed packages: {len(text.train):,} bytes to learn, {len(text.held_out):,} held "
         f"out (sha256 of both begins with {text.digest}). AdamW, cosine decay. Execution: "
-        f"{options.execution}; the ordinary network keeps its activations.",
+        f"{options.execution}; the ordinary network keeps its activations unless it is checkpoint.",
         "",
         "Runs of one seed have the same layers' initial weights and the same batches. Differences "
         "are of paired seeds, with the 95 % interval of their mean by Student's t; the last column "

@@ -1,8 +1,8 @@
 """What does a reversible network cost against what users of an ordinary one have?
 
-    python benchmarks/rivals.py                                  # all shapes of the report, on CUDA
-    python benchmarks/rivals.py --width 2048 --blocks 24 --tokens 4096 16384
-    python benchmarks/rivals.py --device cpu --width 64 --blocks 24 --tokens 512 2048 --rounds 5
+    python benchmarks/rivals.py --out benchmarks/results            # on CUDA
+    python benchmarks/rivals.py --shapes 2048x24x4096 2048x24x16384:main --minutes 3
+    python benchmarks/rivals.py --device cpu --shapes 64x24x256 64x24x1024 --rounds 5
 
 The ordinary residual network x + f(x), x + g(x) is run in every way that its users have; a network
 on two streams of the very same branches, so of equal parameters, and the ordinary network converted
@@ -10,8 +10,10 @@ are run by revnet. Every way is first compared, at a short length, with the stor
 own network in the same precision, and with that in float64. Then its peak above weights and
 gradients, the bytes that the forward pass keeps, and its pinned host memory are measured, and all
 ways run in turn, once a round. Ways whose step takes longer than `--long` seconds are timed once.
-What does not fit or is not installed keeps its row. Per width and number of blocks one report and
-one picture are written, anew after each length.
+What does not fit, is not installed or not reached in `--minutes` keeps its row. A shape is width x
+blocks x tokens; ":main" after it leaves out most rivals and all plans, ":few" all but five ways.
+Per width and number of blocks one report is written, anew after each way and each round, and one
+picture.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import copy
 import datetime
 import gc
 import importlib.util
+import math
 import os
 import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +39,7 @@ from typing import Any
 
 import torch
 from _models import branches
-from _race import timed
+from _race import difference, timed
 from pareto import ATTENTION, apart, compiling, plans_for
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -51,8 +55,35 @@ MIB = 2**20
 ORDINARY, TWO_STREAM, CONVERTED = "ordinary", "two streams", "converted, bits={}"
 BY_LAYER = "two streams of whole layers"
 STORED, CHECKPOINTED = "stored", "checkpoint per block"
+OFFLOADED, COMPILED = "checkpoint per block, offloaded", "compiled blocks"
+FEW = (STORED, CHECKPOINTED, "revnet, float streams", "revnet, fixed streams",
+       "revnet, converted, bits=3")  # fmt: skip
+LATE = "not reached in the time given"
 Pairs = list[tuple[nn.Module, nn.Module]]
 Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Width, blocks and tokens of a network, and which ways run it."""
+
+    width: int
+    blocks: int
+    tokens: int
+    chosen: str = "all"
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        size, _, chosen = text.partition(":")
+        if chosen not in ("", "main", "few"):
+            raise ValueError(f"{text}: ':main' or ':few' may follow a shape")
+        return cls(*map(int, size.split("x")), chosen or "all")
+
+    def takes(self, way: Way) -> bool:
+        if self.chosen == "few":
+            return way.name in FEW
+        ours = way.network != ORDINARY
+        return self.chosen == "all" or ours or way.name in (STORED, CHECKPOINTED, OFFLOADED)
 
 
 @dataclass
@@ -65,7 +96,7 @@ class Way:
     stored: Run | None = None  # the same network, its activations stored
     failure: str = ""
     own_error: float = 0.0
-    error: float = 0.0
+    error: float | None = None
     peak: int = 0
     kept: int = 0
     host: int | None = None
@@ -77,10 +108,14 @@ class Way:
 
     def against(self, other: Way) -> str:
         """The median of the ratios of times within a round."""
-        if other.failure or not other.times:
+        if not self.times or not other.times:
             return "–"
         pairs = list(zip(self.times, other.times, strict=False))
         return f"{statistics.median(a / b for a, b in pairs):.3f}"
+
+
+NETWORKS, LENGTHS = [(2048, 24), (2048, 96), (1024, 24), (1024, 96)], (4096, 16384, 65536)
+SHAPES = [Shape(*network, tokens) for network in NETWORKS for tokens in LENGTHS]
 
 
 # --- the ordinary network
@@ -183,15 +218,15 @@ def rivals(pairs: Pairs, device: str, budgets: list[float]) -> list[Way]:
         ),
         "save_on_cpu": within(on_host, stored),
         # What `gradient_checkpointing_kwargs={"offload": True}` of transformers does.
-        "checkpoint per block, offloaded": within(on_host, ordinary(pairs, per_block)),
-        "TRL OffloadActivations": offloaded_by_trl(stored),
+        OFFLOADED: within(on_host, ordinary(pairs, per_block)),
+        "TRL OffloadActivations": offloaded_by_trl(pairs),
         "torch_remat per block": by_remat(pairs),
     }
     for setting in budgets:
-        name = f"compiled blocks, activation_memory_budget {setting}"
+        name = f"{COMPILED}, activation_memory_budget {setting}"
         ways[name] = within(partial(compiling, setting), compiled(pairs, setting))
     if not budgets:
-        ways["compiled blocks, activation_memory_budget"] = "not asked for (--budgets)"
+        ways[f"{COMPILED}, activation_memory_budget"] = "not asked for (--budgets)"
     return [
         Way(name, ORDINARY, None, failure=run)
         if isinstance(run, str)
@@ -200,14 +235,18 @@ def rivals(pairs: Pairs, device: str, budgets: list[float]) -> list[Way]:
     ]
 
 
-def offloaded_by_trl(stored: Run) -> Run | str:
+def offloaded_by_trl(pairs: Pairs) -> Run | str:
     if importlib.util.find_spec("trl") is None:
         return "not installed"
     if not torch.accelerator.is_available():
         return "needs an accelerator"
-    from trl.models.activation_offloading import OffloadActivations
+    from accelerate import PartialState
+    from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
-    return within(OffloadActivations, stored)
+    PartialState()  # without which its warnings raise
+    # It has to know the parameters, or their transposed views would be copied, too.
+    manager = get_act_offloading_ctx_manager(Ordinary(pairs), warn_if_no_head=False)
+    return within(lambda: manager, ordinary(pairs))
 
 
 def by_remat(pairs: Pairs) -> Run | str:
@@ -257,8 +296,11 @@ def converted(pairs: Pairs, x: Tensor, bits: int) -> Way:
 
 
 def plans(pairs: Pairs, x: Tensor, ways: list[Way]) -> list[Way]:
-    """The fastest mixtures of executions at the peak of each rival that ran."""
-    met = [way for way in ways if way.network == ORDINARY and not way.failure]
+    """Return the fastest mixtures of executions at the peak of each rival that ran."""
+    met: list[Way] = []
+    for way in ways:
+        if way.network == ORDINARY and way.peak and way.peak not in [each.peak for each in met]:
+            met.append(way)
     net = revnet.ReversibleSequence(pairs)
     fixed = x.dtype is not torch.float32
     stored = revnet.ReversibleSequence(
@@ -286,12 +328,6 @@ def gradients(run: Run, pairs: Pairs, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(y, [leaf, *parameters], torch.full_like(y, 1e-2)))
 
 
-def distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    off = sum((a.double() - b.double()).square().sum().item()
-              for a, b in zip(found, expected, strict=True))  # fmt: skip
-    return (off / sum(b.double().square().sum().item() for b in expected)) ** 0.5
-
-
 def in_float64(way: Way, pairs: Pairs, x: Tensor) -> list[Tensor]:
     """Gradients of the network of a way, its activations stored, in float64.
 
@@ -314,21 +350,34 @@ def in_float64(way: Way, pairs: Pairs, x: Tensor) -> list[Tensor]:
     return gradients(run, double[:1], x.double())
 
 
-def compare(ways: list[Way], pairs: Pairs, x: Tensor) -> None:
-    """Compare the gradients of all ways; a way that is wrong ends the benchmark."""
+def compare(ways: list[Way], pairs: Pairs, short: Tensor, x: Tensor, end: float) -> None:
+    """Compare the gradients of all ways; a way that is wrong ends the benchmark.
+
+    Compiled ways are compared at the whole length, as a short one would have to be compiled for;
+    float64 does not fit there.
+    """
     exact: dict[str, list[Tensor]] = {}
     allowed = 1e-3 if x.dtype is torch.float32 else 0.5
-    for way in ways:
+    for way in reached(ways, end):
         with failures(way):
-            if way.failure:
-                continue
-            if way.network not in exact:
-                exact[way.network] = in_float64(way, pairs, x)
-            found = gradients(way.run, pairs, x)
-            way.own_error = distance(found, gradients(way.stored, pairs, x))
-            way.error = distance(found[: len(exact[way.network])], exact[way.network])
+            given = x if way.name.startswith(COMPILED) else short
+            found = gradients(way.run, pairs, given)
+            way.own_error = difference(found, gradients(way.stored, pairs, given))
+            if given is short:
+                if way.network not in exact:
+                    exact[way.network] = in_float64(way, pairs, short)
+                way.error = difference(found[: len(exact[way.network])], exact[way.network])
         if not way.failure and not way.own_error <= allowed:
             raise SystemExit(f"{way.name}: gradients are off by {way.own_error:.1e}")
+
+
+def reached(ways: list[Way], end: float) -> Iterator[Way]:
+    """Go through the ways that run; after the time `end` each is noted as late instead."""
+    for way in ways:
+        if not way.failure and time.monotonic() > end:
+            way.failure = LATE
+        if not way.failure:
+            yield way
 
 
 @contextlib.contextmanager
@@ -352,76 +401,86 @@ def step(run: Run, x: Tensor) -> None:
 
 
 def measure(way: Way, x: Tensor, long: float) -> None:
-    """Fill in bytes, of a device or of the CPU; gradients exist already.
-
-    A step that takes longer than `long` seconds is not repeated: its time is taken here.
-    """
+    """Fill in bytes, of a device or of the CPU; gradients exist already."""
     if x.device.type != "cuda":
         step(way.run, x)
         way.kept = revnet.measure_memory(way.run, x).saved_bytes
         way.peak = revnet.measure_memory(lambda: step(way.run, x)).peak_bytes
         return
-    # The first step compiles, and has kernels and workspaces made.
+    # The first step compiles, has kernels and workspaces made, and host memory pinned. It counts
+    # where it is too long for that to matter.
     seconds = timed(lambda: measured_step(way, x), "cuda")
-    if seconds > long:
-        way.times.append(seconds)
-    else:
-        measured_step(way, x)
+    if seconds <= long or way.host:
+        seconds = timed(lambda: measured_step(way, x), "cuda")
+    way.times.append(seconds)
 
 
 def measured_step(way: Way, x: Tensor) -> None:
-    torch.cuda.synchronize()
+    """Take a step and note what it holds; the allocator counts without waiting for the device."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.reset_peak_host_memory_stats()
-    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    pinned = torch.cuda.host_memory_stats().get("active_bytes.current", 0)
     y = way.run(x)
-    torch.cuda.synchronize()
     way.kept = torch.cuda.memory_allocated() - before - y.nbytes
     y.backward(torch.full_like(y, 1e-2))
-    torch.cuda.synchronize()
     way.peak = torch.cuda.max_memory_allocated() - before
-    way.host = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) - pinned
+    way.host = torch.cuda.host_memory_stats().get("active_bytes.peak", 0) - pinned
 
 
-def run_in_turn(ways: list[Way], x: Tensor, rounds: int, long: float) -> None:
+def run_in_turn(
+    ways: list[Way], x: Tensor, rounds: int, long: float, end: float = math.inf
+) -> Iterator[int]:
+    """Run all ways once, again and again; a step longer than `long` seconds is not repeated."""
     for number in range(rounds):
         for way in ways:
-            if way.failure or (way.times and (not number or way.times[0] > long)):
+            if way.failure or time.monotonic() > end or (way.times and way.times[0] > long):
                 continue
             with failures(way):
                 way.times.append(timed(lambda way=way: step(way.run, x), x.device.type))
+        yield number
 
 
-def all_ways(options: argparse.Namespace, width: int, blocks: int, tokens: int) -> list[Way]:
+def all_ways(options: argparse.Namespace, shape: Shape, end: float) -> Iterator[list[Way]]:
+    """Yield all ways of a shape, anew after each that was measured and after each round."""
     torch._dynamo.reset()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    pairs = branches(blocks, width, device=options.device, dtype=dtype)
-    x = torch.randn(1, tokens, width, device=options.device, dtype=dtype)
+    pairs = branches(shape.blocks, shape.width, device=options.device, dtype=dtype)
+    x = torch.randn(1, shape.tokens, shape.width, device=options.device, dtype=dtype)
     short = x[:, : options.check_tokens].contiguous()
     x.requires_grad_()
     ways = rivals(pairs, options.device, options.budgets) + reversible(pairs)
     ways += [converted(pairs, short, bits) for bits in options.bits]
-    compare(ways, pairs, short)
+    ways = [way for way in ways if shape.takes(way)]
+    compare(ways, pairs, short, x, end)
+    yield ways
     for p in (x, *(p for pair in pairs for branch in pair for p in branch.parameters())):
         p.grad = torch.zeros_like(p)
-    for way in ways:
-        if not way.failure:
+
+    def measured(some: list[Way]) -> Iterator[list[Way]]:
+        for way in reached(some, end):
             with failures(way):
                 measure(way, x, options.long)
-    if options.plans:
+            yield ways
+
+    yield from measured(ways)
+    if options.plans and shape.chosen == "all" and time.monotonic() < end:
         extra = plans(pairs, x, ways)
-        compare(extra, pairs, short)
-        for way in extra:
-            if not way.failure:
-                with failures(way):
-                    measure(way, x, options.long)
+        compare(extra, pairs, short, x, end)
         ways += extra
-    run_in_turn(ways, x, options.rounds, options.long)
-    return ways
+        yield from measured(extra)
+    for _ in run_in_turn(ways, x, options.rounds, options.long, end):
+        yield ways
+    for way in ways:
+        way.run = way.stored = None  # they hold the network, and the next one needs its memory
 
 
 # --- the report
+
+
+def digits(number: float) -> str:
+    """Write a number with four digits or more, and without an exponent."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def table(ways: list[Way]) -> list[str]:
@@ -432,16 +491,18 @@ def table(ways: list[Way]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for way in ways:
-        if way.failure or not way.times:
+        if way.failure or not way.peak:
             lines.append(f"| {way.name} | {way.network} | {way.failure} |" + " |" * 9)
             continue
-        smaller = "–" if checkpointed.failure else f"{way.peak / checkpointed.peak:.3f}"
+        ms = digits(1e3 * way.time) if way.times else "–"
+        smaller = f"{way.peak / checkpointed.peak:.3f}" if checkpointed.peak else "–"
         own = "equal in every bit" if way.own_error == 0 else f"{way.own_error:.1e}"
         host = "–" if way.host is None else f"{way.host / MIB:,.0f}"
+        error = "–" if way.error is None else f"{way.error:.1e}"
         lines.append(
-            f"| {way.name} | {way.network} | {1e3 * way.time:.4g} | {way.against(stored)} | "
-            f"{way.against(checkpointed)} | {way.peak / MIB:.4g} | {smaller} | "
-            f"{way.kept / MIB:.4g} | {host} | {own} | {way.error:.1e} | {len(way.times)} |"
+            f"| {way.name} | {way.network} | {ms} | {way.against(stored)} | "
+            f"{way.against(checkpointed)} | {digits(way.peak / MIB)} | {smaller} | "
+            f"{digits(way.kept / MIB)} | {host} | {own} | {error} | {len(way.times)} |"
         )
     return lines
 
@@ -497,8 +558,9 @@ def report(
         "streams have the very same parameters, and are another architecture: f is an attention "
         "and g an MLP, or, of whole layers, each of them one after the other. "
         '"own stored" is the stored execution of the same network in the same precision, "float64" '
-        f"the same in float64, both at {options.check_tokens} tokens. The peak is above weights, "
-        "gradients and input; ratios of times are medians within rounds. Rows of one step were "
+        f"the same in float64, both at {options.check_tokens} tokens (own stored of compiled "
+        "blocks at all). The peak is above weights, gradients and input; host memory is pinned, in "
+        "blocks of powers of two; ratios of times are medians within rounds. Rows of one step were "
         "timed once.",
     ]
     if device == "cpu":
@@ -512,15 +574,15 @@ def main(arguments: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--width", type=int, nargs="+", default=[2048, 1024])
-    parser.add_argument("--blocks", type=int, nargs="+", default=[24, 96])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
+    form = "WIDTHxBLOCKSxTOKENS[:main|:few]"
+    parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=SHAPES, metavar=form)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--long", type=float, default=20.0, help="seconds; longer steps run once")
     parser.add_argument("--check-tokens", type=int, default=256, help="for comparing gradients")
     parser.add_argument("--bits", type=int, nargs="*", default=[3, 1], help="of converted networks")
     parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.5, 0.1] if cuda else [])
     parser.add_argument("--plans", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which it ends")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     here = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
     parser.add_argument("--hardware", default=here, help="as reports name it")
@@ -531,20 +593,25 @@ def main(arguments: list[str] | None = None) -> None:
     short = f"cpu-{os.cpu_count()}core"
     if options.device == "cuda":
         short = torch.cuda.get_device_name().split()[1].lower()
-    for width in options.width:
-        for blocks in options.blocks:
-            found = {}
-            name = f"rivals_{width}x{blocks}_{short}_{datetime.date.today()}"
-            for tokens in options.tokens:
-                found[tokens] = all_ways(options, width, blocks, tokens)
-                print(f"{name}, {tokens} tokens", *table(found[tokens]), sep="\n", flush=True)
-                gc.collect()
-                if options.out:
-                    options.out.mkdir(parents=True, exist_ok=True)
-                    draw(found, options.out / f"{name}.png")
-                    text = report(options, width, blocks, found)
-                    picture = f"\n![time against peak]({name}.png)\n"
-                    (options.out / f"{name}.md").write_text(text + picture)
+    end = time.monotonic() + 60 * options.minutes
+    by_network: dict[tuple[int, int], dict[int, list[Way]]] = {}
+    for shape in options.shapes:
+        found = by_network.setdefault((shape.width, shape.blocks), {})
+        name = f"rivals_{shape.width}x{shape.blocks}_{short}_{datetime.date.today()}"
+        for ways in all_ways(options, shape, end):
+            found[shape.tokens] = ways
+            if options.out:
+                options.out.mkdir(parents=True, exist_ok=True)
+                text = report(options, shape.width, shape.blocks, found)
+                picture = f"\n![time against peak]({name}.png)\n"
+                (options.out / f"{name}.md").write_text(text + picture)
+        print(f"{name}, {shape.tokens} tokens", *table(found[shape.tokens]), sep="\n", flush=True)
+        timed_lengths = {t: ways for t, ways in found.items() if any(way.times for way in ways)}
+        if options.out and timed_lengths:
+            draw(timed_lengths, options.out / f"{name}.png")
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

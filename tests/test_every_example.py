@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -42,6 +43,32 @@ def test_a_failure_is_a_row(
     assert row.startswith(f"| glow | {message} |")
     assert row.endswith("| 1.2 |")
     assert row.count("|") == len(benchmark.COLUMNS) + 1
+
+
+def test_a_report_is_gone_on_with(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    found = {"error": 0.0, "stored_bytes": 2.0**20}
+    rows = [benchmark.row("glow", found, 1.0), benchmark.row("moe", ValueError("full"), 2.0)]
+    options = argparse.Namespace(full=False, steps=1, hardware="none", threads=1)
+    out = tmp_path / "report.md"
+    out.write_text("\n".join([*benchmark.head(options), *rows]))
+    ran: list[str] = []
+
+    def run(function: Any, name: str, *args: Any, limit: float) -> Any:
+        ran.append(name)
+        return found
+
+    monkeypatch.setattr(benchmark, "apart", run)
+    command = ["every_example.py", "--only", "dit", "glow", "moe", "--hardware", "none"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(out)])
+    benchmark.main()
+    assert ran == ["dit", "moe"]
+    lines = out.read_text().splitlines()
+    names = [line.split(" | ")[0] for line in lines if line.startswith("| ")]
+    assert names == ["| example", "| glow", "| dit", "| moe"]
+    assert rows[0] in lines
+    out.write_text("| example | another column |\n")
+    with pytest.raises(SystemExit, match="other columns"):
+        benchmark.main()
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -22,11 +24,12 @@ def work() -> tuple[rivals.Pairs, torch.Tensor]:
 
 
 def test_a_report_has_all_ways_and_compares_them(tmp_path: Path):
-    given = "--width 16 --blocks 2 --tokens 16 --rounds 1 --check-tokens 8 --threads 1"
+    given = "--shapes 16x2x16 16x2x32:main 16x2x40:few --rounds 1 --check-tokens 8 --threads 1"
     fixed = ["--device", "cpu", "--hardware", "none", "--budgets"]
     rivals.main([*given.split(), *fixed, "--out", str(tmp_path)])
     (path,) = tmp_path.glob("rivals_16x2_cpu-*.md")
-    rows = [line.split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
+    all_ways, main_ways, few = path.read_text().split("\n## ")[1:]
+    rows = [line.split(" | ") for line in all_ways.splitlines() if line.startswith("| ")]
     by_name = {row[0].lstrip("| "): row for row in rows}
     assert by_name["stored"][3] == "1.000"
     for name in ("checkpoint per block", "revnet, fixed streams", "revnet, converted, bits=1"):
@@ -36,7 +39,26 @@ def test_a_report_has_all_ways_and_compares_them(tmp_path: Path):
     assert all(float(row[10]) < 1e-5 for row in rows[1:] if len(row) > 10)
     assert "not asked for" in by_name["compiled blocks, activation_memory_budget"][2]
     assert "revnet, plan at the peak of: checkpoint per block" in by_name
+    for name in ("stored", "checkpoint per block", "revnet, fixed streams"):
+        assert f"\n| {name} |" in main_ways
+    assert "save_on_cpu" not in main_ways
+    assert few.count("\n| ") == 1 + len(rivals.FEW)  # the head and each way
     assert path.with_suffix(".png").exists()
+
+
+def test_what_is_late_keeps_its_row_and_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = itertools.count()  # it is asked before each piece of work
+    monkeypatch.setattr(rivals.time, "monotonic", lambda: next(clock))
+    given = f"--shapes 16x2x16 --rounds 1 --check-tokens 8 --minutes {18 / 60} --no-plans"
+    options = ["--device", "cpu", "--threads", "1", "--budgets", "--bits"]
+    rivals.main([*given.split(), *options, "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*.md")
+    rows = [line.split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
+    assert rows[1][2] == "–"  # no round was run, and the peak is there
+    assert float(rows[1][5]) > 0
+    assert rivals.LATE in rows[-1][2]
 
 
 def test_the_networks_have_the_same_parameters_and_differ(
@@ -46,8 +68,8 @@ def test_the_networks_have_the_same_parameters_and_differ(
     ordinary, both = rivals.rivals(pairs, "cpu", [])[0], rivals.reversible(pairs)
     found = rivals.gradients(ordinary.run, pairs, x)
     again = rivals.gradients(rivals.Ordinary(pairs), pairs, x)
-    assert rivals.distance(found, again) == 0
-    assert all(rivals.distance(found, rivals.gradients(way.run, pairs, x)) > 0.1 for way in both)
+    assert rivals.difference(found, again) == 0
+    assert all(rivals.difference(found, rivals.gradients(way.run, pairs, x)) > 0.1 for way in both)
 
 
 def test_a_wrong_way_ends_the_benchmark(work: tuple[rivals.Pairs, torch.Tensor]):
@@ -55,7 +77,7 @@ def test_a_wrong_way_ends_the_benchmark(work: tuple[rivals.Pairs, torch.Tensor])
     stored = rivals.ordinary(pairs)
     wrong = rivals.Way("wrong", rivals.ORDINARY, lambda x: stored(1.01 * x), stored)
     with pytest.raises(SystemExit, match="wrong: gradients are off by"):
-        rivals.compare([wrong], pairs, x)
+        rivals.compare([wrong], pairs, x, x, math.inf)
 
 
 def test_a_way_that_fails_keeps_its_row(work: tuple[rivals.Pairs, torch.Tensor]):
@@ -66,10 +88,10 @@ def test_a_way_that_fails_keeps_its_row(work: tuple[rivals.Pairs, torch.Tensor])
 
     ways = rivals.rivals(pairs, "cpu", [])[:2]
     ways.append(rivals.Way("full", rivals.ORDINARY, full, rivals.ordinary(pairs)))
-    rivals.compare(ways, pairs, x)
+    rivals.compare(ways, pairs, x, x, math.inf)
     for way in ways[:2]:
         rivals.measure(way, x, long=0.0)
-    rivals.run_in_turn(ways, x, rounds=2, long=0.0)
+    assert list(rivals.run_in_turn(ways, x, rounds=2, long=0.0)) == [0, 1]
     assert [len(way.times) for way in ways] == [1, 1, 0]  # longer than `long`: once
     assert "| full | ordinary | out of memory |" in rivals.table(ways)[-1]
 
