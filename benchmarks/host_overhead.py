@@ -6,16 +6,23 @@ python benchmarks/host_overhead.py --device cpu
 Another checkout of the library runs the same rows in turn, step by step, in a process of its own:
 
 python benchmarks/host_overhead.py --device cpu --old ../revnet-before --rounds 60
+
+Where the machine is too noisy for a per cent, `--instructions` counts what the processor executes
+in one step of old and new: every run gives the same number. It takes minutes, under valgrind.
+
+python benchmarks/host_overhead.py --device cpu --old ../revnet-before --instructions
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +59,9 @@ WIDE = (
     Row("eager-1024", 1024, 1024, 8, 24), Row("autocast-1024", 1024, 1024, 8, 24, autocast=True)
 )  # fmt: skip
 COMPARED = (STORED, FLOAT, FIXED)
+HERE = Path(__file__).resolve().parents[1]
+# Of which instructions are counted.
+STEPS = 3
 
 
 class Network:
@@ -122,7 +132,11 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.calls: dict[str, float] = json.loads(self._read())
+
+    def start(self) -> dict[str, float]:
+        """Wait until it is ready; return its Python calls per step of the forward pass, by arm."""
+        calls: dict[str, float] = json.loads(self._read())
+        return calls
 
     def time(self, arm: str) -> float:
         assert self.process.stdin is not None
@@ -140,24 +154,72 @@ class Child:
         self.process.communicate()
 
 
-def compare(old: Path, rows: list[Row], rounds: int, threads: int) -> list[str]:
-    """Returns a table of the times of this checkout and another one, which run in turn."""
+def count(name: str, arm: str) -> None:
+    """Run three steps, instructions counted by the valgrind that this process runs in."""
+    step = Network(next(row for row in ROWS if row.name == name)).arms[arm].step
+    step()
+    # Its runs fall into some steps and not into others.
+    gc.collect()
+    gc.disable()
+    for switch in ("on", "off"):
+        subprocess.run(["callgrind_control", "-i", switch, str(os.getpid())], check=True)
+        for _ in range(STEPS if switch == "on" else 0):
+            step()
+    sys.stdout.flush()
+    # Without the end of the interpreter, which takes minutes there.
+    os._exit(0)
+
+
+def instructions(checkout: Path, row: Row, arm: str) -> float:
+    """Return how many instructions one step of a row executes with a checkout of the library."""
+    with tempfile.TemporaryDirectory() as folder:
+        counting = subprocess.run(
+            ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--callgrind-out-file=out",
+             sys.executable, Path(__file__).resolve(), "--count", row.name, arm],
+            env=os.environ | {"PYTHONPATH": str(checkout / "src"), "PYTHONHASHSEED": "0"},
+            cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, check=True,
+        )  # fmt: skip
+    (collected,) = [line for line in counting.stderr.splitlines() if "Collected" in line]
+    return int(collected.split(":")[1]) / STEPS
+
+
+def compare_instructions(old: Path, rows: list[Row]) -> list[str]:
+    """Return a table of the instructions of one step with both checkouts."""
+    lines = ["| row | arm | old, million instructions | new | new ÷ old |", "|---|---|---|---|---|"]
+    for row in rows:
+        for arm in COMPARED:
+            counts = [instructions(place, row, arm) / 1e6 for place in (old, HERE)]
+            lines.append(
+                f"| {row.name} | {arm} | {counts[0]:.2f} | {counts[1]:.2f} | "
+                f"{counts[1] / counts[0]:.4f} |"
+            )
+            print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def compare(old: Path, rows: list[Row], rounds: int, threads: int, restarts: int = 1) -> list[str]:
+    """Returns a table of the times of this checkout and another one, which run in turn.
+
+    A process keeps the luck that it has with its place in memory: several pairs even that out.
+    """
     lines = [
         "| row | arm | old, ms | new, ms | new ÷ old | old ÷ stored | new ÷ stored | "
         "old, Python calls per forward step | new |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        places = {"old": old, "new": Path(__file__).resolve().parents[1]}
-        children = {name: Child(place, row, threads) for name, place in places.items()}
+        places = {"old": old, "new": HERE}
         times: dict[tuple[str, str], list[float]] = {}
-        for turn in range(rounds):
-            for arm in COMPARED:
-                # Each goes first in every second round.
-                for name in ("old", "new") if turn % 2 else ("new", "old"):
-                    times.setdefault((name, arm), []).append(children[name].time(arm))
-        for child in children.values():
-            child.end()
+        for _ in range(restarts):
+            children = {name: Child(place, row, threads) for name, place in places.items()}
+            calls = {name: child.start() for name, child in children.items()}
+            for turn in range(rounds):
+                for arm in COMPARED:
+                    # Each goes first in every second round.
+                    for name in ("old", "new") if turn % 2 else ("new", "old"):
+                        times.setdefault((name, arm), []).append(children[name].time(arm))
+            for child in children.values():
+                child.end()
         for arm in COMPARED:
             medians = [1e3 * statistics.median(times[name, arm]) for name in ("old", "new")]
             ratios = [
@@ -165,9 +227,10 @@ def compare(old: Path, rows: list[Row], rounds: int, threads: int) -> list[str]:
                 ratio(times["old", arm], times["old", STORED]),
                 ratio(times["new", arm], times["new", STORED]),
             ]
-            calls = [children[name].calls[arm] for name in ("old", "new")]
             cells = [f"{median:.4g}" for median in medians]
-            cells += [f"{value:.3f}" for value in ratios] + [f"{value:.1f}" for value in calls]
+            cells += [f"{value:.3f}" for value in ratios] + [
+                f"{calls[name][arm]:.1f}" for name in places
+            ]
             lines.append(f"| {row.name} | {arm} | {' | '.join(cells)} |")
     return lines
 
@@ -183,22 +246,33 @@ def start() -> None:
     parser.add_argument(
         "--serve", choices=[row.name for row in ROWS + WIDE], help=argparse.SUPPRESS
     )
+    parser.add_argument("--count", nargs=2, help=argparse.SUPPRESS)
     given, _ = parser.parse_known_args()
-    if given.old is None and given.serve is None:
+    if given.old is None and given.serve is None and given.count is None:
         main("Host overhead of the engine", ROWS, calls_per_step)
         return
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS + WIDE])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--instructions", action="store_true", help="count, do not time")
+    parser.add_argument("--restarts", type=int, default=1, help="of both processes")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.serve is not None:
         serve(given.serve)
         return
+    if given.count is not None:
+        torch.set_num_threads(1)
+        count(*given.count)
     rows = [row for row in ROWS + WIDE if row.device == given.device and row.mode == "eager"]
     rows = [row for row in rows if not given.rows or row.name in given.rows]
-    print("\n".join(compare(given.old.resolve(), rows, given.rounds, given.threads)))
+    old = given.old.resolve()
+    if given.instructions:
+        lines = compare_instructions(old, rows)
+    else:
+        lines = compare(old, rows, given.rounds, given.threads, given.restarts)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
