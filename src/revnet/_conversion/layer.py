@@ -243,7 +243,8 @@ def _new_call(stack: Stack, x: Tensor) -> Call:
         # Layers return float32 then, unless they end with a product.
         x = x.float()
     executions = [STORE] * len(stack.executions) if active() else stack.executions
-    return Call(stack.rule.streams(x), stack.arithmetic(), stack.options, executions)
+    streams = stack.rule.streams(x)
+    return Call(streams, stack.arithmetic(), stack.options, executions, stack.memory)
 
 
 def _taken_up(found: _Open, x: Tensor) -> list[Stream]:

@@ -12,6 +12,7 @@ from .._engine import Options
 from .._errors import ReversibleError
 from .._execution import Execution, resolve
 from .._program import callers_level
+from .._state.structure import Memory
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from .._streams.fixed import Fixed, fitting_fraction_bits
 from .._streams.format import DEFAULT_FRACTION_BITS, Float
@@ -69,6 +70,7 @@ class Stack:
         self.began: set[int] = set()
         self.options = options
         self.monitor = RangeMonitor()
+        self.memory = Memory()
         self.warned: set[str] = set()
         self.execution = list(execution)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator, MutableMapping
+from fractions import Fraction
 from functools import partial
 from operator import is_
 from typing import Any
@@ -45,7 +46,9 @@ def modules_of(fn: nn.Module, coupling: nn.Module | None = None) -> list[nn.Modu
 # By `id` of a module: a reference to it, the length of its `__dict__`, and its attributes where
 # they are numbers and the like, which hold nothing alive. Most modules have no others.
 _simple: dict[int, tuple[weakref.ref[nn.Module], int, dict[str, Any]]] = {}
-_SIMPLE = frozenset(map(type, (None, True, 0, 0.0, "", torch.float32, torch.device("cpu"))))
+_SIMPLE = frozenset(
+    map(type, (None, True, 0, 0.0, "", torch.float32, torch.device("cpu"), Fraction(1)))
+)
 
 
 def _is_simple(value: Any) -> bool:
