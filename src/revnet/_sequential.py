@@ -13,6 +13,7 @@ from ._block import (
     take_keys,
     unwrap_deterministic,
 )
+from ._compiled.function import active
 from ._distributed import shared_generator
 from ._execution import EXECUTIONS
 from ._program import (
@@ -99,8 +100,14 @@ class BlockSequence(Program):
         kwargs: Mapping[str, Any],
         dropped: Collection[int] | None = None,
     ) -> BoundSteps:
-        blocks = self._branches
-        flat = keywords_of(self.args_route, kwargs, [f for branches in blocks for f in branches])
+        blocks, settings = self._branches, self._settings
+        functions = [f for branches in blocks for f in branches]
+        # Whether nothing but the branches decides the steps.
+        plain = not (kwargs or self.args_route or dropped or self._random_depth or active())
+        plain = plain and settings.coupling is None and not settings.tiles
+        if plain and (known := self._memory.steps(functions)) is not None:
+            return known
+        flat = keywords_of(self.args_route, kwargs, functions)
         if dropped is None:
             dropped = self._dropped()
         parts: list[tuple[int, BoundStep]] = []
@@ -113,10 +120,12 @@ class BlockSequence(Program):
                     self._per_block * i,
                     f"{self._name} {i}, ",
                     self._updates,
-                    self._settings.coupling,
-                    self._settings.begins and i == 0,
-                    self._settings.tiles,
+                    settings.coupling,
+                    settings.begins and i == 0,
+                    settings.tiles,
                 )
+        if plain:
+            self._memory.keep_steps(functions, parts)
         return parts
 
     @property
