@@ -15,6 +15,7 @@ from ._block import (
 )
 from ._compiled.function import active
 from ._distributed import shared_generator
+from ._errors import ReversibleError
 from ._execution import EXECUTIONS
 from ._program import (
     BoundSteps,
@@ -31,6 +32,7 @@ from ._slices import P, part_of
 from ._step import BoundStep, check_tiled
 from ._taps import positions_of
 from ._tile import Tile, tile_of
+from ._torch import is_capturing
 
 Split = Callable[[Any], tuple[Any, Any]]
 Merge = Callable[[Any, Any], Any]
@@ -157,6 +159,12 @@ class BlockSequence(Program):
     def _dropped(self) -> Collection[int]:
         if not self._random_depth:
             return ()
+        if is_capturing():
+            raise ReversibleError(
+                f"layer_dropout={self.layer_dropout} in a CUDA graph: blocks are drawn on the "
+                f"host, so that every replay would leave out the same. Set net.layer_dropout = 0, "
+                f"or capture parts of the sequence."
+            )
         draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
 
