@@ -67,6 +67,7 @@ def no_process_group() -> Iterator[None]:
 @pytest.mark.usefixtures("no_process_group")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*step.. is running without CUDA graph:UserWarning")
 @pytest.mark.parametrize("page", [with_marks(page) for page in PAGES if code_of(page)], ids=name)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import revnet
 
@@ -16,10 +17,14 @@ WIDTH = 8
 ROOT = os.path.dirname(revnet.__file__)
 
 
-def calls_of_a_pass(blocks: int, streams: Any) -> int:
+def linear() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH)
+
+
+def calls_of_a_pass(blocks: int, streams: Any, execution: Any = "invert") -> int:
     """Return how many functions of the library one forward pass calls, once it has settled."""
-    pairs = [(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(blocks)]
-    net = revnet.ReversibleSequence(pairs, streams=streams)
+    pairs = [(linear(), linear()) for _ in range(blocks)]
+    net = revnet.ReversibleSequence(pairs, streams=streams, execution=execution)
     x = torch.randn(2, 3, WIDTH, requires_grad=True)
     # The range monitor samples the first, second and fourth call.
     for _ in range(4):
@@ -41,7 +46,81 @@ def calls_of_a_pass(blocks: int, streams: Any) -> int:
     return count
 
 
-@pytest.mark.parametrize(("streams", "most"), [("float", 24), ("fixed", 32)])
-def test_calls_of_a_forward_step(streams: str, most: int) -> None:
+@pytest.mark.parametrize(
+    ("streams", "execution", "most"),
+    [("float", "invert", 24), ("fixed", "invert", 32), ("float", "store", 4)],
+)
+def test_calls_of_a_forward_step(streams: str, execution: Any, most: int) -> None:
     steps = 2 * (6 - 2)
-    assert (calls_of_a_pass(6, streams) - calls_of_a_pass(2, streams)) / steps <= most
+    more = calls_of_a_pass(6, streams, execution) - calls_of_a_pass(2, streams, execution)
+    assert more / steps <= most
+
+
+# The steps of a call are those of the call before while nothing has changed that decides them
+
+
+def test_a_branch_that_was_replaced_is_called() -> None:
+    net = revnet.ReversibleSequence([(linear(), linear()) for _ in range(3)])
+    x = torch.randn(2, WIDTH)
+    net(x)
+    net.blocks[1].g = other = linear()
+    twin = revnet.ReversibleSequence([(block.f, block.g) for block in net.blocks])
+    assert twin.blocks[1].g is other
+    assert torch.equal(net(x), twin(x))
+    net.blocks[0], net.blocks[2] = net.blocks[2], net.blocks[0]
+    twin = revnet.ReversibleSequence([(block.f, block.g) for block in net.blocks])
+    assert torch.equal(net(x), twin(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = linear()
+
+    def forward(self, x: Tensor, by: float = 1.0) -> Tensor:
+        return self.linear(x) * by
+
+
+def test_keywords_of_one_call_are_not_those_of_the_next() -> None:
+    net = revnet.ReversibleSequence([(Scaled(), Scaled()) for _ in range(2)])
+    x = torch.randn(2, WIDTH)
+    plain = net(x)
+    net.args_route["by"] = (True, False)
+    assert not torch.equal(net(x, by=3.0), plain)
+    del net.args_route["by"]
+    assert torch.equal(net(x), plain)
+
+    def put_in(block: nn.Module, args: tuple[Any, ...]) -> None:
+        args[2]["by"] = 3.0
+
+    handle = net.blocks[0].register_forward_pre_hook(put_in)
+    hooked = net(x)
+    assert not torch.equal(hooked, plain)
+    handle.remove()
+    assert torch.equal(net(x), plain)
+
+
+def test_a_copy_calls_its_own_branches() -> None:
+    net = revnet.ReversibleSequence([(linear(), linear()) for _ in range(2)])
+    x = torch.randn(2, WIDTH)
+    before = net(x)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(x), before)
+    assert torch.equal(net(x), x)
+
+
+def test_what_is_set_between_calls_takes_effect() -> None:
+    net = revnet.ReversibleSequence([(linear(), linear()) for _ in range(2)])
+    x = torch.randn(4, WIDTH)
+    net(x)
+    seen: list[int] = []
+    net.blocks[0].g.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    net.tile = {"g": revnet.Tile(2, dim=0)}
+    net(x)
+    assert seen == [2, 2]
+    net.tile = {}
+    net(x)
+    assert seen == [2, 2, 4]

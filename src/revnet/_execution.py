@@ -31,6 +31,7 @@ class Execution:
 
 
 STORE = Execution("store", rebuilds=False)
+INVERT = Execution("invert")
 OFFLOAD = Execution("offload", keeps_target=True, on_host=True, prefetch=2)
 
 BY_NAME = {
@@ -40,7 +41,7 @@ BY_NAME = {
         Execution("select", keeps_results=True),
         Execution("checkpoint", keeps_target=True),
         OFFLOAD,
-        Execution("invert"),
+        INVERT,
     )
 }
 EXECUTIONS = tuple(BY_NAME)

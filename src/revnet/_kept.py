@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -36,11 +37,14 @@ class Saved:
     __slots__ = ("anchor", "leaves", "spec")
 
     def __init__(self, tree: Any) -> None:
-        leaves, self.spec = pytree.tree_flatten(tree)
-        self.anchor: Tensor = _Keep.apply(
-            _ROOT, *(leaf.detach() for leaf in leaves if isinstance(leaf, Tensor))
-        )
-        self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        self.leaves: list[tuple[Any] | None] = []
+        self.spec: Any = None
+        tensors: Iterable[Tensor] = (tree,)
+        if not isinstance(tree, Tensor):
+            leaves, self.spec = pytree.tree_flatten(tree)
+            self.leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.anchor: Tensor = _Keep.apply(_ROOT, *map(Tensor.detach, tensors))
 
     def load(self) -> Any:
         """The tensors, after autograd's own check that nobody wrote to them."""
@@ -50,6 +54,8 @@ class Saved:
             if "inplace" not in str(error):
                 raise
             raise ReversibleError(_WRITTEN) from error
+        if self.spec is None:
+            return next(tensors)
         leaves = [next(tensors) if other is None else other[0] for other in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 

@@ -250,27 +250,29 @@ class ReversibleSequence(BlockSequence):
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:
         blocks = [x if isinstance(x, ReversibleBlock) else block_in(x) for x in self.blocks]
-        return [(block.f, block.g) for block in blocks]
+        # By the dict of children, as each attribute of a module is a call.
+        children = [cast(dict[str, nn.Module], block._modules) for block in blocks]
+        return [(child["f"], child["g"]) for child in children]
 
     @property
     def _called_blocks(self) -> Sequence[nn.Module]:
         return list(self.blocks)
 
     def _through(self, call: Call, parts: BoundSteps, taps: Taps | None) -> Sequence[Any]:
-        doors, streams = self._called_blocks, ()
-        for i in range(0, len(parts), self._per_block):
-            block = parts[i : i + self._per_block]
-            (first, f), (_, g) = block[:: self._per_block // 2]
+        doors, streams, count = self._called_blocks, (), self._per_block
+        for i in range(0, len(parts), count):
+            block = parts[i : i + count]
+            first, f = block[0]
             if taps is not None:
                 taps.reach(first, streams or call.values)
-            door = doors[first // self._per_block]
+            door = doors[first // count]
             if runs_only_steps(door):
                 if streams:
                     enter_call(call, streams, self._settings, f.name)
                     streams = ()
-                for index, part in block:
-                    call.step(index, part)
+                call.steps(block)
                 continue
+            g = block[count // 2][1]
             # What else runs in the block may draw random numbers.
             call.random = None
             entered.call = call, block, saved_tensor_hooks(), self._settings

@@ -13,7 +13,9 @@ from ._block import (
     take_keys,
     unwrap_deterministic,
 )
+from ._compiled.function import active
 from ._distributed import shared_generator
+from ._errors import ReversibleError
 from ._execution import EXECUTIONS
 from ._program import (
     BoundSteps,
@@ -30,6 +32,7 @@ from ._slices import P, part_of
 from ._step import BoundStep, check_tiled
 from ._taps import positions_of
 from ._tile import Tile, tile_of
+from ._torch import is_capturing
 
 Split = Callable[[Any], tuple[Any, Any]]
 Merge = Callable[[Any, Any], Any]
@@ -99,8 +102,14 @@ class BlockSequence(Program):
         kwargs: Mapping[str, Any],
         dropped: Collection[int] | None = None,
     ) -> BoundSteps:
-        blocks = self._branches
-        flat = keywords_of(self.args_route, kwargs, [f for branches in blocks for f in branches])
+        blocks, settings = self._branches, self._settings
+        functions = [f for branches in blocks for f in branches]
+        # Whether nothing but the branches decides the steps.
+        plain = not (kwargs or self.args_route or dropped or self._random_depth or active())
+        plain = plain and settings.coupling is None and not settings.tiles
+        if plain and (known := self._memory.steps(functions)) is not None:
+            return known
+        flat = keywords_of(self.args_route, kwargs, functions)
         if dropped is None:
             dropped = self._dropped()
         parts: list[tuple[int, BoundStep]] = []
@@ -113,10 +122,12 @@ class BlockSequence(Program):
                     self._per_block * i,
                     f"{self._name} {i}, ",
                     self._updates,
-                    self._settings.coupling,
-                    self._settings.begins and i == 0,
-                    self._settings.tiles,
+                    settings.coupling,
+                    settings.begins and i == 0,
+                    settings.tiles,
                 )
+        if plain:
+            self._memory.keep_steps(functions, parts)
         return parts
 
     @property
@@ -148,6 +159,12 @@ class BlockSequence(Program):
     def _dropped(self) -> Collection[int]:
         if not self._random_depth:
             return ()
+        if is_capturing():
+            raise ReversibleError(
+                f"layer_dropout={self.layer_dropout} in a CUDA graph: blocks are drawn on the "
+                f"host, so that every replay would leave out the same. Set net.layer_dropout = 0, "
+                f"or capture parts of the sequence."
+            )
         draws = torch.rand(self._depth, generator=shared_generator(), device="cpu").tolist()
         return {i for i, draw in enumerate(draws) if draw < self.layer_dropout}
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -79,7 +80,11 @@ def records_operators() -> bool:
 
     Without it the recomputation would be noted down as well, and draw other random numbers.
     """
-    return torch._C._is_tracing() or get_proxy_mode() is not None
+    if torch._C._is_tracing():
+        return True
+    # Asking for a mode takes longer than to see that there is none.
+    modes = torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()
+    return bool(modes) and get_proxy_mode() is not None
 
 
 def is_faking() -> bool:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -28,8 +28,7 @@ from .tape import Options, Tape
 Arithmetic = FloatArithmetic | FixedArithmetic
 
 
-@dataclass(frozen=True)
-class Mode:
+class Mode(NamedTuple):
     """What both calls must have in common, beside the streams, to share a tape.
 
     Attributes:
@@ -141,7 +140,8 @@ def hand_on(streams: Sequence[Stream], arithmetic: Arithmetic, tape: Tape, mode:
         mode: of the pass.
     """
     format = _format(arithmetic)
-    if mode.fake or (format is None and not mode.recording):
+    if mode.fake or (format is None and not (mode.recording and tape.follows_rebuilt())):
+        # Float streams hold nothing beside their values, and no walk leads into a stored step.
         return
     values = [value for value, _ in streams]
     tensors = _tensors(values)
@@ -164,6 +164,9 @@ def hand_on(streams: Sequence[Stream], arithmetic: Arithmetic, tape: Tape, mode:
 
 def go_on(streams: Sequence[Any], arithmetic: Arithmetic, mode: Mode) -> Continued | None:
     """Return what a pass left with these streams, None where nothing fits."""
+    if isinstance(streams[0], Tensor) and id(streams[0]) not in _LEFT:
+        # Most calls: what follows, without its calls.
+        return None
     tensors = _tensors(streams)
     left = _LEFT.get(id(tensors[0])) if tensors else None
     if (
@@ -215,6 +218,26 @@ def _forget(key: int, reference: weakref.ref[Tensor]) -> None:
     left = _LEFT.get(key)
     if left is not None and any(reference is ref for ref in left.tensors):
         _LEFT.pop(key, None)
+
+
+def same_stream(mine: Any, given: Any) -> bool:
+    """Check whether a block received the stream that the step before left, perhaps rewrapped."""
+    if mine is given:
+        return True
+    if not isinstance(mine, Tensor):
+        mine, spec = pytree.tree_flatten(mine)
+        given, given_spec = pytree.tree_flatten(given)
+        return bool(spec == given_spec) and all(
+            same_stream(a, b) for a, b in zip(mine, given, strict=True)
+        )
+    return (
+        isinstance(given, Tensor)
+        and mine.dtype is given.dtype
+        and mine.shape == given.shape
+        and mine.stride() == given.stride()
+        and mine.data_ptr() == given.data_ptr()
+        and mine._version == given._version
+    )
 
 
 def _tensors(streams: Sequence[Any]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._errors import ReversibleError
 from .._streams.checksum import checksum
 from .._trees import tree_leaves
-from .tape import Record
+from .tape import Record, Tape
 
 
 def tree_checksum(tree: Any) -> Tensor:
@@ -35,3 +35,22 @@ def compare(record: Record, which: int, tree: Any) -> None:
         "torch.Generator is not restored: draw from torch's global generators. Kernels that add in "
         "changing order have deterministic forms: torch.use_deterministic_algorithms(True)."
     )
+
+
+def forget_inexact(tape: Tape) -> None:
+    """Forget the checksums of steps that a walk reaches with rounding errors."""
+    for k, record in enumerate(tape.records):
+        if record is None or record.checksums is None:
+            continue
+        if not all(_exact(tape, i, k) for i in record.step.source):
+            record.checksums = None
+
+
+def _exact(tape: Tape, stream: int, k: int) -> bool:
+    """Check whether the walk finds this stream in the very bits that it had before step k."""
+    for record in tape.records[k + 1 :]:
+        if record is None:
+            break
+        if record.step.target == stream:
+            return tape.arithmetic.exact or record.kept is not None
+    return True

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
@@ -43,7 +42,7 @@ from .._torch import (
 from .._trees import tree_leaves
 from . import chain
 from .backward import Lock, recover
-from .checksums import tree_checksum
+from .checksums import forget_inexact, tree_checksum
 from .gates import Gates
 from .hooks import PackHook, may_stop_at_last_save, tensors_in
 from .keeping import kept_target, reads_alone
@@ -86,7 +85,8 @@ class Call:
         leaves = [leaf for value in streams for leaf in tree_leaves(value)]
         self.layout_of = Layout if all(isinstance(x, Tensor) for x in streams) else layout_of
         self.devices = devices_of(leaves)
-        self.environment = Environment([device.type for device in self.devices])
+        # Read when the first of the steps under it is recorded.
+        self.environment: Environment | None = None
         # Versions of the streams as a block returned them.
         self.versions: list[int] = []
         self.aux: dict[str, Any] = {}
@@ -128,9 +128,10 @@ class Call:
     def enter(self, *streams: Any) -> None:
         """Continue from a block's inputs, which a hook may have replaced (rule 9)."""
         self._check_unwritten()
-        self.environment = Environment([device.type for device in self.devices])
+        self.environment = None
         if all(
-            _same(value, given) for (value, _), given in zip(self.streams, streams, strict=True)
+            chain.same_stream(value, given)
+            for (value, _), given in zip(self.streams, streams, strict=True)
         ):
             self.streams = [
                 (value, encoded) for value, (_, encoded) in zip(streams, self.streams, strict=True)
@@ -142,6 +143,28 @@ class Call:
             self.tape.add_barrier(self.streams)
         self.layout_of = layout_of
         self.streams = [self.arithmetic.encode(value) for value in streams]
+
+    @untraced
+    def steps(self, parts: Sequence[tuple[int, BoundStep]]) -> None:
+        """Apply steps in order, each with its index in the sequence."""
+        recording, executions, tape = self.recording, self.executions, self.tape
+        for index, step in parts:
+            if (
+                (recording and executions[index].rebuilds)
+                or step.tile is not None
+                or tape.tiled
+                or isinstance(step.fn, Sum)
+            ):
+                self.step(index, step)
+                continue
+            # What `step` does, without its calls: a stored step costs what one of a loop does.
+            self.at = step
+            if recording:
+                tape.add_barrier(self.streams)
+            self.random = None
+            sources = map(_value, map(self.streams.__getitem__, step.source))
+            self._combine(index, step, step.fn(*sources, **step.kwargs))
+            self.at = None
 
     @untraced
     def step(self, index: int, step: BoundStep, within: bool = False) -> None:
@@ -234,6 +257,8 @@ class Call:
         # What `branch_of` returns, without a call.
         fn = step.fn.branch if isinstance(step.fn, Adapter) else step.fn
         number = index, step.part
+        if self.environment is None:
+            self.environment = Environment([device.type for device in self.devices])
         structure = self.memory.structure(number, fn, step.coupling)
         context_fn = self.options.context_fn
         state = StepState(step, structure, self.environment, random, results, context_fn)
@@ -349,20 +374,13 @@ class Call:
         if before is not None and before < position and tape.walks_over(before):
             tape.saved_states.pop(before, None)
         self.paused = position
-        self._forget_checksums()
+        if self.options.determinism_check == "exact":
+            forget_inexact(tape)
 
     def resume(self, streams: list[Stream]) -> None:
         """Continue with the streams that `pause` returned; their values may be other tensors."""
         self.streams = streams
-        self.environment = Environment([device.type for device in self.devices])
-
-    def _forget_checksums(self) -> None:
-        """Forget the checksums of steps that a walk reaches with rounding errors."""
-        for k, record in enumerate(self.tape.records):
-            if record is None or record.checksums is None:
-                continue
-            if not all(self._exact(i, k) for i in record.step.source):
-                record.checksums = None
+        self.environment = None
 
     def __enter__(self) -> Call:
         return self
@@ -385,15 +403,6 @@ class Call:
                 "tensors from the hook instead."
             )
         self.versions = []
-
-    def _exact(self, stream: int, k: int) -> bool:
-        """Check whether the walk finds this stream in the very bits that it had before step k."""
-        for record in self.tape.records[k + 1 :]:
-            if record is None:
-                break
-            if record.step.target == stream:
-                return self.arithmetic.exact or record.kept is not None
-        return True
 
     def _combine(self, index: int, step: BoundStep, out: Any) -> None:
         """Update the target with what the branch returned, its extra output put aside."""
@@ -426,23 +435,3 @@ def _shared(sources: list[Any]) -> list[int]:
     """Return for each source the first place that holds the same object."""
     places: dict[int, int] = {}
     return [places.setdefault(id(source), place) for place, source in enumerate(sources)]
-
-
-def _same(mine: Any, given: Any) -> bool:
-    """Check whether a block received the stream that the step before left, perhaps rewrapped."""
-    if mine is given:
-        return True
-    if not isinstance(mine, Tensor):
-        mine, spec = pytree.tree_flatten(mine)
-        given, given_spec = pytree.tree_flatten(given)
-        return bool(spec == given_spec) and all(
-            _same(a, b) for a, b in zip(mine, given, strict=True)
-        )
-    return (
-        isinstance(given, Tensor)
-        and mine.dtype is given.dtype
-        and mine.shape == given.shape
-        and mine.stride() == given.stride()
-        and mine.data_ptr() == given.data_ptr()
-        and mine._version == given._version
-    )

@@ -158,10 +158,12 @@ class Tape:
             within: whether a wrapper stands between the sequence and the step. Its hooks must not
                 see what the engine saves, since they see nothing of it when it runs the step again.
         """
-        if self.follows_rebuilt():
+        # What `follows_rebuilt` checks, without its calls: most stored steps follow another.
+        records = self.records
+        if records and records[-1] is not None and records[-1].alone is None:
             encoded = [encoded for _, encoded in streams]
             self.saved_states[len(self.records)] = Referenced(encoded) if within else Saved(encoded)
-        self.records.append(None)
+        records.append(None)
         self.hooks.append(no_hook)
 
     def save_state(self, streams: list[Stream]) -> None:

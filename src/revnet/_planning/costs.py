@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._engine import Call
-from .._execution import BY_NAME, STORE, Execution
+from .._execution import BY_NAME, INVERT, STORE, Execution
 from .._memory import CpuMeter, CudaMeter, FakeMeter, all_tensors_in, storages_of
 from .._sequence import ReversibleSequence
 from .._state.branch import is_compiled
@@ -34,6 +34,9 @@ from .stand_ins import StandIns
 
 # Steps of one kind in the call that is timed.
 _REPEATED = 3
+# How often it is timed at most, and by how much the least of these times may be wrong.
+_TURNS = 50
+_NOISE = 0.03
 # What an accelerator of today reaches in low precision, where nothing is measured.
 _FLOPS_PER_SECOND = 4e14
 _BYTES_PER_SECOND = 2.5e12
@@ -185,20 +188,38 @@ class _StepMeasurement:
         if self.whole.mode is not None:
             return {execution: self.estimate(execution) for execution in executions}
         measured: dict[Execution, list[int]] = {execution: [] for execution in executions}
+        empty: list[int] = []
         began = time.perf_counter()
-        for turn in range(9):
+        for turn in range(_TURNS):
             for execution in executions:
-                _synchronize(self.whole.x.device)
-                start = time.perf_counter_ns()
                 # In a chain, as in a sequence, the host runs ahead of the device.
-                self.run(execution, _REPEATED)
-                _synchronize(self.whole.x.device)
-                measured[execution].append((time.perf_counter_ns() - start) // _REPEATED)
-            if turn >= 2 and time.perf_counter() - began > 1.0:
+                measured[execution].append(self.time(execution, _REPEATED))
+            empty.append(self.time(STORE, 0))
+            elapsed = time.perf_counter() - began
+            if turn >= 2 and elapsed > (1.0 if turn < 8 else 0.1):
                 break
-        # The least disturbed run counts. Noise cannot make more work take less time.
-        least = {execution: min(runs) for execution, runs in measured.items()}
+        # The least disturbed run counts, without what a call costs whatever its steps are: a
+        # sequence is one call.
+        least = {
+            execution: max(0, min(runs) - min(empty)) // _REPEATED
+            for execution, runs in measured.items()
+        }
+        undone = least.get(INVERT, 0)
+        for execution, nanoseconds in least.items():
+            keeps = execution.keeps_target or execution.keeps_results
+            if keeps and nanoseconds > (1 - _NOISE) * undone:
+                # Memory is not spent on a gain that noise explains: the plan could be slower.
+                least[execution] = max(nanoseconds, undone + 1)
+        # Noise cannot make more work take less time.
         return {a: max(least[b] for b in executions if _works_at_least(a, b)) for a in executions}
+
+    def time(self, execution: Execution, steps: int) -> int:
+        """Return the nanoseconds of a call with some such steps."""
+        _synchronize(self.whole.x.device)
+        start = time.perf_counter_ns()
+        self.run(execution, steps)
+        _synchronize(self.whole.x.device)
+        return time.perf_counter_ns() - start
 
     def estimate(self, execution: Execution) -> int:
         """Return nanoseconds that follow from floating-point operations and bytes written."""
@@ -239,15 +260,10 @@ class _StepMeasurement:
 
 def _works_at_least(a: Execution, b: Execution) -> bool:
     """Check whether the first execution of a step does all of the work of the second."""
-    if a is b or not b.rebuilds:
-        return True
-    # To undo a step takes all of its branch, a kept target only up to the last saved tensor.
-    return (
-        a.rebuilds
-        and a.keeps_results == b.keeps_results
-        and a.on_host >= b.on_host
-        and a.keeps_target <= b.keeps_target
-    )
+    # Not of undoing a step and keeping its target: the one evaluates all of the branch, but where
+    # kernels are small, saving the target and stopping a replay early take the host longer.
+    alike = (a.rebuilds, a.keeps_results, a.keeps_target) == (True, b.keeps_results, b.keeps_target)
+    return a is b or not b.rebuilds or (alike and a.on_host >= b.on_host)
 
 
 class _FreshGradients(torch.autograd.Function):

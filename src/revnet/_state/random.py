@@ -103,9 +103,8 @@ class _Bytes:
 
 def devices_of(tensors: Sequence[Any]) -> list[torch.device]:
     """Return the accelerator devices among `tensors`, each once."""
-    found = {
-        t.device for t in tensors if isinstance(t, Tensor) and t.device.type not in ("cpu", "meta")
-    }
+    # Asking a device for its type takes longer than these attributes.
+    found = {t.device for t in tensors if isinstance(t, Tensor) and not (t.is_cpu or t.is_meta)}
     return list(found)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from operator import is_
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._couplings import Coupling
+from .._step import BoundStep, Step
 from .branch import (
     MACHINERY,
     Table,
@@ -186,6 +187,21 @@ class Memory:
 
     def __init__(self) -> None:
         self._structures: dict[Any, tuple[nn.Module, nn.Module, Structure]] = {}
+        self._branches: list[Any] = []
+        self._steps: list[tuple[int, BoundStep]] = []
+
+    def steps(self, branches: Sequence[Any]) -> Sequence[tuple[int, BoundStep]] | None:
+        """Return the steps of the last call without keywords if it had these very branches."""
+        if len(branches) != len(self._branches) or not all(map(is_, branches, self._branches)):
+            return None
+        # A hook on a block may have put keywords into the dict that it was given.
+        return None if any(map(_keywords_of, map(_step_of, self._steps))) else self._steps
+
+    def keep_steps(self, branches: Sequence[Any], steps: Sequence[tuple[int, BoundStep]]) -> None:
+        """Keep the steps of a call without keywords."""
+        # Constants of a `Step` may change.
+        if not any(isinstance(branch, Step) for branch in branches):
+            self._branches, self._steps = list(branches), list(steps)
 
     def __reduce__(self) -> Any:
         return Memory, ()
@@ -222,6 +238,7 @@ class Memory:
 
 
 _get = dict.get
+_step_of, _keywords_of = itemgetter(1), attrgetter("kwargs")
 
 
 def hold(own: Table, wanted: dict[str, Any], machinery: frozenset[str] = MACHINERY) -> None:
