@@ -24,15 +24,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import hashlib
 import json
 import math
 import os
-import platform
-import shlex
 import statistics
-import sys
 import sysconfig
 import time
 from collections import defaultdict
@@ -44,6 +40,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _race import opening
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -481,13 +478,11 @@ def write_report(text: Text, options: argparse.Namespace) -> None:
     found, size = results(options.out), options.shape
     cuda = options.device == "cuda"
     lines = [
-        "# Does a reversible network learn as well as an ordinary one of equal parameters?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; {'bfloat16 autocast' if cuda else 'float32'}.",
-        "",
+        *opening(
+            "Does a reversible network learn as well as an ordinary one of equal parameters?",
+            options.hardware,
+            f"; {'bfloat16 autocast' if cuda else 'float32'}.",
+        ),
         f"A language model of bytes: {size.layers} layers, width {size.width}, context "
         f"{size.context}, {size.batch} sequences a step, {size.steps} steps "
         f"({size.steps * size.batch * size.context / 1e6:.1f} million bytes) of the Python sources "

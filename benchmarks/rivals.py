@@ -26,10 +26,7 @@ import gc
 import importlib.util
 import math
 import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,7 +36,7 @@ from typing import Any
 
 import torch
 from _models import branches
-from _race import difference, timed
+from _race import difference, opening, timed
 from pareto import ATTENTION, apart, compiling, plans_for
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -546,14 +543,12 @@ def report(
     device = options.device
     precision = "bfloat16" if device == "cuda" else "float32"
     lines = [
-        "# What does a reversible network cost against what users of an ordinary one have?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}. Width {width}, {blocks} blocks of attention and MLP, batch "
-        f"1, {precision}; forward and backward.",
-        "",
+        *opening(
+            "What does a reversible network cost against what users of an ordinary one have?",
+            options.hardware,
+            f". Width {width}, {blocks} blocks of attention and MLP, batch 1, {precision}; forward "
+            "and backward.",
+        ),
         '"stored" is the ordinary residual network with its activations stored. Networks on two '
         "streams have the very same parameters, and are another architecture: f is an attention "
         "and g an MLP, or, of whole layers, each of them one after the other. "
