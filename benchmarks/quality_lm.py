@@ -477,6 +477,7 @@ def draw(found: list[dict[str, Any]], size: Size, first: int, path: Path) -> Non
 def write_report(text: Text, options: argparse.Namespace) -> None:
     found, size = results(options.out), options.shape
     cuda = options.device == "cuda"
+    kept = "; the ordinary network keeps its activations" if options.execution == "invert" else ""
     lines = [
         *opening(
             "Does a reversible network learn as well as an ordinary one of equal parameters?",
@@ -488,7 +489,7 @@ def write_report(text: Text, options: argparse.Namespace) -> None:
         f"({size.steps * size.batch * size.context / 1e6:.1f} million bytes) of the Python sources "
         f"of installed packages: {len(text.train):,} bytes to learn, {len(text.held_out):,} held "
         f"out (sha256 of both begins with {text.digest}). AdamW, cosine decay. Execution: "
-        f"{options.execution}; the ordinary network keeps its activations unless it is checkpoint.",
+        f"{options.execution}{kept}.",
         "",
         "Runs of one seed have the same layers' initial weights and the same batches. Differences "
         "are of paired seeds, with the 95 % interval of their mean by Student's t; the last column "
