@@ -384,8 +384,9 @@ def failures(way: Way) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         way.failure = "out of memory"
-    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-        way.failure = f"fails: {str(error).splitlines()[0][:80]}"
+    except Exception as error:  # of any kind, in the code of others
+        said = next(iter(str(error).splitlines()), "")
+        way.failure = f"fails: {type(error).__name__}: {said[:80]}"
     if way.failure:
         gc.collect()
         if torch.cuda.is_available():
