@@ -1,5 +1,5 @@
-"""Ways to train one network, checked against each other and then timed in turn; shared by the
-timing benchmarks.
+"""Ways to train one network, checked against each other and then timed in turn, and how a report
+begins and ends; shared by the benchmarks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import datetime
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -353,10 +354,7 @@ def main(question: str, rows: Sequence[Row], footer: Callable[[], list[str]] | N
         if row.device == "cuda":
             torch.cuda.empty_cache()
     table = report(results) + (footer() if footer is not None else [])
-    print("\n".join(table))
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text("\n".join(_document(question, results, table)) + "\n")
+    publish(_document(question, results, table), given.out)
 
 
 def _document(question: str, results: list[tuple[Row, list[Arm]]], table: list[str]) -> list[str]:
@@ -366,13 +364,7 @@ def _document(question: str, results: list[tuple[Row, list[Arm]]], table: list[s
         else platform.processor() or platform.machine()
     )
     return [
-        f"# {question}",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {torch.get_num_threads()} CPU threads.",
-        "",
+        *opening(question, hardware, f", {torch.get_num_threads()} CPU threads."),
         "One forward and backward pass. Arms share their weights and run in turn, once a round; "
         "times are medians, ratios medians of the ratios within rounds. The peak is that of "
         "activations: above weights, gradients and input. The gradient error is the relative "
@@ -382,3 +374,25 @@ def _document(question: str, results: list[tuple[Row, list[Arm]]], table: list[s
         "",
         *table,
     ]
+
+
+def opening(question: str, hardware: str, more: str = ".") -> list[str]:
+    """Return how a report begins: its question, command, day, hardware and versions."""
+    return [
+        f"# {question}",
+        "",
+        f"    {shlex.join(['python', *sys.argv])}",
+        "",
+        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
+        f"{platform.python_version()}{more}",
+        "",
+    ]
+
+
+def publish(lines: Sequence[str], out: Path | None) -> None:
+    """Print a report, and write it if there is a file for it."""
+    text = "\n".join(lines).rstrip() + "\n"
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import platform
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from _models import branches
-from _race import BLOCK, FIXED, FLOAT, STORED, Loop, difference, timed
+from _race import BLOCK, FIXED, FLOAT, STORED, Loop, difference, opening, publish, timed
 from torch import Tensor, nn
 
 import revnet
@@ -95,25 +92,17 @@ def main() -> None:
     warm = torch.randn(2, 64, options.width, device=options.device)
     first_step(STORED, branches(1, options.width, device=options.device), warm)
     lines = [
-        "# How long does torch.compile take?",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; width {options.width}, 2 × 64 tokens, float32; "
-        f"{options.rounds} rounds. Seconds of the first training step, caches off; ratios to "
-        '"checkpoint per block" of the same two-stream network. "stored" is its plain loop, and '
-        '"parts" compiles branch by branch.',
+        *opening("How long does torch.compile take?", hardware),
+        f"Width {options.width}, 2 × 64 tokens, float32; {options.rounds} rounds. Seconds of the "
+        'first training step, caches off; ratios to "checkpoint per block" of the same two-stream '
+        'network. "stored" is its plain loop, and "parts" compiles branch by branch.',
         "",
         "| blocks | arm | first step, s | ÷ checkpointing | gradient error |",
         "|---|---|---|---|---|",
     ]
     for blocks in options.blocks:
         lines += table(blocks, options)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,10 @@ What is finished is kept in --out, and a benchmark that was ended goes on where 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +30,7 @@ from pathlib import Path
 
 import quality_lm as lm
 import torch
-from _race import timed
+from _race import opening, timed
 from torch import Tensor, nn
 
 import revnet
@@ -228,13 +224,11 @@ def write_report(arms: list[Arm], text: lm.Text, options: argparse.Namespace) ->
     size = options.of(arms[0])
     precision = "bfloat16 autocast" if options.device == "cuda" else "float32"
     lines = [
-        "# What does memory buy, at equal memory and equal time?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; {precision}, residual streams float32.",
-        "",
+        *opening(
+            "What does memory buy, at equal memory and equal time?",
+            options.hardware,
+            f"; {precision}, residual streams float32.",
+        ),
         f"Language models of bytes of width {size.width}, on {len(text.train):,} bytes of Python "
         f"sources (sha256 begins with {text.digest}). The activations of one sequence, forward and "
         f"backward, may take {options.budget:g} MiB; weights, gradients and AdamW's state, 16 "

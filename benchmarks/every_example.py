@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import re
 import shlex
 import sys
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _race import opening
 
 import revnet
 
@@ -118,15 +117,11 @@ def head(options: argparse.Namespace) -> list[str]:
     size = "the size of the papers" if options.full else "toy size"
     steps = f"{options.steps} steps of training" if options.steps else "their own steps of training"
     return [
-        f"# What do the examples keep at {size}?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {options.hardware}; revnet {revnet.__version__}, torch "
-        f"{torch.__version__}, Python "
-        f"{platform.python_version()}, {options.threads} thread{'s' * (options.threads > 1)}; "
-        f"after {steps}.",
-        "",
+        *opening(
+            f"What do the examples keep at {size}?",
+            f"{options.hardware}; revnet {revnet.__version__}",
+            f", {options.threads} thread{'s' * (options.threads > 1)}; after {steps}.",
+        ),
         'One training step of each, forward and backward. "stored" is the same network with '
         '`execution="store"`; the difference is the largest relative one of a gradient to it. '
         "Kept for backward and peak are above the start of the step; a time is the least of two. "

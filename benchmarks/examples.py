@@ -16,18 +16,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import datetime
 import importlib
 import importlib.metadata
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _race import difference, opening, publish
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -146,12 +145,6 @@ def copied(model: nn.Module) -> Any:
     return copy.deepcopy(model)
 
 
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    wrong = sum((a - b).square().sum() for a, b in pairs)
-    return float((wrong / sum(b.square().sum() for _, b in pairs)).sqrt())
-
-
 def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
     model.zero_grad()
     loss().backward()
@@ -179,7 +172,7 @@ def table(options: argparse.Namespace, name: str) -> list[str]:
 
     found = {arm: gradients(net, run(net)) for arm, net in arms.items()}
     assert all(map(torch.equal, found[FIXED], found[STORED_FIXED])), f"{name}: fixed is not exact"
-    errors = {arm: distance(grads, found[STORED]) for arm, grads in found.items()}
+    errors = {arm: difference(grads, found[STORED]) for arm, grads in found.items()}
     for arm, error in errors.items():
         # Under autocast a rebuilt float stream is off by rounding to bfloat16.
         assert options.autocast or error <= ALLOWED[arm], f"{name}, {arm}: {error}"
@@ -243,16 +236,14 @@ def main() -> None:
         else f"CPU, {options.threads} thread"
     )
     lines = [
-        "# Examples: time and memory",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; {options.rounds} rounds; "
-        f"{'size of the paper' if options.full else 'toy size'}, "
-        f"batch {options.batch or 'of the examples'}; "
-        f"{'bfloat16 autocast' if options.autocast else 'float32'}.",
-        "",
+        *opening(
+            "Examples: time and memory",
+            hardware,
+            f"; {options.rounds} rounds; "
+            f"{'size of the paper' if options.full else 'toy size'}, "
+            f"batch {options.batch or 'of the examples'}; "
+            f"{'bfloat16 autocast' if options.autocast else 'float32'}.",
+        ),
         "One forward and backward pass. Arms run in turn, once a round; times are medians, ratios "
         "medians of the ratios within rounds. The peak is above weights, gradients and input. The "
         "gradient error is the relative distance of all gradients from those of stored execution.",
@@ -262,10 +253,7 @@ def main() -> None:
         lines += [f"memcnn {importlib.metadata.version('memcnn')}.", ""]
     for name in options.only:
         lines += table(options, name)
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _race import difference
 from torch import Tensor, nn
 
 import revnet
@@ -103,12 +104,6 @@ def gradients(f: nn.Module, solve: Callable[..., Tensor], x: Tensor, ts: Tensor)
     return [x.grad, *(parameter.grad for parameter in f.parameters())]
 
 
-def distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = list(zip(found, expected, strict=True))
-    wrong = sum((a.double() - b.double()).square().sum() for a, b in pairs)
-    return (wrong / sum(b.double().square().sum() for _, b in pairs)).sqrt().item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=512)
@@ -138,7 +133,7 @@ def main() -> None:
     # Correctness first.
     found = {name: gradients(f, solve, x, ts) for name, solve in arms.items()}
     assert all(map(torch.equal, found[FIXED], found[STORED])), "fixed streams differ from stored"
-    errors = {name: distance(each, oracle) for name, each in found.items()}
+    errors = {name: difference(each, oracle) for name, each in found.items()}
     assert max(errors[FIXED], errors[FLOAT]) < 1e-4, errors
     peaks = {}
     for name, solve in arms.items():

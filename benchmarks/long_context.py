@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _bytes
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
@@ -50,13 +51,16 @@ _spec.loader.exec_module(_example)
 LongContext = _example.LongContext
 
 GIB = 2**30
+# Of the networks of width 128 that the arithmetic is compared with: as many widths as in "1.2B".
+HIDDEN = 344
 # Vocabulary, width, heads, heads of keys and values, groups, hidden, tile, chunk; blocks, tokens.
 SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "small": ((64, 64, 4, 4, 4, 128, 256, 256), 2, 2048),
     "1.2B": ((32768, 2048, 16, 16, 8, 5504, 4096, 4096), 24, 524288),
     "8B": ((131072, 4096, 32, 8, 8, 14336, 4096, 4096), 32, 524288),
 }
-again = partial(checkpoint, use_reentrant=False)
+# No branch draws random numbers, whose states would be kept on the CPU.
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Ordinary(LongContext):
@@ -242,24 +246,36 @@ def measured(step: Callable[[], None], rounds: int) -> tuple[int, list[str]]:
     return whole - before, [took, host, gib(whole), gib(reserved)]
 
 
-def arithmetic(streams: str, groups: int, shared: float) -> float:
-    """Return the bytes per token and element at the peak; see docs/long_context.md."""
-    held = 12 if streams == "fixed" else 4
-    return max(held + 12 + (6 + 6 * shared) / groups, held + 8 + (10 + 10 * shared) / groups)
+def slope(arm: str, blocks: int, groups: int, counts: tuple[int, int], keep: bool = False) -> float:
+    """Return by how many bytes an element of one more token raises the peak of a step.
 
-
-def slope(streams: str, groups: int, counts: tuple[int, int], width: int) -> float:
-    """Return by how many bytes an element of one more token raises the peak of a step."""
-    peaks = []
+    Args:
+        arm: which of the arms.
+        blocks: of the network.
+        groups: of its heads.
+        counts: two numbers of tokens.
+        keep: whether every activation is kept.
+    """
+    width, peaks = 128, []
+    kind, streams, _ = ARMS[arm]
     for tokens in counts:
         torch.manual_seed(0)
-        model = LongContext(64, width, 2, 8, 8, groups, width, 256, 256).bfloat16()
+        model = kind(64, width, blocks, 8, 8, groups, HIDDEN, 256, 256).bfloat16()
         model.steps.streams = streams
+        if keep:
+            stored(model)
         fill_gradients(model, sgd=False)
         text = text_for(tokens, "small", "cpu")
         model(text[:, :300]).backward()
         peaks.append(revnet.measure_memory(lambda m=model, t=text: m(t).backward()).peak_bytes)
     return (peaks[1] - peaks[0]) / (counts[1] - counts[0]) / width
+
+
+def compared(start: str, expected: float, found: float) -> str:
+    """Return a row of a table of arithmetic and measurement."""
+    line = f"| {start} | {expected:.1f} | {found:.1f} | {100 * (found / expected - 1):+.1f} % |"
+    print(line, flush=True)
+    return line
 
 
 def bytes_per_token() -> list[str]:
@@ -270,13 +286,30 @@ def bytes_per_token() -> list[str]:
     ]
     for streams in ("fixed", "float"):
         for groups in (1, 2, 4, 8):
-            expected = arithmetic(streams, groups, 1.0)
-            found = slope(streams, groups, (8192, 12288), 128)
-            lines.append(
-                f"| {streams} | {groups} | {expected:.1f} | {found:.1f} | "
-                f"{100 * (found / expected - 1):+.1f} % |"
-            )
-            print(lines[-1], flush=True)
+            found = slope(f"reversible, {streams}", 2, groups, (8192, 12288))
+            expected = _bytes.reversible(streams, groups, 1.0)
+            lines.append(compared(f"{streams} | {groups}", expected, found))
+    return lines
+
+
+def bytes_by_depth() -> list[str]:
+    """Compare the arithmetic of every way to train with the peak, in networks of two depths."""
+    lines = [
+        "| way | blocks | bytes per token and element, by the arithmetic | measured | off |",
+        "|---|---|---|---|---|",
+    ]
+    for depth in (2, 8):
+        ways = {
+            "reversible, fixed": _bytes.reversible("fixed", 8, 1.0),
+            "reversible, float": _bytes.reversible("float", 8, 1.0),
+            "checkpoint per layer": _bytes.checkpointed(depth, 8, 1.0),
+            "stored": _bytes.stored(depth, 1.0, HIDDEN / 128),
+        }
+        for way, expected in ways.items():
+            keep = way == "stored"
+            arm, groups = ("checkpoint per layer", 1) if keep else (way, 8)
+            found = slope(arm, depth, groups, (8192, 10240), keep)
+            lines.append(compared(f"{way} | {depth}", expected, found))
     return lines
 
 
@@ -401,7 +434,9 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     for blocks, tokens, arm in itertools.product(args.blocks, args.tokens, arms):
         say(row(arm, args.shape, blocks, tokens, args.rounds, args.device, args.dummy_weights))
     if cpu:
-        say("", *bytes_per_token(), "", *host_time())
+        say("", *bytes_per_token())
+        say("", *bytes_by_depth())
+        say("", *host_time())
     return lines
 
 

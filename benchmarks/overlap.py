@@ -12,15 +12,14 @@ is bounded by what this loop gains.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from _models import branches
+from _race import opening, publish
 from torch import Tensor, nn
 
 # Width, tokens, batch, blocks.
@@ -155,21 +154,16 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     lines = [line for size in SIZES for line in measure(size, given.rounds)]
     head = [
-        "# Rebuilding on a second stream",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
-        f"{datetime.date.today()}; {torch.cuda.get_device_name()}; torch {torch.__version__}, "
+        *opening("Rebuilding on a second stream", torch.cuda.get_device_name()),
         f"bfloat16, {given.rounds} rounds in turn, medians. The backward pass of a two-stream "
-        f"network by hand, float streams. Gradients are equal in every bit. Peak: above weights, "
-        f"of the eager pass; the loop holds the rebuilt streams.",
+        "network by hand, float streams. Gradients are equal in every bit. Peak: above weights, "
+        "of the eager pass; the loop holds the rebuilt streams.",
         "",
         "| work | mode | one stream, ms | two, ms | ratio | peak of one, MiB | of two | gains 5 % "
         "|",
         "|---|---|---|---|---|---|---|---|",
     ]
-    if given.out is not None:
-        given.out.write_text("\n".join([*head, *lines]) + "\n")
+    publish([*head, *lines], given.out)
 
 
 if __name__ == "__main__":

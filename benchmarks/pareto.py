@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from _models import branches
+from _race import difference
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -320,8 +321,7 @@ def examine(arm: Arm, pairs: Pairs, x: Tensor, expected: list[Tensor] | None) ->
         for parameter in branch.parameters()
     ]
     if expected is not None:
-        off = sum((a - b).square().sum().item() for a, b in zip(found, expected, strict=True))
-        arm.error = (off / sum(b.square().sum().item() for b in expected)) ** 0.5
+        arm.error = difference(found, expected)
     arm.peak = peak(arm.run, x)
     zero(pairs)
     return found

@@ -10,7 +10,6 @@ Options that are not listed by --help go to `revnet train`.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _race import opening
 
 from revnet.app.data import START
 from revnet.app.model import Shape, Transformer
@@ -218,14 +218,13 @@ def main() -> None:
     on_cpu = given.device == "cpu" or not torch.cuda.is_available()
     hardware = f"a CPU ({platform.machine()})" if on_cpu else torch.cuda.get_device_name()
     lines = [
-        "# What the trained networks are worth",
-        "",
-        f"    python {' '.join(sys.argv)}",
-        "",
-        f"{datetime.date.today()}; {hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}, CPU threads: {given.threads}, seed {given.seed}. Wall and "
-        f"CPU time are those of the whole command: start, data, training, validations, samples and "
-        f"pictures.",
+        *opening(
+            "What the trained networks are worth",
+            hardware,
+            f", CPU threads: {given.threads}, seed {given.seed}.",
+        ),
+        "Wall and CPU time are those of the whole command: start, data, training, validations, "
+        "samples and pictures.",
         "",
     ]
     for name in given.questions:

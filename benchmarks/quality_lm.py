@@ -24,15 +24,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import hashlib
 import json
 import math
 import os
-import platform
-import shlex
 import statistics
-import sys
 import sysconfig
 import time
 from collections import defaultdict
@@ -44,6 +40,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _race import opening
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -484,20 +481,19 @@ def draw(found: list[dict[str, Any]], size: Size, first: int, path: Path) -> Non
 def write_report(text: Text, options: argparse.Namespace) -> None:
     found, size = results(options.out), options.shape
     cuda = options.device == "cuda"
+    kept = "; the ordinary network keeps its activations" if options.execution == "invert" else ""
     lines = [
-        "# Does a reversible network learn as well as an ordinary one of equal parameters?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; {'bfloat16 autocast' if cuda else 'float32'}.",
-        "",
+        *opening(
+            "Does a reversible network learn as well as an ordinary one of equal parameters?",
+            options.hardware,
+            f"; {'bfloat16 autocast' if cuda else 'float32'}.",
+        ),
         f"A language model of bytes: {size.layers} layers, width {size.width}, context "
         f"{size.context}, {size.batch} sequences a step, {size.steps} steps "
         f"({size.steps * size.batch * size.context / 1e6:.1f} million bytes) of the Python sources "
         f"of installed packages: {len(text.train):,} bytes to learn, {len(text.held_out):,} held "
         f"out (sha256 of both begins with {text.digest}). AdamW, cosine decay. Execution: "
-        f"{options.execution}; the ordinary network keeps its activations unless it is checkpoint.",
+        f"{options.execution}{kept}.",
         "",
         "Runs of one seed have the same layers' initial weights and the same batches. Differences "
         "are of paired seeds, with the 95 % interval of their mean by Student's t; the last column "

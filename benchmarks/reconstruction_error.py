@@ -15,15 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import datetime
 import importlib
 import importlib.metadata
 import importlib.util
 import math
 import os
-import platform
-import shlex
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +29,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch  # after the line above, which CUDA reads once
 from _models import branches
+from _race import difference, opening, publish
 from torch import Tensor, nn
 
 import revnet
@@ -192,15 +189,6 @@ def gradients(net: nn.Module, pairs: Pairs, x: Tensor, mode: str) -> tuple[Tenso
     return y.detach(), [tensor.grad.double() for tensor in (x, *parameters)]
 
 
-def distance(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The norm of the difference in units of the norm of what was expected; exactly 0 where all
-    bits agree.
-    """
-    difference = sum((a - b).square().sum() for a, b in zip(actual, expected, strict=True))
-    scale = sum(b.square().sum() for b in expected)
-    return math.sqrt(float(difference) / float(scale))
-
-
 def error(arm: Arm, depth: int, growth: float, mode: str, given: argparse.Namespace) -> float:
     dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(mode, torch.float32)
     pairs = branches(depth, given.width, device=given.device, dtype=dtype)
@@ -219,7 +207,7 @@ def error(arm: Arm, depth: int, growth: float, mode: str, given: argparse.Namesp
         assert torch.allclose(arm(copy.deepcopy(pairs))[1](x.clone()), y, rtol=1e-4, atol=1e-4), (
             "another network"
         )
-    return distance(gradients(arm(rebuilt_pairs)[1], rebuilt_pairs, x, mode)[1], expected)
+    return difference(gradients(arm(rebuilt_pairs)[1], rebuilt_pairs, x, mode)[1], expected)
 
 
 def usable(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]:
@@ -312,13 +300,11 @@ def document(
         if arm in errors
     ]
     lines = [
-        "# How wrong are gradients when activations are rebuilt?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {given.hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}; {', '.join(versions) or 'no other library installed'}.",
-        "",
+        *opening(
+            "How wrong are gradients when activations are rebuilt?",
+            given.hardware,
+            f"; {', '.join(versions) or 'no other library installed'}.",
+        ),
         f"Pre-norm attention and MLP branches without dropout, width {given.width}, {given.tokens} "
         f"tokens, batch {given.batch}, deterministic algorithms. The error is the relative "
         f"distance of all gradients, of parameters and input, from those of the same network in "
@@ -431,12 +417,9 @@ def main() -> None:
     errors, reasons = usable(given)
     results = measure(given, list(errors))
     report = document(given, errors, reasons, results)
-    print("\n".join(report))
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text("\n".join(report).rstrip() + "\n")
-        if len(given.modes) > 1:
-            plot(given, list(errors), results, given.out.with_suffix(".png"))
+    publish(report, given.out)
+    if given.out is not None and len(given.modes) > 1:
+        plot(given, list(errors), results, given.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,7 @@ import gc
 import importlib.util
 import math
 import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,7 +36,7 @@ from typing import Any
 
 import torch
 from _models import branches
-from _race import difference, timed
+from _race import difference, opening, timed
 from pareto import ATTENTION, apart, compiling, plans_for
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -387,8 +384,9 @@ def failures(way: Way) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         way.failure = "out of memory"
-    except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
-        way.failure = f"fails: {str(error).splitlines()[0][:80]}"
+    except Exception as error:  # of any kind, in the code of others
+        said = next(iter(str(error).splitlines()), "")
+        way.failure = f"fails: {type(error).__name__}: {said[:80]}"
     if way.failure:
         gc.collect()
         if torch.cuda.is_available():
@@ -546,14 +544,12 @@ def report(
     device = options.device
     precision = "bfloat16" if device == "cuda" else "float32"
     lines = [
-        "# What does a reversible network cost against what users of an ordinary one have?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {options.hardware}; torch {torch.__version__}, Python "
-        f"{platform.python_version()}. Width {width}, {blocks} blocks of attention and MLP, batch "
-        f"1, {precision}; forward and backward.",
-        "",
+        *opening(
+            "What does a reversible network cost against what users of an ordinary one have?",
+            options.hardware,
+            f". Width {width}, {blocks} blocks of attention and MLP, batch 1, {precision}; forward "
+            "and backward.",
+        ),
         '"stored" is the ordinary residual network with its activations stored. Networks on two '
         "streams have the very same parameters, and are another architecture: f is an attention "
         "and g an MLP, or, of whole layers, each of them one after the other. "

@@ -12,15 +12,12 @@ those of a plain loop in float64, by the formulas of docs/couplings.md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from _race import opening, publish
 from torch import Tensor, nn
 
 import revnet
@@ -201,13 +198,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines = [
-        "# What is lost when rules are undone, and what is kept so that nothing is?",
-        "",
-        f"    {shlex.join(['python', *sys.argv])}",
-        "",
-        f"{datetime.date.today()}; {options.hardware}, {options.threads} thread; torch "
-        f"{torch.__version__}, Python {platform.python_version()}.",
-        "",
+        *opening(
+            "What is lost when rules are undone, and what is kept so that nothing is?",
+            f"{options.hardware}, {options.threads} thread",
+        ),
         f"float32, {options.steps} steps on two streams of {options.rows} × {options.width}: of "
         "momentum that many kicks and as many drifts, of the bijection half maps and half additive "
         "steps. Branches are two linear layers around a GELU. An error is the largest relative one "
@@ -220,12 +214,8 @@ def main() -> None:
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
         *(row(rule, options) for rule in RULES),
-        "",
     ]
-    text = "\n".join(lines)
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

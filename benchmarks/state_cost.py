@@ -14,16 +14,14 @@ since other work on the machine would show in any other.
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _race import opening, publish
 from torch import Tensor, nn
 
 import revnet
@@ -226,13 +224,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines = [
-        "# What it costs to replay attributes and buffers",
-        "",
+        *opening(
+            "What it costs to replay attributes and buffers", f"CPU, {options.threads} thread"
+        ),
         f"{options.blocks} blocks of two MLPs, width {options.width}, {options.batch} × "
-        f"{options.tokens} tokens, {options.streams} streams; CPU, {options.threads} thread, torch "
-        f"{torch.__version__}, Python {platform.python_version()}, {datetime.date.today()}.",
-        "",
-        f"`{' '.join(['python', *sys.argv])}`",
+        f"{options.tokens} tokens, {options.streams} streams.",
         "",
         "Stored is no arm here: both networks rebuild. Times are of the process, medians of "
         f"{options.rounds} steps in turn.",
@@ -243,9 +239,7 @@ def main() -> None:
         "",
         *write_table(options),
     ]
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    publish(lines, options.out)
 
 
 if __name__ == "__main__":

@@ -170,19 +170,24 @@ def of_chunks(
     model: Transformer, prefix: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype | None = None
 ) -> list[torch.Tensor]:
     model.zero_grad()
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    device = tokens.device.type
+    with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
         loss = bits_per_token(model, prefix, tokens)
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 @pytest.mark.parametrize("shape", [IMAGE, TEXT], ids=["image", "text"])
 @pytest.mark.parametrize("tokens_at_once", [1, 8, 44])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_loss_in_chunks_is_the_loss(
-    shape: Shape, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
+    device: str, shape: Shape, tokens_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = network(shape)
-    prefix, tokens = example(shape)
+    model = network(shape).to(device)
+    prefix, tokens = (x.to(device) for x in example(shape))
     logits = model(prefix, tokens[:, :-1]).flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, tokens.flatten()) / math.log(2)
     expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -192,10 +197,11 @@ def test_a_loss_in_chunks_is_the_loss(
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_chunks_add_up_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_add_up_gradients_in_float32(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast the head's gradient in 45 chunks is no further off than in one."""
-    model = network(TEXT).float()
-    prefix, tokens = example(TEXT)
+    model = network(TEXT).float().to(device)
+    prefix, tokens = (x.to(device) for x in example(TEXT))
     exact = of_chunks(copy.deepcopy(model).double(), prefix, tokens)[-1]
     errors = []
     for tokens_at_once in (45, 1):

@@ -182,12 +182,29 @@ def test_files_that_a_page_sends_to_exist(page: Path):
     assert [each for each in named if not any(file.endswith(f"/{each}") for file in files)] == []
 
 
-def test_the_picture_is_what_its_script_draws():
-    script = ROOT / "docs" / "draw_how_it_works.py"
-    spec = importlib.util.spec_from_file_location("draw_how_it_works", script)
-    drawing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(drawing)
-    assert HOW.with_suffix(".svg").read_text(encoding="utf-8") == drawing.draw()
+def drawing(page: str) -> Any:
+    """Return the script that draws the picture of a page."""
+    path = ROOT / "docs" / f"draw_{page}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["how_it_works", "long_context"])
+def test_a_picture_is_what_its_script_draws(page: str):
+    picture = ROOT / "docs" / f"{page}.svg"
+    assert picture.read_text(encoding="utf-8") == drawing(page).draw()
+
+
+def test_the_arithmetic_of_long_contexts_is_within_five_per_cent_of_the_measurements():
+    script = drawing("long_context")
+    measured = script.measured()
+    assert len(measured) >= 6
+    for way, blocks, tokens, peak in measured:
+        assert abs(peak / way.bytes(blocks, tokens) - 1) <= 0.05, (way.name, blocks, tokens)
 
 
 @pytest.mark.parametrize(

@@ -216,11 +216,15 @@ def whole_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten())
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_a_loss_in_chunks_is_the_loss(long_context: Any, chunk: int):
-    model = long_context.LongContext(11, 8, 1, 2, 2, 1, 8, 8, chunk).double()
-    hidden = torch.randn(2, 20, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(11, (2, 20))
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_loss_in_chunks_is_the_loss(long_context: Any, device: str, chunk: int):
+    model = long_context.LongContext(11, 8, 1, 2, 2, 1, 8, 8, chunk).to(device, torch.float64)
+    hidden = torch.randn(2, 20, 8, device=device, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (2, 20), device=device)
     wanted = (hidden, model.head.weight, model.norm.weight)
     found, expected = (
         [loss, *torch.autograd.grad(loss, wanted)]
@@ -228,6 +232,34 @@ def test_a_loss_in_chunks_is_the_loss(long_context: Any, chunk: int):
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_loss_in_chunks_is_as_near_in_bfloat16(
+    long_context: Any, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As near to float64 as plain cross entropy, which has all logits in float32 at once."""
+    # Not the fused one, where it is installed.
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    model = long_context.LongContext(500, 64, 1, 2, 2, 1, 64, 64, 16).to(device, torch.bfloat16)
+    hidden = torch.randn(2, 512, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(500, (2, 512), device=device)
+    twin, exact = copy.deepcopy(model).double(), hidden.detach().double().requires_grad_()
+
+    def plain(model: Any, hidden: Tensor) -> Tensor:
+        logits = model.head(model.norm(hidden)).flatten(0, 1)
+        high = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(high), targets.flatten())
+
+    def results(loss: Tensor, model: Any, hidden: Tensor) -> list[Tensor]:
+        wanted = (hidden, model.head.weight, model.norm.weight)
+        return [x.double() for x in (loss.detach(), *torch.autograd.grad(loss, wanted))]
+
+    true = results(plain(twin, exact), twin, exact)
+    whole = results(plain(model, hidden), model, hidden)
+    chunks = results(model.loss(hidden, targets), model, hidden)
+    for a, b, c in zip(true, whole, chunks, strict=True):
+        assert (c - a).norm() <= 1.2 * (b - a).norm() + 1e-6 * a.norm()
 
 
 def test_a_loss_in_chunks_does_not_grow_with_the_vocabulary(long_context: Any):

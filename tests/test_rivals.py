@@ -88,12 +88,18 @@ def test_a_way_that_fails_keeps_its_row(work: tuple[rivals.Pairs, torch.Tensor])
 
     ways = rivals.rivals(pairs, "cpu", [])[:2]
     ways.append(rivals.Way("full", rivals.ORDINARY, full, rivals.ordinary(pairs)))
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise KeyError
+
+    ways.append(rivals.Way("broken", rivals.ORDINARY, broken, rivals.ordinary(pairs)))
     rivals.compare(ways, pairs, x, x, math.inf)
     for way in ways[:2]:
         rivals.measure(way, x, long=0.0)
     assert list(rivals.run_in_turn(ways, x, rounds=2, long=0.0)) == [0, 1]
-    assert [len(way.times) for way in ways] == [1, 1, 0]  # longer than `long`: once
-    assert "| full | ordinary | out of memory |" in rivals.table(ways)[-1]
+    assert [len(way.times) for way in ways] == [1, 1, 0, 0]  # longer than `long`: once
+    assert "| full | ordinary | out of memory |" in rivals.table(ways)[-2]
+    assert "| broken | ordinary | fails: KeyError:  |" in rivals.table(ways)[-1]
 
 
 @pytest.mark.parametrize(("products", "evaluated"), [(False, 4), (True, 2)])

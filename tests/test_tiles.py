@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -457,8 +458,31 @@ def test_weight_gradients_in_bfloat16_are_as_near_as_those_of_one_call(count: in
     tiled = gradients(torch.bfloat16, {"g": tokens // count})
     for name, gradient in true.items():
         error = [(each[name] - gradient).norm() for each in (tiled, once)]
-        # A bias is a sum that one call does not round on the way.
-        assert error[0] <= (1.2 if gradient.dim() == 2 else 2.0) * error[1], name
+        # One call rounds the gradient of a linear bias once, torch that of each tile as well: two
+        # roundings are √2 times as far off.
+        twice = name.endswith(("enter.bias", "leave.bias"))
+        assert error[0] <= (2.0 if twice else 1.2) * error[1], name
+
+
+def test_a_bias_gradient_is_rounded_once_by_each_tile_and_once_in_all():
+    """Nothing is lost but what torch rounds within a tile."""
+    torch.manual_seed(0)
+    branch = nn.Linear(32, 32)
+    net = ReversibleSequence([(nn.Linear(32, 32), branch)], tile={"g": 32}).bfloat16()
+    sums = []
+
+    def note(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        sums.append(grad_output[0].double().sum((0, 1)).bfloat16().double())
+
+    branch.register_full_backward_hook(note)
+    x, weight = torch.randn(2, 1, 4096, 32).bfloat16()
+    (net(x) * weight).sum().backward()
+    assert len(sums) == 128
+    expected = torch.stack(sums).sum(0)
+    # A tie that float32 rounds the other way is one unit of one of the tiles.
+    off = (branch.bias.grad.double() - expected).abs() / expected.abs()
+    assert off.max() <= 2**-8
+    assert (branch.bias.grad == expected.bfloat16()).double().mean() >= 0.9
 
 
 def test_weight_gradients_under_autocast_are_added_up_in_float32():
@@ -985,6 +1009,27 @@ def test_a_plan_chooses_the_tiles_and_sets_them(tmp_path: Path):
     with pytest.raises(ReversibleError, match="no plan is within"):
         revnet.plan(net, x, 1000, tile_sizes=[128])
     assert net.tile["g"].size == 128
+
+
+def test_the_curve_of_time_against_memory_goes_over_tiles():
+    net, x = ReversibleSequence(linear_pairs(), tile={"g": 64}), torch.randn(1, 512, WIDTH)
+    budgets = ["minimum", 2 * 10**5, 4 * 10**5, 10**9]
+    curve = revnet.plan(net, x, budgets, tile_sizes=(32, 128, 512))
+    seconds, peaks = [plan.seconds for plan in curve], [plan.peak_bytes for plan in curve]
+    assert seconds == sorted(seconds, reverse=True)
+    assert all(peak <= plan.budget for peak, plan in zip(peaks, curve, strict=True))
+    # Sixteen tiles take many times as long as one, which takes several times as much memory.
+    assert curve[0].tile == 32
+    assert curve[-1].tile > 32
+    assert seconds[-1] < seconds[0]
+    assert peaks[-1] > 2 * peaks[0]
+    for plan in curve:
+        net.execution = plan
+        assert net.tile["g"].size == plan.tile
+        assert re.search(rf"^tiles +{plan.tile} +tokens$", str(plan), re.MULTILINE)
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        assert 0.98 <= revnet.measure_memory(lambda: net(x)).peak_bytes / plan.peak_bytes <= 1.02
 
 
 def test_a_plan_on_paper_chooses_the_tiles_of_a_program():
