@@ -12,13 +12,13 @@ from ._compiled.function import active
 from ._couplings import ADDITIVE, Coupling
 from ._program import BoundSteps
 from ._source import receiving, rule_of
-from ._step import BoundStep, Step
+from ._step import BoundStep, HandOn
 from ._tile import Tile
 from ._torch import is_forward_mode
 from ._trees import tree_map, tree_unzip
 
 # What the steps of blocks read where a velocity is added to the state.
-_SOURCE = Step(None, 1, 0)
+_SOURCE = HandOn()
 
 
 def steps_per_block(coupling: Coupling | None) -> int:

@@ -24,7 +24,7 @@ from .._execution import STORE
 from .._source import Adapter
 from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
-from .._torch import is_faking, records_operators
+from .._torch import is_faking, records_operators, saved_tensor_hooks
 from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
@@ -226,7 +226,7 @@ def _steps(
         readout,
         _version(y),
         _address(y),
-        _hooks(),
+        saved_tensor_hooks(),
     )
     node: Any = y.grad_fn
     if type(node) in NODES:
@@ -268,7 +268,7 @@ def _find(x: Tensor, stack: Stack, recording: bool) -> _Open | None:
     same = (
         found.version == _version(x)
         and found.address == _address(x)
-        and found.hooks == _hooks()
+        and found.hooks == saved_tensor_hooks()
         and found.call.recording is recording
         and not (node is None and x.requires_grad)
     )
@@ -290,10 +290,6 @@ _PASSING = frozenset(("RegisterPostBackwardFunctionBackward", "BackwardHookFunct
 
 def _recording() -> bool:
     return torch.is_grad_enabled() and not records_operators()
-
-
-def _hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _address(x: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._compiled.function import active
 from .._couplings import Additive, Coupling
 from .._factors import Increment
-from .._step import BoundStep, Step
+from .._step import BoundStep, HandOn
 from .._streams.reference import computed
 from .._torch import current_backward
 
@@ -50,7 +50,7 @@ class Momentum:
         """Return the steps of a layer: the kick, and the drift."""
         return [
             BoundStep(name, update, _kick(before, bits), 0, (1,), kwargs),
-            BoundStep(f"{name}, drift", _drift(), _ADDITIVE, 1, (0,), {}),
+            BoundStep(f"{name}, drift", _SOURCE, _ADDITIVE, 1, (0,), {}),
         ]
 
 
@@ -105,15 +105,7 @@ def _kick(before: int, bits: int) -> _Kick:
     return _Kick(Fraction(2**bits - 1, 2**bits * (2**before - 1)), 1 - 2.0**-bits)
 
 
-_ADDITIVE = Additive()
-_DRIFT: list[Step] = []
-
-
-def _drift() -> Step:
-    """Return the step that adds v to x, one for all layers."""
-    if not _DRIFT:
-        _DRIFT.append(Step(None, 1, 0))
-    return _DRIFT[0]
+_ADDITIVE, _SOURCE = Additive(), HandOn()
 
 
 class _HandOn(torch.autograd.Function):

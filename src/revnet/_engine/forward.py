@@ -22,7 +22,7 @@ from .._state.modules import ModuleState
 from .._state.random import RandomState, devices_of
 from .._state.results import Results
 from .._state.structure import Memory
-from .._step import BoundStep, branch_output, hands_on
+from .._step import BoundStep, HandOn, branch_output, hands_on
 from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._sum import Sum
@@ -251,15 +251,16 @@ class Call:
         results = None
         if execution.keeps_results or self.capturing:
             results = Results(execution.keeps_results, self.capturing)
-        random = None
-        if self.options.preserve_rng_state and not self.capturing and not self.fake:
-            random = self.random or RandomState(self.devices)
         # What `branch_of` returns, without a call.
         fn = step.fn.branch if isinstance(step.fn, Adapter) else step.fn
         number = index, step.part
         if self.environment is None:
             self.environment = Environment([device.type for device in self.devices])
         structure = self.memory.structure(number, fn, step.coupling)
+        random = None
+        draws = not (type(fn) is HandOn and structure.quiet)
+        if draws and self.options.preserve_rng_state and not self.capturing and not self.fake:
+            random = self.random or RandomState(self.devices)
         context_fn = self.options.context_fn
         state = StepState(step, structure, self.environment, random, results, context_fn)
         if state.modules.objects.modules and (given := state.modules.strangers()):

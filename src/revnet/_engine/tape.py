@@ -13,6 +13,7 @@ from .._kept import Hosted, Referenced, Saved
 from .._state.call_state import ContextFn, StepState
 from .._step import BoundStep
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
+from .._torch import saved_tensor_hooks
 from .._trees import tree_map
 
 
@@ -169,7 +170,9 @@ class Tape:
     def save_state(self, streams: list[Stream]) -> None:
         """Save the present state as a place to walk from, unless the last step was stored."""
         if self.follows_rebuilt():
-            self.saved_states[len(self.records)] = Saved([encoded for _, encoded in streams])
+            # Where no hooks want to see it, a node of the graph would cost more and do no more.
+            keep = Referenced if saved_tensor_hooks() is None else Saved
+            self.saved_states[len(self.records)] = keep([encoded for _, encoded in streams])
 
     def follows_rebuilt(self) -> bool:
         """Check whether the last step is one that backward rebuilds."""

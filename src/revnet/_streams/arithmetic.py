@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -254,7 +253,7 @@ def _signed(encoded: Any, value: Any, sign: Tensor | None) -> Any:
         value = tree_map(lambda leaf: leaf + 0.0, signed(value, sign))
         residual = signed(residual, sign)
     stream = Encoded(value, residual)
-    return replace(encoded, stream=stream) if isinstance(encoded, BufferedStream) else stream
+    return encoded.with_stream(stream) if isinstance(encoded, BufferedStream) else stream
 
 
 def _added(
@@ -269,7 +268,7 @@ def _added(
             increment,
         )
     )
-    return replace(encoded, stream=stream) if isinstance(encoded, BufferedStream) else stream
+    return encoded.with_stream(stream) if isinstance(encoded, BufferedStream) else stream
 
 
 def _moved(encoded: Any, move: Callable[[Any], Any], value: Any) -> Any:

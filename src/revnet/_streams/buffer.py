@@ -61,6 +61,10 @@ class BufferedStream:
     full: list[Any]
     past: _Past | None
 
+    def with_stream(self, stream: Encoded) -> BufferedStream:
+        """Return the same numbers with the stream held as this."""
+        return BufferedStream(stream, self.buffer, self.full, self.past)
+
     def map(self, fn: Callable[[Any], Any], value: Any) -> BufferedStream:
         """Return the same with another value, and `fn` of each tree of integers."""
         full = [fn(buffer) for buffer in self.full]
