@@ -205,6 +205,10 @@ def test_the_arithmetic_of_long_contexts_is_within_five_per_cent_of_the_measurem
     assert len(measured) >= 6
     for way, blocks, tokens, peak in measured:
         assert abs(peak / way.bytes(blocks, tokens) - 1) <= 0.05, (way.name, blocks, tokens)
+    report = ROOT / "benchmarks" / "results" / "long_context_cpu-2core_2026-11-29.md"
+    off = re.findall(r"\| ([+-][\d.]+) % \|$", report.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(off) == 16
+    assert all(abs(float(each)) <= 5 for each in off)
 
 
 @pytest.mark.parametrize(

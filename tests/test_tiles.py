@@ -1018,6 +1018,10 @@ def test_the_curve_of_time_against_memory_goes_over_tiles():
     seconds, peaks = [plan.seconds for plan in curve], [plan.peak_bytes for plan in curve]
     assert seconds == sorted(seconds, reverse=True)
     assert all(peak <= plan.budget for peak, plan in zip(peaks, curve, strict=True))
+    # Relative to one stored execution, not each to that in its own tiles.
+    slowdowns = [plan.slowdown for plan in curve]
+    assert slowdowns == sorted(slowdowns, reverse=True)
+    assert min(slowdowns) >= 0.99
     # Sixteen tiles take many times as long as one, which takes several times as much memory.
     assert curve[0].tile == 32
     assert curve[-1].tile > 32

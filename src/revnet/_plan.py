@@ -34,7 +34,7 @@ class Plan:
         peak_bytes: predicted peak of activations in one forward and backward: above parameters,
             their gradients, the optimizer's state and the input.
         seconds: predicted time of one forward and backward.
-        stored_seconds: the same for stored execution.
+        stored_seconds: the same for stored execution, in the fastest of the tiles to choose among.
         budget: bytes that were asked for, for the same.
         shape, dtype, device: of the input that the plan was made for, or of its first tensor.
         estimated: whether times follow from counts of floating-point operations, not from

@@ -144,7 +144,9 @@ def _best(planners: Sequence[_Planner], budgets: Sequence[int | float | None]) -
         if not found:
             raise min(failures, key=lambda failure: failure[0])[1]
         plans.append(min(found, key=lambda plan: (plan.seconds, plan.peak_bytes)))
-    return plans
+    # One stored execution for all sizes, so that slowdowns compare.
+    stored = min(planner.stored.time for planner in planners) / 1e9
+    return [replace(plan, stored_seconds=stored) for plan in plans]
 
 
 def _parse_budget(budget: Budget) -> int | float | None:
