@@ -81,7 +81,8 @@ def test_a_changed_digit_of_the_readme_names_its_line_and_its_report():
     assert "| 24,982 |" in text
     (message,) = figures.check(text.replace("| 24,982 |", "| 24,984 |"), "README.md")
     line = text[: text.index("| 24,982 |")].count("\n") + 1
-    assert message.startswith(f"README.md:{line}: 24,984 is 24982 in rivals_2048x24_h200_2026-11-29")
+    source = "rivals_2048x24_h200_2026-11-29"
+    assert message.startswith(f"README.md:{line}: 24,984 is 24982 in {source}")
 
 
 def test_a_changed_digit_of_a_report_is_found(tmp_path: Path):
