@@ -512,6 +512,7 @@ def draw(found: dict[int, list[Way]], path: Path) -> None:
 
     size = (4.6 * len(found) + 1, 4.4)
     figure, plots = plt.subplots(1, len(found), figsize=size, squeeze=False, layout="constrained")
+    names = list({way.name: None for ways in found.values() for way in ways if way.times})
     for plot, (tokens, ways) in zip(plots[0], found.items(), strict=True):
         ran = [way for way in ways if way.times]
         for way in ran:
@@ -520,7 +521,8 @@ def draw(found: dict[int, list[Way]], path: Path) -> None:
                 style = {"marker": ".", "color": "tab:blue", "alpha": 0.6}
                 label = "revnet, plans"
             else:
-                style = {"marker": "s" if ours else "o", "color": None}
+                color = plt.get_cmap("tab20")(names.index(way.name))
+                style = {"marker": "s" if ours else "o", "color": color}
                 label = way.name
             plot.loglog(way.peak / MIB, 1e3 * way.time, linestyle="", label=label, **style)
         plot.set(title=f"{tokens:,} tokens", xlabel="peak above weights, MiB", ylabel="ms a step")

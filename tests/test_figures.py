@@ -78,18 +78,19 @@ def test_another_digit_in_any_figure_of_a_report_is_found(page: Path):
 
 def test_a_changed_digit_of_the_readme_names_its_line_and_its_report():
     text = (ROOT / "README.md").read_text()
-    assert "| 198.9 |" in text
-    (message,) = figures.check(text.replace("| 198.9 |", "| 198.4 |"), "README.md")
-    line = text[: text.index("| 198.9 |")].count("\n") + 1
-    assert message.startswith(f"README.md:{line}: 198.4 is 198.9 in time_vs_depth_h100_2026-11-22")
+    assert "| 24,982 |" in text
+    (message,) = figures.check(text.replace("| 24,982 |", "| 24,984 |"), "README.md")
+    line = text[: text.index("| 24,982 |")].count("\n") + 1
+    source = "rivals_2048x24_h200_2026-11-29"
+    assert message.startswith(f"README.md:{line}: 24,984 is 24982 in {source}")
 
 
 def test_a_changed_digit_of_a_report_is_found(tmp_path: Path):
     for path in figures.REPORTS.glob("*.md"):
-        text = path.read_text().replace("| 198.9 |", "| 197.9 |")
+        text = path.read_text().replace("| 24,982 |", "| 24,981 |")
         (tmp_path / path.name).write_text(text)
     (message,) = figures.check((ROOT / "README.md").read_text(), "README.md", tmp_path)
-    assert "198.9 is 197.9" in message
+    assert "24,982 is 24981" in message
 
 
 # --- what is a figure
