@@ -235,11 +235,10 @@ Choice = tuple[revnet.Plan, float, revnet.ReversibleSequence]
 
 
 def planned(net: revnet.ReversibleSequence, found: revnet.Plan) -> Run:
-    def run(x: Tensor) -> Tensor:
-        net.execution = found
-        return net(x)
-
-    return run
+    # A slice shares the blocks, and has settings of its own.
+    own = net[:]
+    own.execution = found
+    return own
 
 
 def plans_for(

@@ -33,7 +33,7 @@ from revnet._streams.buffer import BufferedStream
 from revnet._streams.checksum import checksum
 from revnet._streams.fixed import Fixed, fitting_fraction_bits
 from revnet._streams.format import Encoded, Float
-from revnet._streams.monitor import RangeMonitor, key_of
+from revnet._streams.monitor import RangeMonitor
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
 # Function.
@@ -927,8 +927,7 @@ def device_of_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         def forward(*arguments: Any) -> None:
             *tensors, ratio, fraction_bits, monitor, step = arguments
             finding = None if monitor is None else monitor.prepare(torch.device("cpu")).key
-            key = key_of(step)
-            assert scaled._launched(*tensors, finding, 1, ratio, fraction_bits, key)
+            assert scaled._launched(*tensors, finding, 1, ratio, fraction_bits, step)
 
         def backward(*arguments: Any) -> None:
             *tensors, ratio, fraction_bits = arguments
@@ -1374,6 +1373,47 @@ def test_a_first_call_in_a_capture_is_refused() -> None:
         torch.cuda.graph(graph),
     ):
         Fixed().add(held, torch.ones(8, device="cuda"), monitor, 0)
+
+
+def test_a_bound_launch_hands_over_addresses_or_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from triton import knobs
+
+    from revnet._streams import cuda
+
+    launched: list[tuple[Any, ...]] = []
+
+    class Built:
+        function, packed_metadata = "function", "packed"
+
+        def run(self, *arguments: Any) -> None:
+            launched.append(arguments)
+
+    monkeypatch.setattr(cuda, "current_cuda_device", lambda: 3)
+    monkeypatch.setattr(cuda, "current_cuda_stream", lambda device: ("stream", device))
+    launch = cuda._bind(Built(), 3, (0.5, 1))
+    x = torch.zeros(1040)
+    where = x.data_ptr()
+    assert where % 16 == 0
+    assert launch((x, None), 1040, 7)
+    usual = (3, 1, 1, ("stream", 3), "function", "packed", None, None, None)
+    assert launched == [(*usual, where, None, 1040, 7, 0.5, 1)]
+    # Another build: addresses or sizes that are no multiples of 16, sizes beyond 32 bits.
+    assert not launch((x[1:], None), 1040, 7)
+    assert not launch((x, None), 1039, 7)
+    assert not launch((x, None), 2**31, 7)
+    assert not launch((x, None), 0, 7)
+    monkeypatch.setattr(cuda, "current_cuda_device", lambda: 2)
+    assert not launch((x, None), 1040, 7)
+    monkeypatch.setattr(cuda, "current_cuda_device", lambda: 3)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        hook = getattr(knobs.runtime, name)
+        hook.add(print)
+        try:
+            assert not launch((x, None), 1040, 7)
+        finally:
+            hook.remove(print)
+    assert len(launched) == 1
 
 
 @pytest.mark.gpu

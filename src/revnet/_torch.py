@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -80,11 +79,21 @@ def records_operators() -> bool:
 
     Without it the recomputation would be noted down as well, and draw other random numbers.
     """
-    if torch._C._is_tracing():
-        return True
-    # Asking for a mode takes longer than to see that there is none.
-    modes = torch._C._len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()
-    return bool(modes) and get_proxy_mode() is not None
+    return torch._C._is_tracing() or (has_modes() and get_proxy_mode() is not None)
+
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def has_modes() -> bool:
+    """Check for any dispatch mode, also for those of pre-dispatch tracing.
+
+    Without it every step would look for a certain mode, which takes several times as long.
+    """
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
 
 
 def is_faking() -> bool:

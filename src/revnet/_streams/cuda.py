@@ -15,6 +15,8 @@ from torch import Tensor
 from triton import knobs
 
 from .._torch import current_cuda_device, current_cuda_stream
+from .format import bound
+from .monitor import key_of
 from .reference import MASKS
 
 if TYPE_CHECKING:
@@ -179,26 +181,51 @@ _NOTHING = contextlib.nullcontext()
 _BLOCK = 512
 _WARPS = 8
 _state = {"launched": False, "broken": False}
-# Launches of kernels by what Triton would look at to find them: asking it takes as long again as
-# launching.
-_bound: dict[Any, Callable[[int, tuple[Any, ...]], None]] = {}
+# Takes tensors, their number of elements and the key of the step; False where it does not launch.
+_Launch = Callable[[tuple[Tensor | None, ...], int, int], bool]
+# Launches of built kernels by what Triton would look at to find them: asking it takes as long again
+# as launching. By the name of the kernel, as Triton computes the hash of one under a lock.
+_bound: dict[tuple[Any, ...], _Launch] = {}
 
 
-def _bind(built: Any, device: int) -> Callable[[int, tuple[Any, ...]], None]:
-    """Return the launch of a built kernel, given its number of blocks and its arguments.
+def _bind(built: Any, device: int, numbers: tuple[Any, ...]) -> _Launch:
+    """Return the launch of a built kernel.
 
-    It is what `built[grid](*arguments)` does, without two chains of hooks where they are empty and
-    without asking for device and stream in Python.
+    It is what `built[grid](*arguments)` does, without two chains of hooks and without asking for
+    device and stream in Python; False where there are hooks or another build is needed. Tensors go
+    by address, as Triton would ask each for it, and then the driver whether it lies on the device.
+
+    Args:
+        built: the kernel that Triton built.
+        device: for which.
+        numbers: arguments behind the key, the same in every launch.
     """
-    run, function, packed = built.run, built.function, built.packed_metadata
+    run, function, packed, hooks = built.run, built.function, built.packed_metadata, knobs.runtime
 
-    def launch(blocks: int, arguments: tuple[Any, ...]) -> None:
-        hooks = knobs.runtime
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            built[(blocks, 1, 1)](*arguments)
-            return
-        stream = current_cuda_stream(device)
-        run(blocks, 1, 1, stream, function, packed, None, None, None, *arguments)
+    def launch(tensors: tuple[Tensor | None, ...], size: int, key: int) -> bool:
+        addresses: list[int | None] = []
+        bits = size
+        for tensor in tensors:
+            if tensor is None:
+                addresses.append(None)
+                continue
+            address = tensor.data_ptr()
+            bits |= address
+            addresses.append(address)
+        if (
+            bits & 15
+            or not 0 < size < 2**31
+            or hooks.launch_enter_hook.calls
+            or hooks.launch_exit_hook.calls
+            or device != current_cuda_device()
+        ):
+            return False
+        stream, blocks = current_cuda_stream(device), -(-size // _BLOCK)
+        run(
+            *(blocks, 1, 1, stream, function, packed, None, None, None),
+            *(*addresses, size, key, *numbers),
+        )
+        return True
 
     return launch
 
@@ -210,8 +237,7 @@ def launch(
     finding: Tensor | None,
     sign: int,
     fraction_bits: int,
-    bound: int,
-    key: int,
+    step: int,
 ) -> bool:
     """Combine over dense memory of one layout into `new`; False where Triton does not work here.
 
@@ -219,17 +245,23 @@ def launch(
         encoded: the stream; None encodes the increment.
         increment: floating point.
         new: receives the stream.
-        finding: one int64 that receives the largest `key` + float32 bits of a magnitude out of
-            range, or None.
+        finding: one int64 that receives the largest key of a step + float32 bits of a magnitude out
+            of range, or None.
         sign: 1 adds, -1 subtracts.
         fraction_bits: of the format.
-        bound: magnitudes from this integer on are out of range.
-        key: of the step, see `monitor.key_of`.
+        step: the number that the finding is to name.
     """
+    value, size, key = new.value, increment.numel(), key_of(step)
     tensors = (*(encoded or (None, None)), increment, *new, finding)
-    which = (sign, fraction_bits, encoded is None, finding is None)
-    numbers = (sign, 2.0**fraction_bits, bound, _integers(increment))
-    return _launch(_combine, tensors, increment, (key, 2.0**-fraction_bits), numbers, which)
+    # With both devices: an address says nothing of its own.
+    places = value.get_device(), value.dtype, increment.get_device(), increment.dtype
+    build = ("combine", *places, sign, fraction_bits, encoded is None, finding is None)
+    known = _bound.get(build)
+    if known is not None and not _state["broken"] and known(tensors, size, key):
+        return True
+    exact = (sign, 2.0**fraction_bits, bound(fraction_bits, value.dtype), _integers(increment))
+    numbers = (2.0**-fraction_bits, *exact, _BLOCK)
+    return _launch(_combine, build, tensors, increment, key, numbers)
 
 
 def launch_scaled(
@@ -242,8 +274,7 @@ def launch_scaled(
     sign: int,
     ratio: tuple[int, int],
     fraction_bits: int,
-    bound: int,
-    key: int,
+    step: int,
 ) -> bool:
     """Multiply by a ratio and add, or undo that, in one pass; False where Triton does not work.
 
@@ -257,18 +288,23 @@ def launch_scaled(
         sign: 1 multiplies and adds, -1 subtracts and divides.
         ratio: n and d.
         fraction_bits: of the format.
-        bound: see `launch`.
-        key: see `launch`.
+        step: see `launch`.
     """
-    n, d = ratio if sign > 0 else ratio[::-1]
     addend, gain, less = increment
+    size, key, dtype = addend.numel(), key_of(step), new.value.dtype
     tensors = (*encoded, buffer, addend, less, *new, new_buffer, finding)
-    widths = tuple(None if x is None else x.dtype for x in (buffer, new_buffer, less))
-    which = (sign, fraction_bits, ratio, gain, widths, finding is None)
+    parts = (new.value, addend, buffer, new_buffer, less)
+    places = tuple(None if x is None else (x.get_device(), x.dtype) for x in parts)
+    build = ("scale", places, sign, fraction_bits, ratio, gain, finding is None)
+    known = _bound.get(build)
+    if known is not None and not _state["broken"] and known(tensors, size, key):
+        return True
+    n, d = ratio if sign > 0 else ratio[::-1]
     mask = None if buffer is None else MASKS[buffer.dtype]
     integers = _integers(addend) if less is None else max(_integers(addend), _integers(less))
-    numbers = (sign, 2.0**fraction_bits, bound, integers, n, d, 2**53 // d + 1, mask, gain)
-    return _launch(_scale, tensors, addend, (key, 2.0**-fraction_bits), numbers, which)
+    exact = (sign, 2.0**fraction_bits, bound(fraction_bits, dtype), integers)
+    numbers = (2.0**-fraction_bits, *exact, n, d, 2**53 // d + 1, mask, gain, _BLOCK)
+    return _launch(_scale, build, tensors, addend, key, numbers)
 
 
 def _integers(increment: Tensor) -> float:
@@ -278,20 +314,18 @@ def _integers(increment: Tensor) -> float:
 
 def _launch(
     kernel: Any,
+    build: tuple[Any, ...],
     tensors: tuple[Tensor | None, ...],
     increment: Tensor,
-    varying: tuple[int, float],
-    constants: tuple[Any, ...],
-    which: tuple[Any, ...],
+    key: int,
+    numbers: tuple[Any, ...],
 ) -> bool:
-    """Launch a kernel; `which` tells its builds apart, beside dtypes and devices."""
+    """Have Triton find or build a kernel, and launch it; `build` tells the usual builds apart."""
     if _state["broken"]:
         return False
     size = increment.numel()
     if size == 0:
         return True
-    arguments = (*tensors, size, *varying, *constants, _BLOCK)
-    blocks, device = -(-size // _BLOCK), increment.get_device()
     # Triton builds another kernel where numbers or addresses are not multiples of 16, and of
     # numbers beyond 32 bits.
     usual = (
@@ -299,20 +333,13 @@ def _launch(
         and size < 2**31
         and not any(x.data_ptr() % 16 for x in tensors if x is not None)
     )
-    # Where a stream is encoded, the increment comes first, in the dtype of the stream.
-    stream = next(x for x in tensors if x is not None)
-    build = (kernel, device, increment.dtype, stream.dtype, *which) if usual else None
     try:
         # Triton's interpreter runs it on the CPU.
-        elsewhere = increment.is_cuda and device != current_cuda_device()
-        with torch.cuda.device_of(increment) if elsewhere else _NOTHING:
-            bound = _bound.get(build)
-            if bound is not None:
-                bound(blocks, arguments)
-            else:
-                built = kernel[(blocks, 1, 1)](*arguments, num_warps=_WARPS)
-                if usual and built is not None:
-                    _bound[build] = _bind(built, device)
+        with torch.cuda.device_of(increment) if increment.is_cuda else _NOTHING:
+            arguments = (*tensors, size, key, *numbers)
+            built = kernel[(-(-size // _BLOCK), 1, 1)](*arguments, num_warps=_WARPS)
+            if usual and built is not None:
+                _bound[build] = _bind(built, increment.get_device(), numbers)
     except Exception as error:
         if _state["launched"]:
             raise

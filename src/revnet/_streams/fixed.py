@@ -16,9 +16,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .._torch import has_modes
 from . import cpu, format, reference
 from .format import DEFAULT_FRACTION_BITS, LARGEST_FRACTION, Encoded
-from .monitor import RangeMonitor, is_fake, key_of
+from .monitor import RangeMonitor, is_fake
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,8 @@ def launched(
     """Combine into `new` by the Triton kernel; return False where there is none."""
     launch = launcher()
     finding = None if monitor is None else monitor.prepare(new.value.device).key
-    bound = format.bound(fraction_bits, new.value.dtype)
     return launch is not None and launch(
-        encoded, increment, new, finding, sign, fraction_bits, bound, key_of(step)
+        encoded, increment, new, finding, sign, fraction_bits, step
     )
 
 
@@ -250,12 +250,7 @@ def fusible(tensors: Iterable[Tensor]) -> bool:
             return False
         if not x.is_cpu and (not x.is_cuda or launcher() is None):
             return False
-    # Looking for a mode that traces takes longer than all of the above: first whether there is any
-    # mode at all.
-    if (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()
-    ):
+    if not has_modes():
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is None or proxies.get_proxy_mode() is None

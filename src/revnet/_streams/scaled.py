@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .._factors import Increment
-from . import cpu, format, reference
+from . import cpu, reference
 from .fixed import Fixed, empty, fusible, launcher, like
 from .format import Encoded
-from .monitor import RangeMonitor, is_fake, key_of
+from .monitor import RangeMonitor, is_fake
 
 Ratio = tuple[int, int]
 
@@ -56,7 +56,7 @@ def scale_and_add(
         cpu.scale_and_add(encoded, buffer, increment, new, after, ratio, bits, monitor, step)
         return new, after
     finding = None if monitor is None else monitor.prepare(new.value.device).key
-    if _launched(encoded, buffer, increment, new, after, finding, 1, ratio, bits, key_of(step)):
+    if _launched(encoded, buffer, increment, new, after, finding, 1, ratio, bits, step):
         return new, after
     return reference.scale_and_add(encoded, buffer, increment, ratio, width, bits, monitor, step)
 
@@ -113,24 +113,13 @@ def _launched(
     sign: int,
     ratio: Ratio,
     fraction_bits: int,
-    key: int,
+    step: int,
 ) -> bool:
     """Write to `new` by the Triton kernel; return False where there is none."""
     if launcher() is None:
         return False
     from .cuda import launch_scaled
 
-    bound = format.bound(fraction_bits, new.value.dtype)
     return launch_scaled(
-        encoded,
-        buffer,
-        increment,
-        new,
-        new_buffer,
-        finding,
-        sign,
-        ratio,
-        fraction_bits,
-        bound,
-        key,
+        encoded, buffer, increment, new, new_buffer, finding, sign, ratio, fraction_bits, step
     )
