@@ -256,7 +256,7 @@ def _multiplied(
     if buffers:
         torch.div(digits.copy_(unsigned(buffers[0])), n, rounding_mode="trunc", out=carry)
         rest.add_(digits.addcmul_(carry, n, value=-1))
-        carry.bitwise_left_shift_(shift)
+        carry.mul_(d)
         unsigned(after).copy_(torch.bitwise_and(rest, d - 1, out=digits).add_(carry))
     else:
         unsigned(after).copy_(torch.bitwise_and(rest, d - 1, out=digits))
@@ -274,7 +274,7 @@ def _divided(scratch: Tensor, factor: Factor, buffer: Tensor, after: list[Tensor
     # Exact, as the counts are below 2^53: no quotient of two such integers is rounded up to one.
     torch.div(count, result, out=quotient).floor_()
     shift = d.bit_length() - 1
-    rest.copy_(count.addcmul_(quotient, result, value=-1)).bitwise_left_shift_(shift)
+    rest.copy_(count.addcmul_(quotient, result, value=-1)).mul_(d)
     rest.add_(torch.bitwise_and(digits.copy_(unsigned(buffer)), d - 1, out=low))
     whole = torch.div(rest, n, rounding_mode="trunc", out=low)
     for into in after:
