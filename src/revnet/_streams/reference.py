@@ -110,6 +110,8 @@ def scale_and_add(
         product = (count.double() * n / factor.denominator * unit(fraction_bits)).abs()
         inside = product < SHARE * limit_in(fraction_bits, encoded.value.dtype)
         if usable is not None:
+            # A factor on the CPU may scale a stream elsewhere, but select nothing there.
+            usable = usable.to(product.device)
             inside, product = inside & usable, torch.where(usable, product, math.nan)
         if monitor is not None:
             monitor.observe(known & ~inside, product.float(), step)

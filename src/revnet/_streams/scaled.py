@@ -1,4 +1,4 @@
-"""A step that scales its target: one pass over stream, buffer, increment, and factors if there are.
+"""A step that scales its target: one pass over stream, buffer, increment and factors.
 
 To multiply a count by n/d, it is multiplied by n, topped up with a digit of base n from the buffer,
 and divided by d. The remainder goes to the buffer as a digit of base d. Both directions are the
