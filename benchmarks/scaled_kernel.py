@@ -1,16 +1,20 @@
 """What does one scaled step of fixed-point streams cost, forward and back, against floats?
 
     python benchmarks/scaled_kernel.py                          # CUDA where there is one
+    python benchmarks/scaled_kernel.py --factors tensors        # without the rows of ratios
     python benchmarks/scaled_kernel.py --shape 4 256 256 --device cpu
 
-A step is `v ← γ v + f` with its remainder kept. Every row is first compared, in every bit, with the
-plain torch operations. All rows of a table run in turn; the table shows medians. Buffers are those
-of the middle of a run of 24 steps. A second table lists the bytes an element that buffers take.
+A step is `v ← γ v + f` with its remainder kept, where γ is a ratio or a tensor: a factor for each
+number (as in `Affine`, where it and f are halves of one tensor) or for each channel. Every row is
+first compared, in every bit, with the plain torch operations. All rows of a table run in turn; the
+table shows medians. Buffers are those of the middle of a run of 24 steps. A last table lists the
+bytes an element that buffers take.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +23,7 @@ from combine_kernel import Combine, in_turn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revnet._factors import Increment
+from revnet._factors import Factor, Increment, factor_of
 from revnet._streams import reference
 from revnet._streams.buffer import BufferedStream, multiply_and_add, subtract_and_divide
 from revnet._streams.fixed import Fixed
@@ -42,6 +46,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs="+", default=[2, 4096, 2048], help="of a stream")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=50, help="how often each row runs")
+    parser.add_argument("--factors", choices=["ratios", "tensors", "both"], default="both")
     options = parser.parse_args()
     device = torch.device(options.device)
     name = (
@@ -51,8 +56,24 @@ def main() -> None:
     )
     print(f"{name}, torch {torch.__version__}, stream {'×'.join(map(str, options.shape))}")
     for value_dtype, increment_dtype in STREAMS:
-        table(options.shape, device, options.repeats, value_dtype, increment_dtype)
-    buffers()
+        factors: dict[str, Factor] = {}
+        if options.factors != "tensors":
+            factors |= {str(ratio): factor_of(ratio, None) for ratio in RATIOS}
+        if options.factors != "ratios":
+            factors |= tensors(options.shape, device, increment_dtype)
+        table(options.shape, device, options.repeats, value_dtype, increment_dtype, factors)
+    if options.factors != "tensors":
+        buffers()
+
+
+def tensors(shape: list[int], device: torch.device, dtype: torch.dtype) -> dict[str, Factor]:
+    """Return factors between 1 / 1.35 and 1.35, as `Affine(limit=0.3)` makes them."""
+
+    def random(*shape: int) -> Factor:
+        raw = torch.randn(shape, device=device).to(dtype)
+        return factor_of((0.3 * (raw / 0.3).tanh()).exp(), math.exp(-0.3))
+
+    return {"a factor each": random(*shape), "a factor a channel": random(shape[-1])}
 
 
 def table(
@@ -61,10 +82,12 @@ def table(
     repeats: int,
     value_dtype: torch.dtype,
     increment_dtype: torch.dtype,
+    factors: dict[str, Factor],
 ) -> None:
     fixed = Fixed()
     x = torch.randn(shape, device=device).to(value_dtype)
-    increment = torch.randn(shape, device=device).to(increment_dtype)
+    both = torch.randn((*shape[:-1], 2 * shape[-1]), device=device).to(increment_dtype)
+    half, increment = both.chunk(2, -1)[1], both.chunk(2, -1)[1].contiguous()
     rows: dict[str, Combine] = {
         "float add": lambda: x + increment,
         "float scale and add": lambda: x * 0.125 + increment,
@@ -74,27 +97,33 @@ def table(
     start = fixed.encode(x)
     rows["fixed add"] = lambda: fixed.add(start, increment)
     widths["fixed add"] = 2 * stream_bytes(start) + wide
-    for ratio in RATIOS:
+    for name, factor in factors.items():
+        addend = half if name == "a factor each" else increment
         monitor = RangeMonitor()
         held: Any = start
         for index in range(STEPS):
             before = held
-            held = multiply_and_add(held, ratio, Increment(increment), fixed, monitor, index)
-        check(fixed, ratio, before, held, increment)
+            held = multiply_and_add(held, factor, Increment(addend), fixed, monitor, index)
+        check(fixed, factor, before, held, addend)
         ours: dict[str, Combine] = {
-            f"{ratio}: step": lambda b=before, r=ratio, m=monitor: multiply_and_add(
-                b, r, Increment(increment), fixed, m, 0
+            f"{name}: step": lambda b=before, f=factor, a=addend, m=monitor: multiply_and_add(
+                b, f, Increment(a), fixed, m, 0
             ),
-            f"{ratio}: inverse": lambda h=held, r=ratio: subtract_and_divide(
-                h, r, Increment(increment), fixed
+            f"{name}: inverse": lambda h=held, f=factor, a=addend: subtract_and_divide(
+                h, f, Increment(a), fixed
             ),
-            f"{ratio}: step, plain torch": lambda b=before, h=held, r=ratio: by_reference(
-                fixed, r, b, h, increment
+            f"{name}: step, plain torch": lambda b=before, h=held, f=factor, a=addend: by_reference(
+                fixed, f, b, h, a
+            ),
+            f"{name}: inverse, plain torch": lambda b=before, h=held, f=factor, a=addend: undone(
+                fixed, f, b, h, a
             ),
         }
         rows |= ours
         moved = 2 * stream_bytes(start) + wide + held.buffer.element_size()
         moved += 0 if held.past.begun else before.buffer.element_size()
+        if factor.scale is not None:
+            moved += factor.scale.numel() * factor.scale.element_size() / x.numel()
         widths |= dict.fromkeys(ours, moved)
         assert monitor.check() is None
     times = in_turn(rows, device, repeats)
@@ -106,7 +135,7 @@ def table(
         rate = widths[row] * x.numel() / seconds / 1e9
         print(
             f"| {row} | {seconds * 1e3:.4f} | {seconds / times['float add']:.2f} | "
-            f"{seconds / times['fixed add']:.2f} | {widths[row]} | {rate:.0f} |"
+            f"{seconds / times['fixed add']:.2f} | {widths[row]:.0f} | {rate:.0f} |"
         )
 
 
@@ -115,10 +144,10 @@ def buffers() -> None:
     print("|---|---|---|---|")
     fixed = Fixed()
     for ratio in (*RATIOS[:3], Fraction(1, 16), *RATIOS[3:]):
-        sizes = []
+        factor, sizes = factor_of(ratio, None), []
         held: Any = fixed.encode(torch.zeros(1))
         for index in range(96):
-            held = multiply_and_add(held, ratio, Increment(torch.zeros(1)), fixed, None, index)
+            held = multiply_and_add(held, factor, Increment(torch.zeros(1)), fixed, None, index)
             if index in (23, 95):
                 sizes.append(sum(x.element_size() for x in (*held.full, held.buffer)))
         bits = torch.tensor(float(1 / ratio)).log2().item()
@@ -130,7 +159,7 @@ def stream_bytes(held: Any) -> int:
 
 
 def by_reference(
-    fixed: Fixed, ratio: Fraction, before: Any, after: BufferedStream, increment: Tensor
+    fixed: Fixed, factor: Factor, before: Any, after: BufferedStream, increment: Tensor
 ) -> tuple[Any, Tensor]:
     """Return the step in plain torch operations."""
     assert after.past is not None
@@ -138,7 +167,7 @@ def by_reference(
         before.stream if isinstance(before, BufferedStream) else before,
         None if after.past.begun else before.buffer,
         Increment(increment),
-        (ratio.numerator, ratio.denominator),
+        factor,
         after.buffer.dtype,
         fixed.fraction_bits,
         None,
@@ -146,15 +175,25 @@ def by_reference(
     )
 
 
+def undone(
+    fixed: Fixed, factor: Factor, before: Any, after: BufferedStream, increment: Tensor
+) -> tuple[Any, Tensor]:
+    """Return the inverse in plain torch operations."""
+    width = before.buffer.dtype if isinstance(before, BufferedStream) else torch.int64
+    return reference.subtract_and_divide(
+        after.stream, after.buffer, Increment(increment), factor, width, fixed.fraction_bits
+    )
+
+
 def check(
-    fixed: Fixed, ratio: Fraction, before: Any, after: BufferedStream, increment: Tensor
+    fixed: Fixed, factor: Factor, before: Any, after: BufferedStream, increment: Tensor
 ) -> None:
     """Compare with plain torch operations, and undo."""
-    (value, residual), buffer = by_reference(fixed, ratio, before, after, increment)
+    (value, residual), buffer = by_reference(fixed, factor, before, after, increment)
     assert torch.equal(after.stream.value, value)
     assert torch.equal(after.stream.residual, residual)
     assert torch.equal(after.buffer, buffer)
-    back = subtract_and_divide(after, ratio, Increment(increment), fixed)
+    back = subtract_and_divide(after, factor, Increment(increment), fixed)
     leaves = pytree.tree_leaves(back), pytree.tree_leaves(before)
     assert all(torch.equal(part, old) for part, old in zip(*leaves, strict=True))
 

@@ -28,7 +28,8 @@ from revnet import (
     ReversibleSequence,
     Step,
 )
-from revnet._streams.buffer import BufferedStream, divide, multiply
+from revnet._factors import Increment, factor_of
+from revnet._streams.buffer import BufferedStream, multiply_and_add, subtract_and_divide
 from revnet._streams.monitor import RangeMonitor
 
 KINDS = ["float", "fixed"]
@@ -518,21 +519,22 @@ def test_multiplying_integers_loses_nothing(
     start: Any = fixed.encode(torch.randn(50, generator=generator, dtype=dtype))
     start.value[0] = torch.nan
     held = start
+    nothing = Increment(torch.zeros(50))
     # Growth stays in range, and a float says what comes out.
     product, scales, befores = fixed.counts(held)[0].double(), [], []
     for n, d in ratios:
         scale: Any = Fraction(min(n, d), max(n, d))
         if per_element:
             scale = 0.5 + torch.rand(50, generator=generator, dtype=torch.float64) / 2
-        scales.append((scale, 0.5))
+        scales.append(factor_of(scale, 0.5))
         befores.append(held)
         product = product * (scale if per_element else float(scale))
-        held = multiply(held, scale, 0.5, fixed, monitor, 0)
+        held = multiply_and_add(held, scales[-1], nothing, fixed, monitor, 0)
     assert monitor.check() is None
     assert ((fixed.counts(held.stream)[0].double() - product)[1:].abs() <= 3 * len(ratios)).all()
     assert held.stream.value[0].isnan()
-    for (scale, least), before in zip(reversed(scales), reversed(befores), strict=True):
-        held = divide(held, scale, least, fixed)
+    for factor, before in zip(reversed(scales), reversed(befores), strict=True):
+        held = subtract_and_divide(held, factor, nothing, fixed)
         assert isinstance(held, BufferedStream) == isinstance(before, BufferedStream)
         for a, b in zip(pytree.tree_leaves(held), pytree.tree_leaves(before), strict=True):
             assert torch.equal(a[1:], b[1:])

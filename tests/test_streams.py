@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revnet._factors import Increment
+from revnet._factors import DENOMINATOR, NUMERATORS, Factor, Increment, factor_of
 from revnet._streams import buffer as buffers
 from revnet._streams import checksum as checksums
 from revnet._streams import cpu, scaled
 from revnet._streams import fixed as dispatch
 from revnet._streams import reference as plain_torch
-from revnet._streams.autograd import fixed_add, fixed_encode
+from revnet._streams.autograd import fixed_add, fixed_encode, save_product
 from revnet._streams.buffer import BufferedStream
 from revnet._streams.checksum import checksum
 from revnet._streams.fixed import Fixed, fitting_fraction_bits
@@ -925,13 +925,13 @@ def device_of_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if INTERPRETED:
 
         def forward(*arguments: Any) -> None:
-            *tensors, ratio, fraction_bits, monitor, step = arguments
+            *tensors, factor, fraction_bits, monitor, step = arguments
             finding = None if monitor is None else monitor.prepare(torch.device("cpu")).key
-            assert scaled._launched(*tensors, finding, 1, ratio, fraction_bits, step)
+            assert scaled._launched(*tensors, finding, 1, factor, fraction_bits, step)
 
         def backward(*arguments: Any) -> None:
-            *tensors, ratio, fraction_bits = arguments
-            assert scaled._launched(*tensors, None, -1, ratio, fraction_bits, 0)
+            *tensors, factor, fraction_bits = arguments
+            assert scaled._launched(*tensors, None, -1, factor, fraction_bits, 0)
 
         monkeypatch.setattr(cpu, "scale_and_add", forward)
         monkeypatch.setattr(cpu, "subtract_and_divide", backward)
@@ -940,7 +940,7 @@ def device_of_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 def multiply_and_add(
     held: Any,
-    ratio: Fraction,
+    factor: Fraction | Factor,
     addend: Any,
     fixed: Fixed,
     monitor: RangeMonitor | None,
@@ -949,18 +949,23 @@ def multiply_and_add(
     less: Any = None,
 ) -> BufferedStream:
     increment = Increment(addend, gain, less)
-    return buffers.multiply_and_add(held, ratio, increment, fixed, monitor, index)
+    return buffers.multiply_and_add(held, made(factor), increment, fixed, monitor, index)
+
+
+def made(factor: Fraction | Factor) -> Factor:
+    return factor_of(factor, None) if isinstance(factor, Fraction) else factor
 
 
 def subtract_and_divide(
     held: BufferedStream,
-    ratio: Fraction,
+    factor: Fraction | Factor,
     addend: Any,
     fixed: Fixed,
     gain: float = 1.0,
     less: Any = None,
 ) -> Any:
-    return buffers.subtract_and_divide(held, ratio, Increment(addend, gain, less), fixed)
+    increment = Increment(addend, gain, less)
+    return buffers.subtract_and_divide(held, made(factor), increment, fixed)
 
 
 class Integers:
@@ -1097,7 +1102,7 @@ def test_scaled_steps_of_every_implementation_are_equal_and_undone(
 def by_reference(
     before: Any,
     after: BufferedStream,
-    ratio: Fraction,
+    factor: Fraction | Factor,
     increment: Tensor,
     fixed: Fixed,
     monitor: RangeMonitor,
@@ -1112,7 +1117,7 @@ def by_reference(
         before.stream if isinstance(before, BufferedStream) else before,
         None if begun else before.buffer,
         Increment(increment, gain, less),
-        (ratio.numerator, ratio.denominator),
+        made(factor),
         after.buffer.dtype,
         fixed.fraction_bits,
         monitor,
@@ -1220,6 +1225,297 @@ def dual(f: Any, inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> An
         return forward_ad.unpack_dual(f(*duals))
 
 
+# Steps whose factors are tensors
+
+SCALES = {
+    "each": (3, 16),
+    "channel": (16,),
+    "token": (3, 1),
+    "one": (),
+}
+
+
+def factors_of(
+    shape: tuple[int, ...], least: float, dtype: torch.dtype, bad: float | None = None
+) -> Factor:
+    """Return random factors from `least` to its inverse."""
+    scale = least ** (2 * torch.rand(shape, dtype=torch.float64) - 1)
+    if bad is not None:
+        scale.view(-1)[-1] = bad
+    return factor_of(scale.to(dtype), least)
+
+
+def numerator_of(factor: float, least: int) -> int | None:
+    """Return a factor as a multiple of 2^-24, None where it is none or out of bounds."""
+    if not math.isfinite(factor):
+        return None
+    n = round(Fraction(factor) * DENOMINATOR)
+    return n if least <= n < NUMERATORS else None
+
+
+class IntegersOfTheirOwn(Integers):
+    """A stream of which each number has a factor of its own, in Python integers."""
+
+    def multiply(self, least: int, factors: list[float], increment: list[float]) -> None:
+        limit = 0.99 * self.fixed.limit_in(self.dtype) / self.fixed.unit
+        for i, count in enumerate(self.counts):
+            n = numerator_of(factors[i], least)
+            inside = n is not None and count is not None
+            if n is not None and count is not None:
+                inside = abs(float(count) * float(n)) < limit * DENOMINATOR
+            quotient, rest = divmod(count or 0, DENOMINATOR)
+            n = least if n is None else n
+            digits, low = divmod(self.buffers[i], n)
+            carry, digit = divmod(rest * n + low, DENOMINATOR)
+            self.buffers[i] = digits * DENOMINATOR + digit
+            product = quotient * n + carry if inside else None
+            self.counts[i] = combined(product, increment[i], 1, self.fixed, self.dtype)
+
+
+@pytest.mark.parametrize("bad", [None, 0.0, -1.0, math.nan, math.inf, 16384.0])
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=FLOAT_IDS[1:])
+def test_steps_of_tensor_factors_equal_python_integers(
+    device_of_steps: str, dtype: torch.dtype, bad: float | None
+) -> None:
+    fixed = Fixed()
+    start = start_of(1.0, fixed, dtype)
+    known = (~start.value.isnan()).flatten().tolist()
+    integers = [
+        count if k else None
+        for count, k in zip(fixed.counts(start)[0].flatten().tolist(), known, strict=True)
+    ]
+    wanted = IntegersOfTheirOwn(integers, fixed, dtype)
+    held: Any = to(start, device_of_steps)
+    for index, (shape, least) in enumerate(
+        zip(SCALES.values(), (0.9, 0.3, 1e-4, 0.5), strict=True)
+    ):
+        factor = factors_of(shape, least, FLOATS[index], bad if index == 1 else None)
+        increment = (torch.randn(3, 16) * 10.0 ** (index - 4)).to(dtype)
+        each = factor.scale.double().expand(3, 16).flatten().tolist()
+        wanted.multiply(factor.least, each, increment.flatten().tolist())
+        there = factor._replace(scale=factor.scale.to(device_of_steps))
+        held = multiply_and_add(held, there, increment.to(device_of_steps), fixed, None, index)
+        got = to(held, "cpu")
+        flat = Encoded(*(part.flatten() for part in got.stream))
+        assert same(flat, held_of(wanted.counts, fixed, dtype))
+        assert not got.full
+        assert unsigned(got.buffer).flatten().tolist() == wanted.buffers
+    assert got.stream.value.isnan().sum() == (1 if bad is None else 4)
+
+
+@st.composite
+def tensor_factors(draw: st.DrawFn) -> Factor:
+    """Draw factors of any shape and type, one of them perhaps out of bounds."""
+    bad = draw(st.sampled_from([None] * 6 + [0.0, -1.0, math.nan, math.inf, 16384.0, 1e-30]))
+    dtype = draw(st.sampled_from(FLOATS))
+    shape = draw(st.sampled_from(list(SCALES.values())))
+    return factors_of(shape, draw(st.sampled_from([0.999, 0.74, 0.135, 1e-3, 1e-9])), dtype, bad)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=FLOAT_IDS[1:])
+@given(
+    data=st.data(),
+    factors=st.lists(st.one_of(tensor_factors(), st.sampled_from(RATIOS)), min_size=1, max_size=30),
+    fixed=st.sampled_from(FORMATS),
+    increment_dtype=st.sampled_from(FLOATS),
+    size=st.sampled_from([1e-6, 1e-2, 1.0, 100.0, 20_000.0]),
+    seed=st.integers(0, 1000),
+)
+def test_tensor_factors_in_every_implementation_are_equal_and_undone(
+    device_of_steps: str,
+    data: st.DataObject,
+    factors: list[Factor | Fraction],
+    fixed: Fixed,
+    dtype: torch.dtype,
+    increment_dtype: torch.dtype,
+    size: float,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    bad = data.draw(st.sampled_from([None, math.nan, math.inf, -math.inf, 3e38, 40_000.0]))
+    place = data.draw(st.integers(0, len(factors) - 1))
+    held: Any = to(start_of(size, fixed, dtype), device_of_steps)
+    taken = []
+    monitor, plain = RangeMonitor(), RangeMonitor()
+    for index, factor in enumerate(factors):
+        if isinstance(factor, Factor):
+            factor = factor._replace(scale=factor.scale.to(device_of_steps))
+        increment = (torch.randn(3, 16) * size).to(increment_dtype)
+        if index == place and bad is not None:
+            increment[1, 2] = bad
+        increment = increment.to(device_of_steps)
+        before = held
+        taken.append((factor, before, increment))
+        held = multiply_and_add(before, factor, increment, fixed, monitor, index)
+        wanted = by_reference(before, held, factor, increment, fixed, plain, index)
+        assert equal_streams(held, wanted)
+    found, wanted_found = monitor.check(), plain.check()
+    assert (found is None) == (wanted_found is None)
+    if found is not None and wanted_found is not None:
+        assert found.step == wanted_found.step
+        assert found.magnitude == pytest.approx(wanted_found.magnitude, rel=1e-6, nan_ok=True)
+    lost = pytree.tree_leaves(held)[0].isnan()
+    for factor, before, increment in reversed(taken):
+        held = subtract_and_divide(held, factor, increment, fixed)
+        for a, b in zip(pytree.tree_leaves(held), pytree.tree_leaves(before), strict=True):
+            assert a.dtype == b.dtype
+            assert a[~lost].equal(b[~lost])
+
+
+@every_dtype
+@every_format
+def test_tensor_factors_at_the_edges(
+    device_of_steps: str, fixed: Fixed, dtype: torch.dtype
+) -> None:
+    integers, increment = edges(fixed, torch.float32, dtype)
+    start = to(held_of(integers, fixed, dtype), device_of_steps)
+    increment = increment.to(device_of_steps)
+    for least in (0.5, 1e-9):
+        factor = factors_of(increment.shape, least, torch.float64)
+        factor.scale[::3] = factor.least / DENOMINATOR
+        factor.scale[1::7] = 1.0
+        factor.scale[2::11] = (NUMERATORS - 1) / DENOMINATOR
+        factor = factor._replace(scale=factor.scale.to(device_of_steps))
+        held: Any = start
+        for index in range(2):
+            before = held
+            held = multiply_and_add(held, factor, increment, fixed, None, index)
+            wanted = by_reference(before, held, factor, increment, fixed, RangeMonitor(), index)
+            assert equal_streams(held, wanted)
+            back = subtract_and_divide(held, factor, increment, fixed)
+            known = ~held.stream.value.isnan()
+            for a, b in zip(pytree.tree_leaves(back), pytree.tree_leaves(before), strict=True):
+                assert a[known].equal(b[known])
+
+
+@pytest.mark.parametrize("share", [0.98, 0.9899, 0.9901, 1.01])
+def test_products_close_to_the_limit_are_out_of_range(device_of_steps: str, share: float) -> None:
+    fixed, monitor = Fixed(), RangeMonitor()
+    start = to(fixed.encode(torch.tensor([-share * fixed.limit / 2])), device_of_steps)
+    factor = factor_of(torch.tensor([2.0]).to(device_of_steps), 0.5)
+    zero = torch.zeros(1).to(device_of_steps)
+    held = multiply_and_add(start, factor, zero, fixed, monitor, 3)
+    if share < 0.99:
+        assert monitor.check() is None
+        assert held.stream.value.item() == pytest.approx(-share * fixed.limit)
+        assert equal(subtract_and_divide(held, factor, zero, fixed), start)
+    else:
+        assert held.stream.value.isnan().all()
+        assert monitor.check() == (3, pytest.approx(share * fixed.limit))
+
+
+@pytest.mark.parametrize("layout", layouts(16))
+def test_layouts_of_tensor_factors(layout: str, device_of_steps: str) -> None:
+    fixed = Fixed()
+    x, increment = (tensor.to(device_of_steps) for tensor in layouts(16)[layout])
+    start: Any = fixed.encode(x)
+    increment = increment.expand(start.value.shape)
+    # Of the layout of the increment, where that has one of its own.
+    factor = factor_of(increment.sigmoid() + 0.5, 0.5)
+    shapes = {tuple(1 if stride == 0 else size for size, stride in sizes(increment))}
+    shapes |= {(), tuple(start.value.shape), (1,) * start.value.dim()}
+    for shape in shapes:
+        scale = torch.rand(shape, device=device_of_steps) + 0.5
+        for each in (factor, factor._replace(scale=scale), factor._replace(scale=scale.bfloat16())):
+            held, plain = start, Encoded(*(part.contiguous() for part in start))
+            dense = each._replace(scale=each.scale.expand(x.shape).contiguous())
+            for index in range(3):
+                held = multiply_and_add(held, each, increment, fixed, None, index)
+                plain = multiply_and_add(plain, dense, increment.clone(), fixed, None, index)
+            leaves = pytree.tree_leaves(held), pytree.tree_leaves(plain)
+            assert all(a.equal(b) for a, b in zip(*leaves, strict=True))
+            assert {strides(leaf) for leaf in leaves[0]} == {strides(start.value + 1)}
+            for _ in range(3):
+                held = subtract_and_divide(held, each, increment, fixed)
+            assert equal(held, start)
+
+
+def sizes(x: Tensor) -> list[tuple[int, int]]:
+    """Return size and stride of each dimension."""
+    return list(zip(x.shape, x.stride(), strict=True))
+
+
+@pytest.mark.parametrize("shape", list(SCALES.values()), ids=list(SCALES))
+def test_gradients_of_tensor_factors(shape: tuple[int, ...]) -> None:
+    fixed = Fixed(37)
+    inputs = [
+        torch.randn(size, dtype=torch.float64, requires_grad=True)
+        for size in ((3, 16), (3, 16), shape)
+    ]
+
+    def run(x: Tensor, increment: Tensor, raw: Tensor) -> Tensor:
+        held: Any = Encoded(*fixed_encode(x, fixed))
+        for index in range(3):
+            factor = factor_of(raw.tanh().exp(), math.exp(-1))
+            held = multiply_and_add(held, factor, increment.sin(), fixed, None, index)
+        return held.stream.value**2
+
+    def smooth(x: Tensor, increment: Tensor, raw: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x * raw.tanh().exp() + increment.sin()
+        return x**2
+
+    # A factor is rounded to multiples of 2^-24.
+    near = {"atol": 1e-5, "rtol": 1e-5}
+    for order in (1, 2):
+        for got, want in zip(*(derivative(f, order, *inputs) for f in (run, smooth)), strict=True):
+            torch.testing.assert_close(got, want, **near)
+    plain = tuple(x.detach() for x in inputs)
+    tangents = tuple(torch.randn_like(x) for x in plain)
+    for f in (torch.func.jvp, dual):
+        got, want = (f(g, plain, tangents)[1] for g in (run, smooth))
+        torch.testing.assert_close(got, want, **near)
+    got, want = (
+        torch.func.vmap(torch.func.grad(lambda *x, g=g: g(*x).sum(), 1), (0, 0, None))(
+            *(x.expand(2, *x.shape) for x in plain[:2]), plain[2]
+        )
+        for g in (run, smooth)
+    )
+    torch.testing.assert_close(got, want, **near)
+
+
+@pytest.mark.parametrize(
+    "scale_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("shape", list(SCALES.values()), ids=list(SCALES))
+def test_gradients_of_tensor_factors_are_those_of_floats_in_every_bit(
+    shape: tuple[int, ...], scale_dtype: torch.dtype
+) -> None:
+    fixed = Fixed()
+    x = fixed.encode(torch.randn(3, 16)).value.requires_grad_()
+    increment = torch.randn(3, 16).bfloat16().requires_grad_()
+    scale = (torch.rand(shape) + 0.5).to(scale_dtype).requires_grad_()
+    weight = torch.randn(3, 16)
+    held = Encoded(x, torch.zeros(3, 16, dtype=torch.int16))
+    y = multiply_and_add(held, factor_of(scale, 0.5), increment, fixed, None, 0).stream.value
+    like = x * scale.to(x.dtype) + increment.to(x.dtype)
+    torch.testing.assert_close(y, like, atol=1e-6, rtol=1e-6)
+    inputs = x, increment, scale
+    grads = (torch.autograd.grad(z, inputs, weight) for z in (y, like))
+    for got, want in zip(*grads, strict=True):
+        assert got.dtype == want.dtype
+        assert bits(got).equal(bits(want))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_what_a_tensor_factor_saves(needs: tuple[bool, ...]) -> None:
+    fixed = Fixed()
+    saved: list[Tensor] = []
+    x, increment, scale = ((torch.rand(3, 4) + 0.5).requires_grad_(need) for need in needs)
+    held = Encoded(x, torch.zeros(3, 4, dtype=torch.int16))
+    for product in (
+        lambda: multiply_and_add(held, factor_of(scale, 0.5), increment, fixed, None, 0),
+        # What a replay saves.
+        lambda: save_product(x, scale),
+    ):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+            product()
+        wanted = [x] * needs[2] + [scale] * needs[0]
+        assert len(saved) == len(wanted)
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(saved, wanted, strict=True))
+
+
 # CUDA
 
 
@@ -1275,9 +1571,44 @@ def test_scaled_steps_on_cuda_equal_the_cpu(ratio: Fraction, dtype: torch.dtype,
 
 
 @pytest.mark.gpu
-def test_scaled_steps_do_not_synchronise() -> None:
+@every_dtype
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=FLOAT_IDS)
+@pytest.mark.parametrize("size", [1 << 20, 999_983])
+def test_tensor_factors_on_cuda_equal_the_cpu(
+    dtype: torch.dtype, scale_dtype: torch.dtype, size: int
+) -> None:
     need_kernel()
-    fixed, monitor, ratio = Fixed(), RangeMonitor(), Fraction(1, 8)
+    fixed = Fixed()
+    x = fixed.encode((torch.randn(size + 1) * fixed.limit / 8).to(dtype))
+    increment = (torch.randn(size + 1) * torch.logspace(-12, 1, size + 1) * fixed.limit).to(dtype)
+    factors = factors_of((size + 1,), 0.5, scale_dtype, bad=math.nan)
+    for begin in (0, 1):  # memory that does and does not allow 16-byte accesses
+        part = slice(begin, begin + size)
+        here: Any = Encoded(*(piece[part] for piece in x))
+        start = Encoded(*(piece.cuda()[part] for piece in x))
+        there: Any = start
+        addend = increment.cuda()[part]
+        factor = factors._replace(scale=factors.scale[part])
+        on_device = factors._replace(scale=factors.scale.cuda()[part])
+        for index in range(12):
+            here = multiply_and_add(here, factor, increment[part], fixed, None, index)
+            there = multiply_and_add(there, on_device, addend, fixed, None, index)
+        assert equal_streams(to(there, "cpu"), here)
+        known = ~there.stream.value.isnan()
+        for _ in range(12):
+            there = subtract_and_divide(there, on_device, addend, fixed)
+        assert all(a[known].equal(b[known]) for a, b in zip(there, start, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ratio", "tensor"])
+def test_scaled_steps_do_not_synchronise(kind: str) -> None:
+    need_kernel()
+    fixed, monitor = Fixed(), RangeMonitor()
+    ratio: Any = Fraction(1, 8)
+    if kind == "tensor":
+        scale = torch.full((64,), 0.125, device="cuda").requires_grad_()
+        ratio = factor_of(scale, 0.125)
     x = torch.randn(64, 64, device="cuda", requires_grad=True)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -30,6 +30,34 @@ class Increment(NamedTuple):
         return Increment(addend, self.gain, *less)
 
 
+class Factor(NamedTuple):
+    """What a step multiplies by: `least / denominator`, or tensors of at least that.
+
+    Args:
+        least: the smallest numerator.
+        denominator: of all factors; tensors are rounded to multiples of 1 / denominator.
+        scale: positive factors, a tensor or a tree of them; None where there is one for all.
+    """
+
+    least: int
+    denominator: int
+    scale: Any = None
+
+
+# The denominator of factors that are tensors, and what their numerators stay below: a larger one
+# times a remainder would overflow.
+DENOMINATOR = 2**24
+NUMERATORS = 2**38
+
+
+def factor_of(scale: Any, least: Any) -> Factor:
+    """Return what `Coupling.scale` returned, whose smallest value is `least`, as a factor."""
+    if isinstance(scale, Fraction):
+        return Factor(scale.numerator, scale.denominator)
+    # A bfloat16 factor may have been rounded to less than the bound.
+    return Factor(max(1, int(0.98 * least * DENOMINATOR)), DENOMINATOR, scale)
+
+
 def times(x: Tensor, factor: float) -> Tensor:
     """Return a tensor times a number."""
     # Multiplying by a Python number keeps it for backward as a tensor of its own, outside all
@@ -37,7 +65,8 @@ def times(x: Tensor, factor: float) -> Tensor:
     return torch.ops.aten.mul.Scalar(x, factor)  # type: ignore[no-any-return]
 
 
-def _multiply(target: Tensor, scale: Any) -> Tensor:
+def multiply(target: Tensor, scale: Any) -> Tensor:
+    """Return a tensor times a number or a tensor, in its dtype."""
     return target * scale.to(target.dtype) if isinstance(scale, Tensor) else times(target, scale)
 
 
@@ -67,7 +96,7 @@ def per_sample(factor: Tensor, leaf: Tensor) -> Tensor:
 
 def multiplied(target: Any, scale: Any) -> Any:
     """Return a stream times what `Coupling.scale` returned."""
-    return _scaled(target, scale, _multiply)
+    return _scaled(target, scale, multiply)
 
 
 def divided(target: Any, scale: Any) -> Any:

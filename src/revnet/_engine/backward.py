@@ -364,9 +364,10 @@ class _Replay:
             torch.enable_grad(),
             saved_tensors_hooks(hook.pack, same_tensor),
         ):
-            # What an arithmetic does around the rule saves nothing.
+            # What adds to tiles saves nothing.
             if isinstance(stream[1], Tiles):
                 step.coupling.increment(out)
             else:
-                step.coupling.combine(self._read(stream, record.target_layout), out)
+                value = self._read(stream, record.target_layout)
+                self.tape.arithmetic.save(step.coupling, value, out)
         hook.check(len(record.saved))

@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from .._couplings import Additive, Coupling, fitting
-from .._factors import signed
+from .._factors import factor_of, signed
 from .._torch import without_tangents
 from .._trees import tree_map, tree_unzip
-from . import scaled
-from .autograd import fixed_add, fixed_encode, with_gradient_of
-from .buffer import (
-    BufferedStream,
-    divide,
-    multiply,
-    multiply_and_add,
-    subtract_and_divide,
-)
+from .autograd import fixed_add, fixed_encode, save_product
+from .buffer import BufferedStream, multiply_and_add, subtract_and_divide
 from .fixed import Fixed
 from .format import Encoded
 from .monitor import RangeMonitor
@@ -77,6 +70,10 @@ class FloatArithmetic:
         else:
             value = coupling.invert(encoded, out)
         return value, value
+
+    def save(self, coupling: Coupling, value: Any, out: Any) -> None:
+        """Save for backward what `combine` saves."""
+        coupling.combine(value, out)
 
     def hold(self, value: Tensor) -> Tensor:
         """Return how the stream that starts as `value` is held: `encode` inside a Function."""
@@ -157,30 +154,18 @@ class FixedArithmetic:
 
             encoded = _added(encoded, value, fitting(value, coupling.increment(out)), add)
             return _stream(encoded).value, encoded
-        if ratio := self._ratio(coupling, out):
-            increment = coupling.factored(out)
-            increment = increment._replace(addend=fitting(value, increment.addend))
-            encoded = _signed(encoded, value, coupling.sign(out))
-            encoded = multiply_and_add(encoded, ratio, increment, self.fixed, self.monitor, index)
-            return encoded.stream.value, encoded
-        # The gradient is that of the rule on floats; the value, below, that of the fixed-point
-        # numbers.
-        like = coupling.combine(value, out)
-        if not self.undoes(coupling):
-            return self.encode(like, index)
-        with torch.no_grad(), without_tangents():
-            if coupling.rearranges:
+        if coupling.rearranges or not self.undoes(coupling):
+            like = coupling.combine(value, out)
+            if not coupling.rearranges:
+                return self.encode(like, index)
+            with torch.no_grad(), without_tangents():
                 return like, _moved(encoded, lambda part: coupling.combine(part, out), like)
-            encoded = _signed(encoded, value, coupling.sign(out))
-            encoded = multiply(
-                encoded, coupling.scale(out), coupling.least_scale, self.fixed, self.monitor, index
-            )
-
-            def add(encoded: Encoded, increment: Tensor) -> Encoded:
-                return self.fixed.add(encoded, increment, self.monitor, index)
-
-            encoded = _added(encoded, encoded.stream.value, coupling.increment(out), add)
-        return tree_map(with_gradient_of, like, encoded.stream.value), encoded
+        increment = coupling.factored(out)
+        increment = increment._replace(addend=fitting(value, increment.addend))
+        factor = factor_of(coupling.scale(out), coupling.least_scale)
+        encoded = _signed(encoded, value, coupling.sign(out))
+        encoded = multiply_and_add(encoded, factor, increment, self.fixed, self.monitor, index)
+        return encoded.stream.value, encoded
 
     def invert(self, coupling: Coupling, encoded: Any, out: Any) -> Stream:
         if (
@@ -196,15 +181,23 @@ class FixedArithmetic:
             encoded = _moved(
                 encoded, lambda part: coupling.invert(part, out), coupling.invert(value, out)
             )
-        elif ratio := self._ratio(coupling, out):
-            encoded = subtract_and_divide(encoded, ratio, coupling.factored(out), self.fixed)
+        elif coupling.scales:
+            factor = factor_of(coupling.scale(out), coupling.least_scale)
+            encoded = subtract_and_divide(encoded, factor, coupling.factored(out), self.fixed)
             encoded = _signed(encoded, _stream(encoded).value, coupling.sign(out))
         else:
             encoded = _added(encoded, value, coupling.increment(out), self.fixed.subtract)
-            if coupling.scales:
-                encoded = divide(encoded, coupling.scale(out), coupling.least_scale, self.fixed)
-                encoded = _signed(encoded, _stream(encoded).value, coupling.sign(out))
         return _stream(encoded).value, encoded
+
+    def save(self, coupling: Coupling, value: Any, out: Any) -> None:
+        if coupling.translates or coupling.rearranges or not self.undoes(coupling):
+            coupling.combine(value, out)
+            return
+        coupling.factored(out)
+        scale = coupling.scale(out)
+        value = signed(value, coupling.sign(out))
+        if not isinstance(scale, Fraction):
+            tree_map(save_product, value, scale)
 
     def hold(self, value: Tensor) -> Encoded:
         return Encoded(*self.fixed.encode(value, self.monitor))
@@ -228,16 +221,6 @@ class FixedArithmetic:
     def with_value(self, rest: Any, value: Any) -> Any:
         """Return the stream of which `rest` was returned, with this value."""
         return _signed(rest, value, None)
-
-    def _ratio(self, coupling: Coupling, out: Any) -> Fraction | None:
-        """Return the constant factor of a rule whose steps are computed in one pass, else None."""
-        if not (coupling.scales and coupling.linear and isinstance(coupling.least_scale, Fraction)):
-            return None
-        with torch.no_grad():
-            scale = coupling.scale(out)
-        if not isinstance(scale, Fraction):
-            return None
-        return scale if scaled.takes(scale.numerator, scale.denominator, self.fixed) else None
 
 
 def _stream(encoded: Any) -> Encoded:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._factors import Increment, times
-from .._torch import without_tangents
+from .._factors import Factor, Increment, multiply, times
+from .._torch import is_forward_mode, without_tangents
 from . import scaled
 from .fixed import Fixed
 from .format import Encoded
@@ -187,9 +187,10 @@ class _ScaledAdd(torch.autograd.Function):
         residual: Tensor,
         buffer: Tensor | None,
         addend: Tensor,
-        gain: float,
         less: Tensor | None,
-        ratio: scaled.Ratio,
+        scale: Tensor | None,
+        gain: float,
+        factor: Factor,
         width: torch.dtype,
         fixed: Fixed,
         monitor: RangeMonitor | None,
@@ -197,10 +198,13 @@ class _ScaledAdd(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         increment = Increment(addend, gain, less)
         encoded, after = scaled.scale_and_add(
-            Encoded(value, residual), buffer, increment, ratio, width, fixed, monitor, step
+            Encoded(value, residual), buffer, increment, factor, width, fixed, monitor, step
         )
-        ctx.factors = ratio[0] / ratio[1], gain
+        ctx.factors = None if scale is not None else factor.least / factor.denominator, gain
         ctx.dtypes = value.dtype, addend.dtype, None if less is None else less.dtype
+        if scale is not None:
+            _save(ctx, value, scale, ctx.needs_input_grad[0], ctx.needs_input_grad[5])
+            ctx.like_scale = scale.shape, scale.dtype
         ctx.mark_non_differentiable(encoded.residual, after)
         ctx.set_materialize_grads(False)
         return *encoded, after
@@ -209,17 +213,25 @@ class _ScaledAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 11
-        needs_value, _, _, needs_addend, _, needs_less = ctx.needs_input_grad[:6]
+            return (None,) * 12
+        needs_value, _, _, needs_addend, needs_less, needs_scale = ctx.needs_input_grad[:6]
         (factor, gain), dtypes = ctx.factors, ctx.dtypes
-        value = _times(grad, factor, dtypes[0]) if needs_value else None
+        of_value = of_scale = None
+        if factor is not None:
+            of_value = _times(grad, factor, dtypes[0]) if needs_value else None
+        else:
+            value, scale = ctx.saved_tensors
+            of_value = multiply(grad, scale) if needs_value else None
+            if needs_scale:
+                shape, dtype = ctx.like_scale
+                of_scale = (grad * value).sum_to_size(shape).to(dtype)
         addend = _times(grad, gain, dtypes[1]) if needs_addend else None
         less = _times(grad, -gain, dtypes[2]) if needs_less else None
-        return value, None, None, addend, None, less, None, None, None, None, None
+        return of_value, None, None, addend, less, of_scale, *(None,) * 6
 
     @staticmethod
     def jvp(
-        ctx: Any, value: Any, residual: Any, buffer: Any, addend: Any, gain: Any, less: Any, *_: Any
+        ctx: Any, value: Any, residual: Any, buffer: Any, addend: Any, less: Any, *_: Any
     ) -> Any:
         factor, gain = ctx.factors
         parts = (value, factor), (addend, gain), (less, -gain)
@@ -227,32 +239,59 @@ class _ScaledAdd(torch.autograd.Function):
         return functools.reduce(torch.add, tangents) if tangents else None, None, None
 
 
+def _save(ctx: Any, value: Tensor, scale: Tensor, for_value: bool, for_scale: bool) -> None:
+    """Save what the gradients of a product read, where they are asked for."""
+    ctx.save_for_backward(value if for_scale else None, scale if for_value else None)
+
+
+class _Saved(torch.autograd.Function):
+    """Save what `_ScaledAdd` saves, and compute nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: Tensor) -> Tensor:
+        _save(ctx, value, scale, *ctx.needs_input_grad)
+        return value.new_empty(0)
+
+
+def save_product(value: Tensor, scale: Tensor) -> Tensor:
+    """Save for backward what `scaled_add` saves of a stream and its factors."""
+    nothing: Tensor = _Saved.apply(value, scale)
+    return nothing
+
+
 def _times(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    return times(x, factor).to(dtype)
+    return (x if factor == 1.0 else times(x, factor)).to(dtype)
 
 
 def scaled_add(
     encoded: Encoded,
     buffer: Tensor | None,
     increment: Increment,
-    ratio: scaled.Ratio,
+    factor: Factor,
     width: torch.dtype,
     fixed: Fixed,
     monitor: RangeMonitor | None,
     step: int,
 ) -> tuple[Encoded, Tensor]:
     """Return `scaled.scale_and_add`, differentiable straight through."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        factor = ratio[0] / ratio[1]
+    scale = factor.scale
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        # For forward mode, the graph would keep a factor outside of all hooks.
+        or (scale is not None and is_forward_mode())
+    ):
         with torch.no_grad(), without_tangents():
             new, after = scaled.scale_and_add(
-                encoded, buffer, increment, ratio, width, fixed, monitor, step
+                encoded, buffer, increment, factor, width, fixed, monitor, step
             )
         # The gradient is that of the rule on floats.
-        smooth = times(encoded.value, factor) + computed(increment).to(encoded.value.dtype)
+        by = factor.least / factor.denominator if scale is None else scale
+        smooth = multiply(encoded.value, by) + computed(increment).to(encoded.value.dtype)
         return Encoded(with_gradient_of(smooth, new.value), new.residual), after
+    addend, gain, less = increment
     value, residual, after = _ScaledAdd.apply(
-        *encoded, buffer, *increment, ratio, width, fixed, monitor, step
+        *encoded, buffer, addend, less, scale, gain, factor, width, fixed, monitor, step
     )
     return Encoded(value, residual), after
 

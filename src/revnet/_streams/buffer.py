@@ -9,10 +9,8 @@ arXiv:1810.10999.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -20,19 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._factors import Increment
-from .._trees import tree_map, tree_unzip
+from .._factors import Factor, Increment
+from .._trees import tree_unzip
 from . import scaled
 from .autograd import scaled_add
 from .fixed import Fixed
 from .format import Encoded
 from .monitor import RangeMonitor
-from .reference import MASKS, exchange, widened
+from .reference import MASKS
 
-# The denominator of factors that are tensors.
-_DENOMINATOR = 2**24
-# Larger numerators times a remainder would overflow.
-_LARGEST_NUMERATOR = 2**38
 # The largest number that a buffer of each type may hold.
 _LARGEST = {**MASKS, torch.int64: 2**63 - 1}
 
@@ -88,35 +82,35 @@ pytree.register_pytree_node(
 
 def multiply_and_add(
     encoded: Any,
-    ratio: Fraction,
+    factor: Factor,
     increment: Increment,
     fixed: Fixed,
     monitor: RangeMonitor | None,
     step: int,
 ) -> BufferedStream:
-    """Return `ratio · encoded + increment`, differentiable; `scaled.takes` the ratio.
+    """Return `factor · encoded + increment`, differentiable.
+
+    A product is off by less than the resolution of the format times one plus the factor.
 
     Args:
         encoded: a stream, or what another multiplication returned.
-        ratio: the factor.
+        factor: of all tensors, or a tree of factors in the structure of the stream.
         increment: trees of floating-point tensors in the shapes of the stream.
         fixed: the format of the stream.
-        monitor: told where a sum leaves the range; `step` is the number it reports.
+        monitor: told where a product or a sum leaves the range, or a factor its bounds; `step` is
+            the number it reports.
         step: see `monitor`.
     """
-    n, d = ratio.numerator, ratio.denominator
-    # Compiled steps keep their targets, and nothing reads the buffer.
-    widest = torch.int64 if torch.compiler.is_compiling() else _widest(n, d)
-    past, begun, buffer, full = _advanced(encoded, n, d, widest)
+    past, begun, buffer, full = _advanced(encoded, factor, _widest_of(factor, fixed))
     stream = encoded.stream if isinstance(encoded, BufferedStream) else encoded
 
     def leaf(value: Tensor, residual: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        *parts, buffer = (*rest, None) if begun else rest
+        *parts, buffer, scale = rest
         encoded, after = scaled_add(
             Encoded(value, residual),
-            buffer,
+            None if begun else buffer,
             increment.with_parts(parts),
-            (n, d),
+            factor if factor.scale is None else factor._replace(scale=scale),
             _dtype(past.bound),
             fixed,
             monitor,
@@ -124,104 +118,57 @@ def multiply_and_add(
         )
         return *encoded, after
 
-    trees = (*increment.parts, *(() if begun else (buffer,)))
-    value, residual, buffer = tree_unzip(leaf, *stream, *trees)
+    # A tree has no place for None: the residual stands there, and is not read.
+    nothing = stream.residual
+    value, residual, buffer = tree_unzip(
+        leaf,
+        *stream,
+        *increment.parts,
+        nothing if begun else buffer,
+        nothing if factor.scale is None else factor.scale,
+    )
     return BufferedStream(Encoded(value, residual), buffer, full, past)
 
 
 def subtract_and_divide(
-    encoded: BufferedStream, ratio: Fraction, increment: Increment, fixed: Fixed
+    encoded: BufferedStream, factor: Factor, increment: Increment, fixed: Fixed
 ) -> Any:
     """Return what `multiply_and_add` was given."""
-    past = encoded.past
+    past, nothing = encoded.past, encoded.stream.residual
     assert past is not None, "divided more often than multiplied"
     width = None if past.begun or past.before is None else _dtype(past.before.bound)
 
     def leaf(value: Tensor, residual: Tensor, *rest: Tensor) -> tuple[Any, ...]:
-        *parts, buffer = rest
+        *parts, buffer, scale = rest
         encoded, before = scaled.subtract_and_divide(
             Encoded(value, residual),
             buffer,
             increment.with_parts(parts),
-            (ratio.numerator, ratio.denominator),
+            factor if factor.scale is None else factor._replace(scale=scale),
             width,
             fixed,
         )
-        # A tree has no place for None: the buffer that is not wanted stands for it.
+        # The buffer that is not wanted stands for None.
         return *encoded, buffer if before is None else before
 
-    value, residual, buffer = tree_unzip(leaf, *encoded.stream, *increment.parts, encoded.buffer)
+    scale = nothing if factor.scale is None else factor.scale
+    value, residual, buffer = tree_unzip(
+        leaf, *encoded.stream, *increment.parts, encoded.buffer, scale
+    )
     return _before(encoded, Encoded(value, residual), buffer)
 
 
-def multiply(
-    encoded: Any, scale: Any, least: Any, fixed: Fixed, monitor: RangeMonitor | None, step: int
-) -> BufferedStream:
-    """Return a stream times `scale`.
-
-    Factors are rounded to multiples of 2^-24 unless they are one `Fraction`. A product is off by
-    less than the resolution of the format times one plus the factor.
-
-    Args:
-        encoded: a stream, or what another multiplication returned.
-        scale: a `Fraction`, or a tree of positive factors.
-        least: the smallest factor there can be.
-        fixed: the format of the stream.
-        monitor: told where a product leaves the range, or a factor its bounds; `step` is the number
-            it reports.
-        step: see `monitor`.
-    """
-    numerators, denominator, least = _ratio(scale, least)
-    past, begun, buffer, full = _advanced(encoded, least, denominator, torch.int64)
-    stream = encoded.stream if isinstance(encoded, BufferedStream) else encoded
-    width = _dtype(past.bound)
-
-    def times(stream: Encoded, buffer: Tensor, numerator: Any) -> tuple[Encoded, Tensor]:
-        count, known = fixed.counts(stream)
-        product = count.double() * numerator / denominator * fixed.unit
-        inside = (product.abs() < 0.99 * fixed.limit_in(stream.value.dtype)) & (numerator > 0)
-        if monitor is not None:
-            magnitude = torch.where(
-                torch.as_tensor(numerator > 0, device=count.device), product.abs(), math.nan
-            )
-            monitor.observe(known & ~inside, magnitude.float(), step)
-        numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
-        wide = widened(None if begun else buffer, count)
-        count, wide = exchange(count, wide, numerator, denominator)
-        return fixed.held(count, known & inside, stream.value.dtype), wide.to(width)
-
-    # Where there is no buffer yet, the residual stands in its place and is not read.
-    stream, buffer = _over(times, numerators, stream, stream.residual if begun else buffer)
-    return BufferedStream(stream, buffer, full, past)
-
-
-def divide(encoded: BufferedStream, scale: Any, least: Any, fixed: Fixed) -> Any:
-    """Return what `multiply` was given."""
-    numerators, denominator, least = _ratio(scale, least)
-    past = encoded.past
-    assert past is not None, "divided more often than multiplied"
-    width = torch.int64 if past.before is None else _dtype(past.before.bound)
-
-    def over(stream: Encoded, buffer: Tensor, numerator: Any) -> tuple[Encoded, Tensor]:
-        count, known = fixed.counts(stream)
-        numerator = numerator if isinstance(numerator, int) else numerator.clamp_min(least)
-        count, wide = exchange(count, widened(buffer, count), denominator, numerator)
-        return fixed.held(count, known, stream.value.dtype), wide.to(width)
-
-    stream, buffer = _over(over, numerators, encoded.stream, encoded.buffer)
-    return _before(encoded, stream, buffer)
-
-
 def _advanced(
-    encoded: Any, least: int, denominator: int, widest: torch.dtype
+    encoded: Any, factor: Factor, widest: torch.dtype
 ) -> tuple[_Past, bool, Any, list[Any]]:
     """Return the past after one more multiplication, and the buffers that it goes on with.
 
     The buffer is None where the multiplication begins one.
     """
+    denominator = factor.denominator
     if not isinstance(encoded, BufferedStream) or encoded.past is None:
         return _Past(denominator - 1, True, None), True, None, []
-    bound = _after(encoded.past.bound, least, denominator)
+    bound = _after(encoded.past.bound, factor.least, denominator)
     if bound > _LARGEST[widest]:
         past = _Past(denominator - 1, True, encoded.past)
         return past, True, None, [*encoded.full, encoded.buffer]
@@ -239,40 +186,6 @@ def _before(encoded: BufferedStream, stream: Encoded, buffer: Any) -> Any:
     return BufferedStream(stream, buffer, full, past.before)
 
 
-def _ratio(scale: Any, least: Any) -> tuple[Any, int, int]:
-    """Return numerators, the denominator, and the smallest numerator.
-
-    A numerator is zero where a factor is out of bounds or not a number.
-    """
-    if isinstance(scale, Fraction):
-        return scale.numerator, scale.denominator, scale.numerator
-
-    def numerator(factor: Tensor) -> Tensor:
-        scaled = (factor.double() * _DENOMINATOR).round()
-        return torch.where((scaled >= smallest) & (scaled < _LARGEST_NUMERATOR), scaled, 0.0).to(
-            torch.int64
-        )
-
-    # A bfloat16 factor may have been rounded to less than the bound.
-    smallest = max(1, int(0.98 * least * _DENOMINATOR))
-    return tree_map(numerator, scale), _DENOMINATOR, smallest
-
-
-def _over(
-    fn: Callable[..., tuple[Encoded, Tensor]], numerators: Any, stream: Encoded, buffer: Any
-) -> tuple[Encoded, Any]:
-    def leaf(
-        value: Tensor, residual: Tensor, buffer: Tensor, numerator: Any = numerators
-    ) -> tuple[Tensor, ...]:
-        encoded, buffer = fn(Encoded(value, residual), buffer, numerator)
-        return *encoded, buffer
-
-    value, residual, buffer = tree_unzip(
-        leaf, *stream, buffer, *(() if isinstance(numerators, int) else (numerators,))
-    )
-    return Encoded(value, residual), buffer
-
-
 def _after(bound: int, least: int, denominator: int) -> int:
     """Return the largest number in a buffer after an exchange."""
     return (bound // least) * denominator + denominator - 1
@@ -281,6 +194,15 @@ def _after(bound: int, least: int, denominator: int) -> int:
 def _dtype(bound: int) -> torch.dtype:
     """Return the narrowest type of a buffer that holds numbers up to this one."""
     return next(dtype for dtype, largest in _LARGEST.items() if bound <= largest)
+
+
+def _widest_of(factor: Factor, fixed: Fixed) -> torch.dtype:
+    """Return the type up to which a buffer widens before a new one is begun."""
+    # Compiled steps keep their targets, and nothing reads the buffer. A buffer for tensors begins
+    # with as many bits as their denominator has.
+    if torch.compiler.is_compiling() or not scaled.is_small(factor, fixed):
+        return torch.int64
+    return _widest(factor.least, factor.denominator)
 
 
 @cache

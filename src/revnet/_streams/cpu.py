@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .._factors import Increment
+from .._factors import NUMERATORS, Factor, Increment
 from . import reference
 from .format import Encoded, bound, unit
 from .monitor import RangeMonitor
-from .reference import combine_into, computed
+from .reference import SHARE, combine_into, computed
 
 # Elements per thread and piece. Smaller pieces stay in a level-2 cache but cost more in calls than
 # that saves; this bounds the scratch memory and stays in a level-3 cache. A multiple of the length
@@ -83,42 +83,44 @@ def scale_and_add(
     increment: Increment,
     new: Encoded,
     new_buffer: Tensor,
-    ratio: tuple[int, int],
+    factor: Factor,
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
 ) -> None:
     """Write what the reference returns to dense memory of one layout; see there.
 
-    Everything is an integer below 2^53 in float64. A piece with a number out of range is left to
-    the reference.
+    A piece with a number out of range is left to the reference.
     """
     one, edge = unit(fraction_bits), bound(fraction_bits, new.value.dtype)
     scale = 1.0 / one
-    n, d = ratio
     given = () if buffer is None else (buffer,)
+    factors = () if factor.scale is None else (factor.scale,)
     addends = increment.parts
-    pieces = cut((*addends, *new, new_buffer, *encoded, *given))
-    count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
+    pieces = cut((*addends, *new, new_buffer, *encoded, *factors, *given))
+    scratch = _scratch(pieces[0][0].shape, factor)
     for piece in pieces:
         part = increment.with_parts(piece[: len(addends)])
-        value, residual, after, before, rest, *earlier = piece[len(addends) :]
-        if value.shape != count.shape:
-            count, other, digits = (x[: len(value)] for x in (count, other, digits))
+        value, residual, after, before, rest, *others = piece[len(addends) :]
+        each = factor._replace(scale=others.pop(0)) if factors else factor
+        if value.shape != scratch[0].shape:
+            scratch = scratch[:, : len(value)]
+        count, other = scratch[:2]
         other.copy_(before).mul_(scale).add_(count.copy_(rest))
-        torch.div(other, d, out=count).floor_()
-        other.sub_(count, alpha=d)
-        _take(digits, earlier)
-        _exchanged(count, other, digits, n, d)
-        unsigned(after).copy_(digits)
-        count.add_(other.copy_(computed(part)).mul_(scale).round_())
-        low, high = torch.aminmax(count)
-        if not (low.item() > -edge and high.item() < edge):  # so also for NaN
+        if factors:
+            inside = _multiplied(scratch, each, others, after, SHARE * edge)
+        else:
+            inside = _multiplied_by_ratio(scratch, factor, others, after)
+        if inside:
+            count.add_(other.copy_(computed(part)).mul_(scale).round_())
+            low, high = torch.aminmax(count)
+            inside = low.item() > -edge and high.item() < edge  # so not for NaN
+        if not inside:
             stream, last = reference.scale_and_add(
                 Encoded(before, rest),
-                earlier[0] if earlier else None,
+                others[0] if others else None,
                 part,
-                ratio,
+                each,
                 after.dtype,
                 fraction_bits,
                 monitor,
@@ -136,7 +138,7 @@ def subtract_and_divide(
     increment: Increment,
     new: Encoded,
     new_buffer: Tensor | None,
-    ratio: tuple[int, int],
+    factor: Factor,
     fraction_bits: int,
 ) -> None:
     """Write what the reference returns to dense memory of one layout; see there.
@@ -145,46 +147,151 @@ def subtract_and_divide(
     """
     one, edge = unit(fraction_bits), bound(fraction_bits, new.value.dtype)
     scale = 1.0 / one
-    n, d = ratio
     wanted = () if new_buffer is None else (new_buffer,)
+    factors = () if factor.scale is None else (factor.scale,)
     addends = increment.parts
-    pieces = cut((*addends, *new, buffer, *encoded, *wanted))
-    count, other, digits = torch.empty((3, *pieces[0][0].shape), dtype=torch.float64)
+    pieces = cut((*addends, *new, buffer, *encoded, *factors, *wanted))
+    scratch = _scratch(pieces[0][0].shape, factor)
     for piece in pieces:
         part = increment.with_parts(piece[: len(addends)])
         value, residual, digit, before, rest, *after = piece[len(addends) :]
-        if value.shape != count.shape:
-            count, other, digits = (x[: len(value)] for x in (count, other, digits))
+        each = factor._replace(scale=after.pop(0)) if factors else factor
+        if value.shape != scratch[0].shape:
+            scratch = scratch[:, : len(value)]
+        count, other = scratch[:2]
         other.copy_(before).mul_(scale).add_(count.copy_(rest))
         other.sub_(count.copy_(computed(part)).mul_(scale).round_())
         lowest, highest = torch.aminmax(other)
-        if n == 1:
-            count.copy_(other)
-        else:
-            torch.div(other, n, out=count).floor_()
-            other.sub_(count, alpha=n)
-        _take(digits, [digit])
-        _exchanged(count, other, digits, d, n)
-        low, high = torch.aminmax(count)
-        inside = low.item() > -edge and high.item() < edge
-        if not (inside and lowest.item() > -edge and highest.item() < edge):  # so also for NaN
+        inside = lowest.item() > -edge and highest.item() < edge  # so not for NaN
+        if inside:
+            divided = _divided if factors else _divided_by_ratio
+            inside = divided(scratch, each, digit, after)
+            low, high = torch.aminmax(count)
+            inside = inside and low.item() > -edge and high.item() < edge
+        if not inside:
             stream, last = reference.subtract_and_divide(
-                Encoded(before, rest), digit, part, ratio, torch.int64, fraction_bits
+                Encoded(before, rest), digit, part, each, torch.int64, fraction_bits
             )
             _write((value, residual, *after), (*stream, last))
             continue
-        for into in after:
-            unsigned(into).copy_(digits)
         value.copy_(torch.add(count, 0.0, out=other).mul_(one))
         residual.copy_(count.sub_(other.copy_(value), alpha=scale))
 
 
-def _take(digits: Tensor, buffers: list[Tensor]) -> None:
-    """Read a buffer, of which there may be none yet."""
+def _scratch(shape: torch.Size, factor: Factor) -> Tensor:
+    """Return memory for the numbers of a piece: counts stand in the second, then in the first."""
+    return torch.empty((3 if factor.scale is None else 6, *shape), dtype=torch.float64)
+
+
+def _multiplied_by_ratio(
+    scratch: Tensor, factor: Factor, buffers: list[Tensor], after: Tensor
+) -> bool:
+    """Multiply the counts of a piece by n/d; everything is an integer below 2^53.
+
+    Args:
+        scratch: see `_scratch`.
+        factor: n and d.
+        buffers: the buffer, if there is one.
+        after: receives the new one.
+
+    Returns:
+        Whether all is in range: True.
+    """
+    count, rest, digits = scratch
+    n, d, _ = factor
+    torch.div(rest, d, out=count).floor_()
+    rest.sub_(count, alpha=d)
     if buffers:
         digits.copy_(unsigned(buffers[0]))
     else:
         digits.zero_()
+    _exchanged(count, rest, digits, n, d)
+    unsigned(after).copy_(digits)
+    return True
+
+
+def _divided_by_ratio(scratch: Tensor, factor: Factor, buffer: Tensor, after: list[Tensor]) -> bool:
+    """Undo `_multiplied_by_ratio`; the buffer before it goes where it is wanted."""
+    count, rest, digits = scratch
+    n, d, _ = factor
+    if n == 1:
+        count.copy_(rest)
+    else:
+        torch.div(rest, n, out=count).floor_()
+        rest.sub_(count, alpha=n)
+    digits.copy_(unsigned(buffer))
+    _exchanged(count, rest, digits, d, n)
+    for into in after:
+        unsigned(into).copy_(digits)
+    return True
+
+
+def _multiplied(
+    scratch: Tensor, factor: Factor, buffers: list[Tensor], after: Tensor, edge: float
+) -> bool:
+    """Multiply the counts of a piece by factors of their own, unless one leaves its range.
+
+    Args:
+        scratch: see `_scratch`.
+        factor: a tensor of factors, whose denominator is a power of two.
+        buffers: the buffer, if there is one.
+        after: receives the new one.
+        edge: magnitudes of products from this on are out of range.
+
+    Returns:
+        Whether all is in range.
+    """
+    result, count, *_, product = scratch
+    carry, _, n, digits, rest, quotient = scratch.view(torch.int64)
+    d = factor.denominator
+    if not _numerators(result, n, factor):
+        return False
+    low, high = torch.aminmax(torch.mul(count, result, out=product))
+    if not (low.item() > -edge * d and high.item() < edge * d):
+        return False
+    shift = d.bit_length() - 1
+    quotient.copy_(count)
+    torch.bitwise_and(quotient, d - 1, out=rest).mul_(n)
+    quotient.bitwise_right_shift_(shift).mul_(n)
+    if buffers:
+        torch.div(digits.copy_(unsigned(buffers[0])), n, rounding_mode="trunc", out=carry)
+        rest.add_(digits.addcmul_(carry, n, value=-1))
+        carry.mul_(d)
+        unsigned(after).copy_(torch.bitwise_and(rest, d - 1, out=digits).add_(carry))
+    else:
+        unsigned(after).copy_(torch.bitwise_and(rest, d - 1, out=digits))
+    result.copy_(quotient.add_(rest.bitwise_right_shift_(shift)))
+    return True
+
+
+def _divided(scratch: Tensor, factor: Factor, buffer: Tensor, after: list[Tensor]) -> bool:
+    """Undo `_multiplied`; the buffer before it goes where it is wanted."""
+    result, count, *_, quotient = scratch
+    _, low, n, digits, rest, _ = scratch.view(torch.int64)
+    d = factor.denominator
+    if not _numerators(result, n, factor):
+        return False
+    # Exact, as the counts are below 2^53: no quotient of two such integers is rounded up to one.
+    torch.div(count, result, out=quotient).floor_()
+    shift = d.bit_length() - 1
+    rest.copy_(count.addcmul_(quotient, result, value=-1)).mul_(d)
+    rest.add_(torch.bitwise_and(digits.copy_(unsigned(buffer)), d - 1, out=low))
+    whole = torch.div(rest, n, rounding_mode="trunc", out=low)
+    for into in after:
+        rest.addcmul_(whole, n, value=-1)
+        unsigned(into).copy_(digits.bitwise_right_shift_(shift).mul_(n).add_(rest))
+    result.copy_(quotient).mul_(d).add_(quotient.copy_(whole))
+    return True
+
+
+def _numerators(numerator: Tensor, n: Tensor, factor: Factor) -> bool:
+    """Write the numerators of factors as floats and as integers, if all are in their bounds."""
+    least, denominator, scale = factor
+    low, high = torch.aminmax(numerator.copy_(scale).mul_(denominator).round_())
+    if not (low.item() >= least and high.item() < NUMERATORS):
+        return False
+    n.copy_(numerator)
+    return True
 
 
 def _exchanged(quotient: Tensor, rest: Tensor, digits: Tensor, n: int, d: int) -> None:

@@ -17,10 +17,10 @@ from triton import knobs
 from .._torch import current_cuda_device, current_cuda_stream
 from .format import bound
 from .monitor import key_of
-from .reference import MASKS
+from .reference import MASKS, SHARE
 
 if TYPE_CHECKING:
-    from .._factors import Increment
+    from .._factors import Factor, Increment
     from .format import Encoded
 
 
@@ -60,8 +60,13 @@ def _report(finding_ptr, bad, total, magnitude, fits, key, unit):
     """Remember the largest magnitude out of range."""
     if tl.max(bad.to(tl.int32), axis=0) > 0:
         found = tl.where(fits, tl.abs(total).to(tl.float32) * unit, magnitude.to(tl.float32))
-        found = tl.where(bad, found.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
-        tl.atomic_max(finding_ptr, tl.max(found, axis=0), sem="relaxed")
+        _note(finding_ptr, bad, found, key)
+
+
+@triton.jit
+def _note(finding_ptr, bad, found, key):
+    found = tl.where(bad, found.to(tl.int32, bitcast=True).to(tl.int64) + key, 0)
+    tl.atomic_max(finding_ptr, tl.max(found, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -111,14 +116,53 @@ def _combine(
 
 
 @triton.jit
-def _exchange(count, buffer, N: tl.constexpr, D: tl.constexpr, SHIFT: tl.constexpr):
-    """Return counts times N/D and the buffer after the exchange of digits."""
-    # SHIFT · D is above every count: divisions of what is not negative round down.
-    shifted = count + SHIFT * D
-    quotient = shifted // D
-    rest = (shifted - quotient * D) * N + buffer % N
-    buffer = (buffer // N) * D + rest % D
-    return (quotient - SHIFT) * N + rest // D, buffer
+def _exchange(count, buffer, n, d, SHIFT: tl.constexpr):
+    """Return counts times n/d and the buffer after the exchange of digits."""
+    if SHIFT is None:
+        # Of magnitudes: below 2^32, a device divides them several times as fast.
+        magnitude = tl.abs(count)
+        quotient = magnitude // d
+        rest = magnitude - quotient * d
+        # Down, not towards zero.
+        more = (rest > 0) & (count < 0)
+        quotient = tl.where(count < 0, -quotient, quotient) - more.to(tl.int64)
+        rest = tl.where(more, d - rest, rest)
+    else:
+        # SHIFT · d is above every count: divisions of what is not negative round down.
+        shifted = count + SHIFT * d
+        quotient = shifted // d
+        rest = shifted - quotient * d
+        quotient -= SHIFT
+    # Remainders are written out, since `%` by a tensor would divide once more.
+    high = buffer // n
+    rest = rest * n + (buffer - high * n)
+    carry = rest // d
+    return quotient * n + carry, high * d + (rest - carry * d)
+
+
+@triton.jit
+def _numerator(factor_ptr, place, mask, LEAST: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
+    """Return the numerators of factors, LEAST where one is out of bounds, and where none is."""
+    factor = _wide(tl.load(factor_ptr + place, mask=mask, other=1.0))
+    n, _, fits = _rounded(factor, D, WHOLE)
+    usable = fits & (n >= LEAST) & (n < 2**38)
+    return tl.where(usable, n, LEAST), usable
+
+
+@triton.jit
+def _products(
+    finding_ptr, total, n, known, usable, key, unit, D: tl.constexpr, SHARE: tl.constexpr
+):
+    """Return where a product stays in range, after a report of those that do not."""
+    product = tl.abs(total.to(tl.float64) * n.to(tl.float64))
+    # A constant of its type: as a number it would be one of float32.
+    inside = usable & (product < tl.full(product.shape, SHARE, tl.float64))
+    if finding_ptr is not None:
+        bad = known & ~inside
+        if tl.max(bad.to(tl.int32), axis=0) > 0:
+            found = tl.where(usable, (product * unit * (1.0 / D)).to(tl.float32), float("nan"))
+            _note(finding_ptr, bad, found, key)
+    return inside
 
 
 @triton.jit(do_not_specialize=["key", "unit"])
@@ -128,6 +172,7 @@ def _scale(
     buffer_ptr,
     addend_ptr,
     less_ptr,
+    factor_ptr,
     new_value_ptr,
     new_residual_ptr,
     new_buffer_ptr,
@@ -144,9 +189,14 @@ def _scale(
     SHIFT: tl.constexpr,
     MASK: tl.constexpr,
     GAIN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Multiply by N/D and add (SIGN = 1), or subtract and multiply (-1); buffers may be None."""
+    """Multiply and add (SIGN = 1), or subtract and divide (-1); buffers may be None.
+
+    Where factor_ptr is None, both directions multiply by N/D. Else factors are of N/D at least.
+    """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     total, known = _count(value_ptr, residual_ptr, place, mask, SCALE)
@@ -154,21 +204,34 @@ def _scale(
     if buffer_ptr is not None:
         buffer = tl.load(buffer_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
         # Narrow buffers are unsigned integers in memory of signed ones.
-        buffer = buffer.to(tl.int64) & MASK
+        buffer = buffer.to(tl.int64)
+        if MASK is not None:
+            buffer = buffer & MASK
     increment = _wide(tl.load(addend_ptr + place, mask=mask, other=0.0))
     if less_ptr is not None:
         increment -= _wide(tl.load(less_ptr + place, mask=mask, other=0.0))
     if GAIN != 1.0:
         increment = increment * tl.full((BLOCK,), GAIN, increment.dtype)
     count, magnitude, fits = _rounded(increment, SCALE, INTEGERS)
+    if factor_ptr is not None:
+        n, usable = _numerator(factor_ptr, place, mask, N, D, WHOLE)
     if SIGN > 0:
-        total, buffer = _exchange(total, buffer, N, D, SHIFT)
+        if factor_ptr is not None:
+            # Later sums report nothing where a product did.
+            known &= _products(finding_ptr, total, n, mask & known, usable, key, unit, D, SHARE)
+            total, buffer = _exchange(total, buffer, n, D, SHIFT)
+        else:
+            total, buffer = _exchange(total, buffer, N, D, SHIFT)
     total += SIGN * count
     inside = known & fits & (total < BOUND) & (total > -BOUND)
     if finding_ptr is not None:
         _report(finding_ptr, mask & known & ~inside, total, magnitude, fits, key, unit)
     if SIGN < 0:
-        total, buffer = _exchange(tl.where(inside, total, 0), buffer, N, D, SHIFT)
+        total = tl.where(inside, total, 0)
+        if factor_ptr is not None:
+            total, buffer = _exchange(total, buffer, D, n, None)
+        else:
+            total, buffer = _exchange(total, buffer, N, D, SHIFT)
         inside = inside & (total < BOUND) & (total > -BOUND)
     if new_buffer_ptr is not None:
         buffer = buffer.to(new_buffer_ptr.dtype.element_ty)
@@ -272,11 +335,11 @@ def launch_scaled(
     new_buffer: Tensor | None,
     finding: Tensor | None,
     sign: int,
-    ratio: tuple[int, int],
+    factor: Factor,
     fraction_bits: int,
     step: int,
 ) -> bool:
-    """Multiply by a ratio and add, or undo that, in one pass; False where Triton does not work.
+    """Multiply and add, or undo that, in one pass; False where Triton does not work.
 
     Args:
         encoded: the stream.
@@ -286,24 +349,31 @@ def launch_scaled(
         new_buffer: receives the remainders; None where there are none.
         finding: see `launch`.
         sign: 1 multiplies and adds, -1 subtracts and divides.
-        ratio: n and d.
+        factor: one for all, or a tensor.
         fraction_bits: of the format.
         step: see `launch`.
     """
+    n, d, scale = factor
     addend, gain, less = increment
     size, key, dtype = addend.numel(), key_of(step), new.value.dtype
-    tensors = (*encoded, buffer, addend, less, *new, new_buffer, finding)
-    parts = (new.value, addend, buffer, new_buffer, less)
+    tensors = (*encoded, buffer, addend, less, scale, *new, new_buffer, finding)
+    parts = (new.value, addend, buffer, new_buffer, less, scale)
     places = tuple(None if x is None else (x.get_device(), x.dtype) for x in parts)
-    build = ("scale", places, sign, fraction_bits, ratio, gain, finding is None)
+    build = ("scale", places, sign, fraction_bits, n, d, gain, finding is None)
     known = _bound.get(build)
     if known is not None and not _state["broken"] and known(tensors, size, key):
         return True
-    n, d = ratio if sign > 0 else ratio[::-1]
-    mask = None if buffer is None else MASKS[buffer.dtype]
+    limit = bound(fraction_bits, dtype)
+    mask = None if buffer is None else MASKS.get(buffer.dtype)
     integers = _integers(addend) if less is None else max(_integers(addend), _integers(less))
-    exact = (sign, 2.0**fraction_bits, bound(fraction_bits, dtype), integers)
-    numbers = (2.0**-fraction_bits, *exact, n, d, 2**53 // d + 1, mask, gain, _BLOCK)
+    whole = share = None
+    if scale is not None:
+        whole, share = _integers(scale), SHARE * limit * d
+    elif sign < 0:
+        n, d = d, n
+    exact = (sign, 2.0**fraction_bits, limit, integers)
+    digits = (n, d, 2**53 // d + 1, mask, gain, whole, share)
+    numbers = (2.0**-fraction_bits, *exact, *digits, _BLOCK)
     return _launch(_scale, build, tensors, addend, key, numbers)
 
 

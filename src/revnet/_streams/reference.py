@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._factors import Increment, times
+from .._factors import NUMERATORS, Factor, Increment, times
 from .format import Encoded, limit_in, residual_dtype, unit
 from .monitor import RangeMonitor
 
@@ -85,26 +85,38 @@ def scale_and_add(
     encoded: Encoded,
     buffer: Tensor | None,
     increment: Increment,
-    ratio: tuple[int, int],
+    factor: Factor,
     width: torch.dtype,
     fraction_bits: int,
     monitor: RangeMonitor | None,
     step: int,
 ) -> tuple[Encoded, Tensor]:
-    """Return the stream `ratio · encoded + increment`, and the buffer with the remainders.
+    """Return the stream `factor · encoded + increment`, and the buffer with the remainders.
 
     Args:
         encoded: a stream of this format.
         buffer: the remainders of earlier divisions; None where there are none.
         increment: floating point, of its shape; see `computed`.
-        ratio: n and d with 0 < n <= d, so that no product leaves the range.
+        factor: of all elements, or a tensor that is broadcast to the stream. Where it or a product
+            is out of range, the stream becomes NaN.
         width: integers that hold every value of the new buffer, see `widened`.
         fraction_bits: of the format.
         monitor: see `combine`.
         step: see `combine`.
     """
     count, known = counts(encoded, fraction_bits)
-    count, wide = exchange(count, widened(buffer, count), *ratio)
+    n, usable = numerators(factor)
+    if factor.scale is not None or factor.least > factor.denominator:
+        product = (count.double() * n / factor.denominator * unit(fraction_bits)).abs()
+        inside = product < SHARE * limit_in(fraction_bits, encoded.value.dtype)
+        if usable is not None:
+            # A factor on the CPU may scale a stream elsewhere, but select nothing there.
+            usable = usable.to(product.device)
+            inside, product = inside & usable, torch.where(usable, product, math.nan)
+        if monitor is not None:
+            monitor.observe(known & ~inside, product.float(), step)
+        known = known & inside
+    count, wide = exchange(count, widened(buffer, count), n, factor.denominator)
     total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
     scaled = split(total, fraction_bits, encoded.value.dtype)[0]
     new = combine(scaled, computed(increment), 1, fraction_bits, monitor, step)
@@ -115,17 +127,34 @@ def subtract_and_divide(
     encoded: Encoded,
     buffer: Tensor,
     increment: Increment,
-    ratio: tuple[int, int],
+    factor: Factor,
     width: torch.dtype,
     fraction_bits: int,
 ) -> tuple[Encoded, Tensor]:
     """Return the stream and the buffer that `scale_and_add` was given."""
     scaled = combine(encoded, computed(increment), -1, fraction_bits, None, 0)
     count, known = counts(scaled, fraction_bits)
-    n, d = ratio
-    count, wide = exchange(count, widened(buffer, count), d, n)
+    n = numerators(factor)[0]
+    count, wide = exchange(count, widened(buffer, count), factor.denominator, n)
     total = torch.where(known, count.double() * unit(fraction_bits), math.nan)
     return split(total, fraction_bits, encoded.value.dtype)[0], wide.to(width)
+
+
+# Of the range, what a product may fill: what is compared is its estimate in floats.
+SHARE = 0.99
+
+
+def numerators(factor: Factor) -> tuple[Any, Tensor | None]:
+    """Return the numerators, the least where a factor is out of bounds, and where none is.
+
+    For a factor of all elements, the integer and None.
+    """
+    least, denominator, scale = factor
+    if scale is None:
+        return least, None
+    scaled = (scale.double() * denominator).round()
+    usable = (scaled >= least) & (scaled < NUMERATORS)
+    return torch.where(usable, scaled, least).to(torch.int64), usable
 
 
 def computed(increment: Increment) -> Tensor:
