@@ -176,7 +176,7 @@ def train_all(arms: list[Arm], text: lm.Text, options: argparse.Namespace) -> No
             run = lm.Run(arm.form, options.rate, seed)
             of_arm = argparse.Namespace(
                 shape=options.of(arm), device=options.device, execution=arm.execution,
-                out=options.out / arm.name, evaluations=options.held_out,
+                out=options.out / arm.name, evaluations=options.held_out, compile=False,
             )  # fmt: skip
             if (of_arm.out / run.name / "result.json").exists():
                 continue
