@@ -9,6 +9,7 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +47,15 @@ current_cuda_stream: Callable[[int], int] = getattr(
 is_autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
+# How many dispatch modes are at work, and whether one of pre-dispatch tracing may be, which has a
+# stack of its own. Without them every step would look for a certain mode, which takes several times
+# as long.
+count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+is_before_dispatch: Callable[[], bool] = partial(
+    torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
+)
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward call that runs in this thread ends.
 
@@ -79,21 +89,9 @@ def records_operators() -> bool:
 
     Without it the recomputation would be noted down as well, and draw other random numbers.
     """
-    return torch._C._is_tracing() or (has_modes() and get_proxy_mode() is not None)
-
-
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-
-
-def has_modes() -> bool:
-    """Check for any dispatch mode, also for those of pre-dispatch tracing.
-
-    Without it every step would look for a certain mode, which takes several times as long.
-    """
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-    )
+    if torch._C._is_tracing():
+        return True
+    return bool(count_modes() or is_before_dispatch()) and get_proxy_mode() is not None
 
 
 def is_faking() -> bool:
