@@ -84,8 +84,7 @@ def table(
     increment_dtype: torch.dtype,
     factors: dict[str, Factor],
 ) -> None:
-    fixed = Fixed()
-    x = torch.randn(shape, device=device).to(value_dtype)
+    fixed, x = Fixed(), torch.randn(shape, device=device).to(value_dtype)
     both = torch.randn((*shape[:-1], 2 * shape[-1]), device=device).to(increment_dtype)
     half, increment = both.chunk(2, -1)[1], both.chunk(2, -1)[1].contiguous()
     rows: dict[str, Combine] = {

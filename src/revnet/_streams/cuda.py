@@ -165,6 +165,27 @@ def _products(
     return inside
 
 
+@triton.jit
+def _digits(buffer_ptr, place, mask, MASK: tl.constexpr):
+    """Return a buffer as int64; narrow ones are unsigned integers in memory of signed ones."""
+    buffer = tl.load(buffer_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
+    buffer = buffer.to(tl.int64)
+    if MASK is not None:
+        buffer = buffer & MASK
+    return buffer
+
+
+@triton.jit
+def _increment(addend_ptr, less_ptr, place, mask, GAIN: tl.constexpr):
+    """Return GAIN · (addend - less), each operation rounded."""
+    increment = _wide(tl.load(addend_ptr + place, mask=mask, other=0.0))
+    if less_ptr is not None:
+        increment -= _wide(tl.load(less_ptr + place, mask=mask, other=0.0))
+    if GAIN != 1.0:
+        increment = increment * tl.full(increment.shape, GAIN, increment.dtype)
+    return increment
+
+
 @triton.jit(do_not_specialize=["key", "unit"])
 def _scale(
     value_ptr,
@@ -193,25 +214,14 @@ def _scale(
     SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Multiply and add (SIGN = 1), or subtract and divide (-1); buffers may be None.
-
-    Where factor_ptr is None, both directions multiply by N/D. Else factors are of N/D at least.
-    """
+    """Multiply and add (SIGN = 1), or subtract and divide (-1), by factors or, if None, by N/D."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     total, known = _count(value_ptr, residual_ptr, place, mask, SCALE)
     buffer = tl.zeros((BLOCK,), tl.int64)
     if buffer_ptr is not None:
-        buffer = tl.load(buffer_ptr + place, mask=mask, other=0, eviction_policy="evict_first")
-        # Narrow buffers are unsigned integers in memory of signed ones.
-        buffer = buffer.to(tl.int64)
-        if MASK is not None:
-            buffer = buffer & MASK
-    increment = _wide(tl.load(addend_ptr + place, mask=mask, other=0.0))
-    if less_ptr is not None:
-        increment -= _wide(tl.load(less_ptr + place, mask=mask, other=0.0))
-    if GAIN != 1.0:
-        increment = increment * tl.full((BLOCK,), GAIN, increment.dtype)
+        buffer = _digits(buffer_ptr, place, mask, MASK)
+    increment = _increment(addend_ptr, less_ptr, place, mask, GAIN)
     count, magnitude, fits = _rounded(increment, SCALE, INTEGERS)
     if factor_ptr is not None:
         n, usable = _numerator(factor_ptr, place, mask, N, D, WHOLE)
@@ -370,6 +380,7 @@ def launch_scaled(
     if scale is not None:
         whole, share = _integers(scale), SHARE * limit * d
     elif sign < 0:
+        # Without factors, both directions multiply.
         n, d = d, n
     exact = (sign, 2.0**fraction_bits, limit, integers)
     digits = (n, d, 2**53 // d + 1, mask, gain, whole, share)
