@@ -9,6 +9,7 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -79,21 +80,15 @@ def records_operators() -> bool:
 
     Without it the recomputation would be noted down as well, and draw other random numbers.
     """
-    return torch._C._is_tracing() or (has_modes() and get_proxy_mode() is not None)
+    modes = torch._C._len_torch_dispatch_stack() or has_pre_dispatch_mode()
+    return torch._C._is_tracing() or (bool(modes) and get_proxy_mode() is not None)
 
 
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-
-
-def has_modes() -> bool:
-    """Check for any dispatch mode, also for those of pre-dispatch tracing.
-
-    Without it every step would look for a certain mode, which takes several times as long.
-    """
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-    )
+# Whether there is a mode for pre-dispatch tracing. Without it every step would look for one in
+# Python, which takes several times as long.
+has_pre_dispatch_mode: Callable[[], bool] = partial(
+    torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
+)
 
 
 def is_faking() -> bool:

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .._torch import has_modes
+from .._torch import has_pre_dispatch_mode
 from . import cpu, format, reference
 from .format import DEFAULT_FRACTION_BITS, LARGEST_FRACTION, Encoded
 from .monitor import RangeMonitor, is_fake
@@ -250,7 +250,7 @@ def fusible(tensors: Iterable[Tensor]) -> bool:
             return False
         if not x.is_cpu and (not x.is_cuda or launcher() is None):
             return False
-    if not has_modes():
+    if not torch._C._len_torch_dispatch_stack() and not has_pre_dispatch_mode():
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is None or proxies.get_proxy_mode() is None
