@@ -34,8 +34,7 @@ from .stand_ins import StandIns
 
 # Steps of one kind in the call that is timed.
 _REPEATED = 3
-# How often it is timed at most, and by how much the least of these times may be wrong.
-_TURNS = 50
+# By how much the least of several times may be wrong.
 _NOISE = 0.03
 # What an accelerator of today reaches in low precision, where nothing is measured.
 _FLOPS_PER_SECOND = 4e14
@@ -190,13 +189,12 @@ class _StepMeasurement:
         measured: dict[Execution, list[int]] = {execution: [] for execution in executions}
         empty: list[int] = []
         began = time.perf_counter()
-        for turn in range(_TURNS):
+        for turn in range(9):
             for execution in executions:
                 # In a chain, as in a sequence, the host runs ahead of the device.
                 measured[execution].append(self.time(execution, _REPEATED))
             empty.append(self.time(STORE, 0))
-            elapsed = time.perf_counter() - began
-            if turn >= 2 and elapsed > (1.0 if turn < 8 else 0.1):
+            if turn >= 2 and time.perf_counter() - began > 1.0:
                 break
         # The least disturbed run counts, without what a call costs whatever its steps are: a
         # sequence is one call.
