@@ -87,7 +87,8 @@ WAYS = (
     Way(
         "offloaded (256 GiB of host)",
         GREEN,
-        ("checkpoint, save_on_cpu", "checkpoint, TRL offload"),
+        # TRL's has the inputs of two layers on the device at a time.
+        ("checkpoint, save_on_cpu",),
         lambda _: _bytes.offloaded(GROUPS, 1.0),
         lambda _: 0.0,
         _bytes.hosted,
