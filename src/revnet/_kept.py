@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._errors import ReversibleError
-from ._torch import untraced
+from ._torch import untraced, version_of
 
 
 class _Keep(torch.autograd.Function):
@@ -61,23 +61,25 @@ class Saved:
 
 
 class Referenced:
-    """Tensors kept by reference, past all hooks, and checked by their versions."""
+    """Tensors kept by reference, past all hooks, and checked by their versions.
 
-    __slots__ = ("leaves", "spec", "versions")
+    Args:
+        tree: the tensors, which hold no graph.
+        exposed: those among them to which somebody may write.
+    """
 
-    def __init__(self, tree: Any) -> None:
-        leaves, self.spec = pytree.tree_flatten(tree)
-        self.leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.versions = self._versions()
+    __slots__ = ("tree", "exposed", "versions")
 
-    def _versions(self) -> list[int]:
-        return [leaf._version for leaf in self.leaves if isinstance(leaf, Tensor)]
+    def __init__(self, tree: Any, exposed: list[Tensor]) -> None:
+        self.tree = tree
+        self.exposed = exposed
+        self.versions = list(map(version_of, exposed))
 
     def load(self) -> Any:
         """Return the tensors, after a check that nobody wrote to them."""
-        if self.versions != self._versions():
+        if self.versions != list(map(version_of, self.exposed)):
             raise ReversibleError(_WRITTEN)
-        return pytree.tree_unflatten(self.leaves, self.spec)
+        return self.tree
 
 
 _WRITTEN = (

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._kept import Hosted, Referenced, Saved
 from .._state.call_state import ContextFn, StepState
 from .._step import BoundStep
+from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._torch import saved_tensor_hooks
 from .._trees import tree_map
@@ -162,8 +163,7 @@ class Tape:
         # What `follows_rebuilt` checks, without its calls: most stored steps follow another.
         records = self.records
         if records and records[-1] is not None and records[-1].alone is None:
-            encoded = [encoded for _, encoded in streams]
-            self.saved_states[len(self.records)] = Referenced(encoded) if within else Saved(encoded)
+            self._save(streams, referenced=within)
         records.append(None)
         self.hooks.append(no_hook)
 
@@ -171,8 +171,18 @@ class Tape:
         """Save the present state as a place to walk from, unless the last step was stored."""
         if self.follows_rebuilt():
             # Where no hooks want to see it, a node of the graph would cost more and do no more.
-            keep = Referenced if saved_tensor_hooks() is None else Saved
-            self.saved_states[len(self.records)] = keep([encoded for _, encoded in streams])
+            self._save(streams, referenced=saved_tensor_hooks() is None)
+
+    def _save(self, streams: list[Stream], referenced: bool) -> None:
+        """Save streams as the state before the next step, past all hooks or under them."""
+        saved: Saved | Referenced
+        if referenced:
+            values: list[Tensor] = []
+            state = [tiled.detached(self.arithmetic, encoded, values) for _, encoded in streams]
+            saved = Referenced(state, values)
+        else:
+            saved = Saved([encoded for _, encoded in streams])
+        self.saved_states[len(self.records)] = saved
 
     def follows_rebuilt(self) -> bool:
         """Check whether the last step is one that backward rebuilds."""

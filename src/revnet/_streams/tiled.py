@@ -17,6 +17,7 @@ from .._couplings import ADDITIVE, Coupling, fitting
 from .._errors import ReversibleError
 from .._step import BoundStep
 from .._tile import Cut, Tiles
+from .._trees import tree_leaves, tree_map
 from .arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .format import Encoded
 
@@ -179,6 +180,15 @@ def with_value(arithmetic: Arithmetic, found: Any, value: Any) -> Any:
     if not isinstance(found, Tiles):
         return arithmetic.with_value(found, value)
     return found.like(map(arithmetic.with_value, found.parts, _cut(value, found).parts))
+
+
+def detached(arithmetic: Arithmetic, encoded: Any, values: list[Tensor]) -> Any:
+    """Return a held stream without its graph, and append the tensors of its value to `values`."""
+    if isinstance(encoded, Tiles):
+        return encoded.map(lambda part: detached(arithmetic, part, values))
+    value = tree_map(Tensor.detach, arithmetic.read(encoded))
+    values += tree_leaves(value)
+    return arithmetic.with_value(encoded, value)
 
 
 def combine(
