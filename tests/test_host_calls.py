@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import revnet
+from revnet._couplings import ADDITIVE
+from revnet._state.structure import Memory
+from revnet._step import BoundStep
 
 WIDTH = 8
 ROOT = os.path.dirname(revnet.__file__)
@@ -98,6 +101,48 @@ def test_keywords_of_one_call_are_not_those_of_the_next() -> None:
     assert not torch.equal(hooked, plain)
     handle.remove()
     assert torch.equal(net(x), plain)
+
+
+def test_keywords_that_a_hook_puts_in_are_those_of_one_call() -> None:
+    # While a hook of a call runs another call may, as in a second thread.
+    net = revnet.ReversibleSequence([(Scaled(), Scaled()) for _ in range(2)])
+    x = torch.randn(2, WIDTH)
+    inner: list[Tensor] = []
+    depth = 0
+
+    def call_again(block: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal depth
+        depth += 1
+        if depth == 1:
+            inner.append(net(x))
+        else:
+            args[2]["by"] = 3.0
+
+    plain = net(x)
+    net.blocks[0].register_forward_pre_hook(call_again)
+    assert torch.equal(net(x), plain)
+    assert not torch.equal(inner[0], plain)
+
+
+def test_a_thread_finds_steps_and_their_branches_together() -> None:
+    branches = [linear(), linear()]
+    steps = [[(0, BoundStep("", branch, ADDITIVE, 0, (1,), {}))] for branch in branches]
+    found: list[Any] = []
+
+    class Watched(Memory):
+        """Look up steps after each assignment, as another thread may."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if found:
+                found.append(self.steps(branches[1:]))
+
+    memory = Watched()
+    memory.keep_steps(branches[:1], steps[0])
+    found.append(None)
+    memory.keep_steps(branches[1:], steps[1])
+    assert found[-1] == steps[1]
+    assert all(each is None or each == steps[1] for each in found)
 
 
 def test_a_copy_calls_its_own_branches() -> None:

@@ -272,7 +272,9 @@ class ReversibleSequence(BlockSequence):
                     streams = ()
                 call.steps(block)
                 continue
-            g = block[count // 2][1]
+            # Hooks may put keywords in, which are those of this call alone.
+            block = [(k, part._replace(kwargs=dict(part.kwargs))) for k, part in block]
+            f, g = block[0][1], block[count // 2][1]
             # What else runs in the block may draw random numbers.
             call.random = None
             entered.call = call, block, saved_tensor_hooks(), self._settings

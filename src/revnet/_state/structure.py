@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import attrgetter, is_, itemgetter
+from operator import is_
 from typing import Any
 
 import torch
@@ -187,21 +187,23 @@ class Memory:
 
     def __init__(self) -> None:
         self._structures: dict[Any, tuple[nn.Module, nn.Module, Structure]] = {}
-        self._branches: list[Any] = []
-        self._steps: list[tuple[int, BoundStep]] = []
+        # In one tuple, as another thread may read it between two assignments.
+        self._bound: tuple[list[Any], list[tuple[int, BoundStep]]] = [], []
 
     def steps(self, branches: Sequence[Any]) -> Sequence[tuple[int, BoundStep]] | None:
         """Return the steps of the last call without keywords if it had these very branches."""
-        if len(branches) != len(self._branches) or not all(map(is_, branches, self._branches)):
-            return None
-        # A hook on a block may have put keywords into the dict that it was given.
-        return None if any(map(_keywords_of, map(_step_of, self._steps))) else self._steps
+        known, steps = self._bound
+        return steps if len(branches) == len(known) and all(map(is_, branches, known)) else None
 
     def keep_steps(self, branches: Sequence[Any], steps: Sequence[tuple[int, BoundStep]]) -> None:
         """Keep the steps of a call without keywords."""
         # Constants of a `Step` may change.
         if not any(isinstance(branch, Step) for branch in branches):
-            self._branches, self._steps = list(branches), list(steps)
+            self._bound = list(branches), list(steps)
+
+    def forget(self) -> None:
+        """Let go of all modules."""
+        self._structures, self._bound = {}, ([], [])
 
     def __reduce__(self) -> Any:
         return Memory, ()
@@ -238,7 +240,6 @@ class Memory:
 
 
 _get = dict.get
-_step_of, _keywords_of = itemgetter(1), attrgetter("kwargs")
 
 
 def hold(own: Table, wanted: dict[str, Any], machinery: frozenset[str] = MACHINERY) -> None:
