@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from oracle import (
     train_step,
     weighted,
 )
-from revnet import Deterministic, ReversibleSequence
+from revnet import Deterministic, Momentum, ReversibleSequence
 
 DRAWING = named("mlp-L8-dropout", "attention-L8-dropout", "shared-L4-dropout", "mixed-L6")
 
@@ -197,3 +199,25 @@ def test_deterministic_repeats_cuda_randomness():
     state = torch.cuda.get_rng_state()
     assert torch.equal(net(x, set_rng=True), first)
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_hooks_on_all_modules_may_draw() -> None:
+    """Also where a step of the library's own adds one stream to another."""
+    pairs = [(Linear(8).double(), Linear(8).double()) for _ in range(2)]
+    net = ReversibleSequence(pairs, coupling=Momentum(0.5), streams="fixed")
+    oracle = copy.deepcopy(net)
+    oracle.execution = "store"
+
+    def noise(module: nn.Module, args: object, out: object) -> Tensor | None:
+        return out + torch.randn_like(out) if type(out) is Tensor else None
+
+    def run(module: nn.Module) -> Results:
+        x = randn(2, 8).requires_grad_()
+        hook = torch.nn.modules.module.register_module_forward_hook(noise)
+        try:
+            weighted(module(x)).backward()
+        finally:
+            hook.remove()
+        return {"x": x.grad}
+
+    assert_alike(net, oracle, run)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ._compiled.function import active
 from ._compiled.purity import HOOKS
@@ -30,7 +29,7 @@ from ._state.fsdp import LOW_PRECISION
 from ._streams import tiled
 from ._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from ._streams.format import Encoded
-from ._torch import saved_tensor_hooks
+from ._torch import has_any_global_hook, saved_tensor_hooks
 from ._trees import tree_leaves
 
 # Where a block finds the call, its steps, and the hooks on saved tensors around the call, when a

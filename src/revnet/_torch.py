@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.module import _has_any_global_hook
 
 # Identifies the backward call that runs in this thread, -1 outside of one. Without it two backward
 # calls would share what they recomputed (rule 3 of the engine).
@@ -45,6 +46,9 @@ current_cuda_stream: Callable[[int], int] = getattr(
 # Whether autocast is on for any type of device. Without it every replay would clear the cache of
 # casts, whether or not there can be any.
 is_autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+# Whether a hook runs in the calls of all modules.
+has_any_global_hook: Callable[[], bool] = _has_any_global_hook
 
 
 # How many dispatch modes are at work, and whether one of pre-dispatch tracing may be, which has a

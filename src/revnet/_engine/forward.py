@@ -28,6 +28,7 @@ from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
 from .._sum import Sum
 from .._tile import Tiles, added
 from .._torch import (
+    has_any_global_hook,
     is_autocasting,
     is_capturing,
     is_faking,
@@ -258,7 +259,8 @@ class Call:
             self.environment = Environment([device.type for device in self.devices])
         structure = self.memory.structure(number, fn, step.coupling)
         random = None
-        draws = not (type(fn) is HandOn and structure.quiet)
+        # Hooks on all modules run there as well, and may draw.
+        draws = not (type(fn) is HandOn and structure.quiet) or has_any_global_hook()
         if draws and self.options.preserve_rng_state and not self.capturing and not self.fake:
             random = self.random or RandomState(self.devices)
         context_fn = self.options.context_fn
