@@ -689,6 +689,38 @@ def test_a_call_dies_with_its_last_output(execution: str, monkeypatch: pytest.Mo
     assert not conversion_layer._OPEN
 
 
+class Wild(nn.Module):
+    """A residual layer whose updates differ in size from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x) * 1e5 ** torch.rand(())
+
+
+def test_a_replay_chooses_no_range() -> None:
+    net, x = Net(2, Wild), torch.randn(2, 3, WIDTH)
+    conversion = revnet.convert(net, "layers", preserve_rng_state=False)
+    torch.manual_seed(47)  # Draws 0.05 twice.
+    loss = whole(net, x)
+    before = conversion.state_dict()
+    torch.manual_seed(155)  # Draws 0.99 and 0.95.
+    loss.backward()
+    assert conversion.state_dict() == before
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_parameters_die_with_their_model() -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    revnet.convert(net)
+    whole(net, x).backward()
+    parameters = [weakref.ref(parameter) for parameter in net.parameters()]
+    del net
+    assert not any(parameter() is not None for parameter in parameters)
+
+
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("place", [0, 2, 4])
 def test_a_call_dies_after_an_exception(place: int, monkeypatch: pytest.MonkeyPatch) -> None:

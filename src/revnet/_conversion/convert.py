@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -14,6 +15,7 @@ from .._errors import ReversibleError
 from .._execution import ExecutionName, resolve
 from .._program import callers_level, streams_of
 from .._state.random import devices_of
+from .._state.structure import Memory
 from .._streams.fixed import Fixed
 from .._streams.format import Float
 from ._timm import checkpoints_blocks
@@ -275,6 +277,9 @@ def _enter(
             ["invert"] * count,
             options,
         )
+        # Its memory holds the layers, which hold the stack: in this cycle they would outlive the
+        # model until the garbage collector runs.
+        weakref.finalize(model, _forget, weakref.ref(stack.memory))
         for place, layer in enumerate(each.layers.values()):
             layer.__dict__[KEY] = (stack, place)
             own: Any = type(layer)
@@ -287,6 +292,13 @@ def _enter(
     conversion = Conversion(model)
     conversion.left_out = {name: why for each in found for name, why in each.left_out.items()}
     return conversion
+
+
+def _forget(reference: weakref.ref[Memory]) -> None:
+    """Empty a memory that is still there."""
+    memory = reference()
+    if memory is not None:
+        memory.forget()
 
 
 def unconvert(model: nn.Module) -> nn.Module:

@@ -164,6 +164,8 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
             random.set()
             return _steps(stack, place, update, x, keywords, None)
         finally:
+            # Replays choose no range.
+            update.watch = None
             if unseen:
                 stack.unseen.discard(place)
     except _Aside as reason:
