@@ -5,6 +5,7 @@ cannot be right.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -569,3 +570,22 @@ def test_hooks_on_blocks_are_refused_where_they_would_not_run(
             run(net, tokens())
         handle.remove()
     run(net, tokens())
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_weights_of_a_functional_call_are_freed_with_it(converted: bool) -> None:
+    pairs = [(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)]
+    net: nn.Module = revnet.ReversibleSequence(pairs)
+    x = torch.randn(2, 4)
+    if converted:
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        net, x = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), torch.randn(2, 3, 4)
+        revnet.convert(net)
+        net(x)
+    weights = {name: 2 * each.detach() for name, each in net.named_parameters()}
+    for each in weights.values():
+        each.requires_grad_()
+    alive = [weakref.ref(each) for each in weights.values()]
+    functional_call(net, weights, (x,)).sum().backward()
+    del weights, each
+    assert not any(reference() is not None for reference in alive)

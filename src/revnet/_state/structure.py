@@ -235,7 +235,10 @@ class Memory:
                 return structure
         owner = coupling.state_owner
         structure = Structure(fn, owner, given)
-        self._structures[number] = fn, owner, structure
+        # The weights of `functional_call` are no parameters: kept here, they would stay until the
+        # next call.
+        if all(isinstance(each, nn.Parameter) for each in structure.parameters):
+            self._structures[number] = fn, owner, structure
         return structure
 
 
