@@ -270,7 +270,7 @@ class Momentum(Coupling):
     def factored(self, out: Any) -> Increment:
         # A subclass may have an increment of its own.
         plain = type(self) is Momentum
-        return Increment(out, float(1 - self.gamma)) if plain else super().factored(out)
+        return Increment(out, number(1 - self.gamma)) if plain else super().factored(out)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"
