@@ -12,13 +12,10 @@ from ._compiled.function import active
 from ._couplings import ADDITIVE, Coupling
 from ._program import BoundSteps
 from ._source import receiving, rule_of
-from ._step import BoundStep, HandOn
+from ._step import SOURCE, BoundStep
 from ._tile import Tile
 from ._torch import is_forward_mode
 from ._trees import tree_map, tree_unzip
-
-# What the steps of blocks read where a velocity is added to the state.
-_SOURCE = HandOn()
 
 
 def steps_per_block(coupling: Coupling | None) -> int:
@@ -75,7 +72,7 @@ def residual_steps(
         )
         steps.append((number, step))
         if drift is not None:
-            moved = BoundStep(f"{name}drift after {letter}", _SOURCE, drift, source, (target,), {})
+            moved = BoundStep(f"{name}drift after {letter}", SOURCE, drift, source, (target,), {})
             steps.append((number + 1, moved))
     return steps
 

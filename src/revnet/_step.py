@@ -140,6 +140,10 @@ class HandOn(nn.Module):
         return source
 
 
+# One for all steps that add a velocity to the state.
+SOURCE = HandOn()
+
+
 def hands_on(fn: Any) -> bool:
     """Check whether a branch hands on its source, so that evaluating it costs nothing."""
     return type(fn) is HandOn or (isinstance(fn, Step) and fn.fn is None)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._compiled.function import active
-from .._couplings import Additive, Coupling
+from .._couplings import ADDITIVE, Coupling
 from .._factors import Increment
-from .._step import BoundStep, HandOn
+from .._step import SOURCE, BoundStep
 from .._streams.reference import computed
 from .._torch import current_backward
 
@@ -50,7 +50,7 @@ class Momentum:
         """Return the steps of a layer: the kick, and the drift."""
         return [
             BoundStep(name, update, _kick(before, bits), 0, (1,), kwargs),
-            BoundStep(f"{name}, drift", _SOURCE, _ADDITIVE, 1, (0,), {}),
+            BoundStep(f"{name}, drift", SOURCE, ADDITIVE, 1, (0,), {}),
         ]
 
 
@@ -72,7 +72,7 @@ class TwoStreams:
         self, name: str, update: Any, kwargs: dict[str, Any], before: int, bits: int, turn: int
     ) -> list[BoundStep]:
         """Return the one step of a layer."""
-        return [BoundStep(name, update, _ADDITIVE, turn % 2, (1 - turn % 2,), kwargs)]
+        return [BoundStep(name, update, ADDITIVE, turn % 2, (1 - turn % 2,), kwargs)]
 
 
 RULES: dict[str, Momentum | TwoStreams] = {"momentum": Momentum(), "two-stream": TwoStreams()}
@@ -103,9 +103,6 @@ class _Kick(Coupling):
 def _kick(before: int, bits: int) -> _Kick:
     """Return the rule of a layer of these bits, after one of those."""
     return _Kick(Fraction(2**bits - 1, 2**bits * (2**before - 1)), 1 - 2.0**-bits)
-
-
-_ADDITIVE, _SOURCE = Additive(), HandOn()
 
 
 class _HandOn(torch.autograd.Function):
