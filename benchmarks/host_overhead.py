@@ -58,6 +58,7 @@ ROWS = (
 WIDE = (
     Row("eager-1024", 1024, 1024, 8, 24), Row("autocast-1024", 1024, 1024, 8, 24, autocast=True)
 )  # fmt: skip
+COMPARABLE = ROWS + WIDE
 COMPARED = (STORED, FLOAT, FIXED)
 HERE = Path(__file__).resolve().parents[1]
 # Of which instructions are counted.
@@ -114,7 +115,7 @@ def calls_per_step() -> list[str]:
 
 def serve(name: str) -> None:
     """Runs one step for each line read, which names the arm, and writes its seconds."""
-    row = next(row for row in ROWS + WIDE if row.name == name)
+    row = next(row for row in COMPARABLE if row.name == name)
     network = Network(row)
     print(json.dumps({name: network.calls(name) for name in COMPARED}), flush=True)
     for line in sys.stdin:
@@ -161,10 +162,11 @@ def count(name: str, arm: str) -> None:
     # Its runs fall into some steps and not into others.
     gc.collect()
     gc.disable()
-    for switch in ("on", "off"):
-        subprocess.run(["callgrind_control", "-i", switch, str(os.getpid())], check=True)
-        for _ in range(STEPS if switch == "on" else 0):
-            step()
+    pid = str(os.getpid())
+    subprocess.run(["callgrind_control", "-i", "on", pid], check=True)
+    for _ in range(STEPS):
+        step()
+    subprocess.run(["callgrind_control", "-i", "off", pid], check=True)
     sys.stdout.flush()
     # Without the end of the interpreter, which takes minutes there.
     os._exit(0)
@@ -243,16 +245,14 @@ def ratio(times: list[float], base: list[float]) -> float:
 def start() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--old", type=Path, help="another checkout, to compare with")
-    parser.add_argument(
-        "--serve", choices=[row.name for row in ROWS + WIDE], help=argparse.SUPPRESS
-    )
+    parser.add_argument("--serve", choices=[row.name for row in COMPARABLE], help=argparse.SUPPRESS)
     parser.add_argument("--count", nargs=2, help=argparse.SUPPRESS)
     given, _ = parser.parse_known_args()
     if given.old is None and given.serve is None and given.count is None:
         main("Host overhead of the engine", ROWS, calls_per_step)
         return
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS + WIDE])
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in COMPARABLE])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--instructions", action="store_true", help="count, do not time")
@@ -265,7 +265,7 @@ def start() -> None:
     if given.count is not None:
         torch.set_num_threads(1)
         count(*given.count)
-    rows = [row for row in ROWS + WIDE if row.device == given.device and row.mode == "eager"]
+    rows = [row for row in COMPARABLE if row.device == given.device and row.mode == "eager"]
     rows = [row for row in rows if not given.rows or row.name in given.rows]
     old = given.old.resolve()
     if given.instructions:
