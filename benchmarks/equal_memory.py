@@ -177,6 +177,7 @@ def train_all(arms: list[Arm], text: lm.Text, options: argparse.Namespace) -> No
             of_arm = argparse.Namespace(
                 shape=options.of(arm), device=options.device, execution=arm.execution,
                 out=options.out / arm.name, evaluations=options.held_out, compile=False,
+                capture=False,
             )  # fmt: skip
             if (of_arm.out / run.name / "result.json").exists():
                 continue

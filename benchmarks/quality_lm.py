@@ -13,7 +13,10 @@ the form is compared; `--execution invert` trains as users would, with the same 
 Forms: `ordinary`; two streams `branch-…`, where f is an attention and g an MLP, and `layer-…`,
 where f and g are two whole layers, each of them `copy` (both streams start as a copy, and their
 mean is read), `sum` (their sum is read) or `chunk` (halves of an embedding twice as wide);
-`momentum-1/8` (a layer kicks the velocity) and `momentum-1/8-branch` (attention and MLP kick it).
+`cycle-3` and `cycle-3-branch`, where each layer (or branch) updates the next of three streams and
+reads the sum of the others, so that it misses every third of those before it instead of every
+second; `momentum-1/8` (a layer kicks the velocity) and `momentum-1/8-branch` (attention and MLP
+kick it).
 
 Each run is a folder in --out with its curve and a checkpoint of tensors. A benchmark that was ended
 by `--minutes` or by hand goes on where it stopped; `report.md` and `curves.png` are written anew
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -31,12 +35,13 @@ import os
 import statistics
 import sysconfig
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +53,9 @@ import revnet
 from revnet.app.model import Attention, FeedForward, Shape, rotary_table
 
 FORMS = (
-    "ordinary", "branch-copy", "layer-copy", "momentum-1/8", "momentum-1/16", "momentum-1/4",
-    "momentum-1/2", "layer-sum", "branch-sum", "layer-chunk", "branch-chunk",
+    "ordinary", "branch-copy", "layer-copy", "cycle-3", "cycle-3-branch", "momentum-1/8",
+    "momentum-1/16", "momentum-1/4", "momentum-1/2", "layer-sum", "branch-sum", "layer-chunk",
+    "branch-chunk",
 )  # fmt: skip
 NARROWEST = 64  # below it a stream is too narrow for its heads to say anything about the form
 # Of the 95 % interval of a mean, by its number of pairs.
@@ -111,12 +117,50 @@ class Residual(nn.Module):
         return x
 
 
+class SumOfOthers(nn.Module):
+    """A branch that reads the sum of several streams."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, *streams: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        return self.branch(sum(streams[1:], streams[0]), rotary_pos_emb)
+
+
+class Cycle(nn.Module):
+    """Branches that update one of several streams in turn, and read the sum of all others.
+
+    The streams start as equal shares of the input, so that a branch reads the input once.
+    """
+
+    def __init__(self, branches: list[nn.Module], streams: int, execution: str) -> None:
+        super().__init__()
+        self.streams = streams
+        steps = []
+        for index, branch in enumerate(branches):
+            target = index % streams
+            others = tuple(i for i in range(streams) if i != target)
+            steps.append(revnet.Step(SumOfOthers(branch), target=target, source=others))
+        self.steps = revnet.Reversible(
+            steps, args_route={"rotary_pos_emb": True}, execution=cast(Any, execution)
+        )
+
+    def forward(self, x: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        shares = [x / (self.streams - 1)] * self.streams
+        first, *others = self.steps(*shares, rotary_pos_emb=rotary_pos_emb)
+        return sum(others, first)
+
+
 def body(form: str, pairs: list[tuple[nn.Module, nn.Module]], execution: str) -> nn.Module:
     """Build one form of the network from its attentions and MLPs."""
     layers = [Layer(*pair) for pair in pairs]
     if form == "ordinary":
         return Residual(layers, execution == "checkpoint")
     by_branch = "branch" in form
+    if form.startswith("cycle"):
+        branches = [branch for pair in pairs for branch in pair] if by_branch else layers
+        return Cycle(list(branches), int(form.split("-")[1]), execution)
     if not by_branch and len(layers) % 2:
         raise SystemExit(f"{form}: a block is two layers, and {len(layers)} is an odd number")
     blocks: list[Any] = pairs if by_branch else list(zip(layers[::2], layers[1::2], strict=True))
@@ -194,7 +238,7 @@ class Text:
 
     @property
     def digest(self) -> str:
-        both = self.train.numpy().tobytes() + self.held_out.numpy().tobytes()
+        both = self.train.cpu().numpy().tobytes() + self.held_out.cpu().numpy().tobytes()
         return hashlib.sha256(both).hexdigest()[:12]
 
 
@@ -224,7 +268,8 @@ def batch(data: Tensor, size: Size, seed: int, device: str) -> tuple[Tensor, Ten
     """Return inputs and targets: the same for the same seed, whatever was drawn before."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(data) - size.context - 1, (size.batch, 1), generator=generator)
-    chunk = data[starts + torch.arange(size.context + 1)].to(device, torch.int64)
+    places = starts.to(data.device) + torch.arange(size.context + 1, device=data.device)
+    chunk = data[places].to(device, torch.int64)
     return chunk[:, :-1], chunk[:, 1:]
 
 
@@ -251,6 +296,51 @@ def bits_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(scores.float().flatten(0, 1), y.flatten()) / math.log(2)
 
 
+def compile_branches(model: Model) -> None:
+    """Compile what the steps of the network run: whole layers, or attentions and MLPs."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in inside and isinstance(
+            module, SumOfOthers | Layer | Attention | FeedForward
+        ):
+            module.compile()
+            inside.update(module.modules())
+
+
+def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return the step as one CUDA graph. Neither weights nor the optimizer's state change here."""
+    before = copy.deepcopy(optimizer.state_dict())
+    set_rate(optimizer, 0.0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), warnings.catch_warnings():
+        # torch warns of steps without a graph. These build kernels and the optimizer's state.
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    if before["state"]:
+        optimizer.load_state_dict(before)
+    else:
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+    optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            # A captured step reads this tensor.
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 @torch.no_grad()
 def held_out(model: Model, text: Text, size: Size, device: str, batches: int) -> float:
     model.eval()
@@ -275,13 +365,14 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     model = Model(run.form, size, run.seed, options.execution).to(device)
     if options.compile:
-        for module in model.modules():
-            if isinstance(module, Attention | FeedForward):
-                module.compile()
+        compile_branches(model)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=run.rate, betas=(0.9, 0.95))
+    rate: Any = torch.tensor(run.rate, device=device) if options.capture else run.rate
+    optimizer = torch.optim.AdamW(
+        groups, lr=rate, betas=(0.9, 0.95), capturable=options.capture, fused=device == "cuda"
+    )
     curve: list[dict[str, float]] = []
     seconds, first = 0.0, 0
     if (folder / "checkpoint.pt").exists():
@@ -296,18 +387,25 @@ def train(
         torch.save(state, folder / "checkpoint.tmp")
         os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
 
+    x, y = batch(text.train, size, 0, device)
+
+    def step_once() -> None:
+        optimizer.zero_grad()
+        bits_of(model, x, y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    step_now = captured(step_once, optimizer) if options.capture else step_once
     every = max(1, size.steps // 15)
     started = time.perf_counter()
     for step in range(first, size.steps):
         warm = min(1.0, (step + 1) / (0.05 * size.steps + 1))
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / size.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = run.rate * warm * (0.05 + 0.95 * cosine)
-        bits = bits_of(model, *batch(text.train, size, run.seed * 10**6 + step, device))
-        optimizer.zero_grad()
-        bits.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        set_rate(optimizer, run.rate * warm * (0.05 + 0.95 * cosine))
+        now = batch(text.train, size, run.seed * 10**6 + step, device)
+        x.copy_(now[0])
+        y.copy_(now[1])
+        step_now()
         late = time.monotonic() > end
         if late or (step + 1) % every == 0 or step + 1 == size.steps:
             if device == "cuda":
@@ -321,6 +419,9 @@ def train(
             if late and step + 1 < size.steps:
                 return False
             started = time.perf_counter()
+    for module in model.modules():
+        if isinstance(module, revnet.Reversible | revnet.ReversibleSequence):
+            module.check()
     parameters = sum(p.numel() for p in model.parameters())
     last = curve[-1]["bits"]
     result = {"form": run.form, "rate": run.rate, "seed": run.seed, "parameters": parameters,
@@ -525,7 +626,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=float, default=400, help="of text, at most")
     parser.add_argument("--evaluations", type=int, default=24, help="held-out batches")
     parser.add_argument("--execution", default="store", choices=("store", "invert", "checkpoint"))
-    parser.add_argument("--compile", action="store_true", help="attentions and MLPs")
+    parser.add_argument("--compile", action="store_true", help="what the steps run")
+    parser.add_argument("--capture", action="store_true", help="a training step as a CUDA graph")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--minutes", type=float, default=1e9, help="after which it stops")
@@ -543,6 +645,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     options.rates = options.rates or list(known.rates)
     text = python_sources(int(options.megabytes * 1e6))
+    text = Text(text.train.to(options.device), text.held_out.to(options.device))
     train_all(text, options)
     if results(options.out):
         write_report(text, options)

@@ -96,9 +96,25 @@ def options(out: Path, **changes: Any) -> Any:
     given = {
         "shape": SIZE, "device": "cpu", "execution": "store", "out": out, "evaluations": 1,
         "forms": ["ordinary", "layer-copy"], "rates": [1e-2, 1e-3], "seeds": 2, "first_seed": 0,
-        "minutes": 10, "hardware": "none", "picture": "curves.png", "compile": False,
+        "minutes": 10, "hardware": "none", "picture": "curves.png", "compile": False, "capture": False,
     }  # fmt: skip
     return lm.argparse.Namespace(**(given | changes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["ordinary", "layer-copy", "cycle-3", "momentum-1/8"])
+def test_captured_steps_train_as_eager_ones(tmp_path: Path, form: str):
+    size = lm.Size(4, 64, 2, 32, 4, 12, (1e-2,))
+    on_cuda = lm.Text(*(data.cuda() for data in (text().train, text().held_out)))
+    curves = []
+    for name, capture in (("eager", False), ("captured", True)):
+        given = options(tmp_path / name, device="cuda", shape=size, capture=capture)
+        run = lm.Run(form, 1e-2, 0)
+        assert lm.train(run, on_cuda, given, time.monotonic() + 100)
+        curves.append([point["bits"] for point in lm.results(given.out)[0]["curve"]])
+    eager, captured = curves
+    assert eager[-1] < eager[0] - 0.05
+    assert captured == pytest.approx(eager, rel=1e-3)
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
@@ -195,3 +211,17 @@ def test_a_form_with_more_parameters_is_not_judged():
     rows = {row.split(" | ")[0]: row for row in lm.table(runs, 0)}
     assert rows["| layer-copy"].endswith("| within 0.6 % |")
     assert rows["| layer-chunk"].endswith("| 10 % more parameters: not compared |")
+
+
+def test_a_cycle_reads_the_sum_of_the_streams_that_it_does_not_update():
+    wide = lm.Size(4, 16, 2, 8, 2, 6, (1e-2,))
+    model = lm.Model("cycle-3", wide, 1)
+    tokens = torch.randint(256, (2, 8))
+    x = model.embedding(tokens)
+    layers = lm.Model("ordinary", wide, 1).body.layers
+    a, b, c = x / 2, x / 2, x / 2
+    a = a + layers[0](b + c, model.rotary)
+    b = b + layers[1](a + c, model.rotary)
+    c = c + layers[2](a + b, model.rotary)
+    a = a + layers[3](b + c, model.rotary)
+    assert torch.allclose(model(tokens), model.head(model.norm(a + b + c)), atol=1e-5)
