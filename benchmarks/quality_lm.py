@@ -40,6 +40,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +59,7 @@ FORMS = (
     "branch-chunk",
 )  # fmt: skip
 NARROWEST = 64  # below it a stream is too narrow for its heads to say anything about the form
+SECONDS_BETWEEN_SAVES = 60
 # Of the 95 % interval of a mean, by its number of pairs.
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 # What a form may lose against the ordinary network, in percent: with and without kept bits.
@@ -124,8 +126,8 @@ class SumOfOthers(nn.Module):
         super().__init__()
         self.branch = branch
 
-    def forward(self, *streams: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        return self.branch(sum(streams[1:], streams[0]), rotary_pos_emb)
+    def forward(self, *streams: Tensor, **keywords: Any) -> Tensor:
+        return self.branch(sum(streams[1:], streams[0]), **keywords)
 
 
 class Cycle(nn.Module):
@@ -137,13 +139,13 @@ class Cycle(nn.Module):
     def __init__(self, branches: list[nn.Module], streams: int, execution: str) -> None:
         super().__init__()
         self.streams = streams
-        steps = []
+        steps, turned = [], [not isinstance(branch, FeedForward) for branch in branches]
         for index, branch in enumerate(branches):
             target = index % streams
             others = tuple(i for i in range(streams) if i != target)
             steps.append(revnet.Step(SumOfOthers(branch), target=target, source=others))
         self.steps = revnet.Reversible(
-            steps, args_route={"rotary_pos_emb": True}, execution=cast(Any, execution)
+            steps, args_route={"rotary_pos_emb": turned}, execution=cast(Any, execution)
         )
 
     def forward(self, x: Tensor, rotary_pos_emb: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ class Text:
     train: Tensor
     held_out: Tensor
 
-    @property
+    @cached_property
     def digest(self) -> str:
         both = self.train.cpu().numpy().tobytes() + self.held_out.cpu().numpy().tobytes()
         return hashlib.sha256(both).hexdigest()[:12]
@@ -397,7 +399,7 @@ def train(
 
     step_now = captured(step_once, optimizer) if options.capture else step_once
     every = max(1, size.steps // 15)
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     for step in range(first, size.steps):
         warm = min(1.0, (step + 1) / (0.05 * size.steps + 1))
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / size.steps)
@@ -415,7 +417,9 @@ def train(
             if not late or step + 1 == size.steps:
                 loss = evaluate(model, text, size, device, options.evaluations)
                 curve.append({"step": step + 1, "seconds": seconds, "bits": loss})
-            save(step + 1)
+            if late or time.perf_counter() > saved + SECONDS_BETWEEN_SAVES:
+                save(step + 1)
+                saved = time.perf_counter()
             if late and step + 1 < size.steps:
                 return False
             started = time.perf_counter()
@@ -427,7 +431,7 @@ def train(
     result = {"form": run.form, "rate": run.rate, "seed": run.seed, "parameters": parameters,
               "bits": last if math.isfinite(last) else None, "curve": curve}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "checkpoint.pt").unlink()
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     return True
 
 

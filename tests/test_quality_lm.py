@@ -225,3 +225,16 @@ def test_a_cycle_reads_the_sum_of_the_streams_that_it_does_not_update():
     c = c + layers[2](a + b, model.rotary)
     a = a + layers[3](b + c, model.rotary)
     assert torch.allclose(model(tokens), model.head(model.norm(a + b + c)), atol=1e-5)
+
+
+def test_a_cycle_of_branches_reads_what_its_attention_added():
+    model = lm.Model("cycle-3-branch", lm.Size(2, 16, 2, 8, 2, 6, (1e-2,)), 1)
+    tokens = torch.randint(256, (2, 8))
+    x = model.embedding(tokens)
+    first, second = lm.Model("ordinary", lm.Size(2, 16, 2, 8, 2, 6, (1e-2,)), 1).body.layers
+    a, b, c = x / 2, x / 2, x / 2
+    a = a + first.attention(b + c, model.rotary)
+    b = b + first.mlp(a + c)
+    c = c + second.attention(a + b, model.rotary)
+    a = a + second.mlp(b + c)
+    assert torch.allclose(model(tokens), model.head(model.norm(a + b + c)), atol=1e-5)
