@@ -96,7 +96,8 @@ def options(out: Path, **changes: Any) -> Any:
     given = {
         "shape": SIZE, "device": "cpu", "execution": "store", "out": out, "evaluations": 1,
         "forms": ["ordinary", "layer-copy"], "rates": [1e-2, 1e-3], "seeds": 2, "first_seed": 0,
-        "minutes": 10, "hardware": "none", "picture": "curves.png", "compile": False, "capture": False,
+        "minutes": 10, "hardware": "none", "picture": "curves.png", "compile": False,
+        "capture": False,
     }  # fmt: skip
     return lm.argparse.Namespace(**(given | changes))
 
