@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._couplings import Leapfrog as Leapfrog
     from ._couplings import Midpoint as Midpoint
     from ._couplings import Momentum as Momentum
+    from ._cycle import ReversibleCycle as ReversibleCycle
     from ._errors import ReversibleError as ReversibleError
     from ._integrate import integrate as integrate
     from ._memory import MemoryReport as MemoryReport
@@ -53,6 +54,7 @@ _MODULES = {
     "Plan": "_plan",
     "Reversible": "_reversible",
     "ReversibleBlock": "_block",
+    "ReversibleCycle": "_cycle",
     "ReversibleError": "_errors",
     "ReversibleSequence": "_sequence",
     "SequentialSequence": "_sequential",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from torch import nn
 
@@ -26,50 +26,14 @@ from ._taps import positions_of
 from ._tile import Tile
 from ._trees import tree_leaves
 
+P = TypeVar("P", bound="StepProgram")
 
-class Reversible(Program):
-    """Steps over any number of streams, whose activation memory does not grow with depth.
 
-    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step`
-    object may occur many times: its parameters are registered once.
-
-    Args:
-        steps: in the order in which they are applied.
-        args_route: for each keyword of the forward pass, whether the branch of each step takes it:
-            one boolean for all steps, or one per step. `"signature"` and names in place of
-            booleans are as in `ReversibleSequence`. What a `Step` takes by its own `args` and
-            `kwargs` needs no route.
-        streams: `"auto"`, `"fixed"`, `"float"` or a `revnet.Fixed`; see `ReversibleSequence`.
-            `"auto"` is fixed also for float32 where a step scales its target, which float streams
-            cannot undo.
-        execution: `"invert"`, `"store"`, `"checkpoint"`, `"select"` or `"offload"` for all steps,
-            one of them per step, or a `revnet.Plan`; see `ReversibleSequence`. Where a step is to
-            `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
-            `revnet.Coupling`.
-        preserve_rng_state, context_fn: as in `ReversibleSequence`.
-        determinism_check: `"default"`, `"none"` or `"exact"`; see `ReversibleSequence`.
-
-    Raises:
-        ValueError: no steps, a route of another length, or an unknown option.
-        TypeError: a step that is not a `Step`.
-
-    Example:
-        >>> steps = [Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)]
-        >>> net = Reversible(steps)
-        >>> [tuple(y.shape) for y in net(*torch.randn(3, 2, 8))]
-        [(2, 8), (2, 8), (2, 8)]
-    """
+class StepProgram(Program):
+    """What programs share that consist of `Step` objects in any order."""
 
     def __init__(
-        self,
-        steps: Iterable[Step],
-        *,
-        args_route: StepRoutes = {},
-        streams: Streams = "auto",
-        execution: Execution = "invert",
-        preserve_rng_state: bool = True,
-        determinism_check: DeterminismCheck = "default",
-        context_fn: ContextFn | None = None,
+        self, steps: Iterable[Step], args_route: StepRoutes, options: tuple[Any, ...]
     ) -> None:
         program = list(steps)
         if not program:
@@ -81,9 +45,7 @@ class Reversible(Program):
                 )
         check_names(args_route)
         check_step_routes(args_route, len(program))
-        super().__init__(
-            len(program), streams, execution, preserve_rng_state, determinism_check, context_fn
-        )
+        super().__init__(len(program), *options)
         self.args_route: Any = args_route if isinstance(args_route, str) else dict(args_route)
         self._arrange(program)
 
@@ -98,69 +60,21 @@ class Reversible(Program):
             step.coupling.scales and not undoes(step.coupling) for step in places
         )
 
-    if TYPE_CHECKING:
-
-        def __call__(self, *streams: *Values, **kwargs: Any) -> tuple[*Values]: ...
-
-    def with_aux(self, *streams: *Values, **kwargs: Any) -> tuple[tuple[*Values], dict[str, Any]]:
-        """Call the module; return the streams, and the extra outputs, which may be none.
-
-        The result has one form, and one type, whether branches return extra outputs or not.
-
-        Args:
-            *streams, **kwargs: as in `forward`, without `taps`.
-
-        Returns:
-            The tuple of streams, and a dict from step, such as "step 3", to extra output.
-        """
-        if kwargs.get("taps") is not None:
-            raise TypeError("with_aux takes no taps: call the module itself")
-        found: Any = self(*streams, **kwargs)
-        count = len(streams)
-        return found[:count], found[count] if len(found) > count else {}
-
     @property
     def _makes_rules(self) -> bool:
         return any(step.coupling.reads_source for step in cast(list[Step], self.steps))
-
-    def forward(
-        self, *streams: Any, taps: Sequence[int] | None = None, **kwargs: Any
-    ) -> tuple[Any, ...]:
-        """The streams after the last step.
-
-        Args:
-            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or
-                more.
-            taps: steps after which all streams are read as well.
-            **kwargs: passed to the branches that `args_route` names.
-
-        Returns:
-            As many streams; with `taps`, a list of the tuples of streams after these steps; and a
-            dict from step to extra output if branches returned `(update, aux)`.
-        """
-        positions = None if taps is None else positions_of(taps, len(self), 1, "step")
-        return self._run(streams, kwargs, positions)
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Step]:
-        return (self[i] for i in range(len(self)))
+        return (cast(Step, self.steps[place]) for place in self._order)
 
-    @overload
-    def __getitem__(self, index: int) -> Step: ...
-    @overload
-    def __getitem__(self, index: slice) -> Reversible: ...
-    def __getitem__(self, index: int | slice) -> Step | Reversible:
-        """Return a step, or a program of some: the same steps, settings of its own.
-
-        Slices are those of `ReversibleSequence`.
-        """
+    def _slice(self, kind: type[P], index: slice) -> P:
+        """Return a program of some steps: the same steps, settings of its own."""
         steps = cast(list[Step], list(self.steps))
-        if not isinstance(index, slice):
-            return steps[self._order[index]]
         chosen = range(len(self))[index]
-        part = part_of(self, Reversible, chosen)
+        part = part_of(self, kind, chosen)
         part._arrange([steps[self._order[i]] for i in chosen])
         part.args_route = sliced(self.args_route, chosen, group=1)
         return part
@@ -217,6 +131,106 @@ class Reversible(Program):
             )
             for i, step in enumerate(program)
         ]
+
+
+class Reversible(StepProgram):
+    """Steps over any number of streams, whose activation memory does not grow with depth.
+
+    Streams are tensors, or trees (dicts, lists, tuples) of tensors, of any shapes. The same `Step`
+    object may occur many times: its parameters are registered once.
+
+    Args:
+        steps: in the order in which they are applied.
+        args_route: for each keyword of the forward pass, whether the branch of each step takes it:
+            one boolean for all steps, or one per step. `"signature"` and names in place of
+            booleans are as in `ReversibleSequence`. What a `Step` takes by its own `args` and
+            `kwargs` needs no route.
+        streams: `"auto"`, `"fixed"`, `"float"` or a `revnet.Fixed`; see `ReversibleSequence`.
+            `"auto"` is fixed also for float32 where a step scales its target, which float streams
+            cannot undo.
+        execution: `"invert"`, `"store"`, `"checkpoint"`, `"select"` or `"offload"` for all steps,
+            one of them per step, or a `revnet.Plan`; see `ReversibleSequence`. Where a step is to
+            `"invert"` but cannot be undone in the streams of the call, it keeps its target: see
+            `revnet.Coupling`.
+        preserve_rng_state, context_fn: as in `ReversibleSequence`.
+        determinism_check: `"default"`, `"none"` or `"exact"`; see `ReversibleSequence`.
+
+    Raises:
+        ValueError: no steps, a route of another length, or an unknown option.
+        TypeError: a step that is not a `Step`.
+
+    Example:
+        >>> steps = [Step(nn.Linear(8, 8), target=i % 3, source=(i + 1) % 3) for i in range(6)]
+        >>> net = Reversible(steps)
+        >>> [tuple(y.shape) for y in net(*torch.randn(3, 2, 8))]
+        [(2, 8), (2, 8), (2, 8)]
+    """
+
+    def __init__(
+        self,
+        steps: Iterable[Step],
+        *,
+        args_route: StepRoutes = {},
+        streams: Streams = "auto",
+        execution: Execution = "invert",
+        preserve_rng_state: bool = True,
+        determinism_check: DeterminismCheck = "default",
+        context_fn: ContextFn | None = None,
+    ) -> None:
+        options = (streams, execution, preserve_rng_state, determinism_check, context_fn)
+        super().__init__(steps, args_route, options)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *streams: *Values, **kwargs: Any) -> tuple[*Values]: ...
+
+    def with_aux(self, *streams: *Values, **kwargs: Any) -> tuple[tuple[*Values], dict[str, Any]]:
+        """Call the module; return the streams, and the extra outputs, which may be none.
+
+        The result has one form, and one type, whether branches return extra outputs or not.
+
+        Args:
+            *streams, **kwargs: as in `forward`, without `taps`.
+
+        Returns:
+            The tuple of streams, and a dict from step, such as "step 3", to extra output.
+        """
+        if kwargs.get("taps") is not None:
+            raise TypeError("with_aux takes no taps: call the module itself")
+        found: Any = self(*streams, **kwargs)
+        count = len(streams)
+        return found[:count], found[count] if len(found) > count else {}
+
+    def forward(
+        self, *streams: Any, taps: Sequence[int] | None = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """The streams after the last step.
+
+        Args:
+            streams: tensors, or trees of tensors, floating-point: as many as the steps refer to, or
+                more.
+            taps: steps after which all streams are read as well.
+            **kwargs: passed to the branches that `args_route` names.
+
+        Returns:
+            As many streams; with `taps`, a list of the tuples of streams after these steps; and a
+            dict from step to extra output if branches returned `(update, aux)`.
+        """
+        positions = None if taps is None else positions_of(taps, len(self), 1, "step")
+        return self._run(streams, kwargs, positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> Reversible: ...
+    def __getitem__(self, index: int | slice) -> Step | Reversible:
+        """Return a step, or a program of some: the same steps, settings of its own.
+
+        Slices are those of `ReversibleSequence`.
+        """
+        if isinstance(index, slice):
+            return self._slice(Reversible, index)
+        return cast(Step, self.steps[self._order[index]])
 
 
 def _place(step: Step) -> tuple[int, tuple[int, ...]]:

@@ -269,7 +269,7 @@ def _hands_on(forward: Callable[..., Any]) -> bool:
 
 
 def _parameters(branch: Any) -> _Parameters:
-    streams = len(branch.source) if isinstance(branch, Step) else 1
+    streams = branch.reads if isinstance(branch, Step) else 1
     branch = inner(branch)
     if branch is None:
         return _Parameters(frozenset(), frozenset(), False)

@@ -94,6 +94,11 @@ class Step(nn.Module):
         return sources[0] if sources else None
 
     @property
+    def reads(self) -> int:
+        """Return how many streams the branch is given."""
+        return len(self.source)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The keywords of a program's call that this step asks for."""
         return (*self.args, *self.kwargs.values())

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from .._cycle import ReversibleCycle
 from .._engine import Call
 from .._execution import BY_NAME, INVERT, STORE, Execution
 from .._memory import CpuMeter, CudaMeter, FakeMeter, all_tensors_in, storages_of
@@ -57,11 +58,11 @@ class Measurement:
             self.net._retile(tile)
         self.mode = replaced.mode
         self.x = tree_leaves(replaced.inputs[0])[0]
-        self.steps = [step for _, step in self.net._parts(replaced.inputs, replaced.kwargs)]
-        self.arithmetic = self.net._arithmetic(*tree_leaves(replaced.inputs))
         self.inputs: Sequence[Any] = replaced.inputs
-        if isinstance(self.net, ReversibleSequence):
+        if isinstance(self.net, ReversibleSequence | ReversibleCycle):
             self.inputs = self.net._split(replaced.inputs[0])
+        self.steps = [step for _, step in self.net._parts(self.inputs, replaced.kwargs)]
+        self.arithmetic = self.net._arithmetic(*tree_leaves(replaced.inputs))
         self.streams = tree_leaves(list(self.inputs))
 
     def chain(self) -> Chain:
@@ -82,7 +83,7 @@ class Measurement:
             call.step(0, step)
         with torch.no_grad():
             result: Any = call.start()
-            if isinstance(net, ReversibleSequence):
+            if isinstance(net, ReversibleSequence | ReversibleCycle):
                 result = net._merge(*result)
         sizes = tuple(memory.size for memory in _stream_memory(call))
         return Chain(
