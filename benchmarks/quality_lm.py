@@ -538,6 +538,27 @@ def table(found: list[dict[str, Any]], first: int) -> list[str]:
     return lines
 
 
+def between(found: list[dict[str, Any]], first: int) -> list[str]:
+    """Return a table of how much more, in percent, each form has than each other."""
+    chosen = {form: runs for form, runs in of_form(found, first).items() if len(runs) > 1}
+    bits = {
+        form: {seed: run["bits"] for seed, run in runs.items()} for form, runs in chosen.items()
+    }
+    if len(bits) < 2:
+        return []
+    lines = ["| | " + " | ".join(bits) + " |", "|---|" + "---|" * len(bits)]
+    for form in bits:
+        cells = []
+        for other in bits:
+            if form == other or len(bits[form].keys() & bits[other].keys()) < 2:
+                cells.append("")
+                continue
+            mean, half, _ = paired(bits[form], bits[other])
+            cells.append(f"{mean:+.2f} ± {half:.2f}")
+        lines.append(f"| {form} | " + " | ".join(cells) + " |")
+    return ["", "## Between forms, % of bits per byte more than the column", "", *lines]
+
+
 def rates(found: list[dict[str, Any]], first: int) -> list[str]:
     by_form: dict[str, dict[float, float | None]] = defaultdict(dict)
     for run in found:
@@ -558,11 +579,16 @@ def rates(found: list[dict[str, Any]], first: int) -> list[str]:
 
 
 def draw(found: list[dict[str, Any]], size: Size, first: int, path: Path) -> None:
-    """Held-out bits against tokens and seconds; bands from the lowest seed to the highest."""
+    """Draw the later half of training: held-out bits against tokens and seconds.
+
+    Bands reach from the lowest seed to the highest.
+    """
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for form, runs in of_form(found, first).items():
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    chosen, lowest, highest = of_form(found, first), math.inf, 0.0
+    for form, runs in sorted(chosen.items(), key=lambda item: item[0] != "ordinary"):
+        style = {"color": "black", "linestyle": "--"} if form == "ordinary" else {}
         curves = [run["curve"] for run in runs.values()]
         steps = [point["step"] for point in curves[0]]
         at = {step: [p["bits"] for c in curves for p in c if p["step"] == step] for step in steps}
@@ -573,11 +599,16 @@ def draw(found: list[dict[str, Any]], size: Size, first: int, path: Path) -> Non
         ]
         seen = [step * size.batch * size.context / 1e6 for step in steps]
         for plot, places in ((left, seen), (right, seconds)):
-            (line,) = plot.plot(places, mean, label=form)
+            (line,) = plot.plot(places, mean, label=form, **style)
             low, high = ([f(at[step]) for step in steps] for f in (min, max))
-            plot.fill_between(places, low, high, color=line.get_color(), alpha=0.2)
+            plot.fill_between(places, low, high, color=line.get_color(), alpha=0.12, lw=0)
+        halfway = mean[len(mean) // 2]
+        lowest, highest = min(lowest, min(mean)), max(highest, halfway)
     left.set(xlabel="million bytes seen", ylabel="held-out bits per byte")
     right.set(xlabel="seconds of training")
+    margin = 0.05 * (highest - lowest)
+    left.set(ylim=(lowest - margin, highest + margin), xlim=(0.45 * seen[-1], 1.02 * seen[-1]))
+    right.set(xlim=(0.45 * seconds[-1], None))
     left.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -606,6 +637,7 @@ def write_report(text: Text, options: argparse.Namespace) -> None:
         "alone.",
         "",
         *table(found, options.first_seed),
+        *between(found, options.first_seed),
         *rates(found, options.first_seed),
         "",
         f"![held-out bits per byte against bytes and seconds]({options.picture})",

@@ -152,7 +152,7 @@ def test_taps_are_early_exits():
 def test_streams_come_back():
     net = revnet.ReversibleCycle(layers(7), streams="fixed")
     streams = torch.randn(3, 2, 8, dtype=torch.float64).unbind()
-    back = net.inverse(*net._run(streams, {}))
+    back = net.inverse(*net.run(*streams))
     for ours, theirs in zip(back, streams, strict=True):
         assert torch.allclose(ours, theirs, atol=2**-24)
 
@@ -200,5 +200,7 @@ def test_errors_say_what_to_give():
     net = revnet.ReversibleCycle(layers(2))
     with pytest.raises(TypeError, match=r"x is torch.int64, but a stream is floating-point"):
         net(torch.zeros(2, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="got 2 streams, but num_streams is 3"):
+        net.run(*torch.zeros(2, 2, 8))
     with pytest.raises(TypeError, match="with_aux takes no taps"):
         net.with_aux(torch.zeros(2, 8), taps=[0])

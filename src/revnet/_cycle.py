@@ -110,6 +110,20 @@ class ReversibleCycle(StepProgram):
         y, more = self._merge(*found[: self.num_streams]), found[self.num_streams :]
         return (y, *more) if more else y
 
+    def run(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The streams after the last layer, from those before the first.
+
+        Args:
+            streams: `num_streams` tensors of one shape, or trees of them.
+            **kwargs: as in `forward`.
+
+        Returns:
+            As many streams; and a dict from step to extra output if layers returned any.
+        """
+        if len(streams) != self.num_streams:
+            raise ValueError(f"got {len(streams)} streams, but num_streams is {self.num_streams}")
+        return self._run(streams, kwargs)
+
     def _tapped(self, *streams: Any) -> Any:
         return self._merge(*streams)
 
