@@ -119,41 +119,6 @@ class Residual(nn.Module):
         return x
 
 
-class SumOfOthers(nn.Module):
-    """A branch that reads the sum of several streams."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, *streams: Tensor, **keywords: Any) -> Tensor:
-        return self.branch(sum(streams[1:], streams[0]), **keywords)
-
-
-class Cycle(nn.Module):
-    """Branches that update one of several streams in turn, and read the sum of all others.
-
-    The streams start as equal shares of the input, so that a branch reads the input once.
-    """
-
-    def __init__(self, branches: list[nn.Module], streams: int, execution: str) -> None:
-        super().__init__()
-        self.streams = streams
-        steps, turned = [], [not isinstance(branch, FeedForward) for branch in branches]
-        for index, branch in enumerate(branches):
-            target = index % streams
-            others = tuple(i for i in range(streams) if i != target)
-            steps.append(revnet.Step(SumOfOthers(branch), target=target, source=others))
-        self.steps = revnet.Reversible(
-            steps, args_route={"rotary_pos_emb": turned}, execution=cast(Any, execution)
-        )
-
-    def forward(self, x: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        shares = [x / (self.streams - 1)] * self.streams
-        first, *others = self.steps(*shares, rotary_pos_emb=rotary_pos_emb)
-        return sum(others, first)
-
-
 def body(form: str, pairs: list[tuple[nn.Module, nn.Module]], execution: str) -> nn.Module:
     """Build one form of the network from its attentions and MLPs."""
     layers = [Layer(*pair) for pair in pairs]
@@ -161,8 +126,12 @@ def body(form: str, pairs: list[tuple[nn.Module, nn.Module]], execution: str) ->
         return Residual(layers, execution == "checkpoint")
     by_branch = "branch" in form
     if form.startswith("cycle"):
-        branches = [branch for pair in pairs for branch in pair] if by_branch else layers
-        return Cycle(list(branches), int(form.split("-")[1]), execution)
+        parts = [branch for pair in pairs for branch in pair] if by_branch else layers
+        turned = [not isinstance(part, FeedForward) for part in parts]
+        return revnet.ReversibleCycle(
+            parts, int(form.split("-")[1]), args_route={"rotary_pos_emb": turned},
+            execution=cast(Any, execution),
+        )  # fmt: skip
     if not by_branch and len(layers) % 2:
         raise SystemExit(f"{form}: a block is two layers, and {len(layers)} is an odd number")
     blocks: list[Any] = pairs if by_branch else list(zip(layers[::2], layers[1::2], strict=True))
@@ -302,9 +271,7 @@ def compile_branches(model: Model) -> None:
     """Compile what the steps of the network run: whole layers, or attentions and MLPs."""
     inside: set[nn.Module] = set()
     for module in model.modules():
-        if module not in inside and isinstance(
-            module, SumOfOthers | Layer | Attention | FeedForward
-        ):
+        if module not in inside and isinstance(module, Layer | Attention | FeedForward):
             module.compile()
             inside.update(module.modules())
 
@@ -424,7 +391,7 @@ def train(
                 return False
             started = time.perf_counter()
     for module in model.modules():
-        if isinstance(module, revnet.Reversible | revnet.ReversibleSequence):
+        if isinstance(module, revnet.ReversibleCycle | revnet.ReversibleSequence):
             module.check()
     parameters = sum(p.numel() for p in model.parameters())
     last = curve[-1]["bits"]

@@ -11,7 +11,7 @@ own network in the same precision, and with that in float64. Then its peak above
 gradients, the bytes that the forward pass keeps, and its pinned host memory are measured, and all
 ways run in turn, once a round. Ways whose step takes longer than `--long` seconds are timed once.
 What does not fit, is not installed or not reached in `--minutes` keeps its row. A shape is width x
-blocks x tokens; ":main" after it leaves out most rivals and all plans, ":few" all but five ways.
+blocks x tokens; ":main" after it leaves out most rivals and all plans, ":few" all but six ways.
 Per width and number of blocks one report is written, anew after each way and each round, and one
 picture.
 """
@@ -50,11 +50,11 @@ import revnet
 
 MIB = 2**20
 ORDINARY, TWO_STREAM, CONVERTED = "ordinary", "two streams", "converted, bits={}"
-BY_LAYER = "two streams of whole layers"
+BY_LAYER, CYCLE = "two streams of whole layers", "three streams of whole layers"
 STORED, CHECKPOINTED = "stored", "checkpoint per block"
 OFFLOADED, COMPILED = "checkpoint per block, offloaded", "compiled blocks"
 FEW = (STORED, CHECKPOINTED, "revnet, float streams", "revnet, fixed streams",
-       "revnet, converted, bits=3")  # fmt: skip
+       "revnet, converted, bits=3", "revnet, fixed streams, three, whole layers")  # fmt: skip
 LATE = "not reached in the time given"
 Pairs = list[tuple[nn.Module, nn.Module]]
 Run = Callable[[Tensor], Tensor]
@@ -269,15 +269,22 @@ def by_layer(pairs: Pairs) -> Pairs:
     return [*zip(layers[::2], layers[1::2], strict=False), *pairs[len(pairs) // 2 * 2 :]]
 
 
+def network_of(name: str, pairs: Pairs, **options: Any) -> nn.Module:
+    """Return a reversible network of these attentions and MLPs."""
+    if name == CYCLE:
+        return revnet.ReversibleCycle([Added(*pair) for pair in pairs], **options)
+    return revnet.ReversibleSequence(pairs if name == TWO_STREAM else by_layer(pairs), **options)
+
+
 def reversible(pairs: Pairs) -> list[Way]:
     found = []
-    for network, blocks in ((TWO_STREAM, pairs), (BY_LAYER, by_layer(pairs))):
+    parts = {TWO_STREAM: "", BY_LAYER: ", whole layers", CYCLE: ", three, whole layers"}
+    for network, whole in parts.items():
         for streams in ("float", "fixed"):
             run, stored = (
-                revnet.ReversibleSequence(blocks, execution=execution, streams=streams)
+                network_of(network, pairs, execution=execution, streams=streams)
                 for execution in ("invert", "store")
             )
-            whole = ", whole layers" if network == BY_LAYER else ""
             found.append(Way(f"revnet, {streams} streams{whole}", network, run, stored))
     return found
 
@@ -337,9 +344,8 @@ def in_float64(way: Way, pairs: Pairs, x: Tensor) -> list[Tensor]:
             branch.double()
     if way.network == ORDINARY:
         run: Run = ordinary(double)
-    elif way.network in (TWO_STREAM, BY_LAYER):
-        blocks = double if way.network == TWO_STREAM else by_layer(double)
-        run = revnet.ReversibleSequence(blocks, execution="store", streams="float")
+    elif way.network in (TWO_STREAM, BY_LAYER, CYCLE):
+        run = network_of(way.network, double, execution="store", streams="float")
     else:
         run = Ordinary(double)
         bits = int(way.network.partition("=")[2])
@@ -555,7 +561,8 @@ def report(
         ),
         '"stored" is the ordinary residual network with its activations stored. Networks on two '
         "streams have the very same parameters, and are another architecture: f is an attention "
-        "and g an MLP, or, of whole layers, each of them one after the other. "
+        "and g an MLP, or, of whole layers, each of them one after the other. On "
+        "three, whole layers update one after the other, and each reads the sum of the two others. "
         '"own stored" is the stored execution of the same network in the same precision, "float64" '
         f"the same in float64, both at {options.check_tokens} tokens (own stored of compiled "
         "blocks at all). The peak is above weights, gradients and input; host memory is pinned, in "
