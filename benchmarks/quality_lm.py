@@ -508,6 +508,7 @@ def table(found: list[dict[str, Any]], first: int) -> list[str]:
 def between(found: list[dict[str, Any]], first: int) -> list[str]:
     """Return a table of how much more, in percent, each form has than each other."""
     chosen = {form: runs for form, runs in of_form(found, first).items() if len(runs) > 1}
+    chosen = {form: chosen[form] for form in FORMS if form in chosen}
     bits = {
         form: {seed: run["bits"] for seed, run in runs.items()} for form, runs in chosen.items()
     }
