@@ -28,8 +28,6 @@ from revnet import (
     integrate,
 )
 
-
-
 pytestmark = cases.COMPILER_WARNINGS
 
 
@@ -102,13 +100,18 @@ def lower(operation: str, precision: str = "bf16") -> None:
 # What comes of it
 
 
-class Rounded(nn.Module):
-    """A convolution that reads its input with the ten bits of TF32, as tensor cores do."""
-
+class Convolved(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, width)
         self.convolve = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.convolve(self.norm(x)))
+
+
+class Rounded(Convolved):
+    """A convolution that reads its input with the ten bits of TF32, as tensor cores do."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -118,14 +121,14 @@ class Rounded(nn.Module):
 
 
 def convolutions(
-    streams: Any, branch: Any = Rounded, device: str = "cpu", **options: Any
+    streams: Any, branch: Any = Rounded, shape: tuple[int, ...] = (2, 8, 6, 6), device: str = "cpu"
 ) -> tuple[ReversibleSequence, Tensor]:
-    pairs = build([(branch, branch)] * 12, 8, dtype=torch.float32)
+    pairs = build([(branch, branch)] * 12, shape[1], dtype=torch.float32)
     with torch.no_grad():
         for each in itertools.chain.from_iterable(pairs):
             each.convolve.weight.mul_(4)  # as training makes them grow
-    net = ReversibleSequence(pairs, streams=streams, **options).to(device)
-    return net, randn(2, 8, 6, 6, dtype=torch.float32).to(device)
+    net = ReversibleSequence(pairs, streams=streams).to(device)
+    return net, randn(*shape, dtype=torch.float32).to(device)
 
 
 def distance(net: nn.Module, x: Tensor) -> tuple[float, bool]:
@@ -145,6 +148,8 @@ def test_rounded_inputs_make_gradients_of_float_streams_wrong() -> None:
     error, equal = distance(*convolutions("float"))
     assert error > 1e-3
     assert not equal
+    # It is the rounding of inputs that does it.
+    assert distance(*convolutions("float", Convolved))[0] < 1e-4
     assert distance(*convolutions("fixed")) == (0.0, True)
 
 
@@ -366,7 +371,8 @@ def test_gradients_in_a_graph_are_exact() -> None:
     net, x = sequence(convolution), torch.randn(2, WIDTH, WIDTH)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     found = []
-    for run, net.execution in ((net, "store"), (compiled, "invert")):
+    for execution, run in (("store", net), ("invert", compiled)):
+        net.execution = execution
         leaf = x.detach().requires_grad_()
         found.append(torch.autograd.grad(weighted(run(leaf)), [leaf, *net.parameters()]))
     assert all(map(torch.equal, *found))
@@ -378,3 +384,105 @@ def test_an_exported_program_is_fixed() -> None:
     for strict in (True, False):
         exported = torch.export.export(net, (x,), strict=strict).module()
         assert torch.equal(exported(x), net(x))
+
+
+# What it costs
+
+
+def test_the_choice_costs_few_calls_whatever_the_depth() -> None:
+    lower("conv")
+    x = torch.randn(2, WIDTH, WIDTH)
+    counts = []
+    for depth in (2, 12):
+        net = ReversibleSequence([(Mlp(WIDTH), Mlp(WIDTH)) for _ in range(depth)])
+        net(x)
+        count = 0
+
+        def profile(frame: Any, event: str, arg: Any) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(profile)
+        try:
+            net._rounds_products("cpu")
+        finally:
+            sys.setprofile(None)
+        counts.append(count)
+    assert counts[0] == counts[1] <= 12
+
+
+# CUDA
+
+
+def cuda_network(
+    streams: Any, branch: Callable[[int], nn.Module]
+) -> tuple[ReversibleSequence, Tensor]:
+    pairs = [(branch(64), branch(64)) for _ in range(12)]
+    return ReversibleSequence(pairs, streams=streams).cuda(), torch.randn(8, 64, 64).cuda()
+
+
+@pytest.fixture
+def deterministic() -> None:
+    """Let kernels add in the same order whenever they run, as stored execution does."""
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_convolutions_on_cuda_have_exact_gradients() -> None:
+    shape = (8, 64, 16, 16)
+    error, equal = distance(*convolutions("float", Convolved, shape, "cuda"))
+    assert error > 1e-3
+    assert not equal
+    assert distance(*convolutions("auto", Convolved, shape, "cuda")) == (0.0, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", ["convolution", "functional", "recurrent"])
+def test_layers_of_cudnn_have_exact_gradients(name: str) -> None:
+    net, x = cuda_network("auto", BRANCHES[name][0])
+    assert format_of(net, x) == "fixed"
+    assert distance(net, x) == (0.0, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_products_of_matrices_on_cuda_have_exact_gradients() -> None:
+    net, x = cuda_network("auto", Mlp)
+    assert format_of(net, x) == "float"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert format_of(net, x) == "fixed"
+        assert distance(net, x) == (0.0, True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_without_tf32_auto_is_float_on_cuda() -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        net, x = convolutions("auto", Convolved, (8, 64, 16, 16), "cuda")
+        assert format_of(net, x) == "float"
+        assert distance(net, x)[0] < 1e-3
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_a_graph_on_cuda_is_compiled_anew_when_convolutions_change() -> None:
+    net, x = cuda_network("auto", convolution)
+    counter = CompileCounter()
+    compiled = torch.compile(net[:1], backend=counter, fullgraph=True)
+    try:
+        for allowed, streams in ((True, "fixed"), (False, "float")):
+            torch.backends.cudnn.allow_tf32 = allowed
+            twin = net[:1]
+            twin.streams = streams
+            assert torch.equal(compiled(x), twin(x))
+        assert counter.frame_count == 2
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
