@@ -22,6 +22,7 @@ from revnet import (
     Momentum,
     Reversible,
     ReversibleBlock,
+    ReversibleCycle,
     ReversibleSequence,
     Step,
     _precision,
@@ -266,6 +267,7 @@ def test_every_kind_of_network_decides_alike(precision: str) -> None:
     assert format_of(ReversibleBlock(convolution(WIDTH), nn.Tanh()), x, x) == "fixed"
     assert format_of(net.blocks[1], x, x) == "fixed"
     assert format_of(Reversible(steps), x, x.flip(0)) == "fixed"
+    assert format_of(ReversibleCycle([convolution(WIDTH) for _ in range(3)]), x) == "fixed"
     assert format_of(copy.deepcopy(net), x) == "fixed"
     assert format_of(sequence(Mlp), x) == "float"
     assert format_of(Reversible([Step(nn.Tanh(), 0, 1)]), x, x) == "float"
