@@ -1546,57 +1546,41 @@ def test_cuda_equals_cpu(
 
 
 @pytest.mark.gpu
-@every_ratio
 @every_dtype
+@pytest.mark.parametrize(
+    ("factor", "steps"),
+    [*((ratio, 7) for ratio in RATIOS), *((dtype, 12) for dtype in FLOATS)],
+    ids=[*RATIO_IDS, *(f"tensor-{name}" for name in FLOAT_IDS)],
+)
 @pytest.mark.parametrize("size", [1 << 20, 999_983])
-def test_scaled_steps_on_cuda_equal_the_cpu(ratio: Fraction, dtype: torch.dtype, size: int) -> None:
-    need_kernel()
-    fixed = Fixed()
-    x = fixed.encode((torch.randn(size + 1) * fixed.limit / 8).to(dtype))
-    increment = (torch.randn(size + 1) * torch.logspace(-12, 1, size + 1) * fixed.limit).to(dtype)
-    for begin in (0, 1):  # memory that does and does not allow 16-byte accesses
-        part = slice(begin, begin + size)
-        here: Any = Encoded(*(piece[part] for piece in x))
-        start = Encoded(*(piece.cuda()[part] for piece in x))
-        there: Any = start
-        addend = increment.cuda()[part]
-        for index in range(7):
-            here = multiply_and_add(here, ratio, increment[part], fixed, None, index)
-            there = multiply_and_add(there, ratio, addend, fixed, None, index)
-        assert equal_streams(to(there, "cpu"), here)
-        known = ~there.stream.value.isnan()
-        for _ in range(7):
-            there = subtract_and_divide(there, ratio, addend, fixed)
-        assert all(a[known].equal(b[known]) for a, b in zip(there, start, strict=True))
-
-
-@pytest.mark.gpu
-@every_dtype
-@pytest.mark.parametrize("scale_dtype", FLOATS, ids=FLOAT_IDS)
-@pytest.mark.parametrize("size", [1 << 20, 999_983])
-def test_tensor_factors_on_cuda_equal_the_cpu(
-    dtype: torch.dtype, scale_dtype: torch.dtype, size: int
+def test_scaled_steps_on_cuda_equal_the_cpu(
+    factor: Fraction | torch.dtype, steps: int, dtype: torch.dtype, size: int
 ) -> None:
+    """Steps that scale by a ratio, or by a tensor of this dtype."""
     need_kernel()
     fixed = Fixed()
     x = fixed.encode((torch.randn(size + 1) * fixed.limit / 8).to(dtype))
     increment = (torch.randn(size + 1) * torch.logspace(-12, 1, size + 1) * fixed.limit).to(dtype)
-    factors = factors_of((size + 1,), 0.5, scale_dtype, bad=math.nan)
+    if isinstance(factor, torch.dtype):
+        factors = factors_of((size + 1,), 0.5, factor, bad=math.nan)
     for begin in (0, 1):  # memory that does and does not allow 16-byte accesses
         part = slice(begin, begin + size)
         here: Any = Encoded(*(piece[part] for piece in x))
         start = Encoded(*(piece.cuda()[part] for piece in x))
         there: Any = start
         addend = increment.cuda()[part]
-        factor = factors._replace(scale=factors.scale[part])
-        on_device = factors._replace(scale=factors.scale.cuda()[part])
-        for index in range(12):
-            here = multiply_and_add(here, factor, increment[part], fixed, None, index)
-            there = multiply_and_add(there, on_device, addend, fixed, None, index)
+        by: Any = factor
+        by_there: Any = factor
+        if isinstance(factor, torch.dtype):
+            by = factors._replace(scale=factors.scale[part])
+            by_there = factors._replace(scale=factors.scale.cuda()[part])
+        for index in range(steps):
+            here = multiply_and_add(here, by, increment[part], fixed, None, index)
+            there = multiply_and_add(there, by_there, addend, fixed, None, index)
         assert equal_streams(to(there, "cpu"), here)
         known = ~there.stream.value.isnan()
-        for _ in range(12):
-            there = subtract_and_divide(there, on_device, addend, fixed)
+        for _ in range(steps):
+            there = subtract_and_divide(there, by_there, addend, fixed)
         assert all(a[known].equal(b[known]) for a, b in zip(there, start, strict=True))
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVarTuple
 import torch
 from torch import Tensor, nn
 
-from ._compiled.function import active, outside, run_traced
+from . import _precision
+from ._compiled.function import active, kinds_of_layers, outside, run_traced
 from ._couplings import Coupling
 from ._engine import Call, ContextFn, Options
 from ._errors import ReversibleError
@@ -229,9 +230,23 @@ class Program(nn.Module):
         # The meta device has no autocast.
         low = low or (device != "meta" and torch.is_autocast_enabled(device))
         low = low or (not active() and casts_to_low_precision(self._called_blocks))
+        if not low and any(leaf.dtype is torch.float32 for leaf in leaves):
+            low = self._rounds_products(device)
         return (
             Fixed() if low or (self._needs_fixed and leaves[0].dtype is torch.float32) else Float()
         )
+
+    def _rounds_products(self, device: str) -> bool:
+        """Check whether branches may compute products of float32 in TF32 or bfloat16."""
+        if device not in _precision.DEVICES:
+            return False
+        if getattr(_precision, f"{device}_matmul"):
+            return True
+        kinds = [kind for kind in ("conv", "rnn") if getattr(_precision, f"{device}_{kind}")]
+        if not kinds:
+            return False
+        present = kinds_of_layers(self, self._memory)
+        return any(kind in present for kind in kinds)
 
     def check(self) -> None:
         """Wait for the device and raise if a stream left the range of its format.

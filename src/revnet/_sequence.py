@@ -70,7 +70,8 @@ class ReversibleSequence(BlockSequence):
             `split="copy"` starts at rest in x, and `merge="mean"` returns the latest state.
         streams: `"fixed"` or a `revnet.Fixed` holds streams as integers, with gradients equal to
             stored execution in every bit; `"float"` holds the tensors themselves; `"auto"` is fixed
-            under autocast and for bfloat16 and float16 inputs, float otherwise.
+            under autocast, for bfloat16 and float16 inputs, and for float32 where torch may compute
+            products in TF32, as it does in convolutions on CUDA; float otherwise.
         execution: what stays of each step until backward. `"invert"`: nothing, streams and
             activations are rebuilt; `"store"`: activations; `"checkpoint"`: the stream that the
             step updates, or where it scales a fixed stream those that it reads; `"offload"`: the

@@ -13,6 +13,7 @@ from torch._dynamo.comptime import comptime as comptime
 from torch._dynamo.exc import unimplemented
 from torch.utils import _pytree as pytree
 
+from .._state.structure import Layers
 from .purity import forget, unsupported_reason, unused_names
 from .watch import WatchingCompiler
 
@@ -23,6 +24,7 @@ _cells: list[Tensor] = []
 # Pairs of the name of a step and of a parameter on which its branch does not depend.
 _unused: set[tuple[str, str]] = set()
 _tensors: dict[tuple[str, str], tuple[str, ...]] = {}
+_layers: list[tuple[str, ...]] = []
 
 
 def inspect(ctx: Any) -> None:
@@ -153,6 +155,16 @@ def prepare(ctx: Any) -> None:
             mark_static_address(_cells[-1], guard=False)
 
 
+def find_layers(ctx: Any) -> None:
+    """Find out which kinds of layers the local `program` may enter."""
+    _layers[:] = [Layers(_value(ctx, "program")).kinds]
+
+
+def layers_found() -> tuple[str, ...]:
+    """Return what `find_layers` found."""
+    return _layers[0]
+
+
 def reason_found() -> str:
     """Return what `inspect` found."""
     return _found[0]
@@ -174,7 +186,7 @@ def tensor_attributes(step: str, prefix: str) -> tuple[str, ...]:
 
 
 # torch.compile calls such a function once, while it traces, and takes the result for a constant.
-for constant in (reason_found, takes_findings, is_unused, tensor_attributes):
+for constant in (layers_found, reason_found, takes_findings, is_unused, tensor_attributes):
     vars(constant)["_dynamo_marked_constant"] = True
 
 

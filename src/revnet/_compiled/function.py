@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .._errors import ReversibleError
 from .._execution import Execution
+from .._state.structure import Memory
 from .._step import BoundStep, branch_output
 from .._streams.arithmetic import FixedArithmetic, Stream
 from .._streams.buffer import BufferedStream
@@ -178,6 +179,17 @@ def _replayable(
     comptime(inspect)
     del steps
     return not reason_found()
+
+
+def kinds_of_layers(program: nn.Module, memory: Memory) -> tuple[str, ...]:
+    """Return which of "conv" and "rnn" are among the layers that a program may enter."""
+    if not torch.compiler.is_dynamo_compiling():
+        return memory.layers(program).kinds
+    from .dynamo import comptime, find_layers, layers_found
+
+    comptime(find_layers)
+    del program
+    return layers_found()
 
 
 def _prepared(monitor: RangeMonitor | None, streams: list[Any]) -> RangeMonitor | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from .._couplings import Coupling
 from .._step import BoundStep, Step
@@ -179,6 +180,59 @@ class Structure:
                 hold(own, found)
 
 
+class Layers:
+    """The modules that a program may enter, and which kinds of layers are among them.
+
+    Args:
+        program: the program.
+    """
+
+    __slots__ = ("kinds", "tables", "sizes", "owns", "names", "children")
+
+    def __init__(self, program: nn.Module) -> None:
+        modules = modules_of(program)
+        known = set(modules)
+        kinds = set()
+        self.tables: list[dict[str, Any]] = []
+        # For each child the table that has it, and its name there.
+        self.owns: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.children: list[Any] = []
+        for module in modules:
+            attributes, simple = attributes_of(module)
+            for hidden in () if simple else modules_in(attributes.values()):
+                inside = modules_of(hidden)
+                # Of one that holds the program, its branches may read attributes.
+                if program not in inside:
+                    modules += [each for each in inside if each not in known]
+                    known.update(inside)
+            kinds.add(_kind(module))
+            table = tables_of(module)[0]
+            self.tables.append(table)
+            self.owns += [table] * len(table)
+            self.names += table
+            self.children += table.values()
+        self.sizes = list(map(len, self.tables))
+        # Of "conv" and "rnn" those that are there.
+        self.kinds = tuple(sorted(kinds - {""}))
+
+    def current(self) -> bool:
+        """Check that every module has the children that it had."""
+        return list(map(len, self.tables)) == self.sizes and all(
+            map(is_, map(_get, self.owns, self.names), self.children)
+        )
+
+
+def _kind(module: nn.Module) -> str:
+    """Return "conv" or "rnn" for a layer that torch computes by the settings of this kind."""
+    if isinstance(module, nn.RNNBase):
+        return "rnn"
+    # A branch may call `conv2d` with weights of its own, and scripts have lost their class.
+    weights = [each for each in tables_of(module)[1].values() if each is not None]
+    wide = any(not is_lazy(each) and each.dim() > 2 for each in weights)
+    return "conv" if wide or isinstance(module, _ConvNd) else ""
+
+
 class Memory:
     """What earlier calls of the steps of a program found, by the number of the step.
 
@@ -189,6 +243,7 @@ class Memory:
         self._structures: dict[Any, tuple[nn.Module, nn.Module, Structure]] = {}
         # In one tuple, as another thread may read it between two assignments.
         self._bound: tuple[list[Any], list[tuple[int, BoundStep]]] = [], []
+        self._layers: Layers | None = None
 
     def steps(self, branches: Sequence[Any]) -> Sequence[tuple[int, BoundStep]] | None:
         """Return the steps of the last call without keywords if it had these very branches."""
@@ -203,7 +258,14 @@ class Memory:
 
     def forget(self) -> None:
         """Let go of all modules."""
-        self._structures, self._bound = {}, ([], [])
+        self._structures, self._bound, self._layers = {}, ([], []), None
+
+    def layers(self, program: nn.Module) -> Layers:
+        """Return the layers of the program, read anew where its modules have changed."""
+        layers = self._layers
+        if layers is None or not layers.current():
+            layers = self._layers = Layers(program)
+        return layers
 
     def __reduce__(self) -> Any:
         return Memory, ()

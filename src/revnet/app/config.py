@@ -96,7 +96,11 @@ class TrainConfig:
         own=True,
     )
     streams: str = option(
-        "auto", "machine", "float; fixed, which is exact; auto: fixed in bfloat16", "S", STREAMS
+        "auto",
+        "machine",
+        "float; fixed, which is exact; auto: fixed in bfloat16 and TF32",
+        "S",
+        STREAMS,
     )
     dtype: str = option("float32", "machine", "float32, or bfloat16 by autocast", "T", DTYPES)
     device: str = option(

@@ -119,7 +119,7 @@ class Training:
     def validate(self) -> dict[str, float]:
         """Return the bits per token of up to 50,000 held-out tokens.
 
-        In float streams also the reconstruction error.
+        Where streams may be float, also the reconstruction error.
         """
         self.model.eval()
         numbers = self.held_out_numbers()
