@@ -120,6 +120,10 @@ class Reversible(Program):
         return found[:count], found[count] if len(found) > count else {}
 
     @property
+    def _own_branches(self) -> Iterable[nn.Module]:
+        return self.steps
+
+    @property
     def _makes_rules(self) -> bool:
         return any(step.coupling.reads_source for step in cast(list[Step], self.steps))
 
