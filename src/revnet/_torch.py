@@ -99,7 +99,9 @@ def compile_branch(branch: nn.Module, *args: Any, **options: Any) -> None:
     torch.nn, and `Module.compile` gives it no other.
     """
     compiled = branch._compiled_call_impl
-    by_others = compiled is not None and not hasattr(compiled, "_compiled_by_revnet")
+    # With disable=True, torch.compile returns what it was given.
+    there = compiled is not None and compiled != branch._call_impl
+    by_others = there and not hasattr(compiled, "_compiled_by_revnet")
     if by_others or "_orig_mod" in branch._modules or isinstance(branch, torch.jit.ScriptModule):
         return
     kind = type(branch)
