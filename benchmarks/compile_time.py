@@ -94,8 +94,8 @@ def main() -> None:
         *opening("How long does torch.compile take?", hardware),
         f"Width {options.width}, 2 × 64 tokens, float32; {options.rounds} rounds. Seconds of the "
         'first training step, caches off; ratios to "checkpoint per block" of the same two-stream '
-        'network. "stored" is its plain loop. "net.compile()" compiles branch by branch, the others '
-        "are one graph.",
+        'network. "stored" is its plain loop. "net.compile()" compiles branch by branch, the '
+        "others are one graph.",
         "",
         "| blocks | arm | first step, s | ÷ checkpointing | gradient error |",
         "|---|---|---|---|---|",

@@ -332,6 +332,15 @@ def test_a_lazy_branch_finds_its_width(graphs: Any) -> None:
     assert net[0].f.weight.grad.shape == (WIDTH, WIDTH)
 
 
+def test_a_class_of_no_module_is_compiled(graphs: Any) -> None:
+    names: dict[str, Any] = {"nn": nn}
+    exec("class Sine(nn.Module):\n    def forward(self, x):\n        return x.sin()", names)
+    net = revnet.ReversibleSequence([(names["Sine"](), nn.Linear(WIDTH, WIDTH))])
+    net.compile(backend=graphs)
+    net(torch.randn(2, WIDTH)).sum().backward()
+    assert graphs.frame_count == 2
+
+
 def test_one_graph_of_the_whole_is_still_to_be_had(graphs: Any) -> None:
     pairs = pairs_of(mlp, Scaled, depth=2)
     stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs)

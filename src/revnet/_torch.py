@@ -105,7 +105,9 @@ def compile_branch(branch: nn.Module, *args: Any, **options: Any) -> None:
     if by_others or "_orig_mod" in branch._modules or isinstance(branch, torch.jit.ScriptModule):
         return
     kind = type(branch)
-    skipped = kind.forward.__module__.startswith("torch.") and kind.compile is nn.Module.compile
+    # Of a class that `exec` made it may be None.
+    place = str(getattr(kind.forward, "__module__", None))
+    skipped = place.startswith("torch.") and kind.compile is nn.Module.compile
     if skipped and not isinstance(branch, LazyModuleMixin):
         branch._compiled_call_impl = torch.compile(_entry(branch), *args, **options)
     else:
