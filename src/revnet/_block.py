@@ -6,7 +6,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,10 @@ class ReversibleBlock(Program):
         parts = self._parts((y1, y2), {"f_args": f_args, "g_args": g_args})
         x1, x2, *_ = self._invert((y1, y2), parts)
         return x1, x2
+
+    @property
+    def _own_branches(self) -> Iterable[nn.Module]:
+        return self.f, self.g
 
     @property
     def _executions(self) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVarTuple
@@ -33,6 +33,7 @@ from ._streams.format import Float
 from ._streams.monitor import OutOfRange, RangeMonitor
 from ._taps import Taps
 from ._tile import Tile
+from ._torch import compile_branch
 from ._trees import tree_leaves
 
 Execution = ExecutionName | Sequence[ExecutionName] | Plan
@@ -95,6 +96,25 @@ class Program(nn.Module):
 
     def _parts(self, streams: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundSteps:
         """The steps of one pass, after a look at what it is given."""
+        raise NotImplementedError
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile each branch by itself; the engine runs around them, with all it does otherwise.
+
+        Branches of one class share what is compiled, and torch's own modules are compiled as well.
+        A branch that was compiled before by itself stays as it is. For one graph of the whole, use
+        `torch.compile(net)`; see `docs/compile.md`.
+
+        Args:
+            *args, **options: those of `torch.compile`, for each branch: `fullgraph=True` raises
+                where the graph of a branch would break.
+        """
+        for branch in dict.fromkeys(self._own_branches):
+            compile_branch(branch, *args, **options)
+
+    @property
+    def _own_branches(self) -> Iterable[nn.Module]:
+        """The modules that steps call."""
         raise NotImplementedError
 
     @property

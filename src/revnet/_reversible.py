@@ -61,6 +61,10 @@ class StepProgram(Program):
         )
 
     @property
+    def _own_branches(self) -> Iterable[nn.Module]:
+        return self.steps
+
+    @property
     def _makes_rules(self) -> bool:
         return any(step.coupling.reads_source for step in cast(list[Step], self.steps))
 

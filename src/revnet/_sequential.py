@@ -96,6 +96,10 @@ class BlockSequence(Program):
         """The branches of each block."""
         raise NotImplementedError
 
+    @property
+    def _own_branches(self) -> Iterable[nn.Module]:
+        return [branch for branches in self._branches for branch in branches]
+
     def _parts(
         self,
         streams: Sequence[Any],

@@ -10,6 +10,7 @@ from torch import nn
 from ._couplings import Additive, Coupling
 from ._source import received
 from ._tile import Cut, Tile, tile_of
+from ._torch import compile_branch
 from ._trees import branch_output as branch_output
 
 
@@ -92,6 +93,13 @@ class Step(nn.Module):
             given = [kwargs.pop(name) for name in self.args if name in kwargs]
             return received(self.coupling, self.fn(*sources, *given, **kwargs), sources)
         return sources[0] if sources else None
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the branch; see `Reversible.compile`."""
+        if isinstance(self.fn, nn.Module):
+            compile_branch(self.fn, *args, **options)
+        elif self.fn is not None:
+            super().compile(*args, **options)
 
     @property
     def reads(self) -> int:

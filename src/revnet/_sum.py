@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ._tile import added
+from ._torch import compile_branch
 from ._trees import branch_output, tree_map
 
 
@@ -48,6 +49,11 @@ class Sum(nn.ModuleList):
             total = out if total is None else tree_map(lambda a, b: a + b, total, out)
             extra = extra if aux is None else added(extra, aux, f"branch {number} of the sum")
         return total if extra is None else (total, extra)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile each branch by itself, as each is a step of its own."""
+        for branch in self:
+            compile_branch(branch, *args, **options)
 
     @property
     def divides(self) -> bool:

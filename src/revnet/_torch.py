@@ -6,16 +6,19 @@ Every function says what breaks without it. All were seen in torch 2.11 to 2.15.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
 
 # Identifies the backward call that runs in this thread, -1 outside of one. Without it two backward
@@ -86,6 +89,55 @@ def untraced(function: _Function) -> _Function:
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = "part of revnet's engine"  # type: ignore[attr-defined]
     return function
+
+
+def compile_branch(branch: nn.Module, *args: Any, **options: Any) -> None:
+    """Compile the calls of a branch, unless somebody else had it compiled.
+
+    The module stays the same: like `Module.compile`, this sets what its `__call__` runs. Without
+    it torch's own modules would stay as they are: up to torch 2.13 Dynamo skips the frames of
+    torch.nn, and `Module.compile` gives it no other.
+    """
+    compiled = branch._compiled_call_impl
+    # With disable=True, torch.compile returns what it was given.
+    there = compiled is not None and compiled != branch._call_impl
+    by_others = there and not hasattr(compiled, "_compiled_by_revnet")
+    if by_others or "_orig_mod" in branch._modules or isinstance(branch, torch.jit.ScriptModule):
+        return
+    kind = type(branch)
+    # Of a class that `exec` made it may be None.
+    place = str(getattr(kind.forward, "__module__", None))
+    skipped = place.startswith("torch.") and kind.compile is nn.Module.compile
+    if skipped and not isinstance(branch, LazyModuleMixin):
+        branch._compiled_call_impl = torch.compile(_entry(branch), *args, **options)
+    else:
+        branch.compile(*args, **options)
+    compiled = branch._compiled_call_impl
+    if isinstance(compiled, FunctionType):
+        compiled._compiled_by_revnet = True  # type: ignore[attr-defined]
+
+
+def _entry(module: nn.Module) -> Callable[..., Any]:
+    """Return a function outside of torch that calls a module past what is compiled of it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    code = _entry_code(call.__code__, tuple(map(type, module.modules())))
+    return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+
+
+_numbers = itertools.count()
+
+
+@lru_cache(256)
+def _entry_code(code: CodeType, kinds: tuple[type[nn.Module], ...]) -> CodeType:
+    """Return a copy of code for modules of the same structure.
+
+    Dynamo compiles a code object a few times only, and what it learns about varying shapes it
+    remembers by the name.
+    """
+    return code.replace(co_name=f"{kinds[0].__name__}_{next(_numbers)}")
 
 
 def records_operators() -> bool:

@@ -69,8 +69,7 @@ def inspect(ctx: Any) -> None:
             hints=[
                 "Compile without fullgraph=True: the sequence then runs outside the graph, with "
                 "right gradients.",
-                "Compile the branches instead, as in `for block in net.blocks: block.f.compile(); "
-                "block.g.compile()`.",
+                "Compile the branches instead: `net.compile()` of the sequence.",
                 "Or keep the activations: `net.execution = 'store'`.",
             ],
         )

@@ -18,7 +18,7 @@ from revnet.app.data import Array, Data, step_batch
 from revnet.app.device import find_device
 from revnet.app.errors import UserError
 from revnet.app.measure import reconstruction_error
-from revnet.app.model import Attention, FeedForward, Shape, Transformer, bits_per_token
+from revnet.app.model import Shape, Transformer, bits_per_token
 from revnet.app.plots import loss_plot
 from revnet.app.run import Run, check_tensors, damaged_checkpoint
 from revnet.app.tracker import Tracker
@@ -38,9 +38,7 @@ class Training:
         self.model = Transformer(self.shape, execution=config.execution, streams=config.streams)
         self.model.to(self.device)
         if config.compile:
-            for module in self.model.modules():
-                if isinstance(module, Attention | FeedForward):
-                    module.compile()
+            self.model.layers.compile()
         self.optimizer = self.make_optimizer()
         self._tracker: Tracker | None = None
         self._start = time.perf_counter()
