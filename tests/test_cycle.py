@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import cases
 import revnet
+
+pytestmark = cases.COMPILER_WARNINGS
 
 
 def layers(count: int, width: int = 8, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
@@ -182,12 +185,22 @@ def test_trees_plans_copies_and_state_dicts():
     assert len(revnet.plan(net, x.requires_grad_(), None).executions) == 6
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_cycle_is_the_loop():
     branches, x = layers(4), torch.randn(3, 8, dtype=torch.float64)
     compiled = torch.compile(revnet.ReversibleCycle(branches), fullgraph=True, backend="aot_eager")
     expected = gradients(lambda x: plain(branches, x, 3), x, branches)
     assert all(map(torch.allclose, gradients(compiled, x, branches), expected))
+
+
+def test_compile_compiles_layers_of_one_class_once():
+    from torch._dynamo.testing import CompileCounter
+
+    branches, x = layers(5), torch.randn(3, 8, dtype=torch.float64)
+    expected = gradients(lambda x: plain(branches, x, 3), x, branches)
+    net, counter = revnet.ReversibleCycle(branches), CompileCounter()
+    net.compile(backend=counter)
+    assert all(map(torch.allclose, gradients(net, x, branches), expected))
+    assert counter.frame_count == 1
 
 
 def test_errors_say_what_to_give():
