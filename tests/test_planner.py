@@ -333,6 +333,21 @@ def test_the_predicted_peak_of_convolutions_with_batch_norm():
     check_budgets(net, torch.randn(4, 8, 16, 16), ["minimum", "30%", "stored"])
 
 
+def test_statistics_that_no_longer_change_are_counted_as_written():
+    """While steps are timed, a batch norm sees one input so often that its averages stand still."""
+    net = ReversibleSequence(build([(normed, normed)] * 4, 8, dtype=F32))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.9
+    x = torch.randn(4, 8, 16, 16)
+    for found in plan(net, x, ["minimum", "10%", "60%", "stored"]):
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        net.execution = found
+        assert measured(net, x) == found.peak_bytes
+
+
 def test_the_predicted_peak_with_keywords():
     route = {"scale": every(4, True, True), "shift": every(4, False, True)}
     net = ReversibleSequence(build([(Modulated, Modulated)] * 4, 32, dtype=F32), route)

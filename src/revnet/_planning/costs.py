@@ -229,6 +229,7 @@ class _StepMeasurement:
 
     def cost(self, execution: Execution, nanoseconds: int) -> Cost:
         """Return the bytes that the step takes, with its time."""
+        self.whole.replaced.renew()
         meter = self.whole.meter()
         with meter.watch():
             call = self.call(execution)
