@@ -146,6 +146,8 @@ def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Savin
         return _replay_alone(tape, recomputed, step, record.alone.load())
     position, state = _nearest(tape, recomputed, step)
     state = list(state)
+    if position in tape.saved_states:
+        tape.begin_at(recomputed, position)
     recomputed.position, recomputed.state = None, []
     collected: dict[int, Saving] = {}
     # Backward has gradients off already, unless it is to be differentiated itself.

@@ -234,6 +234,26 @@ class Tape:
                 del states[position]
         return True
 
+    def begin_at(self, recomputed: Recomputed, position: int) -> None:
+        """Free what only steps from a position on need, if none of them is pending.
+
+        A walk begins at this position, whose state is saved. Backward has left the steps above
+        since they were replayed: their results and targets need not outlive this replay.
+        """
+        if self.running is not None:
+            return
+        while self.top >= position and self.hooks[self.top]() is None:
+            self.top -= 1
+        if self.top >= position:
+            return
+        for states in (self.saved_states, recomputed.loaded):
+            for above in [above for above in states if above > position]:
+                del states[above]
+        # A paused call may go on: later steps keep their numbers.
+        for k in range(position, self.end):
+            self.records[k] = None
+        self.end = min(self.end, position)
+
     def lower(self, recomputed: Recomputed, step: int, state: list[Stream]) -> None:
         """Keep the state before a step on the way in place of those above it, if it serves."""
         if self.forget_above(recomputed, step):

@@ -9,9 +9,10 @@ counts bytes, and times are estimated.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from .._execution import BY_NAME, INVERT, STORE, Execution
 from .._memory import CpuMeter, CudaMeter, FakeMeter, all_tensors_in, storages_of
 from .._sequence import ReversibleSequence
 from .._state.branch import is_compiled
-from .._step import BoundStep
+from .._step import BoundStep, hands_on
 from .._streams.arithmetic import FixedArithmetic
 from .._streams.monitor import RangeMonitor
 from .._trees import tree_leaves, tree_map
@@ -67,7 +68,6 @@ class Measurement:
 
     def chain(self) -> Chain:
         """Measure each kind of step once, in order, on the streams that reach it."""
-        net = self.net
         call = self.call(self.inputs, [STORE])
         # Without a record, but with gradients: compiled branches are compiled for these.
         call.recording = False
@@ -76,23 +76,41 @@ class Measurement:
         steps: list[tuple[int, int]] = []
         for step in self.steps:
             call.streams = cast(Any, pytree.tree_map_only(Tensor, _as_leaf, call.streams))
-            number = kinds.setdefault(_kind(step, call.start()), len(costs))
+            last = _StepMeasurement(self, step, call.start())
+            number = kinds.setdefault(_kind(step, last.values), len(costs))
             if number == len(costs):
-                costs.append(_StepMeasurement(self, step, call.start()).costs())
+                costs.append(last.costs())
             steps.append((number, step.target))
             call.step(0, step)
-        with torch.no_grad():
-            result: Any = call.start()
-            if isinstance(net, ReversibleSequence | ReversibleCycle):
-                result = net._merge(*result)
-        sizes = tuple(memory.size for memory in _stream_memory(call))
+        values = call.start()
+        # A stream in tiles is there once, not beside the tensor in which it was read.
+        sizes = tuple(
+            memory.size
+            for memory in _stream_memory(self.call(values, [STORE]) if call.tape.tiled else call)
+        )
+        meter = self.meter()
+        with torch.no_grad(), meter.watch():
+            result = self.end(values), call.aux
+        held = sum(storage.nbytes() for storage in storages_of(all_tensors_in(result)))
+        # The last step is a kind of its own: what follows it shares tensors with it.
+        costs.append(last.costs_at_end(costs[steps[-1][0]], held))
+        steps[-1] = len(costs) - 1, steps[-1][1]
+        keywords = [leaf for leaf in all_tensors_in(self.replaced.kwargs) if leaf.requires_grad]
         return Chain(
             sizes=sizes,
             given=0 if isinstance(self.arithmetic, FixedArithmetic) else (1 << len(sizes)) - 1,
             kinds=tuple(costs),
             steps=tuple(steps),
-            overhead=sum(storage.nbytes() for storage in storages_of(all_tensors_in(result))),
+            # Gradients of keywords add up, those of parameters are no activations.
+            overhead=held + sum(storage.nbytes() for storage in storages_of(keywords)),
+            end=sum(sizes) + meter.peak - held,
         )
+
+    def end(self, values: Sequence[Any]) -> Any:
+        """Return the result of the sequence, from the streams after its last step."""
+        net = self.net
+        merges = isinstance(net, ReversibleSequence | ReversibleCycle)
+        return net._merge(*values) if merges else list(values)
 
     def call(self, streams: Sequence[Any], executions: Sequence[Execution]) -> Call:
         """Return a call in which steps of the sequence can run."""
@@ -155,6 +173,9 @@ class _StepMeasurement:
         executions = [BY_NAME[name] for name in self.whole.net._allowed]
         if not self.whole.x.is_cuda:
             executions = [execution for execution in executions if not execution.on_host]
+        if hands_on(self.step.fn):
+            # To keep what takes no time to undo is of no use.
+            executions = [execution for execution in executions if execution in (STORE, INVERT)]
         if is_compiled(self.step.fn):
             executions = [execution for execution in executions if not execution.keeps_results]
         for execution in executions:
@@ -162,21 +183,49 @@ class _StepMeasurement:
         times = self.times(executions)
         return {e.name: self.cost(e, times[e]) for e in executions}
 
+    def costs_at_end(self, costs: Mapping[str, Cost], held: int) -> dict[str, Cost]:
+        """Return these costs for the last step, beside `held` bytes of the result."""
+        found = {}
+        for name, cost in costs.items():
+            forward, peak = self.peaks(BY_NAME[name], at_end=True)
+            found[name] = cost._replace(forward=forward, peak=peak - held)
+        return found
+
     def call(self, execution: Execution, steps: int = 1) -> Call:
         """Return a call on streams that nothing but the call and its graph holds."""
         streams = [tree_map(lambda leaf: _as_leaf(leaf).clone(), value) for value in self.values]
         return self.whole.call(streams, [execution] * steps)
 
-    def run(self, execution: Execution, steps: int = 1) -> None:
-        """Run forward and backward of the step, or of a chain of such steps."""
-        call = self.call(execution, steps)
-        for index in range(steps):
-            call.step(index, self.step)
-        root = _root(call.finish())
-        call.__exit__()
-        if root is not None:
-            with _outside_autocast():
-                root.backward()
+    def run(
+        self,
+        execution: Execution,
+        steps: int = 1,
+        watch: Callable[[], Any] = contextlib.nullcontext,
+        at_end: bool = False,
+    ) -> None:
+        """Run forward and backward of the step, or of a chain of such steps, each under `watch`.
+
+        At the end the result of the sequence is made of the streams, and held.
+        """
+        with watch():
+            call = self.call(execution, steps)
+            for index in range(steps):
+                call.step(index, self.step)
+            values, aux = call.finish(), call.aux
+            call.__exit__()
+        if at_end:
+            with watch():
+                values = [self.whole.end(values), aux]
+            roots = [leaf for leaf in all_tensors_in(values) if leaf.requires_grad]
+        else:
+            with watch():
+                root = _root([*values, aux])
+            roots = [] if root is None else [root]
+            del values, aux
+        ones = [leaf.detach().new_ones(()).expand_as(leaf) for leaf in roots]
+        with watch(), _outside_autocast():
+            if roots:
+                torch.autograd.backward(roots, ones)
         # In a longer call the state that backward has reached outlives this step, so the call is
         # held until here.
         del call
@@ -230,6 +279,7 @@ class _StepMeasurement:
 
     def cost(self, execution: Execution, nanoseconds: int) -> Cost:
         """Return the bytes that the step takes, with its time."""
+        self.whole.replaced.renew()
         meter = self.whole.meter()
         with meter.watch():
             call = self.call(execution)
@@ -238,23 +288,38 @@ class _StepMeasurement:
             after = _stream_memory(call)[2 * self.step.target :][:2]
             # This holds the graph and not the streams. A node made in Python is held by its output
             # alone.
-            graph = _root(call.start())
+            graph = _root([*call.start(), call.aux])
             call.__exit__()
             torch.clear_autocast_cache()
             if self.whole.mode is None:
                 _synchronize(self.whole.x.device)
         kept = [part for part, memory in enumerate(before) if memory.size and memory.alive()]
         shared = sum(memory.size for memory in (*before, *after) if memory.alive())
-        own = max(0, meter.current - shared)
+        # The root of the graph is one element, and belongs to no step.
+        root = 0 if graph is None else graph.nbytes
+        own = max(0, meter.current - shared - root)
         del call, graph
 
+        return Cost(own, sum(1 << part for part in kept), *self.peaks(execution), nanoseconds)
+
+    def peaks(self, execution: Execution, at_end: bool = False) -> tuple[int, int]:
+        """Return the bytes at the worst moments of forward and backward."""
         # Held until the meter is off, which does not know what was allocated before.
         gradients = self.whole.fill_gradients(self.step.fn.parameters())
         meter = self.whole.meter()
-        with meter.watch():
-            self.run(execution)
+        peaks: list[int] = []
+
+        @contextlib.contextmanager
+        def watch() -> Iterator[None]:
+            meter.peak = meter.current
+            with meter.watch():
+                yield
+            peaks.append(meter.peak)
+
+        self.run(execution, watch=watch, at_end=at_end)
         del gradients
-        return Cost(own, sum(1 << part for part in kept), meter.peak, nanoseconds)
+        forward, _, backward = peaks
+        return forward, backward
 
 
 def _works_at_least(a: Execution, b: Execution) -> bool:
@@ -345,7 +410,9 @@ def _stream_memory(call: Call) -> list[_WeakMemory]:
 def _kind(step: BoundStep, values: Sequence[Any]) -> Any:
     """Return a key that is equal for steps whose branches do the same work on equal streams."""
     work: list[Any] = []
-    for name, module in step.fn.named_modules(remove_duplicate=False):
+    for name, module in itertools.chain(
+        step.fn.named_modules(remove_duplicate=False), step.coupling.named_modules()
+    ):
         settings = {key: value for key, value in sorted(vars(module).items()) if key[:1] != "_"}
         settings |= module._parameters | module._buffers
         described = _describe(list(settings.values()))

@@ -29,8 +29,6 @@ from .._execution import BY_NAME, Execution
 
 # Choices that a search may follow, over all steps.
 _EFFORT = 100_000
-# The bytes that no steps need: less than any that some steps need.
-_NOTHING = -(2**60)
 
 
 class Cost(NamedTuple):
@@ -42,13 +40,16 @@ class Cost(NamedTuple):
     Attributes:
         own: bytes kept until backward, without parts of streams.
         keeps: mask of the parts of the streams before the step that it keeps.
-        peak: bytes at the worst moment of a call of this one step, its streams and their gradients
-            included, beside the gradients of parameters.
+        forward: bytes at the worst moment of the forward pass of a call of this one step, its
+            streams included.
+        peak: the same of the backward pass, the gradients of its streams included, beside the
+            gradients of parameters.
         time: nanoseconds of forward and backward.
     """
 
     own: int
     keeps: int
+    forward: int
     peak: int
     time: int
 
@@ -63,6 +64,7 @@ class Chain:
         kinds: per kind of step, the cost under each execution, by its name.
         steps: per step, its kind and the stream it updates.
         overhead: bytes seen beside these in a run: the result, and what the model leaves out.
+        end: bytes while the result is made of the streams after the last step, these included.
     """
 
     sizes: tuple[int, ...]
@@ -70,6 +72,7 @@ class Chain:
     kinds: tuple[Mapping[str, Cost], ...]
     steps: tuple[tuple[int, int], ...]
     overhead: int = 0
+    end: int = 0
 
     def size(self, parts: int) -> int:
         """Return the bytes of the parts in a mask."""
@@ -133,6 +136,8 @@ def _choice(
     """Return what an execution costs after these steps; the laws of all executions are here."""
     everything = chain.parts(*range(len(chain.sizes) // 2))
     kept, saved = before.kept, 0
+    # In the forward pass all streams are there, whoever keeps them.
+    forward = cost.forward - chain.size(kept)
     if not execution.rebuilds and before.place == _WALKED:
         # The streams are kept where a stored run begins, for the walk below it to start from.
         saved = chain.size(everything & ~kept)
@@ -146,9 +151,15 @@ def _choice(
         # that is.
         need = max(cost.peak for kind in chain.kinds for cost in kind.values())
         need += execution.prefetch * chain.size(chain.parts(target))
+    need = max(need, forward)
     more = saved + cost.own + chain.size(cost.keeps & ~kept)
     after = _Situation((kept | cost.keeps) & ~chain.parts(target), place)
     return _Choice(execution.name, after, more, need, cost.time)
+
+
+def _end(chain: Chain, after: _Situation) -> int:
+    """Return the bytes while the result is made, above what the steps keep."""
+    return chain.end - chain.size(after.kept)
 
 
 def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
@@ -169,6 +180,7 @@ def simulate(chain: Chain, executions: Sequence[str]) -> Solution:
         total += choice.time
         kept.append(choice.kept)
         situation = choice.after
+    peak = max(peak, sum(kept) + _end(chain, situation) + chain.overhead)
     return Solution(tuple(executions), tuple(kept), peak, total)
 
 
@@ -222,9 +234,14 @@ def _search(chain: Chain, budget: int | None, width: int) -> Solution | None:
     reached = [{start}]
     for step in chain.steps:
         reached.append({choice.after for before in reached[-1] for choice in choices(step, before)})
-    nothing = torch.tensor([_NOTHING]), torch.tensor([0])
-    end = _Curve(*nothing, [], *nothing)
-    curves = {situation: end for situation in reached.pop() if situation.place != _BETWEEN}
+    none = torch.tensor([0])
+    curves = {
+        situation: _Curve(
+            torch.tensor([_end(chain, situation) + chain.overhead]), none, [], none, none
+        )
+        for situation in reached.pop()
+        if situation.place != _BETWEEN
+    }
     prices = _prices(chain)
     history = []
     for step, situations in reversed(list(zip(chain.steps, reached, strict=True))):

@@ -30,6 +30,8 @@ class StandIns:
         device: the device of the real input, as text.
         filled: the parameters that have a gradient, whose memory is not the plan's.
         missing: bytes of those gradients that do not exist yet.
+        writable: the buffers and attributes that branches may write to: the dict that holds each,
+            its name, and a tensor that stays as it is.
     """
 
     net: Program
@@ -39,16 +41,19 @@ class StandIns:
     device: str
     filled: set[Tensor] = field(default_factory=set)
     missing: int = 0
+    writable: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
 
     def renew(self) -> None:
-        """Replace the buffers again: an engine knows which of them were written to."""
+        """Give buffers and attributes their first values again, in new tensors.
+
+        An engine knows which tensors were written to. A batch norm that has seen one input often
+        writes the same averages again, which the engine takes for no write: it would keep less.
+        """
         copies: dict[Tensor, Tensor] = {}
-        for module in self.net.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    if buffer not in copies:
-                        copies[buffer] = buffer.clone()
-                    module._buffers[name] = copies[buffer]
+        for owner, name, tensor in self.writable:
+            if tensor not in copies:
+                copies[tensor] = tensor.clone()
+            owner[name] = copies[tensor]
 
 
 @contextlib.contextmanager
@@ -110,6 +115,9 @@ def _replace_tensors(stack: contextlib.ExitStack, replaced: StandIns) -> None:
                 if tensor not in made:
                     made[tensor] = _stand_in(stack, tensor, mode)
                 owner[name] = made[tensor]
+                if not isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                    replaced.writable.append((owner, name, made[tensor]))
+    replaced.renew()
     replaced.filled = {tensor for tensor in made.values() if tensor.requires_grad}
     # A plan in force may be for a smaller input.
     _set(stack, net, "execution", STORE.name)
@@ -134,7 +142,7 @@ def _stand_in(stack: contextlib.ExitStack, tensor: Tensor, mode: FakeTensorMode 
         return tensor
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(_alias(tensor, mode), tensor.requires_grad)
-    return _alias(tensor, mode).clone()
+    return _alias(tensor, mode)
 
 
 def _alias(tensor: Tensor, mode: FakeTensorMode | None) -> Tensor:
