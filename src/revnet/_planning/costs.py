@@ -109,8 +109,9 @@ class Measurement:
     def end(self, values: Sequence[Any]) -> Any:
         """Return the result of the sequence, from the streams after its last step."""
         net = self.net
-        merges = isinstance(net, ReversibleSequence | ReversibleCycle)
-        return net._merge(*values) if merges else list(values)
+        if isinstance(net, ReversibleSequence | ReversibleCycle):
+            return net._merge(*values)
+        return list(values)
 
     def call(self, streams: Sequence[Any], executions: Sequence[Execution]) -> Call:
         """Return a call in which steps of the sequence can run."""
