@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .._torch import count_modes, is_before_dispatch
+from .._torch import count_modes, is_before_dispatch, is_transformed
 from . import cpu, format, reference
 from .format import DEFAULT_FRACTION_BITS, LARGEST_FRACTION, Encoded
 from .monitor import RangeMonitor, is_fake
@@ -238,18 +238,17 @@ def fusible(tensors: Iterable[Tensor]) -> bool:
 
     Fake tensors have no memory, and take what the fused implementation would.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
     for x in tensors:
         if type(x) not in _PLAIN:
             if is_fake(x):
                 continue
             return False
-        if transformed and torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return False
         if not x.is_cpu and (not x.is_cuda or launcher() is None):
             return False
+    if is_transformed() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        return False
     if not (count_modes() or is_before_dispatch()):
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
