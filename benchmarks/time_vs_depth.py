@@ -57,7 +57,10 @@ ROWS = (
         "thousand", 512, 65536, 1, 500, arms=(BLOCK, FLOAT, FIXED), rounds=None, allowed=0.5,
         targets=(Target(FLOAT, 1.03, BLOCK), Target(FLOAT, 1.25 * GIB, "bytes")),
     ),
-    Row("cpu-256", 256, 256, 4, 12, device="cpu", arms=EAGER, targets=(Target(FLOAT, 1.33, STORED),), rounds=9),
+    Row(
+        "cpu-256", 256, 256, 4, 12, device="cpu", arms=EAGER, rounds=9,
+        targets=(Target(FLOAT, 1.33, STORED),),
+    ),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._couplings import Additive
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
 from .._kept import Saved
@@ -98,8 +99,6 @@ class Call:
         # The generators after the last step, while nobody else can have drawn since.
         self.random: RandomState | None = None
         self.restores = options.preserve_rng_state and not (self.capturing or self.fake)
-        # What the last step read, and its layout: most steps update it next.
-        self.read: tuple[Any, Any] = (None, None)
         self._begin(streams, chains)
 
     def _begin(self, streams: Sequence[Any], chains: bool) -> None:
@@ -223,22 +222,19 @@ class Call:
         alone = execution.keeps_target and reads_alone(self.tape, self.executions, index, step)
         if alone:
             self.tape.save_state(self.streams)
-        read, target_layout = self.read
-        if read is not target[0]:
-            target_layout = layout(target[0])
-        layouts = list(map(layout, sources))
-        self.read = (sources[0], layouts[0]) if sources else (None, None)
+        # A sum of tensors saves nothing that a replay would read the target for.
+        sums = type(step.coupling) is Additive and type(target[0]) is Tensor
         record = Record(
             step._replace(kwargs={}) if step.kwargs else step,
             self._state(index, step, execution),
-            layouts,
+            [layout(source) for source in sources],
             _ALONE if len(sources) == 1 else _shared(sources),
-            target_layout,
+            None if sums else layout(target[0]),
             None if alone else kept_target(self.tape, execution, step, target[1], self.capturing),
             [],
         )
         # Free for who updates it.
-        del target, read
+        del target
         tape = self.tape
         hook = PackHook(record, sources, tape, recover)
         tape.append(record, hook)
@@ -370,7 +366,6 @@ class Call:
         with Lock.lock:
             self._save_end()
         streams, self.streams, self.random = self.streams, [], None
-        self.read = None, None
         return streams
 
     def _save_end(self) -> None:
@@ -395,7 +390,6 @@ class Call:
     def __exit__(self, *exception: Any) -> None:
         # These hold the graph.
         self.streams, self.aux, self.random, self.at = [], {}, None, None
-        self.read = None, None
 
     def _versions(self) -> list[int]:
         """Return the versions of the streams, where the last step is undone from them."""

@@ -135,11 +135,11 @@ class PackHook:
         self.reading = None
 
     def _written(self, packed: Any) -> ReversibleError:
-        what = "tensor that the branch itself made"
+        name, what = self.tape.name(self.number), "tensor that the branch itself made"
         if packed.__class__ is tuple:
             what = "parameter or keyword tensor"
         return ReversibleError(
-            f"{self.tape.name(self.number)}: a {what} was changed in place before backward, which needs "
+            f"{name}: a {what} was changed in place before backward, which needs "
             "it. Call backward before the optimizer's step (or any other in-place write). In a "
             "branch, use the out-of-place operation."
         )

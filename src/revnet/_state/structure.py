@@ -165,18 +165,20 @@ class Structure:
 
     def same(self) -> bool:
         """Check that every dict holds what it held, parameters apart."""
-        return self._holds(self.owns, self.names, self.values)
+        return self._sized() and all(map(is_, map(_get, self.owns, self.names), self.values))
 
     def current(self) -> bool:
         """Check that every dict holds what it held, parameters included."""
-        return self._holds(*self.everything)
-
-    def _holds(self, owns: list[dict[str, Any]], names: list[str], values: list[Any]) -> bool:
+        owns, names, values = self.everything
+        # What `_sized` returns, without a call: every step asks.
         return (
             not any(self.empty)
             and list(map(len, self.dicts)) == self.sizes
             and all(map(is_, map(_get, owns, names), values))
         )
+
+    def _sized(self) -> bool:
+        return not any(self.empty) and list(map(len, self.dicts)) == self.sizes
 
     def put_back(self) -> None:
         """Put into every dict what it held, where something is different."""

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .._torch import count_modes, is_before_dispatch, is_transformed
+from .._torch import count_modes, is_before_dispatch
 from . import cpu, format, reference
 from .format import DEFAULT_FRACTION_BITS, LARGEST_FRACTION, Encoded
 from .monitor import RangeMonitor, is_fake
@@ -247,7 +247,8 @@ def fusible(tensors: Iterable[Tensor]) -> bool:
             return False
         if not x.is_cpu and (not x.is_cuda or launcher() is None):
             return False
-    if is_transformed() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return False
     if not (count_modes() or is_before_dispatch()):
         return True
