@@ -218,7 +218,7 @@ def saved_tensor_hooks() -> Any:
 def apply_outside_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return the `apply` of a Function, for where no transform of torch.func is at work.
 
-    Without it a step of fixed streams would cost twice an operator more: the `apply` of torch looks
+    Without it a step of fixed streams would cost two operators more: the `apply` of torch looks
     first for such transforms, and into each argument for what an earlier one may have left.
     """
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -233,7 +233,7 @@ def _are_plain(tensors: Iterable[Tensor]) -> bool:
     return all(type(x) in _PLAIN for x in tensors)
 
 
-def fusible(tensors: Iterable[Tensor]) -> bool:
+def fusible(tensors: Sequence[Tensor]) -> bool:
     """Return whether a fused implementation may work on this memory: not traced, not batched.
 
     Fake tensors have no memory, and take what the fused implementation would.
@@ -247,8 +247,8 @@ def fusible(tensors: Iterable[Tensor]) -> bool:
             return False
         if not x.is_cpu and (not x.is_cuda or launcher() is None):
             return False
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+    # Also a wrapper that outlived its transform, which has no memory of its own.
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return False
     if not (count_modes() or is_before_dispatch()):
         return True
