@@ -59,7 +59,8 @@ class PackHook:
         self.recover = recover
         # Tensors that the step reads, and those of which they are views: leaves, perhaps, but
         # recomputed.
-        self.sources = found = list[Tensor]()
+        self.sources: list[Tensor] = []
+        found = self.sources
         for value in sources:
             for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
                 found.append(leaf)
