@@ -33,6 +33,8 @@ STORED, BLOCK, BRANCH, FLOAT, FIXED = (
     "fixed",
 )
 ALL = (STORED, BLOCK, BRANCH, FLOAT, FIXED)
+# The shortest loop in Python that rebuilds the streams: what no engine can undercut on a host.
+HAND = "by hand"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,44 @@ def _block(f: nn.Module, g: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, 
     return y1, x2 + g(y1).to(x2.dtype)
 
 
+class Hand(nn.Module):
+    """The two-stream network trained by a loop that rebuilds the streams, and checks nothing.
+
+    A call is a whole training step, so that it cannot be part of a model.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+
+    def forward(self, x: Tensor, pull: Tensor) -> None:
+        """Add to all gradients, for the gradient of the merged streams."""
+        with torch.no_grad():
+            y1 = y2 = x
+            for f, g in self.blocks:
+                y1 = y1 + f(y2)
+                y2 = y2 + g(y1)
+            # The stored loop merges them, too.
+            (y1 + y2) / 2
+            grad1 = grad2 = pull / 2
+            for f, g in reversed(self.blocks):
+                y2, grad1 = _undone(g, y1, y2, grad1, grad2)
+                y1, grad2 = _undone(f, y2, y1, grad2, grad1)
+            grad = grad1 + grad2
+            x.grad = grad if x.grad is None else x.grad.add_(grad)
+
+
+def _undone(
+    branch: nn.Module, source: Tensor, target: Tensor, of_source: Tensor, of_target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the target before a step, and the gradient of its source."""
+    source = source.detach().requires_grad_()
+    with torch.enable_grad():
+        out = branch(source)
+    torch.autograd.backward(out, of_target)
+    return target - out, of_source + source.grad
+
+
 @dataclass
 class Arm:
     """One way to run a row's network, and what was found about it."""
@@ -167,8 +207,10 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
 
 
 def make_arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
-    if name in (FLOAT, FIXED):
-        net: nn.Module = revnet.ReversibleSequence(pairs, streams=name)
+    if name == HAND:
+        net: nn.Module = Hand(pairs)
+    elif name in (FLOAT, FIXED):
+        net = revnet.ReversibleSequence(pairs, streams=name)
     else:
         net = Loop(pairs, name)
     net = net.to(row.device)
@@ -178,6 +220,9 @@ def make_arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
         with (
             torch.autocast(row.device, torch.bfloat16) if row.autocast else contextlib.nullcontext()
         ):
+            if name == HAND:
+                run(x, pull)
+                return
             y = run(x)
         y.backward(pull)
 

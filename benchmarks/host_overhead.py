@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 from _models import branches
-from _race import BLOCK, FIXED, FLOAT, STORED, Row, Target, main, make_arm, timed
+from _race import ALL, BLOCK, FIXED, FLOAT, HAND, STORED, Row, Target, main, make_arm, timed
 from torch import Tensor
 
+EAGER = (*ALL, HAND)
 ROWS = (
     Row(
-        "small-eager", 256, 256, 8, 48,
+        "small-eager", 256, 256, 8, 48, arms=EAGER,
         targets=(Target(FLOAT, 2.0, STORED), Target(FIXED, 2.0, STORED)),
     ),
     Row(
@@ -45,14 +46,14 @@ ROWS = (
             Target(FIXED, 1.22, STORED),
         ),
     ),
-    Row("small-autocast", 256, 256, 8, 48, autocast=True),
+    Row("small-autocast", 256, 256, 8, 48, autocast=True, arms=EAGER),
     Row(
-        "cpu-64", 64, 64, 4, 24, device="cpu",
+        "cpu-64", 64, 64, 4, 24, device="cpu", arms=EAGER,
         targets=(Target(FLOAT, 1.42, STORED), Target(FLOAT, 0.9, BLOCK)),
     ),
     # Next to nothing but the host's time.
-    Row("cpu-64-one-token", 64, 1, 1, 24, device="cpu"),
-    Row("cpu-64-autocast", 64, 64, 4, 24, device="cpu", autocast=True),
+    Row("cpu-64-one-token", 64, 1, 1, 24, device="cpu", arms=EAGER),
+    Row("cpu-64-autocast", 64, 64, 4, 24, device="cpu", autocast=True, arms=EAGER),
 )  # fmt: skip
 # With --old alone: time_vs_depth.py has these rows with all arms.
 WIDE = (

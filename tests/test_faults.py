@@ -1936,7 +1936,7 @@ def _interrupted(
 def test_interrupt_anywhere_in_a_replay(
     streams: str, execution: str, kind: type[BaseException], batched: bool
 ) -> None:
-    from revnet._state.decisions import _active
+    from revnet._state.decisions import thread
 
     torch.manual_seed(0)
     net = pairs(Stateful, 1)(ReversibleSequence, streams=streams, execution=execution).double()
@@ -1959,7 +1959,7 @@ def test_interrupt_anywhere_in_a_replay(
         if not torch.equal(random, torch.get_rng_state()):
             failed.append((place, "generator"))
             torch.set_rng_state(random)
-        if revnet.replaying() or _active.decisions:
+        if revnet.replaying() or thread.active.decisions:
             failed.append((place, "decisions"))
             break
         place += 1

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 import oracle
 import revnet
 from revnet import Additive, Momentum, Reversible, ReversibleSequence, Step
+from revnet._streams.fixed import fusible
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
 
@@ -225,3 +226,28 @@ def test_a_scripted_parameter_changed_before_backward_raises():
         net.blocks[0].f[0].linear.weight.mul_(2)
     with pytest.raises(revnet.ReversibleError, match="changed in place"):
         loss.backward()
+
+
+class Returns(nn.Module):
+    """A branch that returns a tensor that it was given before."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out
+
+
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_a_tensor_that_outlived_its_transform(streams: Any):
+    values, left = torch.randn(2, 3), list[Tensor]()
+    torch.func.grad(lambda t: (left.append(t * 1), t.sum())[1])(values)
+    # A kernel would find no memory in it.
+    assert not fusible(left)
+    x = torch.randn(2, 3, requires_grad=True)
+    found = [
+        ReversibleSequence([(Returns(out), nn.Identity())], streams=streams)(x)
+        for out in (left[0], values)
+    ]
+    assert torch.equal(*found)

@@ -267,6 +267,16 @@ def saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+def apply_outside_transforms(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return the `apply` of a Function, for where no transform of torch.func is at work.
+
+    Without it a step of fixed streams would cost two operators more: the `apply` of torch looks
+    first for such transforms, and into each argument for what an earlier one may have left.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
+
+
 # Returns whether scripts that run in this thread are optimised; an argument sets it. Without it the
 # first replay of a script would raise: torch.jit profiles the first call of a script and optimises
 # it for the second, which saves other tensors for backward.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._couplings import Additive
 from .._errors import ReversibleError
 from .._execution import STORE, Execution
 from .._kept import Saved
@@ -38,7 +38,6 @@ from .._torch import (
     push_saved_tensor_hooks,
     records_operators,
     untraced,
-    version_of,
 )
 from .._trees import tree_leaves
 from . import chain
@@ -99,6 +98,7 @@ class Call:
         self.fake = is_faking()
         # The generators after the last step, while nobody else can have drawn since.
         self.random: RandomState | None = None
+        self.restores = options.preserve_rng_state and not (self.capturing or self.fake)
         self._begin(streams, chains)
 
     def _begin(self, streams: Sequence[Any], chains: bool) -> None:
@@ -150,21 +150,18 @@ class Call:
         """Apply steps in order, each with its index in the sequence."""
         recording, executions, tape = self.recording, self.executions, self.tape
         for index, step in parts:
-            if (
-                (recording and executions[index].rebuilds)
-                or step.tile is not None
-                or tape.tiled
-                or isinstance(step.fn, Sum)
-            ):
-                self.step(index, step)
-                continue
-            # What `step` does, without its calls: a stored step costs what one of a loop does.
             self.at = step
-            if recording:
-                tape.add_barrier(self.streams)
-            self.random = None
-            sources = map(_value, map(self.streams.__getitem__, step.source))
-            self._combine(index, step, step.fn(*sources, **step.kwargs))
+            if step.tile is not None or isinstance(step.fn, Sum):
+                self._take_parts(index, step, False)
+            elif (recording and executions[index].rebuilds) or tape.tiled:
+                self._take(index, step, False)
+            else:
+                # What `_take` does, without its calls: a stored step costs what one of a loop does.
+                if recording:
+                    tape.add_barrier(self.streams)
+                self.random = None
+                sources = map(_value, map(self.streams.__getitem__, step.source))
+                self._combine(index, step, step.fn(*sources, **step.kwargs))
             self.at = None
 
     @untraced
@@ -210,8 +207,7 @@ class Call:
             sources, target = tiled.sources(streams, step), tiled.at(streams, step.target, step.cut)
             layout = layout_of
         else:
-            # By `map`, as calls of Python count here.
-            sources = list(map(_value, map(streams.__getitem__, step.source)))
+            sources = [streams[i][0] for i in step.source]
             target = streams[step.target]
         if not self.recording or not execution.rebuilds:
             if self.recording:
@@ -226,19 +222,21 @@ class Call:
         alone = execution.keeps_target and reads_alone(self.tape, self.executions, index, step)
         if alone:
             self.tape.save_state(self.streams)
+        # A sum of tensors saves nothing that a replay would read the target for.
+        sums = type(step.coupling) is Additive and type(target[0]) is Tensor
         record = Record(
             step._replace(kwargs={}) if step.kwargs else step,
             self._state(index, step, execution),
-            list(map(layout, sources)),
+            [layout(source) for source in sources],
             _ALONE if len(sources) == 1 else _shared(sources),
-            layout(target[0]),
+            None if sums else layout(target[0]),
             None if alone else kept_target(self.tape, execution, step, target[1], self.capturing),
             [],
         )
         # Free for who updates it.
         del target
         tape = self.tape
-        hook = PackHook(record, sources, len(tape.records), partial(recover, tape), tape.name)
+        hook = PackHook(record, sources, tape, recover)
         tape.append(record, hook)
         tape.running = streams
         try:
@@ -261,7 +259,7 @@ class Call:
         random = None
         # Hooks on all modules run there as well, and may draw.
         draws = not (type(fn) is HandOn and structure.quiet) or has_any_global_hook()
-        if draws and self.options.preserve_rng_state and not self.capturing and not self.fake:
+        if draws and self.restores:
             random = self.random or RandomState(self.devices)
         context_fn = self.options.context_fn
         state = StepState(step, structure, self.environment, random, results, context_fn)
@@ -277,19 +275,20 @@ class Call:
         """Run a step so that it can be replayed; `alone`: from values that are kept for it."""
         record, before = hook.record, self.streams[step.target][0] if alone else None
         state = record.state
-        versions = list(map(version_of, hook.sources))
-        optimized = optimize_scripts()
+        versions = [source._version for source in hook.sources]
+        # Their default, if an interrupt comes before it is known.
+        optimized = True
         push_saved_tensor_hooks(hook.pack, hook.unpack)
         try:
             # As in the replay.
-            optimize_scripts(False)
+            optimized = optimize_scripts(False)
             with state.decisions if state.unaided else state.recording(self.devices):
                 if self.gates is None:
                     out = step.fn(*sources, **step.kwargs)
                 else:
                     out = self.gates.call(step, sources)
             record.saved_by_branch = len(record.saved)
-            if versions != list(map(version_of, hook.sources)):
+            if versions != [source._version for source in hook.sources]:
                 raise ReversibleError(
                     f"{step.name} changed its input in place. The stream it reads is needed to "
                     "rebuild the activations: work on a copy, or use the out-of-place operation."

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from .._errors import ReversibleError
 from .._torch import current_backward, current_node, storage_id, untraced
 from .._trees import tree_leaves
-from .tape import Record
+from .tape import Record, Tape
 
 # A recomputed tensor, and the version that it has unless somebody writes to it.
 Saving = tuple[Tensor, int]
@@ -28,16 +28,16 @@ class PackHook:
     Args:
         record: the record of the step.
         sources: what the step reads, tensors or trees of tensors.
-        number: of the step on its tape.
+        tape: that of the call, before the step.
         recover: returns the tensor for a number, by a walk.
-        name: returns what errors call the step.
     """
 
     __slots__ = (
         "record",
+        "saved",
         "number",
+        "tape",
         "recover",
-        "name",
         "sources",
         "passing",
         "recomputed",
@@ -49,25 +49,28 @@ class PackHook:
         self,
         record: Record,
         sources: Sequence[Any],
-        number: int,
-        recover: Callable[[PackHook, int], Saving],
-        name: Callable[[int], str],
+        tape: Tape,
+        recover: Callable[[Tape, PackHook, int], Saving],
     ) -> None:
         self.record = record
-        self.number = number
+        self.saved = record.saved
+        self.number = len(tape.records)
+        self.tape = tape
         self.recover = recover
-        self.name = name
         # Tensors that the step reads, and those of which they are views: leaves, perhaps, but
         # recomputed.
         self.sources: list[Tensor] = []
+        found = self.sources
         for value in sources:
             for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
+                found.append(leaf)
                 base = leaf._base
-                self.sources += (leaf,) if base is None else (leaf, base)
+                if base is not None:
+                    found.append(base)
         self.passing: Collection[int] = ()
         modules = record.state.modules
         if modules.objects.tensors:
-            self.passing = modules.passing() - set(map(storage_id, self.sources))
+            self.passing = modules.passing() - set(map(storage_id, found))
         # By backward call and by number. They are freed with their hook (rule 4).
         self.recomputed: dict[int, dict[int, Saving]] = {}
         # What the Function at work has read: it may read its saved tensors again.
@@ -76,11 +79,12 @@ class PackHook:
     @untraced
     def pack(self, tensor: Tensor) -> Any:
         # Called for each tensor that each step saves: every attribute counts.
-        saved = self.record.saved
+        saved = self.saved
         root = tensor._base
         if root is None:
             root = tensor
-        if root.requires_grad and root.is_leaf:
+        # Of most tensors this is the one to answer no.
+        if root.is_leaf and root.requires_grad:
             for source in self.sources:
                 if root is source:
                     break
@@ -106,7 +110,7 @@ class PackHook:
             recomputed = self.recomputed.get(backward)
             found = None if recomputed is None else recomputed.pop(packed, None)
             if found is None:
-                found = self._read_again(backward, packed) or self.recover(self, packed)
+                found = self._read_again(backward, packed) or self.recover(self.tape, self, packed)
             node = current_node()
             if isinstance(node, BackwardCFunction):
                 self._keep(backward, node, packed, found)
@@ -132,11 +136,11 @@ class PackHook:
         self.reading = None
 
     def _written(self, packed: Any) -> ReversibleError:
-        what = "tensor that the branch itself made"
+        name, what = self.tape.name(self.number), "tensor that the branch itself made"
         if packed.__class__ is tuple:
             what = "parameter or keyword tensor"
         return ReversibleError(
-            f"{self.name(self.number)}: a {what} was changed in place before backward, which needs "
+            f"{name}: a {what} was changed in place before backward, which needs "
             "it. Call backward before the optimizer's step (or any other in-place write). In a "
             "branch, use the out-of-place operation."
         )

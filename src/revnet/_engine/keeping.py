@@ -44,6 +44,9 @@ def kept_target(
         encoded: how its target is held.
         capturing: whether a CUDA graph is captured, from which nothing goes to the host.
     """
+    if not execution.keeps_target and step.coupling.translates and step.target not in step.source:
+        # Most steps.
+        return None
     on_host = execution.on_host and not capturing
     if on_host and all(leaf.is_cuda for leaf in tree_leaves(encoded)):
         return Hosted(encoded)

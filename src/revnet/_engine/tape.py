@@ -77,7 +77,7 @@ class Record:
         state: what the call saw.
         layouts: of the sources, as trees.
         shared: by place among the sources, the first place that holds the same stream.
-        target_layout: of the target.
+        target_layout: of the target; None where the rule saves nothing.
         kept: the target before the step, where the step is not undone.
         alone: the values of the streams that a replay reads, by place, where it needs no walk.
         saved: for each tensor that the call saved its shape, strides, dtype and device; where it

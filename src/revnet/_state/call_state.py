@@ -12,7 +12,7 @@ import torch
 from .._errors import ReversibleError
 from .._step import BoundStep
 from . import fsdp
-from .decisions import Decisions, _active, replays
+from .decisions import Decisions, replays, thread
 from .environment import Environment
 from .modules import ModuleState
 from .random import RandomState
@@ -127,7 +127,8 @@ class StepState:
         Returns:
             The keywords for the replay.
         """
-        undo.add(partial(self._leave, replays.depth, _active.decisions, self.decisions.place))
+        active = thread.active
+        undo.add(partial(self._leave, replays.depth, active.decisions, self.decisions.place))
         replays.depth += 1
         self.decisions.place = 0
         self._player = None
@@ -138,7 +139,7 @@ class StepState:
         return keywords
 
     def _leave(self, depth: int, active: tuple[Decisions, ...], place: int | None) -> None:
-        replays.depth, _active.decisions, self.decisions.place = depth, active, place
+        replays.depth, thread.active.decisions, self.decisions.place = depth, active, place
 
     def replaying(self, running: bool) -> Any:
         """Run the branch inside.

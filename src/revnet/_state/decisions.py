@@ -11,15 +11,24 @@ from torch import Tensor
 from .._errors import ReversibleError
 
 
-class _Active(threading.local):
-    """The calls and replays under way in this thread, outermost first."""
+class _Active:
+    """The calls and replays under way in one thread, outermost first."""
 
-    decisions: tuple[Decisions, ...] = ()
-    # Of `remember_outputs`: the modules under way, each with its mode.
-    modes: tuple[tuple[Any, Any], ...] = ()
+    __slots__ = ("decisions", "modes")
+
+    def __init__(self) -> None:
+        self.decisions: tuple[Decisions, ...] = ()
+        # Of `remember_outputs`: the modules under way, each with its mode.
+        self.modes: tuple[tuple[Any, Any], ...] = ()
 
 
-_active = _Active()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        # Looked up once where several of its attributes are needed.
+        self.active = _Active()
+
+
+thread = _Thread()
 
 
 class Decisions:
@@ -31,25 +40,26 @@ class Decisions:
         name: what errors call the step.
     """
 
-    __slots__ = ("tensors", "place", "name", "modes")
+    __slots__ = ("tensors", "place", "name", "active", "modes")
 
     def __init__(self, name: str) -> None:
         self.tensors: list[Tensor] = []
         self.place: int | None = None
         self.name = name
-        self.modes = 0
 
     def __enter__(self) -> None:
         """Let `remember` keep what it is given, or in a replay return what was kept."""
-        _active.decisions = (*_active.decisions, self)
-        self.modes = len(_active.modes)
+        self.active = active = thread.active
+        active.decisions = (*active.decisions, self)
+        self.modes = len(active.modes)
 
     def __exit__(self, *exception: object) -> None:
-        _active.decisions = _active.decisions[:-1]
+        active = self.active
+        active.decisions = active.decisions[:-1]
         # An interrupt runs no hooks.
-        while len(_active.modes) > self.modes:
-            mode = _active.modes[-1][1]
-            _active.modes = _active.modes[:-1]
+        while len(active.modes) > self.modes:
+            mode = active.modes[-1][1]
+            active.modes = active.modes[:-1]
             mode.__exit__(None, None, None)
 
     def pass_on(self, decision: Tensor, strict: bool = True) -> Tensor:
@@ -138,6 +148,6 @@ def remember(decision: Tensor) -> Tensor:
             "afterwards."
         )
     if not torch.compiler.is_compiling():
-        for decisions in _active.decisions:
+        for decisions in thread.active.decisions:
             decision = decisions.pass_on(decision)
     return decision

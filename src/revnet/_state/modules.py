@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .._errors import ReversibleError, changed_message
-from .._torch import is_dtensor, storage_id, version_of
+from .._torch import is_dtensor, storage_id
 from . import fsdp
 from .branch import Table, attributes_of, unaliased
 from .copies import Copies, refill
@@ -67,13 +67,12 @@ class ModuleState:
         where: what errors call the step.
     """
 
-    __slots__ = ("structure", "objects", "owners", "kwargs", "versions", "flags", "lazy")
+    __slots__ = ("structure", "objects", "owners", "kwargs", "marks", "lazy")
 
     def __init__(self, structure: Structure, kwargs: Mapping[str, Any], where: str) -> None:
         self.structure = structure
         self.owners: list[_Owner] = []
-        self.versions = list(map(version_of, structure.parameters))
-        self.flags = list(map(_requires_grad, structure.parameters))
+        self.marks = _marks(structure.parameters)
         self.lazy = structure.lazy and UninitializedParameter in map(type, structure.parameters)
         if structure.simple and not kwargs:
             self.objects, self.kwargs = _NOTHING, _NO_KEYWORDS
@@ -132,7 +131,8 @@ class ModuleState:
             return
         if self.lazy:
             # A lazy module gives its parameters memory in its first call.
-            self.versions = list(map(version_of, self.structure.parameters))
+            marks = zip(_marks(self.structure.parameters), self.marks, strict=True)
+            self.marks = [(version, flag) for (version, _), (_, flag) in marks]
         if objects.tensors or objects.containers or objects.iterations:
             objects.settle(self._values())
 
@@ -149,7 +149,7 @@ class ModuleState:
             ReversibleError: a parameter, a keyword tensor, or a tensor of a module that the call
                 left alone; or a container that is too large to be copied.
         """
-        if list(map(version_of, self.structure.parameters)) != self.versions:
+        if _marks(self.structure.parameters) != self.marks:
             self._check_parameters(where)
         for state in self.objects.tensors.values():
             if state.changed():
@@ -165,8 +165,8 @@ class ModuleState:
     def _check_parameters(self, where: str) -> None:
         structure = self.structure
         places = zip(structure.parameter_owns, structure.parameter_names, strict=True)
-        for (own, name), parameter, version in zip(
-            places, structure.parameters, self.versions, strict=True
+        for (own, name), parameter, (version, _) in zip(
+            places, structure.parameters, self.marks, strict=True
         ):
             if parameter._version == version:
                 continue
@@ -203,7 +203,7 @@ class ModuleState:
                 hold(own, found)
         if not current:
             self._restore_parameters(undo)
-        if list(map(_requires_grad, structure.parameters)) != self.flags:
+        if _marks(structure.parameters) != self.marks:
             self._restore_flags(undo)
         objects = self.objects
         if objects is _NOTHING:
@@ -245,7 +245,7 @@ class ModuleState:
                 own[name] = parameter
 
     def _restore_flags(self, undo: Undo) -> None:
-        for parameter, flag in zip(self.structure.parameters, self.flags, strict=True):
+        for parameter, (_, flag) in zip(self.structure.parameters, self.marks, strict=True):
             if parameter.requires_grad is not flag and parameter.is_leaf:
                 undo.add(partial(parameter.requires_grad_, not flag))
                 parameter.requires_grad_(flag)
@@ -254,7 +254,11 @@ class ModuleState:
 # Of a step without keywords whose modules hold nothing but numbers and parameters.
 _NOTHING = Objects()
 _NO_KEYWORDS: dict[str, Any] = {}
-_requires_grad = attrgetter("requires_grad")
+
+
+def _marks(parameters: list[Any]) -> list[tuple[int, bool]]:
+    """Return what changes where somebody writes to a parameter, freezes it or thaws it."""
+    return [(parameter._version, parameter.requires_grad) for parameter in parameters]
 
 
 def _reset(dicts: Sequence[tuple[Table, dict[str, Any]]]) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from .._torch import untraced
-from .decisions import _active
+from .decisions import thread
 
 
 def remember_outputs(module: nn.Module) -> Removable:
@@ -61,18 +61,22 @@ class Removable:
 
 
 def _open(module: nn.Module, args: Any) -> None:
-    if _active.decisions and not torch.compiler.is_compiling():
+    active = thread.active
+    if active.decisions and not torch.compiler.is_compiling():
         mode = _Decisions()
         mode.__enter__()
-        _active.modes = (*_active.modes, (module, mode))
+        active.modes = (*active.modes, (module, mode))
 
 
 def _close(module: nn.Module, args: Any, out: Any) -> Any:
     # Called after an error, too, perhaps one that came before the mode.
-    if torch.compiler.is_compiling() or not _active.modes or _active.modes[-1][0] is not module:
+    if torch.compiler.is_compiling():
         return None
-    mode = _active.modes[-1][1]
-    _active.modes = _active.modes[:-1]
+    active = thread.active
+    if not active.modes or active.modes[-1][0] is not module:
+        return None
+    mode = active.modes[-1][1]
+    active.modes = active.modes[:-1]
     mode.__exit__(None, None, None)
     if out is not None and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
         raise TypeError(
@@ -109,7 +113,7 @@ def _decided(out: Tensor) -> Tensor:
 def _repeated(out: Tensor, strict: bool) -> Tensor:
     """Return an output of the call, or in a replay what it was in the call."""
     found = first = out.detach()
-    for decisions in _active.decisions:
+    for decisions in thread.active.decisions:
         found = decisions.pass_on(found, strict)
     # What depends on it saves tensors for a gradient where it did in the call.
     return out if found is first else found.requires_grad_(out.requires_grad)

@@ -47,6 +47,7 @@ class Structure:
         "modules",
         "known",
         "dicts",
+        "empty",
         "sizes",
         "founds",
         "owns",
@@ -88,6 +89,9 @@ class Structure:
         self.lazy = UninitializedParameter in map(type, self.parameters)
         if not self.lazy:  # Such a module takes its hook away in the first call.
             self._add_hooks()
+        # Most hold nothing, and are asked for that all at once.
+        self.empty = [own for own in self.dicts if not own]
+        self.dicts = [own for own in self.dicts if own]
         self.sizes = list(map(len, self.dicts))
         # A rule that derives from this one may do more.
         self.quiet = vars(type(coupling)).get("quiet", False)
@@ -162,16 +166,20 @@ class Structure:
 
     def same(self) -> bool:
         """Check that every dict holds what it held, parameters apart."""
-        return list(map(len, self.dicts)) == self.sizes and all(
-            map(is_, map(_get, self.owns, self.names), self.values)
-        )
+        return self._sized() and all(map(is_, map(_get, self.owns, self.names), self.values))
 
     def current(self) -> bool:
         """Check that every dict holds what it held, parameters included."""
         owns, names, values = self.everything
-        return list(map(len, self.dicts)) == self.sizes and all(
-            map(is_, map(_get, owns, names), values)
+        # What `_sized` returns, without a call: every step asks.
+        return (
+            not any(self.empty)
+            and list(map(len, self.dicts)) == self.sizes
+            and all(map(is_, map(_get, owns, names), values))
         )
+
+    def _sized(self) -> bool:
+        return not any(self.empty) and list(map(len, self.dicts)) == self.sizes
 
     def put_back(self) -> None:
         """Put into every dict what it held, where something is different."""

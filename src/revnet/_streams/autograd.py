@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._factors import Factor, Increment, multiply, times
-from .._torch import is_forward_mode, without_tangents
+from .._torch import apply_outside_transforms, is_forward_mode, without_tangents
 from . import scaled
 from .fixed import Fixed
 from .format import Encoded
@@ -87,6 +87,9 @@ class _FixedAddNow(torch.autograd.Function):
     jvp = _DualAdd.jvp
 
 
+_add_now = apply_outside_transforms(_FixedAddNow)
+
+
 class _FixedEncode(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, fixed: Fixed, monitor: RangeMonitor | None, step: int) -> Encoded:
@@ -150,12 +153,12 @@ def fixed_add(
             new.residual,
         )
     if torch.compiler.is_compiling():
-        add: Any = _FixedAdd
+        add: Any = _FixedAdd.apply
     elif torch._C._are_functorch_transforms_active():
-        add = _DualAdd
+        add = _DualAdd.apply
     else:
-        add = _FixedAddNow
-    return Encoded(*add.apply(*encoded, increment, fixed, monitor, step))
+        add = _add_now
+    return Encoded(*add(*encoded, increment, fixed, monitor, step))
 
 
 def fixed_encode(

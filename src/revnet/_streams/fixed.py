@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -233,23 +233,23 @@ def _are_plain(tensors: Iterable[Tensor]) -> bool:
     return all(type(x) in _PLAIN for x in tensors)
 
 
-def fusible(tensors: Iterable[Tensor]) -> bool:
+def fusible(tensors: Sequence[Tensor]) -> bool:
     """Return whether a fused implementation may work on this memory: not traced, not batched.
 
     Fake tensors have no memory, and take what the fused implementation would.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
     for x in tensors:
         if type(x) not in _PLAIN:
             if is_fake(x):
                 continue
             return False
-        if transformed and torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return False
         if not x.is_cpu and (not x.is_cuda or launcher() is None):
             return False
+    # Also a wrapper that outlived its transform, which has no memory of its own.
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        return False
     if not (count_modes() or is_before_dispatch()):
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
