@@ -113,7 +113,7 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
     """A chain of two kinds of steps with small numbers, so that ties and tight budgets are
     common.
     """
-    rng = random.Random(seed)
+    rng, moments = random.Random(seed), random.Random(f"moments {seed}")
     kinds = []
     for target in (0, 1):
         own = {"store": rng.randint(3, 14), "select": rng.randint(2, 8)}
@@ -125,7 +125,7 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
                 name: Cost(
                     own.get(name, 0),
                     keeps.get(name, 0),
-                    own.get(name, 0) + rng.randint(4, 24),
+                    own.get(name, 0) + moments.randint(4, 24),
                     own.get(name, 0) + rng.randint(8, 20),
                     times[name] + rng.randint(-2, 3),
                 )
@@ -138,6 +138,7 @@ def random_chain(seed: int, steps: int, *, fixed: bool) -> Chain:
         kinds=tuple(kinds),
         steps=tuple((k % 2, k % 2) for k in range(steps)),
         overhead=4,
+        end=moments.randint(8, 40),
     )
 
 
@@ -205,7 +206,7 @@ def test_a_hurried_search_loses_little(seed: int, monkeypatch: pytest.MonkeyPatc
             found.append(solve(chain, budget))
         thorough, hurried = found
         assert hurried.peak <= budget
-        assert thorough.time <= hurried.time <= 1.004 * thorough.time
+        assert thorough.time <= hurried.time <= 1.006 * thorough.time
 
 
 @pytest.mark.slow
