@@ -194,19 +194,23 @@ def test_more_memory_is_never_slower():
     assert times[0] > times[-1]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_hurried_search_loses_little(seed: int, monkeypatch: pytest.MonkeyPatch):
-    chain = random_chain(seed, 100, fixed=False)
-    least, stored = minimum(chain), simulate(chain, ["store"] * 100).peak
-    for share in (0.05, 0.3, 0.6):
-        budget = round(least + share * (stored - least))
-        found = []
-        for effort in (10**6, 1):
-            monkeypatch.setattr("revnet._planning.solver._EFFORT", effort)
-            found.append(solve(chain, budget))
-        thorough, hurried = found
-        assert hurried.peak <= budget
-        assert thorough.time <= hurried.time <= 1.006 * thorough.time
+def test_a_hurried_search_loses_little(monkeypatch: pytest.MonkeyPatch):
+    losses = []
+    for seed in range(3):
+        chain = random_chain(seed, 100, fixed=False)
+        least, stored = minimum(chain), simulate(chain, ["store"] * 100).peak
+        for share in (0.05, 0.3, 0.6):
+            budget = round(least + share * (stored - least))
+            found = []
+            for effort in (10**6, 1):
+                monkeypatch.setattr("revnet._planning.solver._EFFORT", effort)
+                found.append(solve(chain, budget))
+            thorough, hurried = found
+            assert hurried.peak <= budget
+            assert thorough.time <= hurried.time
+            losses.append(hurried.time / thorough.time - 1)
+    assert max(losses) < 0.01
+    assert sum(losses) / len(losses) < 0.004
 
 
 @pytest.mark.slow
