@@ -230,6 +230,17 @@ def test_structures_of_one_class_do_not_use_up_one_limit(graphs: Any) -> None:
     assert graphs.frame_count == len(acts) + 1
 
 
+def test_sizes_of_one_class_do_not_use_up_one_limit(graphs: Any) -> None:
+    pairs = [
+        tuple(nn.Sequential(nn.Linear(WIDTH, n), nn.Linear(n, WIDTH)).double() for _ in "fg")
+        for n in range(3, 13)
+    ]
+    stored, net = oracle.stored_copy(pairs), revnet.ReversibleSequence(pairs)
+    net.compile(backend=graphs, fullgraph=True)
+    assert_as_stored(net, stored)
+    assert graphs.frame_count == len(pairs)
+
+
 def test_what_was_compiled_before_stays(graphs: Any) -> None:
     own = CompileCounterWithBackend("aot_eager")
     pairs = pairs_of(mlp, Scaled, depth=2)

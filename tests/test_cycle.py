@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cases
 import revnet
+from revnet.testing import check_inverse
 
 pytestmark = cases.COMPILER_WARNINGS
 
@@ -158,6 +160,53 @@ def test_streams_come_back():
     back = net.inverse(*net.run(*streams))
     for ours, theirs in zip(back, streams, strict=True):
         assert torch.allclose(ours, theirs, atol=2**-24)
+    check_inverse(net, *streams, tolerance=1e-6)
+    parts = net[3:].run(*net[:3].run(*streams))
+    assert all(map(torch.equal, parts, net.run(*streams)))
+
+
+class Halves(nn.Module):
+    """A layer on pairs of tensors."""
+
+    def __init__(self, aux: bool) -> None:
+        super().__init__()
+        self.linear, self.aux = nn.Linear(8, 8), aux
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> Any:
+        y = self.linear(x[0]), self.linear(x[1])
+        return (y, y[0].detach().sum()) if self.aux else y
+
+
+@pytest.mark.parametrize("kind", ["cycle", "sequence"])
+def test_extra_outputs_are_told_from_pairs(kind: str):
+    x = torch.randn(2, 8), torch.randn(2, 8)
+    for aux in (False, True):
+        parts = [Halves(aux) for _ in range(4)]
+        net: Any = (
+            revnet.ReversibleCycle(parts)
+            if kind == "cycle"
+            else revnet.ReversibleSequence(zip(parts[::2], parts[1::2], strict=True))
+        )
+        y, extra = net.with_aux(x)
+        assert isinstance(y, tuple)
+        assert [half.shape for half in y] == [(2, 8), (2, 8)]
+        assert len(extra) == 4 * aux
+
+
+@pytest.mark.parametrize("execution", ["invert", "checkpoint"])
+def test_second_derivatives_autocast_copies_and_shared_layers(execution: Any):
+    (layer,) = layers(1)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    net = revnet.ReversibleCycle([layer] * 5, execution=execution)
+    assert torch.autograd.gradgradcheck(net, (x,))
+    again = pickle.loads(pickle.dumps(net))
+    assert torch.equal(again(x), net(x))
+    low, found = layers(5, dtype=torch.float32), []
+    for each in ("store", execution):
+        with torch.autocast("cpu", torch.bfloat16):
+            net = revnet.ReversibleCycle(low, execution=each)
+            found.append(gradients(net, torch.linspace(-1, 1, 24).view(3, 8), low))
+    assert all(map(torch.equal, *found))
 
 
 def test_trees_plans_copies_and_state_dicts():
@@ -213,7 +262,10 @@ def test_errors_say_what_to_give():
     net = revnet.ReversibleCycle(layers(2))
     with pytest.raises(TypeError, match=r"x is torch.int64, but a stream is floating-point"):
         net(torch.zeros(2, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="got 2 streams, but num_streams is 3"):
-        net.run(*torch.zeros(2, 2, 8))
+    for call in (net.run, net.inverse):
+        with pytest.raises(ValueError, match="got 2 streams, but num_streams is 3: run"):
+            call(*torch.zeros(2, 2, 8))
+        with pytest.raises(ValueError, match=r"the streams differ: stream 0 is \(2, 8\)"):
+            call(*torch.zeros(2, 2, 8), torch.zeros(1, 8))
     with pytest.raises(TypeError, match="with_aux takes no taps"):
         net.with_aux(torch.zeros(2, 8), taps=[0])

@@ -277,15 +277,15 @@ def runs_only_steps(block: nn.Module) -> bool:
     )
 
 
-def check_streams(x1: Any, x2: Any) -> None:
+def check_streams(x1: Any, x2: Any, names: tuple[str, str] = ("x1", "x2")) -> None:
     """Raise unless the streams are equal in shape, or trees of floating-point tensors."""
-    for name, stream in (("x1", x1), ("x2", x2)):
+    for name, stream in zip(names, (x1, x2), strict=True):
         for leaf in tree_leaves(stream) or [stream]:
             check_stream(leaf, name)
     if not isinstance(x1, Tensor) or not isinstance(x2, Tensor):
         return
     if x1.shape != x2.shape or x1.dtype != x2.dtype or x1.device != x2.device:
         raise ValueError(
-            f"the streams differ: x1 is {tuple(x1.shape)} {x1.dtype} on {x1.device}, "
-            f"x2 is {tuple(x2.shape)} {x2.dtype} on {x2.device}"
+            f"the streams differ: {names[0]} is {tuple(x1.shape)} {x1.dtype} on {x1.device}, "
+            f"{names[1]} is {tuple(x2.shape)} {x2.dtype} on {x2.device}"
         )

@@ -7,8 +7,9 @@ from typing import Any, cast, overload
 
 from torch import Tensor, nn
 
+from ._block import check_streams
 from ._engine import ContextFn
-from ._program import DeterminismCheck, Execution, Streams, check_stream
+from ._program import DeterminismCheck, Execution, Streams, check_stream, output_and_aux
 from ._reversible import StepProgram
 from ._routing import StepRoutes
 from ._step import Step
@@ -41,7 +42,7 @@ class ReversibleCycle(StepProgram):
     so that it reads the input and what all layers before it added, but for every n-th. On two
     streams, as in `ReversibleSequence`, it misses every second. What the forward pass keeps is n
     streams, whatever the depth. Layers may be whole layers of attention and MLP, without their
-    residual connection. An odd number of them is as good as an even one.
+    residual connection. Any number of layers will do.
 
     Args:
         layers: modules that map a stream to what is added to it, a tensor of the same shape (or
@@ -120,9 +121,30 @@ class ReversibleCycle(StepProgram):
         Returns:
             As many streams; and a dict from step to extra output if layers returned any.
         """
-        if len(streams) != self.num_streams:
-            raise ValueError(f"got {len(streams)} streams, but num_streams is {self.num_streams}")
+        self._check_streams(streams)
         return self._run(streams, kwargs)
+
+    def inverse(self, *streams: Any, return_aux: bool = False, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the streams before the first layer, from those that `run` returned.
+
+        What `forward` returns is merged, and has no inverse. Otherwise as `Reversible.inverse`.
+
+        Args:
+            streams: `num_streams` of them.
+            return_aux: append the dict from step to extra output, `{}` if no layer returned any.
+            **kwargs: as in `forward`.
+        """
+        self._check_streams(streams)
+        return super().inverse(*streams, return_aux=return_aux, **kwargs)
+
+    def _check_streams(self, streams: Sequence[Any]) -> None:
+        if len(streams) != self.num_streams:
+            raise ValueError(
+                f"got {len(streams)} streams, but num_streams is {self.num_streams}: run and "
+                f"inverse take all streams; forward splits its input, and merges them"
+            )
+        for i, stream in enumerate(streams):
+            check_streams(streams[0], stream, ("stream 0", f"stream {i}"))
 
     def _tapped(self, *streams: Any) -> Any:
         return self._merge(*streams)
@@ -146,10 +168,7 @@ class ReversibleCycle(StepProgram):
         Returns:
             The output, and a dict from step, such as "step 3", to extra output.
         """
-        if kwargs.get("taps") is not None:
-            raise TypeError("with_aux takes no taps: call the module itself")
-        found: Any = self(x, **kwargs)
-        return found if isinstance(found, tuple) else (found, {})
+        return output_and_aux(self, x, kwargs)
 
     @overload
     def __getitem__(self, index: int) -> Step: ...
@@ -158,7 +177,8 @@ class ReversibleCycle(StepProgram):
     def __getitem__(self, index: int | slice) -> Step | ReversibleCycle:
         """Return the step of a layer, or a cycle of some: the same layers, settings of its own.
 
-        A layer of a slice updates the stream that it updates here: `net[:4](x)` is an early exit.
+        A layer of a slice updates the stream that it updates here: `net[:4](x)` is an early exit,
+        and `net[4:].run(*net[:4].run(...))` goes on from there.
         """
         if isinstance(index, slice):
             return self._slice(ReversibleCycle, index)

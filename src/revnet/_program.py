@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVarTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure
 
 from . import _precision
 from ._compiled.function import active, kinds_of_layers, outside, run_traced
@@ -358,6 +359,18 @@ def _apply(call: Call, parts: BoundSteps, taps: Taps | None = None) -> Sequence[
             taps.reach(index, call.values)
         call.step(index, part)
     return ()
+
+
+def output_and_aux(net: Program, x: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Call a module of one input; return its output, and the extra outputs, which may be none."""
+    if kwargs.get("taps") is not None:
+        raise TypeError("with_aux takes no taps: call the module itself")
+    found: Any = net(x, **kwargs)
+    pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)
+    # An output may be such a pair itself, if the input is one.
+    if pair and tree_structure(found) != tree_structure(x):
+        return found[0], found[1]
+    return found, {}
 
 
 def callers_level() -> int:

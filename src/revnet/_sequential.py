@@ -22,6 +22,7 @@ from ._program import (
     Execution,
     Program,
     check_stream,
+    output_and_aux,
 )
 from ._routing import Routes, check_names, check_routes, keywords_of, sliced
 from ._schemes import (
@@ -86,10 +87,7 @@ class BlockSequence(Program):
         Returns:
             The output, and a dict from branch to extra output.
         """
-        if kwargs.get("taps") is not None:
-            raise TypeError("with_aux takes no taps: call the module itself")
-        found: Any = self(x, **kwargs)
-        return found if isinstance(found, tuple) else (found, {})
+        return output_and_aux(self, x, kwargs)
 
     @property
     def _branches(self) -> Sequence[Iterable[nn.Module]]:

@@ -123,7 +123,8 @@ def _entry(module: nn.Module) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    code = _entry_code(call.__code__, tuple(map(type, module.modules())))
+    sizes = [parameter.shape for parameter in module.parameters()]
+    code = _entry_code(call.__code__, (*map(type, module.modules()), *sizes))
     return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
 
 
@@ -131,13 +132,13 @@ _numbers = itertools.count()
 
 
 @lru_cache(256)
-def _entry_code(code: CodeType, kinds: tuple[type[nn.Module], ...]) -> CodeType:
-    """Return a copy of code for modules of the same structure.
+def _entry_code(code: CodeType, structure: tuple[Any, ...]) -> CodeType:
+    """Return a copy of code for modules of the same classes and sizes.
 
     Dynamo compiles a code object a few times only, and what it learns about varying shapes it
     remembers by the name.
     """
-    return code.replace(co_name=f"{kinds[0].__name__}_{next(_numbers)}")
+    return code.replace(co_name=f"{structure[0].__name__}_{next(_numbers)}")
 
 
 def records_operators() -> bool:

@@ -16,8 +16,10 @@ from torch.utils import _pytree as pytree
 from ._branch_check import IN_PLACE, check_branch, check_tiles, unchanged
 from ._conversion.convert import Conversion, unconvert
 from ._couplings import Coupling
+from ._cycle import ReversibleCycle
 from ._errors import ReversibleError
 from ._memory import measure_memory
+from ._sequence import ReversibleSequence
 from ._source import rule_of
 
 __all__ = [
@@ -37,7 +39,8 @@ def check_inverse(
 
     Args:
         program: a `Coupling`, whose `inputs` are a target and a branch output (and a source, if it
-            reads that); or a module with `forward` and `inverse`, whose `inputs` are its streams.
+            reads that); or a module with `forward` (or `run`, as sequences have it) and `inverse`,
+            whose `inputs` are its streams.
         inputs: tensors, or trees of tensors, floating-point.
         tolerance: largest relative error of a tensor; by default 1000 times the precision of its
             dtype, and a tenth at most.
@@ -59,7 +62,11 @@ def check_inverse(
             out: Any = read if program.reads_source else read[0]
             restored: Any = (rule.invert(rule.combine(target, out), out), *read)
         else:
-            outputs = program(*inputs, **kwargs)
+            forward: Any = program
+            if isinstance(program, ReversibleSequence | ReversibleCycle):
+                # Their forward pass merges the streams.
+                forward = program.run
+            outputs = forward(*inputs, **kwargs)
             streams = outputs if isinstance(outputs, tuple) else (outputs,)
             restored = program.inverse(*streams[: len(inputs)], **kwargs)  # type: ignore[operator]
             restored = restored if isinstance(restored, tuple) else (restored,)
