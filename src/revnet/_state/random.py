@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Iterator, Sequence
+from ctypes import string_at
 from typing import Any
 
 import torch
@@ -20,18 +20,21 @@ class RandomState:
     __slots__ = ("cpu", "devices")
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        # Without operators, each of which costs the host as much as a launch.
-        state = torch.default_generator.get_state()
-        self.cpu = ctypes.string_at(state.data_ptr(), state.nbytes)
+        self.cpu = torch.default_generator.get_state()
         self.devices = _read_generators(devices) if devices else []
 
     def same(self, other: RandomState) -> bool:
         """Check that no generator was drawn from in between."""
-        return self.cpu == other.cpu and self.devices == other.devices
+        ours, theirs = self.cpu, other.cpu
+        # Without operators, each of which costs the host as much as a launch.
+        drawn = string_at(ours.data_ptr(), ours.nbytes) != string_at(
+            theirs.data_ptr(), theirs.nbytes
+        )
+        return not drawn and self.devices == other.devices
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Return what tells this state from others, in a few bytes."""
-        return hash(self.cpu), self.devices
+        return hash(string_at(self.cpu.data_ptr(), self.cpu.nbytes)), self.devices
 
     def now(self) -> RandomState:
         """Return the present state of the same generators."""
@@ -39,9 +42,7 @@ class RandomState:
 
     def set(self) -> None:
         """Set the generators to this state."""
-        state = torch.default_generator.get_state()
-        ctypes.memmove(state.data_ptr(), self.cpu, len(self.cpu))
-        torch.default_generator.set_state(state)
+        torch.default_generator.set_state(self.cpu)
         for device, state in self.devices:
             _write_generator(device, state)
 
