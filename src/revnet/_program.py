@@ -138,7 +138,7 @@ class Program(nn.Module):
         return _apply(call, parts, taps)
 
     def _tapped(self, *streams: Any) -> Any:
-        """Return what a tap gives of the streams on the way."""
+        """Return what a caller gets of the streams: at the end, or of a tap on the way."""
         return streams
 
     def _run(

@@ -108,10 +108,7 @@ class Measurement:
 
     def end(self, values: Sequence[Any]) -> Any:
         """Return the result of the sequence, from the streams after its last step."""
-        net = self.net
-        if isinstance(net, ReversibleSequence | ReversibleCycle):
-            return net._merge(*values)
-        return list(values)
+        return self.net._tapped(*values)
 
     def call(self, streams: Sequence[Any], executions: Sequence[Execution]) -> Call:
         """Return a call in which steps of the sequence can run."""

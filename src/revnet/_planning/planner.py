@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 
 from .._errors import ReversibleError
-from .._execution import BY_NAME, STORE
+from .._execution import BY_NAME, EXECUTIONS, STORE
 from .._plan import Plan
 from .._program import Program
 from .._sizes import format_bytes, free_bytes, parse_bytes
 from .._tile import Tile
 from .costs import Measurement
-from .solver import Solution, minimum, simulate, solve
+from .solver import Chain, Solution, minimum, simulate, solve
 from .stand_ins import stand_ins
 
 Budget = int | str | None
@@ -201,61 +201,71 @@ class _Planner:
     @cached_property
     def most(self) -> int:
         """Return the peak of stored execution."""
-        return max(self.run(self.stored).peak, self.least)
+        return max(self.run(self.stored.executions).peak, self.least)
 
     @cached_property
     def least(self) -> int:
-        """Return the smallest peak that any plan has."""
-        self.fit(None)
+        """Return the smallest peak that any plan has.
+
+        What is run for it follows from bytes alone: times differ from call to call, and the peak
+        that an error names must be there in the next call.
+        """
+        known, self.seen = self.seen, {}
         # Where branches keep little, stored execution takes less than is predicted of it.
-        self.run(self.stored)
+        self.run(self.stored.executions)
+        # Predictions are right to the size of the streams only, so what keeps least is run besides.
+        undone = [
+            [name for name in self.chain.kinds[kind] if not BY_NAME[name].on_host][-1]
+            for kind, _ in self.chain.steps
+        ]
+        self.run(undone)
+        self.run([*undone[:-1], STORE.name])
+        self.fit(None, timed=False)
         # A run can take less than was predicted, and so can similar plans.
-        self.fit(min(solution.peak for solution in self.seen.values()))
-        return min(solution.peak for solution in self.seen.values())
+        self.fit(min(solution.peak for solution in self.seen.values()), timed=False)
+        least = min(solution.peak for solution in self.seen.values())
+        self.seen = known | self.seen
+        return least
 
     @cached_property
     def stored(self) -> Solution:
         """Return stored execution."""
         return simulate(self.chain, [STORE.name] * len(self.chain.steps))
 
-    def fit(self, size: int | None) -> None:
+    def fit(self, size: int | None, timed: bool = True) -> None:
         """Run the fastest plan within `size` bytes or, without a size, that of the smallest peak.
 
         The bytes by which a run differs from the prediction are added to the chain, which is solved
-        again.
+        again. Unless `timed`, an execution takes the longer, the less it keeps, whatever was
+        measured.
         """
-        chain = self.chain
+        chain = self.chain if timed else _untimed(self.chain)
         for _ in range(_RUNS):
             limit = minimum(chain) if size is None else size
             solution = solve(chain, limit)
             if solution is None:
                 return
-            off = self.run(solution).peak - solution.peak
+            off = self.run(solution.executions).peak - solution.peak
             if off == 0 or -0.01 * limit <= off <= limit - solution.peak:
                 return
             if off > 0 and _uses_host(solution.executions):
                 # A copy holds its tensor the longer, the further the host runs ahead, so that no
                 # budget can be promised.
-                kinds = [
-                    {name: cost for name, cost in kind.items() if not BY_NAME[name].on_host}
-                    for kind in chain.kinds
-                ]
-                self.chain = replace(self.chain, kinds=tuple(kinds))
-                chain = replace(chain, kinds=tuple(kinds))
+                self.chain, chain = _without_host(self.chain), _without_host(chain)
             else:
                 chain = replace(chain, overhead=chain.overhead + off)
 
-    def run(self, solution: Solution) -> Solution:
-        """Return the solution with its largest peak in runs, on all ranks."""
-        executions = solution.executions
-        if executions not in self.seen:
-            peak = simulate(self.chain, executions).peak
+    def run(self, executions: Sequence[str]) -> Solution:
+        """Return what these executions come to, with the largest peak in runs, on all ranks."""
+        key = tuple(executions)
+        if key not in self.seen:
+            solution = simulate(self.chain, key)
             if self.measurement.mode is None:
-                runs = 3 if _uses_host(executions) else 1
-                peaks = [self.measurement.peak(executions) for _ in range(runs)]
-                peak = max(_gather(max(peaks)))
-            self.seen[executions] = solution._replace(peak=peak)
-        return self.seen[executions]
+                runs = 3 if _uses_host(key) else 1
+                peaks = [self.measurement.peak(key) for _ in range(runs)]
+                solution = solution._replace(peak=max(_gather(max(peaks))))
+            self.seen[key] = solution
+        return self.seen[key]
 
     def fastest(self, size: int) -> Plan:
         """Return the fastest plan that was run and is within `size` bytes.
@@ -292,6 +302,24 @@ class _Planner:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _untimed(chain: Chain) -> Chain:
+    """Return the chain with times that follow from the order of executions alone."""
+    kinds = [
+        {name: cost._replace(time=EXECUTIONS.index(name)) for name, cost in kind.items()}
+        for kind in chain.kinds
+    ]
+    return replace(chain, kinds=tuple(kinds))
+
+
+def _without_host(chain: Chain) -> Chain:
+    """Return the chain without the executions that keep a tensor on the host."""
+    kinds = [
+        {name: cost for name, cost in kind.items() if not BY_NAME[name].on_host}
+        for kind in chain.kinds
+    ]
+    return replace(chain, kinds=tuple(kinds))
 
 
 def _uses_host(executions: Sequence[str]) -> bool:
