@@ -195,49 +195,76 @@ class Layers:
         program: the program.
     """
 
-    __slots__ = ("kinds", "tables", "sizes", "owns", "names", "children")
+    __slots__ = ("kinds", "settled", "tables", "sizes", "children", "modules", "tensors", "dims")
 
     def __init__(self, program: nn.Module) -> None:
         modules = modules_of(program)
         known = set(modules)
-        kinds = set()
+        kinds: set[str] = set()
+        # Whether a change of what decides shows in the tables of modules.
+        self.settled = True
         self.tables: list[dict[str, Any]] = []
-        # For each child the table that has it, and its name there.
-        self.owns: list[dict[str, Any]] = []
-        self.names: list[str] = []
-        self.children: list[Any] = []
+        # For each child, and each parameter and buffer, the table that has it and its name there.
+        self.children: list[tuple[dict[str, Any], str]] = []
+        self.tensors: list[tuple[dict[str, Any], str]] = []
         for module in modules:
             attributes, simple = attributes_of(module)
             for hidden in () if simple else modules_in(attributes.values()):
+                # A list, say, that holds another one next time.
+                self.settled = False
                 inside = modules_of(hidden)
                 # Of one that holds the program, its branches may read attributes.
                 if program not in inside:
                     modules += [each for each in inside if each not in known]
                     known.update(inside)
             kinds.add(_kind(module))
-            table = tables_of(module)[0]
-            self.tables.append(table)
-            self.owns += [table] * len(table)
-            self.names += table
-            self.children += table.values()
+            if isinstance(module, torch.jit.ScriptModule):
+                # Its tables are copies.
+                self.settled = False
+                continue
+            children, *tensors = tables_of(module)
+            self.tables += (children, *tensors)
+            self.children += [(children, name) for name in children]
+            self.tensors += [(table, name) for table in tensors for name in table]
+            # Of one without a shape the number of dimensions is not known.
+            if any(is_lazy(tensor) for table in tensors for tensor in table.values()):
+                self.settled = False
         self.sizes = list(map(len, self.tables))
+        self.modules = [table[name] for table, name in self.children]
+        self.dims = self._dims() if self.settled else []
         # Of "conv" and "rnn" those that are there.
         self.kinds = tuple(sorted(kinds - {""}))
 
     def current(self) -> bool:
-        """Check that every module has the children that it had."""
-        return list(map(len, self.tables)) == self.sizes and all(
-            map(is_, map(_get, self.owns, self.names), self.children)
+        """Check that every module has the children that it had, and tensors as it had them."""
+        return (
+            self.settled
+            and list(map(len, self.tables)) == self.sizes
+            and [table.get(name) for table, name in self.children] == self.modules
+            and self._dims() == self.dims
         )
+
+    def _dims(self) -> list[int]:
+        """Return the dimensions of each tensor: not itself, as that would keep its memory."""
+        tensors = [table.get(name) for table, name in self.tensors]
+        return [-1 if tensor is None else tensor.ndim for tensor in tensors]
+
+
+def _is_wide(tensor: Any) -> bool:
+    """Check whether a tensor may be the weight of a convolution; a mask is not."""
+    if tensor is None or tensor.dtype is torch.bool:
+        return False
+    # Of one without a shape yet that is not known.
+    return is_lazy(tensor) or tensor.dim() > 2
 
 
 def _kind(module: nn.Module) -> str:
     """Return "conv" or "rnn" for a layer that torch computes by the settings of this kind."""
-    if isinstance(module, nn.RNNBase):
+    _, parameters, buffers = tables_of(module)
+    # Scripts have lost their class, and a branch may call `conv2d` with weights of its own.
+    if isinstance(module, nn.RNNBase) or "weight_ih_l0" in parameters:
         return "rnn"
-    # A branch may call `conv2d` with weights of its own, and scripts have lost their class.
-    weights = [each for each in tables_of(module)[1].values() if each is not None]
-    wide = any(not is_lazy(each) and each.dim() > 2 for each in weights)
+    wide = any(map(_is_wide, (*parameters.values(), *buffers.values())))
     return "conv" if wide or isinstance(module, _ConvNd) else ""
 
 
