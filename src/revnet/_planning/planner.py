@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from .._errors import ReversibleError
-from .._execution import BY_NAME, EXECUTIONS, STORE
+from .._execution import BY_NAME, STORE
 from .._plan import Plan
 from .._program import Program
 from .._sizes import format_bytes, free_bytes, parse_bytes
@@ -306,8 +306,9 @@ def _name(dtype: torch.dtype) -> str:
 
 def _untimed(chain: Chain) -> Chain:
     """Return the chain with times that follow from the order of executions alone."""
+    order = list(BY_NAME)
     kinds = [
-        {name: cost._replace(time=EXECUTIONS.index(name)) for name, cost in kind.items()}
+        {name: cost._replace(time=order.index(name)) for name, cost in kind.items()}
         for kind in chain.kinds
     ]
     return replace(chain, kinds=tuple(kinds))
