@@ -108,7 +108,7 @@ class ReversibleCycle(StepProgram):
         """
         positions = None if taps is None else positions_of(taps, len(self), 1, "layer")
         found = self._run(self._split(x), kwargs, positions)
-        y, more = self._merge(*found[: self.num_streams]), found[self.num_streams :]
+        y, more = self._tapped(*found[: self.num_streams]), found[self.num_streams :]
         return (y, *more) if more else y
 
     def run(self, *streams: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -146,16 +146,13 @@ class ReversibleCycle(StepProgram):
         for i, stream in enumerate(streams):
             check_streams(streams[0], stream, ("stream 0", f"stream {i}"))
 
-    def _tapped(self, *streams: Any) -> Any:
-        return self._merge(*streams)
-
     def _split(self, x: Any) -> list[Any]:
         for leaf in tree_leaves(x) or [x]:
             check_stream(leaf, "x")
         share = tree_map(lambda leaf: leaf / (self.num_streams - 1), x)
         return [share] * self.num_streams
 
-    def _merge(self, *streams: Any) -> Any:
+    def _tapped(self, *streams: Any) -> Any:
         share = (self.num_streams - 1) / self.num_streams
         return tree_map(lambda leaf: leaf * share, _sum(streams))
 
