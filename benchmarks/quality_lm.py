@@ -269,11 +269,9 @@ def bits_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
 
 def compile_branches(model: Model) -> None:
     """Compile what the steps of the network run: whole layers, or attentions and MLPs."""
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if module not in inside and isinstance(module, Layer | Attention | FeedForward):
-            module.compile()
-            inside.update(module.modules())
+    body = model.body
+    for part in body.layers if isinstance(body, Residual) else [body]:
+        part.compile()
 
 
 def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
