@@ -35,6 +35,9 @@ STORED, BLOCK, BRANCH, FLOAT, FIXED = (
 ALL = (STORED, BLOCK, BRANCH, FLOAT, FIXED)
 # The shortest loop in Python that rebuilds the streams: what no engine can undercut on a host.
 HAND = "by hand"
+# The same on autograd's own graph: what no engine can undercut that composes with all of torch.
+HOOKS = "hooks alone"
+EAGER = (*ALL, HAND, HOOKS)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,77 @@ def _undone(
     return target - out, of_source + source.grad
 
 
+class Hooks(nn.Module):
+    """The two-stream network on an ordinary graph, whose hooks rebuild what steps saved.
+
+    They check nothing, and reckon with a single backward call that visits every step in order.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams, state = [x, x], []
+        autocast = torch.is_autocast_enabled(x.device.type)
+        for pair in self.blocks:
+            for target, branch in enumerate(pair):
+                hooks = _Hooks(branch, target, state, autocast)
+                with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+                    streams[target] = streams[target] + branch(streams[1 - target])
+        state += [stream.detach() for stream in streams]
+        return (streams[0] + streams[1]) / 2
+
+
+class _Hooks:
+    """Those of one step, on the streams as the steps above it left them."""
+
+    __slots__ = ("branch", "target", "state", "autocast", "saved", "found")
+
+    def __init__(self, branch: nn.Module, target: int, state: list[Tensor], autocast: bool) -> None:
+        self.branch, self.target, self.state, self.autocast = branch, target, state, autocast
+        self.saved = 0
+        self.found: dict[int, Tensor] | None = None
+
+    def pack(self, tensor: Tensor) -> Tensor | int:
+        self.saved += 1
+        return tensor if tensor.is_leaf and tensor.requires_grad else self.saved
+
+    def unpack(self, packed: Tensor | int) -> Tensor:
+        if not isinstance(packed, int):
+            return packed
+        if self.found is None:
+            self.found = self._replay()
+        return self.found.pop(packed)
+
+    def _replay(self) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        count = 0
+
+        def collect(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            found[count] = tensor.detach()
+            return tensor
+
+        state, target = self.state, self.target
+        source = state[1 - target].detach().requires_grad_()
+        kind = source.device.type
+        precision = torch.autocast(kind, torch.bfloat16) if self.autocast else _NOTHING
+        hooks = torch.autograd.graph.saved_tensors_hooks(collect, _same)
+        with torch.enable_grad(), precision, hooks:
+            out = self.branch(source)
+        state[target] = state[target] - out.detach()
+        return found
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 @dataclass
 class Arm:
     """One way to run a row's network, and what was found about it."""
@@ -209,6 +283,8 @@ def race(row: Row, rounds: int | None = None) -> list[Arm]:
 def make_arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
     if name == HAND:
         net: nn.Module = Hand(pairs)
+    elif name == HOOKS:
+        net = Hooks(pairs)
     elif name in (FLOAT, FIXED):
         net = revnet.ReversibleSequence(pairs, streams=name)
     else:
@@ -217,9 +293,7 @@ def make_arm(name: str, row: Row, pairs: Any, x: Tensor, pull: Tensor) -> Arm:
     run = torch.compile(net, fullgraph=True) if row.mode == "fullgraph" else net
 
     def step() -> None:
-        with (
-            torch.autocast(row.device, torch.bfloat16) if row.autocast else contextlib.nullcontext()
-        ):
+        with torch.autocast(row.device, torch.bfloat16) if row.autocast else _NOTHING:
             if name == HAND:
                 run(x, pull)
                 return

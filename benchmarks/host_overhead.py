@@ -29,10 +29,9 @@ from typing import Any
 
 import torch
 from _models import branches
-from _race import ALL, BLOCK, FIXED, FLOAT, HAND, STORED, Row, Target, main, make_arm, timed
+from _race import BLOCK, EAGER, FIXED, FLOAT, STORED, Row, Target, main, make_arm, timed
 from torch import Tensor
 
-EAGER = (*ALL, HAND)
 ROWS = (
     Row(
         "small-eager", 256, 256, 8, 48, arms=EAGER,

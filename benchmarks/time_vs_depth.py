@@ -7,10 +7,9 @@ benchmarks/results/time_vs_depth_h100.md python benchmarks/time_vs_depth.py --de
 
 from __future__ import annotations
 
-from _race import ALL, BLOCK, FIXED, FLOAT, HAND, STORED, Row, Target, main
+from _race import BLOCK, EAGER, FIXED, FLOAT, STORED, Row, Target, main
 
 GIB = 2**30
-EAGER = (*ALL, HAND)
 
 ROWS = (
     Row(
