@@ -238,7 +238,11 @@ def test_a_loss_in_chunks_is_the_loss(long_context: Any, device: str, chunk: int
 def test_a_loss_in_chunks_is_as_near_in_bfloat16(
     long_context: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """As near to float64 as plain cross entropy, which has all logits in float32 at once."""
+    """As near to float64 as plain cross entropy, which has all logits in float32 at once.
+
+    But for one thing: the gradient of the weights is rounded to bfloat16 twice, in each chunk and
+    after their sum, so that its error may be √2 times as large.
+    """
     # Not the fused one, where it is installed.
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     model = long_context.LongContext(500, 64, 1, 2, 2, 1, 64, 64, 16).to(device, torch.bfloat16)
@@ -259,7 +263,7 @@ def test_a_loss_in_chunks_is_as_near_in_bfloat16(
     whole = results(plain(model, hidden), model, hidden)
     chunks = results(model.loss(hidden, targets), model, hidden)
     for a, b, c in zip(true, whole, chunks, strict=True):
-        assert (c - a).norm() <= 1.2 * (b - a).norm() + 1e-6 * a.norm()
+        assert (c - a).norm() <= 2**0.5 * (b - a).norm() + 1e-6 * a.norm()
 
 
 def test_a_loss_in_chunks_does_not_grow_with_the_vocabulary(long_context: Any):

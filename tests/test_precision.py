@@ -184,7 +184,8 @@ class Functional(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, width, 3) / 5)
+        # Outputs half as large as inputs, whatever the width: fixed streams have a range.
+        self.weight = nn.Parameter(torch.randn(width, width, 3) / (12 * width) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv1d(x, self.weight, padding=1)
