@@ -17,24 +17,25 @@ from .undo import Undo
 class RandomState:
     """State of the CPU generator and of the generators of `devices`, at one moment."""
 
-    __slots__ = ("cpu", "devices")
+    __slots__ = ("cpu", "devices", "_contents")
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.cpu = torch.default_generator.get_state()
         self.devices = _read_generators(devices) if devices else []
+        # What `_contents` returns, without a call; most states are compared with two others.
+        self._contents: bytes | None = string_at(self.cpu.data_ptr(), self.cpu.nbytes)
 
-    def same(self, other: RandomState) -> bool:
-        """Check that no generator was drawn from in between."""
-        ours, theirs = self.cpu, other.cpu
-        # Without operators, each of which costs the host as much as a launch.
-        drawn = string_at(ours.data_ptr(), ours.nbytes) != string_at(
-            theirs.data_ptr(), theirs.nbytes
-        )
-        return not drawn and self.devices == other.devices
+    def same(self, before: RandomState) -> bool:
+        """Check that no generator was drawn from since an earlier moment."""
+        theirs = before._contents
+        # That one may stay until backward, for which its tensor is enough.
+        before._contents = None
+        ours, theirs = self._contents or _contents(self.cpu), theirs or _contents(before.cpu)
+        return ours == theirs and self.devices == before.devices
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Return what tells this state from others, in a few bytes."""
-        return hash(string_at(self.cpu.data_ptr(), self.cpu.nbytes)), self.devices
+        return hash(self._contents or _contents(self.cpu)), self.devices
 
     def now(self) -> RandomState:
         """Return the present state of the same generators."""
@@ -60,6 +61,11 @@ class RandomState:
             yield
         finally:
             undo.run()
+
+
+def _contents(state: Tensor) -> bytes:
+    """Return what a state holds, without operators, each of which costs as much as a launch."""
+    return string_at(state.data_ptr(), state.nbytes)
 
 
 def _read_generators(devices: Sequence[torch.device]) -> list[tuple[torch.device, Any]]:
