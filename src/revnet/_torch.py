@@ -156,6 +156,11 @@ def is_faking() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+# Switch gradients on or off in this thread. Without it each replay would make an object that does
+# so for a `with`, which takes longer than an operator.
+set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+
+
 def is_capturing() -> bool:
     """Check whether the current CUDA stream is being captured into a graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -28,6 +28,7 @@ from .._torch import (
     outside_transforms,
     pop_saved_tensor_hooks,
     push_saved_tensor_hooks,
+    set_grad_mode,
     untraced,
 )
 from .._trees import tree_map
@@ -111,6 +112,14 @@ def _forget(reference: weakref.ref[Tape], backward: int) -> None:
 
 def _nearest(tape: Tape, recomputed: Recomputed, step: int) -> tuple[int, list[Stream]]:
     """Return the lowest state from which `step` can be reached, and its position (rule 2)."""
+    if (
+        recomputed.position == step + 1
+        and step not in tape.saved_states
+        and tape.running is None
+        and not tape.joints
+    ):
+        # Most walks begin where the last one ended.
+        return step + 1, recomputed.state
     candidates = [position for position in tape.saved_states if position >= step]
     running = len(tape.records) - 1 if tape.running is not None else None
     if running is not None:
@@ -304,8 +313,10 @@ class _Replay:
         hook = RecomputeHook(record, 0, self.collected, self.compare, self.running, early)
         sources = self._sources()
         push_saved_tensor_hooks(hook.pack, same_tensor)
+        before = torch.is_grad_enabled()
         try:
-            with torch.enable_grad(), record.state.replaying(self.running):
+            set_grad_mode(True)
+            with record.state.replaying(self.running):
                 out = step.fn(*sources, **self.keywords)
         except Exception as error:
             # The branch may have put another exception in its place, as a script does.
@@ -316,11 +327,13 @@ class _Replay:
             self.stopped = True
             return None
         finally:
+            set_grad_mode(before)
             pop_saved_tensor_hooks()
         hook.check(record.saved_by_branch)
         if self.compare and not self.running:
             record.state.verify()
-        self.mark = record.state.mark()
+        if not record.state.quiet:
+            self.mark = record.state.mark()
         return branch_output(out, record.target_layout)[0]
 
     def _sources(self) -> list[Any]:

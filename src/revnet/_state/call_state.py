@@ -183,9 +183,7 @@ class StepState:
             )
 
     def mark(self) -> Any:
-        """Return how far the replay of the branch has come, for the rule that follows it."""
-        if self.quiet:
-            return None
+        """Return how far the replay of the branch has come, for a rule that does more than add."""
         random = None if self.random is None else self.random.now()
         count = 0 if self._player is None else self._player.count
         modules = ModuleState(self.modules.structure, {}, self.name)
