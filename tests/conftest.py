@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch  # after the line above, which CUDA reads once
 from hypothesis import HealthCheck, settings
+
+# A device that is not in use queues each seed with the text of the whole stack, once per kind of
+# device: in the deep stack of pytest that takes milliseconds.
+for device in (torch.cuda, torch.mtia, torch.xpu):
+    device.traceback = types.SimpleNamespace(format_stack=list)
 
 settings.register_profile(
     "revnet",
