@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch  # after the line above, which CUDA reads once
 from hypothesis import HealthCheck, settings
+
+# A device that is not in use queues each seed with the text of the whole stack, once per kind of
+# device: in the deep stack of pytest that takes milliseconds.
+for device in (torch.cuda, torch.mtia, torch.xpu):
+    device.traceback = types.SimpleNamespace(format_stack=list)
 
 settings.register_profile(
     "revnet",
@@ -45,10 +51,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish() -> None:
-    # What has been imported stays: hundreds of collections in tests need not look at it again.
+frozen_modules = 0
+
+
+def freeze_imports() -> None:
+    """Hide what has been imported from the cycle collector; do nothing where little is new.
+
+    Modules stay for good, and each of hundreds of collections in tests would look at them again:
+    a quarter of a second once the compiler is among them.
+    """
+    global frozen_modules
+    if len(sys.modules) < frozen_modules + 200:
+        return
     gc.collect()
     gc.freeze()
+    frozen_modules = len(sys.modules)
+
+
+def pytest_collection_finish() -> None:
+    freeze_imports()
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +78,7 @@ def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     algorithms).
     """
     torch.manual_seed(0)
+    freeze_imports()
     if "torch._dynamo" in sys.modules:
         # What other tests had compiled would count towards the limit of compilations of one
         # function.

@@ -34,6 +34,17 @@ class Custom(nn.Module):
         return self.leave(self.drop(self.enter(x).tanh()))
 
 
+class Dropped(nn.Module):
+    """Its own frame with randomness, and few tensors to save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.enter(x))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +71,7 @@ BRANCHES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "nested-custom": (lambda: nn.Sequential(nn.Sequential(Custom(), Fourier()), nn.Tanh()), 2),
     "custom": (Custom, 1),
     "custom-dropout": (lambda: Custom(0.4), 1),
+    "custom-small": (Dropped, 1),
     "custom-attention": (Attention, 1),
     "compiled-by-function": (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), 1),
 }
@@ -67,7 +79,7 @@ STREAMS = [pytest.param("float", id="float"), pytest.param(revnet.Fixed(37), id=
 EXECUTIONS = ["invert", "checkpoint", "select", "store"]
 # Every kind of branch once, and every way to run two of them that differ most: one that Dynamo
 # leaves alone, one of which it makes a graph, with randomness.
-WAYS = [(kind, "invert", STREAMS[0]) for kind in BRANCHES]
+WAYS = [(kind, "invert", STREAMS[0]) for kind in BRANCHES if kind != "custom-small"]
 WAYS += [
     (kind, execution, streams)
     for kind in ("sequential", "custom-dropout")
@@ -157,7 +169,7 @@ BACKWARDS = [
     ("linear", "checkpoint", STREAMS[1]),
     ("dropout", "select", STREAMS[0]),
     ("dropout", "invert", STREAMS[1]),
-    ("custom-dropout", "invert", STREAMS[0]),
+    ("custom-small", "invert", STREAMS[0]),
 ]
 
 

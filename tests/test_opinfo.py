@@ -33,12 +33,14 @@ def operators() -> list[Any]:
     stand_in = types.ModuleType("expecttest")
     stand_in.TestCase = unittest.TestCase  # type: ignore[attr-defined]
     sys.modules.setdefault("expecttest", stand_in)
+    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.opinfo import core
 
     # It looks for the test of torch that asks, through all frames: for each sample, in the deep
-    # stack of pytest, longer than the operator takes.
-    core.extract_test_fn = lambda: None
+    # stack of pytest, longer than the operator takes. Each module has its own name for the search.
+    for module in (common_utils, core):
+        module.extract_test_fn = lambda: None
     return [op for op in op_db if op.supports_autograd]
 
 
