@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import sys
 import threading
 import weakref
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -1136,3 +1137,33 @@ def test_fake_tensors() -> None:
         y.sum().backward()
     assert y.shape == (2, 3, WIDTH)
     assert len(conversion.stacks[0].unseen) == DEPTH
+
+class Around(nn.Module):
+    """Layers under two names, some of them in two lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net(3)
+        self.layers = self.inner.layers
+        self.more = nn.ModuleList([self.layers[2], Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, *self.more):
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("layers", [None, ["layers", "inner.layers", "more", "layers"]])
+def test_layers_under_several_names_are_converted_once(layers: Any) -> None:
+    net, x = Around(), torch.randn(2, 3, WIDTH)
+    expected = results(net, whole, x)
+    assert_same(
+        executed(net, "invert", whole, x, layers=layers),
+        executed(net, "store", whole, x, layers=layers),
+    )
+    conversion = revnet.convert(net, layers)
+    assert [len(stack.layers) for stack in conversion.stacks] == [3, 2]
+    assert "more.0 (the same as" in str(conversion)
+    revnet.unconvert(net)
+    assert all(type(layer) is Block for layer in (*net.layers, *net.more))
+    assert_same(results(net, whole, x), expected)
