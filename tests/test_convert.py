@@ -1138,6 +1138,38 @@ def test_fake_tensors() -> None:
     assert y.shape == (2, 3, WIDTH)
     assert len(conversion.stacks[0].unseen) == DEPTH
 
+
+def doubled_between(net: Any, x: Tensor) -> Tensor:
+    x = net.embed(x)
+    for layer in net.layers:
+        x = layer(x).mul_(2.0)
+    return net.norm(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*no layer was given the very tensor")
+@pytest.mark.parametrize("mode", ["inference", "vmap", "grad", "vmap of grad"])
+def test_writes_between_layers_are_noticed_where_torch_counts_none(mode: str) -> None:
+    net, x = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, calibrate=x)
+    x = x.requires_grad_()
+    y = doubled_between(net, x)
+    expected, (gradient,) = y.detach(), torch.autograd.grad(y.sin().sum(), x)
+
+    def loss(x: Tensor) -> Tensor:
+        return doubled_between(net, x).sin().sum()
+
+    if mode == "inference":
+        with torch.inference_mode():
+            torch.testing.assert_close(doubled_between(net, x.detach()).clone(), expected)
+    elif mode == "vmap":
+        found = torch.func.vmap(lambda x: doubled_between(net, x))(x.detach())
+        torch.testing.assert_close(found, expected)
+    else:
+        grad = torch.func.grad(loss)
+        grad = torch.func.vmap(grad) if mode == "vmap of grad" else grad
+        torch.testing.assert_close(grad(x.detach()), gradient)
+
+
 class Around(nn.Module):
     """Layers under two names, some of them in two lists."""
 

@@ -300,7 +300,14 @@ def _address(x: Tensor) -> int:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    """Return a number that each write to the tensor makes larger."""
+    functorch = torch._C._functorch
+    version = 0 if x.is_inference() else x._version
+    # Of nested transforms, only the one that makes a write may count it.
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+        version += 0 if x.is_inference() else x._version
+    return version
 
 
 def _without_caches(stack: Stack, keywords: dict[str, Any]) -> bool:

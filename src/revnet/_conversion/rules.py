@@ -167,8 +167,14 @@ def _readout(value: Tensor, hidden: Tensor, own: float, other: float, dtype: tor
 
 def hand_on(value: Tensor, hidden: Tensor, own: float, other: float, dtype: torch.dtype) -> Tensor:
     """Return the readout of two streams, a tensor of its own."""
-    function: Any = _HandOn if active() else _HandOnNow
-    y: Tensor = function.apply(value, hidden, own, other, dtype)
+    function: Any = _HandOn if active() or is_forward_mode() else _HandOnNow
+    y: Tensor
+    if torch.is_inference_mode_enabled():
+        # Writes to an inference tensor are not counted, and the model may write to this one.
+        with torch.inference_mode(False), torch.no_grad():
+            y = function.apply(value, hidden, own, other, dtype)
+    else:
+        y = function.apply(value, hidden, own, other, dtype)
     return y
 
 
