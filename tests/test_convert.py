@@ -1170,6 +1170,33 @@ def test_writes_between_layers_are_noticed_where_torch_counts_none(mode: str) ->
         torch.testing.assert_close(grad(x.detach()), gradient)
 
 
+_JVP = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+@_JVP
+def test_forward_mode() -> None:
+    from torch.autograd import forward_ad
+
+    net = Net(layer=lambda: Block(dropout=0.0)).double()
+    revnet.convert(net, streams="float")
+    x, t = torch.randn(2, 2, 3, WIDTH, dtype=torch.float64)
+    _, expected = torch.autograd.functional.jvp(net, x, t)
+    torch.testing.assert_close(torch.func.jvp(net, (x,), (t,))[1], expected)
+    with forward_ad.dual_level():
+        y, tangent = forward_ad.unpack_dual(net(forward_ad.make_dual(x, t)))
+    torch.testing.assert_close(tangent, expected)
+    torch.testing.assert_close(y, net(x))
+
+
+@_JVP
+def test_second_derivatives_by_forward_over_reverse() -> None:
+    net = Net(3, layer=lambda: Block(dropout=0.0)).double()
+    revnet.convert(net, streams="float")
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(lambda x: net(x).sin().sum(), x)
+    torch.testing.assert_close(torch.func.hessian(lambda x: net(x).sin().sum())(x), expected)
+
+
 class Around(nn.Module):
     """Layers under two names, some of them in two lists."""
 

@@ -24,7 +24,7 @@ from .._execution import STORE
 from .._source import Adapter
 from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
-from .._torch import is_faking, records_operators, saved_tensor_hooks
+from .._torch import is_faking, is_forward_mode, records_operators, saved_tensor_hooks
 from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
@@ -291,7 +291,8 @@ _PASSING = frozenset(("RegisterPostBackwardFunctionBackward", "BackwardHookFunct
 
 
 def _recording() -> bool:
-    return torch.is_grad_enabled() and not records_operators()
+    """Check whether a call records its steps, as `Call` does."""
+    return torch.is_grad_enabled() and not records_operators() and not is_forward_mode()
 
 
 def _address(x: Tensor) -> int:

@@ -14,7 +14,7 @@ from .._couplings import ADDITIVE, Coupling
 from .._factors import Increment
 from .._step import SOURCE, BoundStep
 from .._streams.reference import computed
-from .._torch import current_backward
+from .._torch import current_backward, is_forward_mode
 
 
 class Readout(NamedTuple):
@@ -118,7 +118,7 @@ class _HandOn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.factors, ctx.dtype = inputs[2:4], inputs[0].dtype
+        ctx.factors, ctx.dtype, ctx.returned = inputs[2:4], inputs[0].dtype, inputs[4]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -129,6 +129,13 @@ class _HandOn(torch.autograd.Function):
             return None, None, None, None, None
         grad = grad.to(ctx.dtype)
         return grad if own == 1.0 else grad * own, grad * other, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, value: Tensor | None, hidden: Tensor | None, *_: Any) -> Tensor | None:
+        own, other = ctx.factors
+        parts = (value, own), (hidden, other)
+        tangents = [tangent * factor for tangent, factor in parts if tangent is not None]
+        return sum(tangents[1:], tangents[0]).to(ctx.returned) if tangents else None
 
 
 class _HandOnNow(torch.autograd.Function):
@@ -204,6 +211,11 @@ class _TakeUp(torch.autograd.Function):
         own, other = ctx.factors
         given = (grad if own == 1.0 else grad * own).to(ctx.dtype)
         return given, grad * other, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, given: Any, hidden: Any, value: Tensor | None, *_: Any) -> Tensor | None:
+        # That of the readout, less its share of the other stream: the value has this tangent.
+        return None if value is None else value.view_as(value)
 
 
 class _TakeUpNow(torch.autograd.Function):
