@@ -1197,6 +1197,32 @@ def test_second_derivatives_by_forward_over_reverse() -> None:
     torch.testing.assert_close(torch.func.hessian(lambda x: net(x).sin().sum())(x), expected)
 
 
+class Named(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+
+
+class ReturnsNamed(Block):
+    def forward(self, x: Tensor) -> Named:  # type: ignore[override]
+        y = super().forward(x)
+        return Named(y, y.mean())
+
+
+def test_named_tuples_stay_named() -> None:
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x, total = net.embed(x), torch.zeros(())
+        for layer in net.layers:
+            found = layer(x)
+            x, total = found.hidden, total + found.weight
+        return weighted(x) + total
+
+    net, x = Net(layer=ReturnsNamed), torch.randn(2, 3, WIDTH)
+    options = {"layers": "layers"}
+    assert_same(
+        executed(net, "invert", loss, x, **options), executed(net, "store", loss, x, **options)
+    )
+
+
 class Around(nn.Module):
     """Layers under two names, some of them in two lists."""
 

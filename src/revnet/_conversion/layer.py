@@ -98,6 +98,7 @@ class _Update(Adapter):
         # What the layer returned: its dtype, and where nothing is recorded the output itself.
         self.dtype = dtype
         self.out: Any = None
+        self.kind: Any = tuple
 
     def __call__(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
@@ -113,7 +114,7 @@ class _Update(Adapter):
             raise _Aside(f"it changes the shape, {tuple(x.shape)} to {tuple(y.shape)}")
         if not y.is_floating_point():
             raise _Aside(f"it returns {y.dtype}")
-        self.dtype = y.dtype
+        self.dtype, self.kind = y.dtype, type(out)
         if self.watch is not None and not self.watch(*_magnitudes(x, y)):
             if not torch.is_grad_enabled():
                 self.out = out
@@ -237,7 +238,12 @@ def _steps(
         _OPEN[y] = hold
     if place == len(stack.layers) - 1 and isinstance(call.arithmetic, FixedArithmetic):
         stack.monitor.flush()
-    return y if rest is None else (y, *rest)
+    return y if rest is None else _tuple(update.kind, (y, *rest))
+
+
+def _tuple(kind: Any, items: tuple[Any, ...]) -> Any:
+    """Return a tuple of this class, where it is a named one."""
+    return kind._make(items) if hasattr(kind, "_make") else items
 
 
 def _new_call(stack: Stack, x: Tensor) -> Call:
