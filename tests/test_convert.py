@@ -1252,3 +1252,22 @@ def test_layers_under_several_names_are_converted_once(layers: Any) -> None:
     revnet.unconvert(net)
     assert all(type(layer) is Block for layer in (*net.layers, *net.more))
     assert_same(results(net, whole, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_sequences_are_evaluated_by_the_converted_layers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+    net, x = nn.TransformerEncoder(layer, 4), torch.randn(2, 5, WIDTH)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    ordinary = copy.deepcopy(net).eval()
+    revnet.convert(net, bits=1, calibrate=x)
+    expected = net(x, src_key_padding_mask=padding)
+    for model in (net.eval(), pickle.loads(pickle.dumps(net))):
+        with torch.no_grad():
+            found = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found[~padding], expected[~padding])
+    revnet.unconvert(net)
+    with torch.no_grad():
+        found = net(x, src_key_padding_mask=padding)
+        assert torch.equal(found, ordinary(x, src_key_padding_mask=padding))

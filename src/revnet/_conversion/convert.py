@@ -21,7 +21,7 @@ from .._streams.format import Float
 from ._timm import checkpoints_blocks
 from ._transformers import was_loaded
 from .find import Found, find, named
-from .layer import KEY, OWN, converted_class, switching_class
+from .layer import KEY, OWN, converted_class, dense_class, switching_class
 from .rules import RULES
 from .stack import HEADROOM, Stack
 from .tiles import TILE, cut_into_tiles, parts_of
@@ -286,9 +286,11 @@ def _enter(
             layer.__class__ = converted_class(own)
     for module in model.modules():
         inside = any(KEY in vars(child) for child in module.modules() if child is not module)
+        around: Any = type(module)
         if inside and checkpoints_blocks(module):
-            around: Any = type(module)
             module.__class__ = switching_class(around)
+        elif inside and isinstance(module, nn.TransformerEncoder):
+            module.__class__ = dense_class(around)
     conversion = Conversion(model)
     conversion.left_out = {name: why for each in found for name, why in each.left_out.items()}
     return conversion

@@ -405,6 +405,15 @@ def switching_class(own: Any) -> Any:
     return derived_class(own, switching_class, {FLAG: property(_unset, _switch)})
 
 
+@cache
+def dense_class(own: Any) -> Any:
+    """Return the class of a `TransformerEncoder`, equal but that it makes no nested tensors.
+
+    In evaluation it makes one of padded sequences, on which a layer cannot take its steps.
+    """
+    return derived_class(own, dense_class, {"use_nested_tensor": property(_unset, _keep)})
+
+
 def derived_class(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
     """Return a class like `own` with other attributes; copies and pickles call `make` again."""
 
@@ -423,8 +432,13 @@ def _revive(make: Callable[[Any], Any], own: Any) -> Any:
 
 
 def _unset(module: nn.Module) -> bool:
-    """Return False: layers are rebuilt by their conversion, not by a checkpoint around them."""
+    """Return False, also where the model set True: conversion does without this."""
     return False
+
+
+def _keep(module: nn.Module, value: bool) -> None:
+    """Set the attribute as the class before conversion finds it."""
+    vars(module)["use_nested_tensor"] = value
 
 
 def _switch(module: nn.Module, enabled: bool) -> None:
