@@ -1271,3 +1271,59 @@ def test_padded_sequences_are_evaluated_by_the_converted_layers() -> None:
     with torch.no_grad():
         found = net(x, src_key_padding_mask=padding)
         assert torch.equal(found, ordinary(x, src_key_padding_mask=padding))
+
+
+class CountingBlock(nn.Module):
+    """A block with running statistics and other state; it may widen its input."""
+
+    def __init__(self, size: float = 1.0, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.leave = nn.Linear(WIDTH, width)
+        self.dropout = nn.Dropout(0.5)
+        self.size, self.calls, self.last = size, 0, None
+        self.noted: list[float] = []
+
+    def forward(self, x: Tensor, log: list[int]) -> Tensor:
+        self.calls += 1
+        self.last = x.detach()
+        self.noted.append(1.0)
+        log.append(1)
+        y = self.size * self.leave(self.dropout(self.norm(x)))
+        return x + y if x.shape == y.shape else y
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("case", ["large", "small", "another shape", "another shape, float"])
+def test_a_first_evaluation_that_is_given_up_leaves_no_trace(case: str, grad: bool) -> None:
+    size = {"large": 1e6, "small": 1e-8}.get(case, 1.0)
+    torch.manual_seed(0)
+    layers = [CountingBlock(size), CountingBlock(size), CountingBlock(size)]
+    if "shape" in case:
+        layers[2] = CountingBlock(width=2 * WIDTH)
+    net = nn.Module()
+    net.blocks = nn.ModuleList(layers)
+    x, log = torch.randn(6, WIDTH), []
+    ordinary = copy.deepcopy(net)
+    revnet.convert(net, streams="float" if "float" in case else "fixed")
+
+    def run(net: Any, log: list[int]) -> Tensor:
+        torch.manual_seed(1)
+        y = x
+        for layer in net.blocks:
+            y = layer(y, log)
+        return y
+
+    with torch.set_grad_enabled(grad):
+        y = run(net, log)
+        state = torch.get_rng_state()
+        if grad:
+            y.sum().backward()
+        run(ordinary, [])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert log == [1, 1, 1]
+    first, same = net.blocks[0].norm, ordinary.blocks[0].norm
+    torch.testing.assert_close(first.running_mean, same.running_mean)
+    for layer in net.blocks:
+        assert layer.calls == layer.norm.num_batches_tracked == 1
+        assert layer.noted == [1.0]

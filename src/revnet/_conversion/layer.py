@@ -22,14 +22,14 @@ from .._engine import Call
 from .._errors import ReversibleError
 from .._execution import STORE
 from .._source import Adapter
-from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
-from .._torch import is_faking, is_forward_mode, records_operators, saved_tensor_hooks
+from .._torch import is_capturing, is_faking, is_forward_mode, records_operators, saved_tensor_hooks
 from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
 from .rules import NODES, Readout, hand_on, take_up
 from .stack import Stack, low_precision
+from .trial import Trial
 
 # Where a converted layer finds its stack, and its place there.
 KEY = "_revnet_place"
@@ -95,10 +95,11 @@ class _Update(Adapter):
         self.compiler = compiler
         self.watch = watch
         self.subtracts = subtracts
-        # What the layer returned: its dtype, and where nothing is recorded the output itself.
+        # What the layer returned: its dtype, the class of its tuple, and where nothing is recorded
+        # the output itself.
         self.dtype = dtype
-        self.out: Any = None
         self.kind: Any = tuple
+        self.out: Any = None
 
     def __call__(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
@@ -147,10 +148,13 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
     recording = _recording()
     if recording and not _without_caches(stack, keywords):
         return _plainly(layer, own, args, kwargs, compiler)
-    unseen = place in stack.unseen and not active() and not is_faking()
+    new = place in stack.untried or place in stack.unseen
+    real = new and not active() and not is_faking()
+    unseen = real and place in stack.unseen
     watch = stack.fits if unseen else None
     update = _Update(layer, own, x.dtype, compiler, watch, stack.rule.subtracts)
-    random = RandomState(devices_of([x])) if unseen else None
+    # Generators cannot be read in a capture, which follows other calls.
+    trial = Trial(layer, x, keywords) if real and not is_capturing() else None
     try:
         try:
             found = _find(x, stack, recording)
@@ -161,12 +165,13 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
             # Another format begins with a new call.
             stack.fit()
             update.watch = None
-            assert random is not None
-            random.set()
+            if update.out is None and trial is not None:
+                trial.take_back()
             return _steps(stack, place, update, x, keywords, None)
         finally:
             # Replays choose no range.
             update.watch = None
+            stack.untried.discard(place)
             if unseen:
                 stack.unseen.discard(place)
     except _Aside as reason:
@@ -176,8 +181,8 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
                 f"to a tensor of its shape, alone or first in a tuple: leave it out of `layers`."
             ) from None
         stack.outside[place] = str(reason)
-    if random is not None:
-        random.set()
+    if trial is not None:
+        trial.take_back()
     return _plainly(layer, own, args, kwargs, compiler)
 
 
