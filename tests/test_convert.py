@@ -1327,3 +1327,58 @@ def test_a_first_evaluation_that_is_given_up_leaves_no_trace(case: str, grad: bo
     for layer in net.blocks:
         assert layer.calls == layer.norm.num_batches_tracked == 1
         assert layer.noted == [1.0]
+
+
+class GrowingBlock(Block):
+    """A layer that adds many times its input, and notes what it adds."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.update = 30 * x.abs().amax() * (super().forward(x) - x).tanh()
+        return x + self.update
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_readout_grows_by_updates_while_the_range_is_chosen(grad: bool) -> None:
+    net, x = Net(8, lambda: GrowingBlock(dropout=0.0)), 10 * torch.randn(2, 3, WIDTH)
+    conversion, formats = revnet.convert(net, bits=1), set()
+    with torch.set_grad_enabled(grad):
+        x = net.embed(x)
+        for layer in net.layers:
+            y = layer(x)
+            torch.testing.assert_close(y, x + layer.update, rtol=1e-3, atol=1e-3)
+            x = y
+            formats.add(conversion.stacks[0].streams)
+    assert len(formats) > 2
+
+
+class CachingBlock(Block):
+    """A layer that reads a cache, and adds to it."""
+
+    def forward(self, x: Tensor, past_key_values: list[Tensor]) -> Tensor:  # type: ignore[override]
+        before = sum(past_key_values, torch.zeros(()))
+        past_key_values.append(x.mean())
+        return super().forward(x + before)
+
+
+@pytest.mark.filterwarnings("ignore:.*a key-value cache that holds something")
+@pytest.mark.parametrize("rule", ["momentum", "two-stream"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_layers_with_a_filled_cache_are_those_of_evaluation(size: float, rule: Any) -> None:
+    net, x = Net(layer=lambda: CachingBlock(dropout=0.0)), size * torch.randn(2, 3, WIDTH)
+
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x, cache = net.embed(x), [torch.ones(())]
+        for i, layer in enumerate(net.layers):
+            x = layer(x, past_key_values=cache if i % 2 else [])
+        assert len(cache) == 1 + DEPTH // 2
+        return weighted(net.norm(x))
+
+    expected = executed(net, "store", loss, x, rule=rule)
+    assert_same(executed(net, "invert", loss, x, rule=rule), expected)
+    revnet.convert(net, rule=rule)
+    loss(net, x)
+    with torch.no_grad():
+        assert torch.equal(loss(net, x), loss(net.eval(), x))
+    value = loss(net, x).detach()
+    with torch.no_grad():
+        assert torch.equal(loss(net, x), value)

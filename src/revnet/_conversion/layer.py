@@ -78,6 +78,7 @@ class _Update(Adapter):
         compiler: at work where the layer was called.
         watch: told magnitudes around the layer; returns whether the format fits them.
         subtracts: whether the rule takes the difference of what the layer returns and reads.
+        stored: whether the layer keeps its activations.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class _Update(Adapter):
         compiler: Any,
         watch: Callable[[float, float], bool] | None,
         subtracts: bool,
+        stored: bool,
     ) -> None:
         self.branch = layer
         self.own = own
@@ -95,17 +97,18 @@ class _Update(Adapter):
         self.compiler = compiler
         self.watch = watch
         self.subtracts = subtracts
-        # What the layer returned: its dtype, the class of its tuple, and where nothing is recorded
-        # the output itself.
+        self.stored = stored
+        # What the layer returned: its dtype, and the class of its tuple.
         self.dtype = dtype
         self.kind: Any = tuple
-        self.out: Any = None
+        # What it returned and read in a call that was given up, where it need not run again.
+        self.evaluated: tuple[Any, Tensor] | None = None
 
     def __call__(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
         x = x.to(self.given)
-        if self.out is not None:
-            out = self.out
+        if self.evaluated is not None:
+            out, x = self.evaluated
         else:
             out = _plainly(self.branch, self.own, (x, *positional), kwargs, self.compiler)
         y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
@@ -117,8 +120,8 @@ class _Update(Adapter):
             raise _Aside(f"it returns {y.dtype}")
         self.dtype, self.kind = y.dtype, type(out)
         if self.watch is not None and not self.watch(*_magnitudes(x, y)):
-            if not torch.is_grad_enabled():
-                self.out = out
+            if self.stored or not torch.is_grad_enabled():
+                self.evaluated = out, x
             raise _Range
         update = [y, x] if self.subtracts else y - x
         return update if rest is None else (update, rest)
@@ -146,13 +149,13 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
         return _plainly(layer, own, args, kwargs, compiler)
     x, keywords = bound
     recording = _recording()
-    if recording and not _without_caches(stack, keywords):
-        return _plainly(layer, own, args, kwargs, compiler)
+    # A second evaluation would fill a cache twice.
+    stored = recording and not _without_caches(stack, keywords)
     new = place in stack.untried or place in stack.unseen
     real = new and not active() and not is_faking()
     unseen = real and place in stack.unseen
     watch = stack.fits if unseen else None
-    update = _Update(layer, own, x.dtype, compiler, watch, stack.rule.subtracts)
+    update = _Update(layer, own, x.dtype, compiler, watch, stack.rule.subtracts, stored)
     # Generators cannot be read in a capture, which follows other calls.
     trial = Trial(layer, x, keywords) if real and not is_capturing() else None
     try:
@@ -165,7 +168,7 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
             # Another format begins with a new call.
             stack.fit()
             update.watch = None
-            if update.out is None and trial is not None:
+            if update.evaluated is None and trial is not None:
                 trial.take_back()
             return _steps(stack, place, update, x, keywords, None)
         finally:
@@ -213,6 +216,9 @@ def _steps(
         call.resume(_taken_up(found, x))
     name = stack.layers[place]
     first = place * rule.steps_per_layer
+    if update.stored:
+        call.executions = list(call.executions)
+        call.executions[first] = STORE
     try:
         for i, part in enumerate(rule.steps(name, update, keywords, before, bits, turn)):
             call.step(first + i, part)
