@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._state.branch import attributes_of
+from .._state.contents import contents_kept
 from .._state.random import RandomState, devices_of
 from .._state.structure import hold
 
@@ -30,9 +30,9 @@ class Trial:
         self._buffers = [(module._buffers, dict(module._buffers)) for module in modules]
         found = [table for _, table in (*self._attributes, *self._buffers)]
         values = [value for table in (*found, keywords) for value in table.values()]
-        self._containers = [(value, value.copy()) for value in _of_kind(values, _CONTAINERS)]
-        tensors = [value for table in found for value in _of_kind(table.values(), Tensor)]
-        self._tensors = [(t, t.detach().clone()) for t in tensors if _is_own(t)]
+        self._refill = contents_kept(values)
+        held = [value for table in found for value in table.values() if isinstance(value, Tensor)]
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in held if _is_own(tensor)]
 
     def take_back(self) -> None:
         """Put the modules, the keywords and the generators into the state before."""
@@ -42,22 +42,13 @@ class Trial:
             vars(module).update(found)
         for table, found in self._buffers:
             hold(table, found, frozenset())
-        for container, found in self._containers:
-            container.clear()
-            (container.extend if isinstance(container, list | deque) else container.update)(found)
+        self._refill()
         with torch.no_grad():
             for tensor, before in self._tensors:
                 # Batch norm does not count its writes. A needless one would be noticed elsewhere.
                 if not torch.equal(tensor, before):
                     tensor.copy_(before)
         self._random.set()
-
-
-_CONTAINERS = list, dict, set, deque
-
-
-def _of_kind(values: Iterable[Any], kind: Any) -> list[Any]:
-    return [value for value in values if isinstance(value, kind)]
 
 
 def _is_own(tensor: Tensor) -> bool:
