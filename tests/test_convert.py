@@ -993,6 +993,9 @@ def test_errors() -> None:
         revnet.convert(Net(), rule="leapfrog")
     with pytest.raises(ValueError, match="bits 0: expected an integer from 1 to 8"):
         revnet.convert(Net(), bits=0)
+    for bits in (3.0, None, [3.0] * DEPTH):
+        with pytest.raises(ValueError, match="expected an integer from 1 to 8"):
+            revnet.convert(Net(), bits=bits)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="execution 'keep' is not one of"):
         revnet.convert(Net(), execution="keep")
     net = Net()

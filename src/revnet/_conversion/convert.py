@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -354,7 +354,7 @@ def _check_layers(found: Found) -> None:
 
 
 def _checked(bits: int | Sequence[int]) -> int | list[int]:
-    values = [bits] if isinstance(bits, int) else list(bits)
+    values = list(bits) if isinstance(bits, Iterable) else [bits]
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BITS:
             raise ValueError(
