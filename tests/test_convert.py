@@ -1385,3 +1385,14 @@ def test_layers_with_a_filled_cache_are_those_of_evaluation(size: float, rule: A
     value = loss(net, x).detach()
     with torch.no_grad():
         assert torch.equal(loss(net, x), value)
+
+
+@_JVP
+def test_derivatives_of_every_kind_agree_with_differences() -> None:
+    net = Net(3, layer=lambda: Block(dropout=0.0)).double()
+    revnet.convert(net, streams="float")
+    x = torch.randn(1, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        net, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(net, x, check_fwd_over_rev=True)

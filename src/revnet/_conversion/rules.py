@@ -196,7 +196,8 @@ class _TakeUp(torch.autograd.Function):
 
     @staticmethod
     def forward(given: Tensor, hidden: Tensor, value: Tensor, own: float, other: float) -> Tensor:
-        return value.view_as(value)
+        # The tangent of a view must be a view, and a batch of tangents has none.
+        return value.clone() if is_forward_mode() else value.view_as(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -215,7 +216,7 @@ class _TakeUp(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, given: Any, hidden: Any, value: Tensor | None, *_: Any) -> Tensor | None:
         # That of the readout, less its share of the other stream: the value has this tangent.
-        return None if value is None else value.view_as(value)
+        return value
 
 
 class _TakeUpNow(torch.autograd.Function):
