@@ -160,3 +160,24 @@ def test_a_stream_that_a_hook_writes_to(kind: str, place: int, streams: Any) -> 
     stored = net(x)
     stored.sum().backward()
     assert torch.equal(stored, evaluated)
+
+
+def viewed(block: Any, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> Any:
+    return tuple(y.view_as(y) for y in out)
+
+
+def written_and_viewed(block: Any, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> Any:
+    return tuple(y.mul_(1.5).view_as(y) for y in out)
+
+
+@pytest.mark.parametrize("hook", [viewed, written_and_viewed])
+@pytest.mark.parametrize("streams", ["float", "fixed"])
+def test_views_of_the_streams_in_inference_mode(streams: Any, hook: Any) -> None:
+    net = ReversibleSequence([(Mlp(8), Mlp(8)) for _ in range(3)], streams=streams)
+    for block in net.blocks:
+        block.register_forward_hook(hook)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        expected = net(x.clone())
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x.clone()).clone(), expected)

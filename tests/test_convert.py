@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import sys
 import threading
 import weakref
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -992,6 +993,9 @@ def test_errors() -> None:
         revnet.convert(Net(), rule="leapfrog")
     with pytest.raises(ValueError, match="bits 0: expected an integer from 1 to 8"):
         revnet.convert(Net(), bits=0)
+    for bits in (3.0, None, [3.0] * DEPTH):
+        with pytest.raises(ValueError, match="expected an integer from 1 to 8"):
+            revnet.convert(Net(), bits=bits)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="execution 'keep' is not one of"):
         revnet.convert(Net(), execution="keep")
     net = Net()
@@ -1136,3 +1140,259 @@ def test_fake_tensors() -> None:
         y.sum().backward()
     assert y.shape == (2, 3, WIDTH)
     assert len(conversion.stacks[0].unseen) == DEPTH
+
+
+def doubled_between(net: Any, x: Tensor) -> Tensor:
+    x = net.embed(x)
+    for layer in net.layers:
+        x = layer(x).mul_(2.0)
+    return net.norm(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*no layer was given the very tensor")
+@pytest.mark.parametrize("mode", ["inference", "vmap", "grad", "vmap of grad"])
+def test_writes_between_layers_are_noticed_where_torch_counts_none(mode: str) -> None:
+    net, x = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 3, WIDTH)
+    revnet.convert(net, calibrate=x)
+    x = x.requires_grad_()
+    y = doubled_between(net, x)
+    expected, (gradient,) = y.detach(), torch.autograd.grad(y.sin().sum(), x)
+
+    def loss(x: Tensor) -> Tensor:
+        return doubled_between(net, x).sin().sum()
+
+    if mode == "inference":
+        with torch.inference_mode():
+            torch.testing.assert_close(doubled_between(net, x.detach()).clone(), expected)
+    elif mode == "vmap":
+        found = torch.func.vmap(lambda x: doubled_between(net, x))(x.detach())
+        torch.testing.assert_close(found, expected)
+    else:
+        grad = torch.func.grad(loss)
+        grad = torch.func.vmap(grad) if mode == "vmap of grad" else grad
+        torch.testing.assert_close(grad(x.detach()), gradient)
+
+
+_JVP = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+@_JVP
+def test_forward_mode() -> None:
+    from torch.autograd import forward_ad
+
+    net = Net(layer=lambda: Block(dropout=0.0)).double()
+    revnet.convert(net, streams="float")
+    x, t = torch.randn(2, 2, 3, WIDTH, dtype=torch.float64)
+    _, expected = torch.autograd.functional.jvp(net, x, t)
+    torch.testing.assert_close(torch.func.jvp(net, (x,), (t,))[1], expected)
+    with forward_ad.dual_level():
+        y, tangent = forward_ad.unpack_dual(net(forward_ad.make_dual(x, t)))
+    torch.testing.assert_close(tangent, expected)
+    torch.testing.assert_close(y, net(x))
+
+
+@_JVP
+def test_second_derivatives_by_forward_over_reverse() -> None:
+    net = Net(3, layer=lambda: Block(dropout=0.0)).double()
+    revnet.convert(net, streams="float")
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(lambda x: net(x).sin().sum(), x)
+    torch.testing.assert_close(torch.func.hessian(lambda x: net(x).sin().sum())(x), expected)
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+
+
+class ReturnsNamed(Block):
+    def forward(self, x: Tensor) -> Named:  # type: ignore[override]
+        y = super().forward(x)
+        return Named(y, y.mean())
+
+
+def test_named_tuples_stay_named() -> None:
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x, total = net.embed(x), torch.zeros(())
+        for layer in net.layers:
+            found = layer(x)
+            x, total = found.hidden, total + found.weight
+        return weighted(x) + total
+
+    net, x = Net(layer=ReturnsNamed), torch.randn(2, 3, WIDTH)
+    options = {"layers": "layers"}
+    assert_same(
+        executed(net, "invert", loss, x, **options), executed(net, "store", loss, x, **options)
+    )
+
+
+class Around(nn.Module):
+    """Layers under two names, some of them in two lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net(3)
+        self.layers = self.inner.layers
+        self.more = nn.ModuleList([self.layers[2], Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, *self.more):
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("layers", [None, ["layers", "inner.layers", "more", "layers"]])
+def test_layers_under_several_names_are_converted_once(layers: Any) -> None:
+    net, x = Around(), torch.randn(2, 3, WIDTH)
+    expected = results(net, whole, x)
+    assert_same(
+        executed(net, "invert", whole, x, layers=layers),
+        executed(net, "store", whole, x, layers=layers),
+    )
+    conversion = revnet.convert(net, layers)
+    assert [len(stack.layers) for stack in conversion.stacks] == [3, 2]
+    assert "more.0 (the same as" in str(conversion)
+    revnet.unconvert(net)
+    assert all(type(layer) is Block for layer in (*net.layers, *net.more))
+    assert_same(results(net, whole, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_sequences_are_evaluated_by_the_converted_layers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+    net, x = nn.TransformerEncoder(layer, 4), torch.randn(2, 5, WIDTH)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    ordinary = copy.deepcopy(net).eval()
+    revnet.convert(net, bits=1, calibrate=x)
+    expected = net(x, src_key_padding_mask=padding)
+    for model in (net.eval(), pickle.loads(pickle.dumps(net))):
+        with torch.no_grad():
+            found = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found[~padding], expected[~padding])
+    revnet.unconvert(net)
+    with torch.no_grad():
+        found = net(x, src_key_padding_mask=padding)
+        assert torch.equal(found, ordinary(x, src_key_padding_mask=padding))
+
+
+class CountingBlock(nn.Module):
+    """A block with running statistics and other state; it may widen its input."""
+
+    def __init__(self, size: float = 1.0, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.leave = nn.Linear(WIDTH, width)
+        self.dropout = nn.Dropout(0.5)
+        self.size, self.calls, self.last = size, 0, None
+        self.noted: list[float] = []
+
+    def forward(self, x: Tensor, log: list[int]) -> Tensor:
+        self.calls += 1
+        self.last = x.detach()
+        self.noted.append(1.0)
+        log.append(1)
+        y = self.size * self.leave(self.dropout(self.norm(x)))
+        return x + y if x.shape == y.shape else y
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("case", ["large", "small", "another shape", "another shape, float"])
+def test_a_first_evaluation_that_is_given_up_leaves_no_trace(case: str, grad: bool) -> None:
+    size = {"large": 1e6, "small": 1e-8}.get(case, 1.0)
+    torch.manual_seed(0)
+    layers = [CountingBlock(size), CountingBlock(size), CountingBlock(size)]
+    if "shape" in case:
+        layers[2] = CountingBlock(width=2 * WIDTH)
+    net = nn.Module()
+    net.blocks = nn.ModuleList(layers)
+    x, log = torch.randn(6, WIDTH), []
+    ordinary = copy.deepcopy(net)
+    revnet.convert(net, streams="float" if "float" in case else "fixed")
+
+    def run(net: Any, log: list[int]) -> Tensor:
+        torch.manual_seed(1)
+        y = x
+        for layer in net.blocks:
+            y = layer(y, log)
+        return y
+
+    with torch.set_grad_enabled(grad):
+        y = run(net, log)
+        state = torch.get_rng_state()
+        if grad:
+            y.sum().backward()
+        run(ordinary, [])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert log == [1, 1, 1]
+    first, same = net.blocks[0].norm, ordinary.blocks[0].norm
+    torch.testing.assert_close(first.running_mean, same.running_mean)
+    for layer in net.blocks:
+        assert layer.calls == layer.norm.num_batches_tracked == 1
+        assert layer.noted == [1.0]
+
+
+class GrowingBlock(Block):
+    """A layer that adds many times its input, and notes what it adds."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        self.update = 30 * x.abs().amax() * (super().forward(x) - x).tanh()
+        return x + self.update
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_readout_grows_by_updates_while_the_range_is_chosen(grad: bool) -> None:
+    net, x = Net(8, lambda: GrowingBlock(dropout=0.0)), 10 * torch.randn(2, 3, WIDTH)
+    conversion, formats = revnet.convert(net, bits=1), set()
+    with torch.set_grad_enabled(grad):
+        x = net.embed(x)
+        for layer in net.layers:
+            y = layer(x)
+            torch.testing.assert_close(y, x + layer.update, rtol=1e-3, atol=1e-3)
+            x = y
+            formats.add(conversion.stacks[0].streams)
+    assert len(formats) > 2
+
+
+class CachingBlock(Block):
+    """A layer that reads a cache, and adds to it."""
+
+    def forward(self, x: Tensor, past_key_values: list[Tensor]) -> Tensor:  # type: ignore[override]
+        before = sum(past_key_values, torch.zeros(()))
+        past_key_values.append(x.mean())
+        return super().forward(x + before)
+
+
+@pytest.mark.filterwarnings("ignore:.*a key-value cache that holds something")
+@pytest.mark.parametrize("rule", ["momentum", "two-stream"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_layers_with_a_filled_cache_are_those_of_evaluation(size: float, rule: Any) -> None:
+    net, x = Net(layer=lambda: CachingBlock(dropout=0.0)), size * torch.randn(2, 3, WIDTH)
+
+    def loss(net: Any, x: Tensor) -> Tensor:
+        x, cache = net.embed(x), [torch.ones(())]
+        for i, layer in enumerate(net.layers):
+            x = layer(x, past_key_values=cache if i % 2 else [])
+        assert len(cache) == 1 + DEPTH // 2
+        return weighted(net.norm(x))
+
+    expected = executed(net, "store", loss, x, rule=rule)
+    assert_same(executed(net, "invert", loss, x, rule=rule), expected)
+    revnet.convert(net, rule=rule)
+    loss(net, x)
+    with torch.no_grad():
+        assert torch.equal(loss(net, x), loss(net.eval(), x))
+    value = loss(net, x).detach()
+    with torch.no_grad():
+        assert torch.equal(loss(net, x), value)
+
+
+@_JVP
+def test_derivatives_of_every_kind_agree_with_differences() -> None:
+    net = Net(3, layer=lambda: Block(dropout=0.0)).double()
+    revnet.convert(net, streams="float")
+    x = torch.randn(1, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        net, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(net, x, check_fwd_over_rev=True)

@@ -171,3 +171,16 @@ def test_what_cannot_run_in_tiles() -> None:
         revnet.convert(net, "", tile={"mlp": 4})
         with pytest.raises(ReversibleError, match=text):
             net[0](torch.randn(2, TOKENS, WIDTH))
+
+
+def test_a_part_that_layers_share_is_cut_once() -> None:
+    net, x = Net(), torch.randn(2, TOKENS, WIDTH)
+    for layer in net.layers:
+        layer.mlp = net.layers[0].mlp
+        layer.alias = layer.mlp
+    expected = gradients(net, x)
+    revnet.convert(net, tile={"alias": 4})
+    torch.testing.assert_close(gradients(net, x)[0].shape, expected[0].shape)
+    revnet.unconvert(net)
+    assert type(net.layers[0].mlp) is nn.Sequential
+    assert all(map(torch.equal, gradients(net, x), expected))

@@ -585,10 +585,13 @@ class Watched(Mlp):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.calls, self.mean, self.loss = 0, torch.zeros(width), None
+        self.noted = {"sizes": []}
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         self.calls += 1
+        self.noted["sizes"].append(y.numel())
+        self.noted.setdefault("weight", next(self.parameters()))
         self.mean.lerp_(y.detach().mean((0, 1)), 0.1)
         self.loss = y.square().mean()
         self.scale = self.loss.detach()
@@ -610,6 +613,8 @@ def test_planning_leaves_the_attributes_of_branches():
     assert all(
         torch.equal(block.f.mean, mean) for block, mean in zip(net.blocks, means, strict=True)
     )
+    # A weight that was noted while planning would be one that stood in for that of the branch.
+    assert all(block.f.noted == {"sizes": []} for block in net.blocks)
 
 
 def test_a_plan_is_for_the_call_in_which_no_block_is_dropped():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +21,7 @@ from .._streams.format import Float
 from ._timm import checkpoints_blocks
 from ._transformers import was_loaded
 from .find import Found, find, named
-from .layer import KEY, OWN, converted_class, switching_class
+from .layer import KEY, OWN, converted_class, dense_class, switching_class
 from .rules import RULES
 from .stack import HEADROOM, Stack
 from .tiles import TILE, cut_into_tiles, parts_of
@@ -286,9 +286,11 @@ def _enter(
             layer.__class__ = converted_class(own)
     for module in model.modules():
         inside = any(KEY in vars(child) for child in module.modules() if child is not module)
+        around: Any = type(module)
         if inside and checkpoints_blocks(module):
-            around: Any = type(module)
             module.__class__ = switching_class(around)
+        elif inside and isinstance(module, nn.TransformerEncoder):
+            module.__class__ = dense_class(around)
     conversion = Conversion(model)
     conversion.left_out = {name: why for each in found for name, why in each.left_out.items()}
     return conversion
@@ -352,7 +354,7 @@ def _check_layers(found: Found) -> None:
 
 
 def _checked(bits: int | Sequence[int]) -> int | list[int]:
-    values = [bits] if isinstance(bits, int) else list(bits)
+    values = list(bits) if isinstance(bits, Iterable) else [bits]
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_BITS:
             raise ValueError(

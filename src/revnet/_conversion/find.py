@@ -43,6 +43,7 @@ def find(model: nn.Module) -> list[Found]:
     refuse(model)
     found: list[Found] = []
     _visit("", model, found)
+    found = _once(found)
     if not found:
         candidates = [
             f"{name!r} ({len(module)} × {type(next(iter(module))).__name__})"
@@ -77,7 +78,19 @@ def named(model: nn.Module, names: str | Sequence[str]) -> list[Found]:
                 f"nn.ModuleList, nn.Sequential or nn.ModuleDict of layers, such as 'model.layers'."
             )
         found.append(Found(name, dict(_children(name, module))))
-    return found
+    return _once(found)
+
+
+def _once(found: list[Found]) -> list[Found]:
+    """Leave a layer that several stacks hold in the first: it has one place, whoever calls it."""
+    places: dict[nn.Module, tuple[Found, str]] = {}
+    for each in found:
+        for name, layer in list(each.layers.items()):
+            holder, first = places.setdefault(layer, (each, name))
+            if holder is not each:
+                each.left_out[name] = f"the same as {first}"
+                del each.layers[name]
+    return [each for each in found if each.layers]
 
 
 def refuse(model: nn.Module) -> None:

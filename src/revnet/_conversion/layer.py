@@ -22,14 +22,14 @@ from .._engine import Call
 from .._errors import ReversibleError
 from .._execution import STORE
 from .._source import Adapter
-from .._state.random import RandomState, devices_of
 from .._streams.arithmetic import FixedArithmetic, Stream
-from .._torch import is_faking, records_operators, saved_tensor_hooks
+from .._torch import is_capturing, is_faking, is_forward_mode, records_operators, saved_tensor_hooks
 from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
 from .rules import NODES, Readout, hand_on, take_up
 from .stack import Stack, low_precision
+from .trial import Trial
 
 # Where a converted layer finds its stack, and its place there.
 KEY = "_revnet_place"
@@ -78,6 +78,7 @@ class _Update(Adapter):
         compiler: at work where the layer was called.
         watch: told magnitudes around the layer; returns whether the format fits them.
         subtracts: whether the rule takes the difference of what the layer returns and reads.
+        stored: whether the layer keeps its activations.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class _Update(Adapter):
         compiler: Any,
         watch: Callable[[float, float], bool] | None,
         subtracts: bool,
+        stored: bool,
     ) -> None:
         self.branch = layer
         self.own = own
@@ -95,15 +97,18 @@ class _Update(Adapter):
         self.compiler = compiler
         self.watch = watch
         self.subtracts = subtracts
-        # What the layer returned: its dtype, and where nothing is recorded the output itself.
+        self.stored = stored
+        # What the layer returned: its dtype, and the class of its tuple.
         self.dtype = dtype
-        self.out: Any = None
+        self.kind: Any = tuple
+        # What it returned and read in a call that was given up, where it need not run again.
+        self.evaluated: tuple[Any, Tensor] | None = None
 
     def __call__(self, x: Tensor, /, **kwargs: Any) -> Any:
         positional = kwargs.pop(_POSITIONAL, ())
         x = x.to(self.given)
-        if self.out is not None:
-            out = self.out
+        if self.evaluated is not None:
+            out, x = self.evaluated
         else:
             out = _plainly(self.branch, self.own, (x, *positional), kwargs, self.compiler)
         y, rest = (out[0], tuple(out[1:])) if isinstance(out, tuple) and out else (out, None)
@@ -113,10 +118,10 @@ class _Update(Adapter):
             raise _Aside(f"it changes the shape, {tuple(x.shape)} to {tuple(y.shape)}")
         if not y.is_floating_point():
             raise _Aside(f"it returns {y.dtype}")
-        self.dtype = y.dtype
+        self.dtype, self.kind = y.dtype, type(out)
         if self.watch is not None and not self.watch(*_magnitudes(x, y)):
-            if not torch.is_grad_enabled():
-                self.out = out
+            if self.stored or not torch.is_grad_enabled():
+                self.evaluated = out, x
             raise _Range
         update = [y, x] if self.subtracts else y - x
         return update if rest is None else (update, rest)
@@ -144,12 +149,15 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
         return _plainly(layer, own, args, kwargs, compiler)
     x, keywords = bound
     recording = _recording()
-    if recording and not _without_caches(stack, keywords):
-        return _plainly(layer, own, args, kwargs, compiler)
-    unseen = place in stack.unseen and not active() and not is_faking()
+    # A second evaluation would fill a cache twice.
+    stored = recording and not _without_caches(stack, keywords)
+    new = place in stack.untried or place in stack.unseen
+    real = new and not active() and not is_faking()
+    unseen = real and place in stack.unseen
     watch = stack.fits if unseen else None
-    update = _Update(layer, own, x.dtype, compiler, watch, stack.rule.subtracts)
-    random = RandomState(devices_of([x])) if unseen else None
+    update = _Update(layer, own, x.dtype, compiler, watch, stack.rule.subtracts, stored)
+    # Generators cannot be read in a capture, which follows other calls.
+    trial = Trial(layer, x, keywords) if real and not is_capturing() else None
     try:
         try:
             found = _find(x, stack, recording)
@@ -160,12 +168,13 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
             # Another format begins with a new call.
             stack.fit()
             update.watch = None
-            assert random is not None
-            random.set()
+            if update.evaluated is None and trial is not None:
+                trial.take_back()
             return _steps(stack, place, update, x, keywords, None)
         finally:
             # Replays choose no range.
             update.watch = None
+            stack.untried.discard(place)
             if unseen:
                 stack.unseen.discard(place)
     except _Aside as reason:
@@ -175,8 +184,8 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
                 f"to a tensor of its shape, alone or first in a tuple: leave it out of `layers`."
             ) from None
         stack.outside[place] = str(reason)
-    if random is not None:
-        random.set()
+    if trial is not None:
+        trial.take_back()
     return _plainly(layer, own, args, kwargs, compiler)
 
 
@@ -207,6 +216,9 @@ def _steps(
         call.resume(_taken_up(found, x))
     name = stack.layers[place]
     first = place * rule.steps_per_layer
+    if update.stored:
+        call.executions = list(call.executions)
+        call.executions[first] = STORE
     try:
         for i, part in enumerate(rule.steps(name, update, keywords, before, bits, turn)):
             call.step(first + i, part)
@@ -237,7 +249,12 @@ def _steps(
         _OPEN[y] = hold
     if place == len(stack.layers) - 1 and isinstance(call.arithmetic, FixedArithmetic):
         stack.monitor.flush()
-    return y if rest is None else (y, *rest)
+    return y if rest is None else _tuple(update.kind, (y, *rest))
+
+
+def _tuple(kind: Any, items: tuple[Any, ...]) -> Any:
+    """Return a tuple of this class, where it is a named one."""
+    return kind._make(items) if hasattr(kind, "_make") else items
 
 
 def _new_call(stack: Stack, x: Tensor) -> Call:
@@ -291,7 +308,8 @@ _PASSING = frozenset(("RegisterPostBackwardFunctionBackward", "BackwardHookFunct
 
 
 def _recording() -> bool:
-    return torch.is_grad_enabled() and not records_operators()
+    """Check whether a call records its steps, as `Call` does."""
+    return torch.is_grad_enabled() and not records_operators() and not is_forward_mode()
 
 
 def _address(x: Tensor) -> int:
@@ -300,7 +318,14 @@ def _address(x: Tensor) -> int:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    """Return a number that each write to the tensor makes larger."""
+    functorch = torch._C._functorch
+    version = 0 if x.is_inference() else x._version
+    # Of nested transforms, only the one that makes a write may count it.
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+        version += 0 if x.is_inference() else x._version
+    return version
 
 
 def _without_caches(stack: Stack, keywords: dict[str, Any]) -> bool:
@@ -391,6 +416,15 @@ def switching_class(own: Any) -> Any:
     return derived_class(own, switching_class, {FLAG: property(_unset, _switch)})
 
 
+@cache
+def dense_class(own: Any) -> Any:
+    """Return the class of a `TransformerEncoder`, equal but that it makes no nested tensors.
+
+    In evaluation it makes one of padded sequences, on which a layer cannot take its steps.
+    """
+    return derived_class(own, dense_class, {"use_nested_tensor": property(_unset, _keep)})
+
+
 def derived_class(own: Any, make: Callable[[Any], Any], namespace: dict[str, Any]) -> Any:
     """Return a class like `own` with other attributes; copies and pickles call `make` again."""
 
@@ -409,8 +443,13 @@ def _revive(make: Callable[[Any], Any], own: Any) -> Any:
 
 
 def _unset(module: nn.Module) -> bool:
-    """Return False: layers are rebuilt by their conversion, not by a checkpoint around them."""
+    """Return False, also where the model set True: conversion does without this."""
     return False
+
+
+def _keep(module: nn.Module, value: bool) -> None:
+    """Set the attribute as the class before conversion finds it."""
+    vars(module)["use_nested_tensor"] = value
 
 
 def _switch(module: nn.Module, enabled: bool) -> None:

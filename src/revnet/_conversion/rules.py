@@ -14,7 +14,7 @@ from .._couplings import ADDITIVE, Coupling
 from .._factors import Increment
 from .._step import SOURCE, BoundStep
 from .._streams.reference import computed
-from .._torch import current_backward
+from .._torch import current_backward, is_forward_mode
 
 
 class Readout(NamedTuple):
@@ -118,7 +118,7 @@ class _HandOn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.factors, ctx.dtype = inputs[2:4], inputs[0].dtype
+        ctx.factors, ctx.dtype, ctx.returned = inputs[2:4], inputs[0].dtype, inputs[4]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -129,6 +129,13 @@ class _HandOn(torch.autograd.Function):
             return None, None, None, None, None
         grad = grad.to(ctx.dtype)
         return grad if own == 1.0 else grad * own, grad * other, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, value: Tensor | None, hidden: Tensor | None, *_: Any) -> Tensor | None:
+        own, other = ctx.factors
+        parts = (value, own), (hidden, other)
+        tangents = [tangent * factor for tangent, factor in parts if tangent is not None]
+        return sum(tangents[1:], tangents[0]).to(ctx.returned) if tangents else None
 
 
 class _HandOnNow(torch.autograd.Function):
@@ -167,8 +174,14 @@ def _readout(value: Tensor, hidden: Tensor, own: float, other: float, dtype: tor
 
 def hand_on(value: Tensor, hidden: Tensor, own: float, other: float, dtype: torch.dtype) -> Tensor:
     """Return the readout of two streams, a tensor of its own."""
-    function: Any = _HandOn if active() else _HandOnNow
-    y: Tensor = function.apply(value, hidden, own, other, dtype)
+    function: Any = _HandOn if active() or is_forward_mode() else _HandOnNow
+    y: Tensor
+    if torch.is_inference_mode_enabled():
+        # Writes to an inference tensor are not counted, and the model may write to this one.
+        with torch.inference_mode(False), torch.no_grad():
+            y = function.apply(value, hidden, own, other, dtype)
+    else:
+        y = function.apply(value, hidden, own, other, dtype)
     return y
 
 
@@ -183,7 +196,8 @@ class _TakeUp(torch.autograd.Function):
 
     @staticmethod
     def forward(given: Tensor, hidden: Tensor, value: Tensor, own: float, other: float) -> Tensor:
-        return value.view_as(value)
+        # The tangent of a view must be a view, and a batch of tangents has none.
+        return value.clone() if is_forward_mode() else value.view_as(value)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -198,6 +212,11 @@ class _TakeUp(torch.autograd.Function):
         own, other = ctx.factors
         given = (grad if own == 1.0 else grad * own).to(ctx.dtype)
         return given, grad * other, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, given: Any, hidden: Any, value: Tensor | None, *_: Any) -> Tensor | None:
+        # That of the readout, less its share of the other stream: the value has this tangent.
+        return value
 
 
 class _TakeUpNow(torch.autograd.Function):

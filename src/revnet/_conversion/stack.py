@@ -61,6 +61,8 @@ class Stack:
         self.streams: Fixed | Float = Fixed() if streams is None else streams
         # Layers whose range is still to be seen.
         self.unseen = set(range(len(layers))) if streams is None else set()
+        # Layers that nobody has called yet, of which one may turn out to be none.
+        self.untried = set(range(len(layers)))
         self.largest = 0.0
         # Whether updates are so small that the default format would round most of them away.
         self.fine = False

@@ -35,7 +35,7 @@ def parts_of(found: Sequence[Found], tile: Mapping[str, int]) -> list[tuple[nn.M
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ValueError(f"tile {tokens!r} of {name!r}: expected a positive number of tokens")
         named = [
-            (key, dict(layer.named_modules()).get(name))
+            (key, dict(layer.named_modules(remove_duplicate=False)).get(name))
             for each in found
             for key, layer in each.layers.items()
         ]
@@ -57,7 +57,8 @@ def parts_of(found: Sequence[Found], tile: Mapping[str, int]) -> list[tuple[nn.M
 
 def cut_into_tiles(parts: Sequence[tuple[nn.Module, int]]) -> None:
     """Let each part run on that many tokens at a time."""
-    for part, tokens in parts:
+    for part, tokens in dict(parts).items():
+        # Layers may share a part.
         vars(part)[TILE] = tokens
         own: Any = type(part)
         part.__class__ = tiled_class(own)

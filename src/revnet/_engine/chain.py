@@ -236,7 +236,7 @@ def same_stream(mine: Any, given: Any) -> bool:
         and mine.shape == given.shape
         and mine.stride() == given.stride()
         and mine.data_ptr() == given.data_ptr()
-        and mine._version == given._version
+        and _version(mine) == _version(given)
     )
 
 
@@ -247,9 +247,12 @@ def _tensors(streams: Sequence[Any]) -> list[Tensor]:
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:
     """Return what changes when somebody writes to a tensor, or gives it other data."""
-    # An inference tensor has no version.
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, storage_id(tensor), tensor.shape, tensor.dtype
+    return _version(tensor), storage_id(tensor), tensor.shape, tensor.dtype
+
+
+def _version(tensor: Tensor) -> int:
+    # An inference tensor has none.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _format(arithmetic: Arithmetic) -> Any:

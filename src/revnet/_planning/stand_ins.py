@@ -16,6 +16,8 @@ from .._execution import STORE
 from .._memory import all_tensors_in, storages_of
 from .._program import Program
 from .._sequential import BlockSequence
+from .._state.branch import attributes_of
+from .._state.contents import contents_kept
 from .._state.random import RandomState, devices_of
 from .._trees import tree_leaves
 
@@ -93,6 +95,8 @@ def _replace_tensors(stack: contextlib.ExitStack, replaced: StandIns) -> None:
     fresh = [p for p in net.parameters() if p.requires_grad and p.grad is None]
     replaced.missing = sum(storage.nbytes() for storage in storages_of(fresh))
     made: dict[Tensor, Tensor] = {}
+    attributes_now = [attributes_of(module)[0].values() for module in net.modules()]
+    stack.callback(contents_kept(value for values in attributes_now for value in values))
     for module in net.modules():
         # As in replays, tensor attributes count among the buffers, unless they need a gradient.
         # Nor are they replaced under a mode: a fake operation writes to no real tensor.

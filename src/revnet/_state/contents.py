@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import types
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from copy import copy
 from functools import cache, partial
 from typing import Any, Generic
 from weakref import ReferenceType
@@ -188,3 +190,30 @@ def length_of(value: Any) -> int:
     base = next((base for base in _SIZED if issubclass(kind, base)), None)
     items: int = 0 if base is None else base.__len__(value)
     return items + len(attributes_of(value))
+
+
+def contents_kept(values: Iterable[Any]) -> Callable[[], None]:
+    """Return a function that gives lists, dicts, sets and deques the items that they hold now.
+
+    Args:
+        values: containers, also in one another; other values, and subclasses, are left alone.
+    """
+    kept: dict[int, tuple[Any, Any]] = {}
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if value.__class__ in _REFILLED and id(value) not in kept:
+            kept[id(value)] = value, copy(value)
+            pending += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            pending += value
+
+    def refill() -> None:
+        for value, before in kept.values():
+            value.clear()
+            (value.extend if isinstance(value, list | deque) else value.update)(before)
+
+    return refill
+
+
+_REFILLED = frozenset([list, dict, OrderedDict, defaultdict, set, deque])
