@@ -118,6 +118,11 @@ class Stack:
         if isinstance(self.streams, Fixed):
             self._raise(self.monitor.check(), self.streams)
 
+    def tried(self, place: int) -> None:
+        """Note that a layer has been called, and need be watched no more."""
+        self.untried.discard(place)
+        self.unseen.discard(place)
+
     def fits(self, largest: float, update: float) -> bool:
         """Note magnitudes around a layer; return whether the format fits them.
 
