@@ -1438,6 +1438,15 @@ def test_a_first_call_that_fails_decides_nothing() -> None:
     assert not conversion.stacks[0].unseen
 
 
+def test_a_model_that_is_exported_first_runs_afterwards() -> None:
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    conversion = revnet.convert(net)
+    exported = torch.export.export(net, (x,)).module()
+    y = net(x)
+    conversion.check()
+    assert torch.equal(exported(x), y)
+
+
 class GrowingBlock(Block):
     """A layer that adds many times its input, and notes what it adds."""
 
