@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import revnet
@@ -1330,6 +1331,120 @@ def test_a_first_evaluation_that_is_given_up_leaves_no_trace(case: str, grad: bo
     for layer in net.blocks:
         assert layer.calls == layer.norm.num_batches_tracked == 1
         assert layer.noted == [1.0]
+
+
+class Adjacency(nn.Module):
+    """Reads a sparse matrix, as layers of graph networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(6).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.matrix, x)
+
+
+class MixingBlock(nn.Module):
+    """A residual layer with a part of another kind; it may widen its input."""
+
+    def __init__(self, part: nn.Module, size: float, width: int = WIDTH) -> None:
+        super().__init__()
+        self.part, self.leave, self.size = part, nn.Linear(WIDTH, width), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.size * self.leave(self.part(x))
+        return x + y if x.shape == y.shape else y
+
+
+def scripted_norm() -> Any:
+    return torch.jit.script(nn.BatchNorm1d(WIDTH))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("case", ["as it is", "large", "another shape"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        scripted_norm,
+        Adjacency,
+        nn.LazyBatchNorm1d,
+    ],
+    ids=["scripted", "sparse", "lazy"],
+)
+def test_first_evaluations_of_layers_with_unusual_parts(part: Any, case: str, grad: bool) -> None:
+    size = 1e3 if case == "large" else 1.0
+    layers = [MixingBlock(part(), size), MixingBlock(part(), size)]
+    if case == "another shape":
+        layers.append(MixingBlock(part(), 1.0, 2 * WIDTH))
+    net, x = nn.Sequential(*layers), torch.randn(6, WIDTH)
+    conversion = revnet.convert(net)
+    with torch.set_grad_enabled(grad):
+        y = net(x)
+        if grad:
+            y.sum().backward()
+    assert bool(conversion.stacks[0].outside) == (case == "another shape")
+    for layer in layers:
+        assert part is not scripted_norm or layer.part.num_batches_tracked == 1
+        # Which a lazy module learns in its first call, in whatever else that call is given up.
+        assert getattr(layer.part, "num_features", WIDTH) == WIDTH
+    revnet.unconvert(net)
+    assert y.isfinite().all()
+    assert torch.equal(net.eval()(x), net(x))
+
+
+class Clones(TorchDispatchMode):
+    """Notes how many elements are copied."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default:
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_first_evaluation_copies_no_table_that_it_only_reads(grad: bool) -> None:
+    net, x = Net(2), torch.randn(2, 3, WIDTH)
+    for layer in net.layers:
+        layer.register_buffer("table", torch.zeros(2**16))
+    revnet.convert(net)
+    with torch.set_grad_enabled(grad), Clones() as clones:
+        net(x)
+    assert clones.most < 2**16
+
+
+def test_the_first_batch_may_be_larger_than_the_first_range() -> None:
+    net, x = Net(), 1e6 * torch.randn(2, 3, WIDTH)
+    net.embed = nn.Identity()
+    conversion = revnet.convert(net)
+    assert net(x).isfinite().all()
+    conversion.check()
+    assert conversion.stacks[0].largest >= x.abs().max()
+    revnet.unconvert(net)
+    assert_same(executed(net, "invert", whole, x), executed(net, "store", whole, x))
+
+
+def test_a_first_call_that_fails_decides_nothing() -> None:
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    conversion = revnet.convert(net)
+    with pytest.raises(RuntimeError):
+        net.layers[0](torch.randn(2, 3, WIDTH + 1))
+    assert len(conversion.stacks[0].unseen) == DEPTH
+    net(1e3 * x)
+    assert not conversion.stacks[0].unseen
+
+
+def test_a_model_that_is_exported_first_runs_afterwards() -> None:
+    net, x = Net().eval(), torch.randn(2, 3, WIDTH)
+    conversion = revnet.convert(net)
+    exported = torch.export.export(net, (x,)).module()
+    y = net(x)
+    conversion.check()
+    assert torch.equal(exported(x), y)
 
 
 class GrowingBlock(Block):

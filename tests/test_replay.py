@@ -263,6 +263,24 @@ def test_batch_norm_in_eval_mode_stays_put():
     assert_same_gradients(outcome.buffers, before)
 
 
+class Graph(nn.Module):
+    """Mixes rows by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("matrix", torch.eye(3).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.matrix, self.linear(x)).tanh()
+
+
+def test_sparse_buffers():
+    pairs = [(Graph().double(), Graph().double()) for _ in range(3)]
+    net, oracle, x = ReversibleSequence(pairs), stored_copy(pairs), randn(3, 4)
+    assert_same_step(train_step(net, x), train_step(oracle, x))
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_lazy_modules_are_made_by_the_first_forward():
     def lazy() -> nn.Module:

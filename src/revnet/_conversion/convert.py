@@ -182,8 +182,9 @@ def convert(
     Args:
         model: any module with stacks of residual layers.
         layers: names of a ModuleList, Sequential or ModuleDict in it; found if not given.
-        rule: `"momentum"` for pretrained weights; `"two-stream"` for training from scratch: no bits
-            are kept, and pretrained weights do not carry over.
+        rule: `"momentum"` stays close to the ordinary network, pretrained or not; `"two-stream"`
+            keeps no bits, is for training from scratch alone, and has no way back: weights do not
+            carry over in either direction.
         bits: 1 to 8 per element and layer, one number or one per layer: fewer take less memory,
             more are closer to the ordinary network.
         streams: `"fixed"` chooses the range from the first batch; a `revnet.Fixed` sets it;

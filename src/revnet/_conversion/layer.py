@@ -159,24 +159,23 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
     # Generators cannot be read in a capture, which follows other calls.
     trial = Trial(layer, x, keywords) if real and not is_capturing() else None
     try:
+        found = _find(x, stack, recording)
+        if unseen and found is None and not stack.fits(*_magnitudes(x, x)):
+            stack.fit()
+        if recording:
+            stack.note(place, found is not None)
         try:
-            found = _find(x, stack, recording)
-            if recording:
-                stack.note(place, found is not None)
-            return _steps(stack, place, update, x, keywords, found)
+            y = _steps(stack, place, update, x, keywords, found)
         except _Range:
             # Another format begins with a new call.
             stack.fit()
             update.watch = None
             if update.evaluated is None and trial is not None:
                 trial.take_back()
-            return _steps(stack, place, update, x, keywords, None)
-        finally:
-            # Replays choose no range.
-            update.watch = None
-            stack.untried.discard(place)
-            if unseen:
-                stack.unseen.discard(place)
+            y = _steps(stack, place, update, x, keywords, None)
+        if real:
+            stack.tried(place)
+        return y
     except _Aside as reason:
         if stack.chosen:
             raise ReversibleError(
@@ -184,6 +183,10 @@ def run(layer: nn.Module, own: Any, args: tuple[Any, ...], kwargs: Any, compiler
                 f"to a tensor of its shape, alone or first in a tuple: leave it out of `layers`."
             ) from None
         stack.outside[place] = str(reason)
+        stack.tried(place)
+    finally:
+        # Replays choose no range.
+        update.watch = None
     if trial is not None:
         trial.take_back()
     return _plainly(layer, own, args, kwargs, compiler)

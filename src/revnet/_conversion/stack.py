@@ -17,6 +17,7 @@ from .._streams.arithmetic import FixedArithmetic, FloatArithmetic
 from .._streams.fixed import Fixed, fitting_fraction_bits
 from .._streams.format import DEFAULT_FRACTION_BITS, Float
 from .._streams.monitor import OutOfRange, RangeMonitor
+from .._torch import is_exporting
 from .rules import RULES, Momentum, TwoStreams
 
 # How far the range reaches above the largest value of the first batch.
@@ -111,12 +112,18 @@ class Stack:
             return FloatArithmetic()
         self.monitor.flush()
         self._raise(self.monitor.poll(), self.streams)
-        return FixedArithmetic(self.streams, self.monitor)
+        # An exported program has no monitor to tell.
+        return FixedArithmetic(self.streams, None if is_exporting() else self.monitor)
 
     def check(self) -> None:
         """Wait for the device and raise if a stream left its range."""
         if isinstance(self.streams, Fixed):
             self._raise(self.monitor.check(), self.streams)
+
+    def tried(self, place: int) -> None:
+        """Note that a layer has been called, and need be watched no more."""
+        self.untried.discard(place)
+        self.unseen.discard(place)
 
     def fits(self, largest: float, update: float) -> bool:
         """Note magnitudes around a layer; return whether the format fits them.

@@ -136,7 +136,10 @@ class TensorState:
         elif self._address is None and not written:
             # A write may have left no version. To compare on other devices would wait for them:
             # there, what was written once counts as written in every call.
-            written = not torch.equal(copy, tensor) if tensor.is_cpu else id(tensor) in _written
+            if tensor.is_cpu:
+                written = not same_contents(tensor, copy, self.version)
+            else:
+                written = id(tensor) in _written
             if not written:
                 # The next call need not copy it: tables are often filled in one call.
                 _written.pop(id(tensor), None)
@@ -175,6 +178,14 @@ class TensorState:
     def changed(self) -> bool:
         """Check whether somebody wrote to a tensor that the call left alone."""
         return self.version is not None and self.tensor._version != self.version
+
+
+def same_contents(tensor: Tensor, copy: Tensor, version: int | None) -> bool:
+    """Check whether a tensor holds what it held at a version, when the copy was made."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        # Torch compares no others, and counts the writes to these.
+        return tensor._version == version
+    return torch.equal(copy, tensor)
 
 
 def _copied(tensor: Tensor) -> Tensor:
