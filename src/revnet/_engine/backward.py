@@ -327,8 +327,8 @@ class _Replay:
             self.stopped = True
             return None
         finally:
-            set_grad_mode(before)
             pop_saved_tensor_hooks()
+            set_grad_mode(before)
         hook.check(record.saved_by_branch)
         if self.compare and not self.running:
             record.state.verify()
