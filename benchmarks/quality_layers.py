@@ -28,7 +28,8 @@ from unittest.mock import patch
 
 import torch
 from _race import opening
-from torch import Tensor, nn
+from quality_lm import Layer, Residual
+from torch import nn
 
 import revnet
 from revnet.app import model, report, training
@@ -43,31 +44,10 @@ FIGURES = {
 }
 
 
-class Layer(nn.Module):
-    """What a whole layer adds to its input."""
-
-    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
-        super().__init__()
-        self.attention, self.mlp = attention, mlp
-
-    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
-        mixed = self.attention(x, **keywords)
-        return mixed + self.mlp(x + mixed)
-
-
-class Ordinary(nn.Module):
-    """The ordinary network with its activations stored, in the place of a sequence."""
+class Ordinary(Residual):
+    """The ordinary network in the place of a sequence, whose execution the program reads."""
 
     execution = "store"
-
-    def __init__(self, layers: Iterable[Layer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x, **keywords)
-        return x
 
 
 def body(form: str, pairs: Iterable[tuple[nn.Module, nn.Module]], **options: Any) -> nn.Module:
@@ -76,7 +56,7 @@ def body(form: str, pairs: Iterable[tuple[nn.Module, nn.Module]], **options: Any
         return revnet.ReversibleSequence(pairs, **options)
     layers = [Layer(*pair) for pair in pairs]
     if form == "ordinary":
-        return Ordinary(layers)
+        return Ordinary(layers, checkpointed=False)
     routes = options.pop("args_route")
     if form.startswith("cycle"):
         return revnet.ReversibleCycle(

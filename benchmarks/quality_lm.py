@@ -97,8 +97,8 @@ class Layer(nn.Module):
         super().__init__()
         self.attention, self.mlp = attention, mlp
 
-    def forward(self, x: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        mixed = self.attention(x, rotary_pos_emb)
+    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
+        mixed = self.attention(x, **keywords)
         return mixed + self.mlp(x + mixed)
 
 
@@ -110,12 +110,12 @@ class Residual(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.checkpointed = checkpointed
 
-    def forward(self, x: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **keywords: Any) -> Tensor:
         for layer in self.layers:
             if self.checkpointed:
-                x = x + checkpoint(layer, x, rotary_pos_emb, use_reentrant=False)
+                x = x + checkpoint(layer, x, use_reentrant=False, **keywords)
             else:
-                x = x + layer(x, rotary_pos_emb)
+                x = x + layer(x, **keywords)
         return x
 
 

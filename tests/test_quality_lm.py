@@ -47,7 +47,7 @@ def test_the_ordinary_form_is_the_plain_network():
     tokens = torch.randint(256, (2, 8))
     x = model.embedding(tokens)
     for layer in model.body.layers:
-        x = x + layer.attention(x, model.rotary)
+        x = x + layer.attention(x, rotary_pos_emb=model.rotary)
         x = x + layer.mlp(x)
     assert torch.allclose(model(tokens), model.head(model.norm(x)), atol=1e-5)
 
@@ -57,8 +57,8 @@ def test_a_block_of_two_layers_adds_whole_layers_in_turn():
     tokens = torch.randint(256, (2, 8))
     (block,) = model.body.blocks
     x = model.embedding(tokens)
-    x1 = x + block.f(x, model.rotary)
-    x2 = x + block.g(x1, model.rotary)
+    x1 = x + block.f(x, rotary_pos_emb=model.rotary)
+    x2 = x + block.g(x1, rotary_pos_emb=model.rotary)
     assert torch.allclose(model(tokens), model.head(model.norm((x1 + x2) / 2)), atol=1e-5)
 
 
@@ -221,10 +221,10 @@ def test_a_cycle_reads_the_sum_of_the_streams_that_it_does_not_update():
     x = model.embedding(tokens)
     layers = lm.Model("ordinary", wide, 1).body.layers
     a, b, c = x / 2, x / 2, x / 2
-    a = a + layers[0](b + c, model.rotary)
-    b = b + layers[1](a + c, model.rotary)
-    c = c + layers[2](a + b, model.rotary)
-    a = a + layers[3](b + c, model.rotary)
+    a = a + layers[0](b + c, rotary_pos_emb=model.rotary)
+    b = b + layers[1](a + c, rotary_pos_emb=model.rotary)
+    c = c + layers[2](a + b, rotary_pos_emb=model.rotary)
+    a = a + layers[3](b + c, rotary_pos_emb=model.rotary)
     assert torch.allclose(model(tokens), model.head(model.norm((a + b + c) * 2 / 3)), atol=1e-5)
 
 
@@ -234,8 +234,8 @@ def test_a_cycle_of_branches_reads_what_its_attention_added():
     x = model.embedding(tokens)
     first, second = lm.Model("ordinary", lm.Size(2, 16, 2, 8, 2, 6, (1e-2,)), 1).body.layers
     a, b, c = x / 2, x / 2, x / 2
-    a = a + first.attention(b + c, model.rotary)
+    a = a + first.attention(b + c, rotary_pos_emb=model.rotary)
     b = b + first.mlp(a + c)
-    c = c + second.attention(a + b, model.rotary)
+    c = c + second.attention(a + b, rotary_pos_emb=model.rotary)
     a = a + second.mlp(b + c)
     assert torch.allclose(model(tokens), model.head(model.norm((a + b + c) * 2 / 3)), atol=1e-5)
