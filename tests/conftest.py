@@ -51,25 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-frozen_modules = 0
-
-
-def freeze_imports() -> None:
-    """Hide what has been imported from the cycle collector; do nothing where little is new.
-
-    Modules stay for good, and each of hundreds of collections in tests would look at them again:
-    a quarter of a second once the compiler is among them.
-    """
-    global frozen_modules
-    if len(sys.modules) < frozen_modules + 200:
-        return
+def pytest_collection_finish() -> None:
+    # What has been imported stays: hundreds of collections in tests need not look at it again.
     gc.collect()
     gc.freeze()
-    frozen_modules = len(sys.modules)
-
-
-def pytest_collection_finish() -> None:
-    freeze_imports()
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +63,6 @@ def reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     algorithms).
     """
     torch.manual_seed(0)
-    freeze_imports()
     if "torch._dynamo" in sys.modules:
         # What other tests had compiled would count towards the limit of compilations of one
         # function.
