@@ -17,7 +17,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch  # after the line above, which CUDA reads once
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 settings.register_profile(
     "revnet",
@@ -45,7 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@given(st.none())
+def registers_the_generator_of_hypothesis(nothing: None) -> None:
+    pass
+
+
 def pytest_collection_finish() -> None:
+    # Hypothesis asks the collector who holds its generator, and sees no holder once frozen.
+    registers_the_generator_of_hypothesis()
     # What has been imported stays: hundreds of collections in tests need not look at it again.
     gc.collect()
     gc.freeze()
