@@ -18,7 +18,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch  # after the line above, which CUDA reads once
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # A device that is not in use queues each seed with the text of the whole stack, once per kind of
 # device: in the deep stack of pytest that takes milliseconds.
@@ -51,7 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@given(st.none())
+def registers_the_generator_of_hypothesis(nothing: None) -> None:
+    pass
+
+
 def pytest_collection_finish() -> None:
+    # Hypothesis asks the collector who holds its generator, and sees no holder once frozen.
+    registers_the_generator_of_hypothesis()
     # What has been imported stays: hundreds of collections in tests need not look at it again.
     gc.collect()
     gc.freeze()
