@@ -202,8 +202,9 @@ class _Hooks:
         def collect(tensor: Tensor) -> Tensor:
             nonlocal count
             count += 1
-            found[count] = tensor.detach()
-            return tensor
+            # Not the tensor itself: of an output it would close a cycle with its own node.
+            found[count] = kept = tensor.detach()
+            return kept
 
         state, target = self.state, self.target
         source = state[1 - target].detach().requires_grad_()
