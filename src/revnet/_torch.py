@@ -39,6 +39,15 @@ lazy_clone: Callable[[Tensor], Tensor] = torch._lazy_clone
 # The number of in-place writes to a tensor so far.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
+
+def counted_writes(tensor: Tensor) -> int:
+    """Return the number of in-place writes to a tensor; 0 for one of inference mode.
+
+    Without it such a tensor, whose writes torch does not count, would raise.
+    """
+    return 0 if tensor.is_inference() else version_of(tensor)
+
+
 # The present CUDA device, and the address of its present stream: `torch.cuda` looks them up in
 # Python, for each launch of a kernel.
 current_cuda_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .._errors import ReversibleError, changed_message
 from .._state.branch import attributes_of
 from .._state.objects import Objects
-from .._torch import version_of
+from .._torch import counted_writes
 
 # What an error says of an input: the step, the kind of tensor, and its name.
 _Label = tuple[str, str, str]
@@ -109,7 +109,8 @@ def _module_tensors(fn: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 def _run(run: Callable[..., Any], watched: Mapping[int, _Label], *inputs: Any) -> Any:
     """Call a compiled graph, and have its backward compare the versions of inputs."""
     pairs = [(inputs[place], label) for place, label in watched.items()]
-    versions = [_version(tensor) for tensor, _ in pairs]
+    # Nothing outside of inference mode writes to a tensor that was made in it.
+    versions = [counted_writes(tensor) for tensor, _ in pairs]
     outputs = run(*inputs)
     nodes = {x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None}
     check = partial(_check, pairs, versions)
@@ -118,12 +119,7 @@ def _run(run: Callable[..., Any], watched: Mapping[int, _Label], *inputs: Any) -
     return outputs
 
 
-def _check(pairs: Sequence[tuple[Tensor, _Label]], versions: Sequence[int | None], _: Any) -> None:
+def _check(pairs: Sequence[tuple[Tensor, _Label]], versions: Sequence[int], _: Any) -> None:
     for (tensor, label), version in zip(pairs, versions, strict=True):
-        if _version(tensor) != version:
+        if counted_writes(tensor) != version:
             raise ReversibleError(changed_message(*label))
-
-
-def _version(tensor: Tensor) -> int | None:
-    # Nothing outside of inference mode writes to a tensor that was made in it.
-    return None if tensor.is_inference() else version_of(tensor)

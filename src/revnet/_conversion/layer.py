@@ -23,7 +23,14 @@ from .._errors import ReversibleError
 from .._execution import STORE
 from .._source import Adapter
 from .._streams.arithmetic import FixedArithmetic, Stream
-from .._torch import is_capturing, is_faking, is_forward_mode, records_operators, saved_tensor_hooks
+from .._torch import (
+    counted_writes,
+    is_capturing,
+    is_faking,
+    is_forward_mode,
+    records_operators,
+    saved_tensor_hooks,
+)
 from ._dynamo import keep_out, set_compiler
 from ._timm import FLAG
 from ._transformers import FLAG_OF_LAYERS, is_cache, is_empty
@@ -323,11 +330,11 @@ def _address(x: Tensor) -> int:
 def _version(x: Tensor) -> int:
     """Return a number that each write to the tensor makes larger."""
     functorch = torch._C._functorch
-    version = 0 if x.is_inference() else x._version
+    version = counted_writes(x)
     # Of nested transforms, only the one that makes a write may count it.
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
-        version += 0 if x.is_inference() else x._version
+        version += counted_writes(x)
     return version
 
 

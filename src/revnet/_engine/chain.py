@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .._streams import tiled
 from .._streams.arithmetic import FixedArithmetic, FloatArithmetic, Stream
-from .._torch import saved_tensor_hooks, storage_id
+from .._torch import counted_writes, saved_tensor_hooks, storage_id
 from .._trees import tree_leaves
 from .tape import Options, Tape
 
@@ -236,7 +236,7 @@ def same_stream(mine: Any, given: Any) -> bool:
         and mine.shape == given.shape
         and mine.stride() == given.stride()
         and mine.data_ptr() == given.data_ptr()
-        and _version(mine) == _version(given)
+        and counted_writes(mine) == counted_writes(given)
     )
 
 
@@ -247,12 +247,7 @@ def _tensors(streams: Sequence[Any]) -> list[Tensor]:
 
 def _mark(tensor: Tensor) -> tuple[Any, ...]:
     """Return what changes when somebody writes to a tensor, or gives it other data."""
-    return _version(tensor), storage_id(tensor), tensor.shape, tensor.dtype
-
-
-def _version(tensor: Tensor) -> int:
-    # An inference tensor has none.
-    return 0 if tensor.is_inference() else tensor._version
+    return counted_writes(tensor), storage_id(tensor), tensor.shape, tensor.dtype
 
 
 def _format(arithmetic: Arithmetic) -> Any:
