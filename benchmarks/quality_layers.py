@@ -19,7 +19,6 @@ import os
 import resource
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 from _race import opening
-from quality_lm import Layer, Residual
+from quality_lm import Layer, Residual, momentum
 from torch import nn
 
 import revnet
@@ -64,9 +63,7 @@ def body(form: str, pairs: Iterable[tuple[nn.Module, nn.Module]], **options: Any
         )
     options["args_route"] = dict.fromkeys(routes, (True, True))
     if form.startswith("momentum"):
-        mu = Fraction(form.split("-")[1])
-        options["coupling"] = revnet.Momentum(mu)
-        options["merge"] = lambda v, x: x + float(mu / (1 - mu)) * v
+        options |= momentum(form)
     return revnet.ReversibleSequence(zip(layers[::2], layers[1::2], strict=True), **options)
 
 

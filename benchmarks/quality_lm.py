@@ -119,6 +119,16 @@ class Residual(nn.Module):
         return x
 
 
+def momentum(form: str) -> dict[str, Any]:
+    """Return the options of a sequence that is a momentum network, named by its factor."""
+    mu = Fraction(form.split("-")[1])
+    # Merged where the state would come to rest: the stream of the ordinary network.
+    return {
+        "coupling": revnet.Momentum(mu),
+        "merge": lambda v, x: x + float(mu / (1 - mu)) * v,
+    }
+
+
 def body(form: str, pairs: list[tuple[nn.Module, nn.Module]], execution: str) -> nn.Module:
     """Build one form of the network from its attentions and MLPs."""
     layers = [Layer(*pair) for pair in pairs]
@@ -140,10 +150,7 @@ def body(form: str, pairs: list[tuple[nn.Module, nn.Module]], execution: str) ->
         "execution": execution,
     }
     if form.startswith("momentum"):
-        mu = Fraction(form.split("-")[1])
-        options["coupling"] = revnet.Momentum(mu)
-        # Where the state would come to rest: the stream of the ordinary network.
-        options["merge"] = lambda v, x: x + float(mu / (1 - mu)) * v
+        options |= momentum(form)
     else:
         start = form.split("-")[1]
         options["split"], options["merge"] = {
