@@ -1710,22 +1710,22 @@ def test_a_bound_launch_hands_over_addresses_or_declines(monkeypatch: pytest.Mon
     x = torch.zeros(1040)
     where = x.data_ptr()
     assert where % 16 == 0
-    assert launch((x, None), 1040, 7)
+    assert launch((where, None), where | 1040, 1040, 7)
     usual = (3, 1, 1, ("stream", 3), "function", "packed", None, None, None)
     assert launched == [(*usual, where, None, 1040, 7, 0.5, 1)]
     # Another build: addresses or sizes that are no multiples of 16, sizes beyond 32 bits.
-    assert not launch((x[1:], None), 1040, 7)
-    assert not launch((x, None), 1039, 7)
-    assert not launch((x, None), 2**31, 7)
-    assert not launch((x, None), 0, 7)
+    assert not launch((where + 4, None), (where + 4) | 1040, 1040, 7)
+    assert not launch((where, None), where | 1039, 1039, 7)
+    assert not launch((where, None), where | 2**31, 2**31, 7)
+    assert not launch((where, None), where, 0, 7)
     monkeypatch.setattr(cuda, "current_cuda_device", lambda: 2)
-    assert not launch((x, None), 1040, 7)
+    assert not launch((where, None), where | 1040, 1040, 7)
     monkeypatch.setattr(cuda, "current_cuda_device", lambda: 3)
     for name in ("launch_enter_hook", "launch_exit_hook"):
         hook = getattr(knobs.runtime, name)
         hook.add(print)
         try:
-            assert not launch((x, None), 1040, 7)
+            assert not launch((where, None), where | 1040, 1040, 7)
         finally:
             hook.remove(print)
     assert len(launched) == 1

@@ -64,27 +64,36 @@ class _DualAdd(_FixedAdd):
 class _FixedAddNow(torch.autograd.Function):
     """Add without transforms: `setup_context` would bind the arguments by inspection each time.
 
-    Written out, as calls of Python count in every step.
+    Written out, as calls of Python count in every step. `held` is a list of the residual, in whose
+    place the new one comes: as an argument and a result it would cost as much as the addition.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         value: Tensor,
-        residual: Tensor,
         increment: Tensor,
+        held: list[Tensor],
         fixed: Fixed,
         monitor: RangeMonitor | None,
         step: int,
-    ) -> Encoded:
-        output = fixed._combine(Encoded(value, residual), increment, 1, monitor, step)
+    ) -> Tensor:
+        new: Tensor
+        new, held[0] = fixed._combine(Encoded(value, held[0]), increment, 1, monitor, step)
         ctx.value_dtype, ctx.increment_dtype = value.dtype, increment.dtype
-        ctx.mark_non_differentiable(output.residual)
         ctx.set_materialize_grads(False)
-        return output
+        return new
 
-    backward = _FixedAdd.backward
-    jvp = _DualAdd.jvp
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        increment = grad
+        if grad is not None and grad.dtype is not ctx.increment_dtype:
+            increment = grad.to(ctx.increment_dtype)
+        return grad, increment, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, value: Any, increment: Any, *_: Any) -> Any:
+        return _sum(value, increment, ctx.value_dtype)
 
 
 _add_now = apply_outside_transforms(_FixedAddNow)
@@ -157,7 +166,9 @@ def fixed_add(
     elif torch._C._are_functorch_transforms_active():
         add = _DualAdd.apply
     else:
-        add = _add_now
+        held = [encoded.residual]
+        value = _add_now(encoded.value, increment, held, fixed, monitor, step)
+        return Encoded(value, held[0])
     return Encoded(*add(*encoded, increment, fixed, monitor, step))
 
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from triton import knobs
 
 from .._torch import current_cuda_device, current_cuda_stream
+from .fixed import LAUNCHES, Launch
 from .format import bound
 from .monitor import key_of
 from .reference import MASKS, SHARE
@@ -254,14 +257,9 @@ _NOTHING = contextlib.nullcontext()
 _BLOCK = 512
 _WARPS = 8
 _state = {"launched": False, "broken": False}
-# Takes tensors, their number of elements and the key of the step; False where it does not launch.
-_Launch = Callable[[tuple[Tensor | None, ...], int, int], bool]
-# Launches of built kernels by what Triton would look at to find them: asking it takes as long again
-# as launching. By the name of the kernel, as Triton computes the hash of one under a lock.
-_bound: dict[tuple[Any, ...], _Launch] = {}
 
 
-def _bind(built: Any, device: int, numbers: tuple[Any, ...]) -> _Launch:
+def _bind(built: Any, device: int, numbers: tuple[Any, ...]) -> Launch:
     """Return the launch of a built kernel.
 
     It is what `built[grid](*arguments)` does, without two chains of hooks and without asking for
@@ -275,22 +273,14 @@ def _bind(built: Any, device: int, numbers: tuple[Any, ...]) -> _Launch:
     """
     run, function, packed, hooks = built.run, built.function, built.packed_metadata, knobs.runtime
 
-    def launch(tensors: tuple[Tensor | None, ...], size: int, key: int) -> bool:
-        addresses: list[int | None] = []
-        bits = size
-        for tensor in tensors:
-            if tensor is None:
-                addresses.append(None)
-                continue
-            address = tensor.data_ptr()
-            bits |= address
-            addresses.append(address)
+    def launch(addresses: Sequence[int | None], bits: int, size: int, key: int) -> bool:
         if (
             bits & 15
             or not 0 < size < 2**31
             or hooks.launch_enter_hook.calls
             or hooks.launch_exit_hook.calls
             or device != current_cuda_device()
+            or _state["broken"]
         ):
             return False
         stream, blocks = current_cuda_stream(device), -(-size // _BLOCK)
@@ -301,6 +291,18 @@ def _bind(built: Any, device: int, numbers: tuple[Any, ...]) -> _Launch:
         return True
 
     return launch
+
+
+def _relaunched(
+    build: tuple[Any, ...], tensors: tuple[Tensor | None, ...], size: int, key: int
+) -> bool:
+    """Launch a kernel that was built before; False where there is none for these tensors."""
+    launch = LAUNCHES.get(build)
+    if launch is None:
+        return False
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    bits = functools.reduce(operator.or_, filter(None, addresses), size)
+    return launch(addresses, bits, size, key)
 
 
 def launch(
@@ -324,15 +326,15 @@ def launch(
         fraction_bits: of the format.
         step: the number that the finding is to name.
     """
-    value, size, key = new.value, increment.numel(), key_of(step)
+    size, key, dtype = increment.numel(), key_of(step), new.value.dtype
     tensors = (*(encoded or (None, None)), increment, *new, finding)
-    # With both devices: an address says nothing of its own.
-    places = value.get_device(), value.dtype, increment.get_device(), increment.dtype
-    build = ("combine", *places, sign, fraction_bits, encoded is None, finding is None)
-    known = _bound.get(build)
-    if known is not None and not _state["broken"] and known(tensors, size, key):
+    # That of a stream is what `Fixed` looks for.
+    read = dtype if encoded is not None else ("encode", dtype)
+    build = (read, increment.dtype, increment.get_device(), sign, fraction_bits, finding is None)
+    same_device = new.value.get_device() == increment.get_device()
+    if same_device and _relaunched(build, tensors, size, key):
         return True
-    exact = (sign, 2.0**fraction_bits, bound(fraction_bits, value.dtype), _integers(increment))
+    exact = (sign, 2.0**fraction_bits, bound(fraction_bits, dtype), _integers(increment))
     numbers = (2.0**-fraction_bits, *exact, _BLOCK)
     return _launch(_combine, build, tensors, increment, key, numbers)
 
@@ -370,8 +372,7 @@ def launch_scaled(
     parts = (new.value, addend, buffer, new_buffer, less, scale)
     places = tuple(None if x is None else (x.get_device(), x.dtype) for x in parts)
     build = ("scale", places, sign, fraction_bits, n, d, gain, finding is None)
-    known = _bound.get(build)
-    if known is not None and not _state["broken"] and known(tensors, size, key):
+    if _relaunched(build, tensors, size, key):
         return True
     limit = bound(fraction_bits, dtype)
     mask = None if buffer is None else MASKS.get(buffer.dtype)
@@ -420,7 +421,7 @@ def _launch(
             arguments = (*tensors, size, key, *numbers)
             built = kernel[(-(-size // _BLOCK), 1, 1)](*arguments, num_warps=_WARPS)
             if usual and built is not None:
-                _bound[build] = _bind(built, increment.get_device(), numbers)
+                LAUNCHES[build] = _bind(built, increment.get_device(), numbers)
     except Exception as error:
         if _state["launched"]:
             raise

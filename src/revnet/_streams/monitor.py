@@ -61,6 +61,8 @@ class RangeMonitor:
 
     def __init__(self) -> None:
         self._cells: dict[torch.device, _Cell] = {}
+        # Where the findings of a CUDA device go, by its index.
+        self.addresses: dict[int, int] = {}
         self._calls: dict[int, int] = {}
         self._awaited: set[int] = set()
         self._reported: set[int] = set()
@@ -100,6 +102,8 @@ class RangeMonitor:
                     else _host(torch.zeros(1, dtype=torch.int64), device)
                 )
             cell = self._cells.setdefault(device, _Cell(key, host))
+            if key.is_cuda:
+                self.addresses[key.get_device()] = cell.key.data_ptr()
         return cell
 
     def observe(self, bad: Tensor, magnitude: Tensor, step: int) -> None:
