@@ -36,6 +36,8 @@ from . import checksums
 from .hooks import PackHook, RecomputeHook, Saving, same_tensor
 from .tape import Layout, Recomputed, Record, Tape
 
+_NOTHING = contextlib.nullcontext()
+
 
 class Lock:
     """Lets one replay run at a time, since replays restore modules and global generators.
@@ -56,7 +58,8 @@ os.register_at_fork(after_in_child=Lock.renew)
 
 def recover(tape: Tape, hook: PackHook, number: int) -> Saving:
     """Return the tensor that was saved under a number, and the version that it has now."""
-    lock, taken = Lock.lock, list[bool]()
+    lock = Lock.lock
+    taken: list[bool] = []
     # Twice, and without `with`: an interrupt at its end would leave the lock taken.
     try:
         try:
@@ -160,12 +163,12 @@ def _walk(tape: Tape, recomputed: Recomputed, hook: PackHook) -> dict[int, Savin
     recomputed.position, recomputed.state = None, []
     collected: dict[int, Saving] = {}
     # Backward has gradients off already, unless it is to be differentiated itself.
-    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
         for k in range(position - 1, step, -1):
             _revisit(tape, k, state, None, undo=True)
             tape.lower(recomputed, k, state)
         # Once the branch has run, the state above goes tile by tile while the one below is made.
-        free = partial(tape.forget_above, recomputed, step)
+        free = partial(tape.forget_above, recomputed, step) if tape.tiled else None
         _revisit(tape, step, state, collected, undo=position > step, free=free)
     recomputed.position, recomputed.state = step, state
     tape.release(recomputed, step, state)
@@ -178,7 +181,7 @@ def _replay_alone(
     """Return what a step saved that reads the values that were kept for it."""
     collected: dict[int, Saving] = {}
     state: list[Stream] = [(value, None) for value in values]
-    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
         _revisit(tape, step, state, collected, undo=False)
     tape.release(recomputed, step, None)
     return collected
@@ -219,11 +222,10 @@ def _revisit(
     if kept and collected is None:
         return
     record.state.check()
-    restoring = Undo()
+    restoring, optimized = Undo(), optimize_scripts()
     # Twice, because an interrupt may come in the middle of the first.
     try:
         try:
-            restoring.add(partial(optimize_scripts, optimize_scripts()))
             optimize_scripts(False)
             keywords = record.state.restore(restoring)
             replay = _Replay(tape, record, state, collected, keywords)
@@ -233,8 +235,10 @@ def _revisit(
                 again = undo or record.alone is not None
                 replay.collect(compare=again and record.checksums is not None)
         finally:
+            optimize_scripts(optimized)
             restoring.run()
     finally:
+        optimize_scripts(optimized)
         restoring.run()
 
 
@@ -362,7 +366,7 @@ class _Replay:
 
     def _rule(self, plays: bool, again: bool = False) -> Any:
         if self.record.state.quiet:
-            return contextlib.nullcontext()
+            return _NOTHING
         return self.record.state.replaying_rule(self.mark, plays, again)
 
     def _collect_rule(self, out: Any) -> None:

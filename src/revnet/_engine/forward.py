@@ -38,6 +38,7 @@ from .._torch import (
     push_saved_tensor_hooks,
     records_operators,
     untraced,
+    version_of,
 )
 from .._trees import tree_leaves
 from . import chain
@@ -275,7 +276,7 @@ class Call:
         """Run a step so that it can be replayed; `alone`: from values that are kept for it."""
         record, before = hook.record, self.streams[step.target][0] if alone else None
         state = record.state
-        versions = [source._version for source in hook.sources]
+        versions = list(map(version_of, hook.sources))
         # Their default, if an interrupt comes before it is known.
         optimized = True
         push_saved_tensor_hooks(hook.pack, hook.unpack)
@@ -288,7 +289,7 @@ class Call:
                 else:
                     out = self.gates.call(step, sources)
             record.saved_by_branch = len(record.saved)
-            if versions != [source._version for source in hook.sources]:
+            if versions != list(map(version_of, hook.sources)):
                 raise ReversibleError(
                     f"{step.name} changed its input in place. The stream it reads is needed to "
                     "rebuild the activations: work on a copy, or use the out-of-place operation."

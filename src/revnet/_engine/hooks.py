@@ -80,11 +80,15 @@ class PackHook:
     def pack(self, tensor: Tensor) -> Any:
         # Called for each tensor that each step saves: every attribute counts.
         saved = self.saved
-        root = tensor._base
-        if root is None:
-            root = tensor
-        # Of most tensors this is the one to answer no.
-        if root.is_leaf and root.requires_grad:
+        root = tensor
+        if tensor.__class__ is Parameter:
+            passes = tensor.requires_grad
+        else:
+            base = tensor._base
+            if base is not None:
+                root = base
+            passes = root.is_leaf and root.requires_grad
+        if passes:
             for source in self.sources:
                 if root is source:
                     break
@@ -195,16 +199,16 @@ class RecomputeHook:
         if index < len(saved):
             forward = saved[index]
             if forward.__class__ is tuple:
-                shape, strides, dtype, device = forward
-                if self.compare and (
-                    tensor.dtype is not dtype
-                    or tensor.shape != shape
-                    or (strides is not None and tensor.stride() != strides)
-                    or tensor.device != device
-                ):
-                    raise self._differs(
-                        _mismatch(self.record.step.name, index, forward, describe(tensor))
-                    )
+                if self.compare:
+                    try:
+                        # What `describe` returns, without a call.
+                        described: Any = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+                    except RuntimeError:
+                        described = describe(tensor)
+                    if described != forward:
+                        raise self._differs(
+                            _mismatch(self.record.step.name, index, forward, described)
+                        )
                 if tensor.requires_grad:
                     found = tensor.detach()
                 if self.collected is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from operator import call
 from typing import Any, Protocol
 
 import torch
@@ -136,14 +137,14 @@ class Environment:
     def __init__(self, device_types: Sequence[str]) -> None:
         self.device_types = tuple(dict.fromkeys(("cpu", *device_types)))
         self.readers = _readers(self.device_types)[0]
-        self.values = [read() for read in self.readers]
+        self.values = list(map(call, self.readers))
 
     def restore(self, undo: Undo) -> None:
         """Set every setting that has other values now, until `undo` runs."""
         if is_autocasting():
             # In a backward inside autocast, casts of parameters would pile up until it ends.
             undo.add(torch.clear_autocast_cache)
-        present = [read() for read in self.readers]
+        present = list(map(call, self.readers))
         if present == self.values:
             return
         for setting, start, end in _readers(self.device_types)[1]:
