@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import revnet
 from revnet._couplings import ADDITIVE
+from revnet._state.branch import attributes_of
 from revnet._state.structure import Memory
 from revnet._step import BoundStep
 
@@ -101,6 +102,68 @@ def test_what_is_put_where_nothing_was_is_seen_by_replays() -> None:
 
     changed = gradient(take_away=True)
     assert torch.equal(changed, gradient(take_away=False))
+
+
+class Scales(nn.Module):
+    """Scales by an attribute where it has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = linear()
+        self.scale: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = getattr(self, "scale", 2.0)
+        return self.linear(x) if scale is None else self.linear(x * scale)
+
+
+def test_an_attribute_that_was_nothing_is_missed_by_replays() -> None:
+    pairs = [(Scales(), linear()) for _ in range(2)]
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    found = []
+    for execution in ("store", "invert"):
+        net = revnet.ReversibleSequence(copy.deepcopy(pairs), execution=execution)
+        loss = net(x).square().sum()
+        for block in net.blocks:
+            # Another attribute in its place: the module has as many as before.
+            del block.f.scale
+            block.f.other = 1
+        found.append(torch.autograd.grad(loss, [x, *net.parameters()]))
+        assert not hasattr(net.blocks[0].f, "scale")
+        assert net.blocks[0].f.other == 1
+    torch.testing.assert_close(*found)
+
+
+class Holder(nn.Module):
+    """Has a layer, or none, under a name that may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = linear()
+        self.layer: nn.Module | None = None
+        self.register_parameter("weight", None)
+
+
+@pytest.mark.parametrize("name", ["layer", "weight"])
+def test_layers_are_found_in_the_place_of_nothing(name: str) -> None:
+    net = revnet.ReversibleSequence([(Holder(), linear())])
+    memory = Memory()
+    assert memory.layers(net).kinds == ()
+    delattr(net.blocks[0].f, name)
+    # Each table is as long as it was.
+    if name == "layer":
+        net.blocks[0].f.other = nn.Conv1d(WIDTH, WIDTH, 1)
+    else:
+        net.blocks[0].f.other = nn.Parameter(torch.randn(WIDTH, WIDTH, 1))
+    assert memory.layers(net).kinds == ("conv",)
+
+
+def test_an_attribute_in_the_place_of_nothing_is_found() -> None:
+    scales = Scales()
+    assert attributes_of(scales)[0]["scale"] is None
+    del scales.scale
+    scales.other = 1
+    assert attributes_of(scales)[0] == {"training": True, "other": 1}
 
 
 def test_keywords_of_one_call_are_not_those_of_the_next() -> None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Collection, Iterator, MutableMapping
 from fractions import Fraction
 from functools import partial
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -19,6 +20,8 @@ MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 MACHINERY |= {"_compiled_call_impl", "_hf_hook", "_old_forward", "_is_fsdp_managed_module"}
 # Where a converted layer finds its stack.
 MACHINERY |= {"_revnet_place"}
+# Stands for what a module does not have: `None` is a value.
+ABSENT: Any = object()
 
 
 def modules_of(fn: nn.Module, coupling: nn.Module | None = None) -> list[nn.Module]:
@@ -66,7 +69,8 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], bool]:
     known = _simple.get(id(module))
     if known is not None:
         reference, size, found = known
-        same = len(own) == size and all(map(is_, map(own.get, found), found.values()))
+        present = map(own.get, found, repeat(ABSENT))
+        same = len(own) == size and all(map(is_, present, found.values()))
         if same and reference() is module:
             return found, True
     found = {name: own[name] for name in own.keys() - MACHINERY}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import nn
@@ -14,15 +14,12 @@ from torch.nn.parameter import UninitializedParameter
 from .._errors import ReversibleError, changed_message
 from .._torch import is_dtensor, storage_id
 from . import fsdp
-from .branch import Table, attributes_of, unaliased
+from .branch import ABSENT, Table, attributes_of, unaliased
 from .copies import Copies, refill
 from .objects import Container, Large, Objects, stands_for
 from .structure import Structure, hold
 from .tensors import TensorState, replacements
 from .undo import Undo
-
-# Stands for an attribute that a module does not have.
-_ABSENT: Any = object()
 
 
 class _Owner:
@@ -50,7 +47,7 @@ class _Owner:
     def changed(self) -> bool:
         """Check whether something in the dict is not what was found."""
         own = self.own
-        present = map(own.get, self._names, repeat(_ABSENT))
+        present = map(own.get, self._names, repeat(ABSENT))
         if len(own) != self.size or not all(map(is_, present, self._values)):
             return True
         return not all(stands_for(value, own.get(name)) for name, value in self._others)
@@ -226,7 +223,7 @@ class ModuleState:
             undo.add(partial(_reset, [(owner.own, owner.own.copy())]))
             made = {}
             for name, value in owner.found.items():
-                present = owner.own.get(name, _ABSENT)
+                present = owner.own.get(name, ABSENT)
                 # A tensor with a graph stays where it is.
                 kept = stands_for(value, present) and not copies.replaces(value)
                 made[name] = present if kept else copies.make(value)
@@ -237,7 +234,7 @@ class ModuleState:
         structure = self.structure
         places = zip(structure.parameter_owns, structure.parameter_names, strict=True)
         for (own, name), parameter in zip(places, structure.parameters, strict=True):
-            present = own.get(name, _ABSENT)
+            present = own.get(name, ABSENT)
             # An alias is there while a tile runs, in another thread perhaps, which takes it away.
             aliased = unaliased(present) is parameter
             if not aliased and not fsdp.exchanged(parameter, present):
@@ -258,7 +255,10 @@ _NO_KEYWORDS: dict[str, Any] = {}
 
 def _marks(parameters: list[Any]) -> list[tuple[int, bool]]:
     """Return what changes where somebody writes to a parameter, freezes it or thaws it."""
-    return [(parameter._version, parameter.requires_grad) for parameter in parameters]
+    return list(map(_mark, parameters))
+
+
+_mark: Any = attrgetter("_version", "requires_grad")
 
 
 def _reset(dicts: Sequence[tuple[Table, dict[str, Any]]]) -> None:
@@ -267,7 +267,7 @@ def _reset(dicts: Sequence[tuple[Table, dict[str, Any]]]) -> None:
 
 
 def _put(own: dict[str, Any], name: str, value: Any) -> None:
-    if value is _ABSENT:
+    if value is ABSENT:
         own.pop(name, None)
     else:
         own[name] = value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import is_
+from itertools import chain, groupby
+from operator import call, is_, itemgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from .._couplings import Coupling
 from .._step import BoundStep, Step
 from .branch import (
+    ABSENT,
     MACHINERY,
     Table,
     attributes_of,
@@ -51,7 +53,7 @@ class Structure:
         "sizes",
         "founds",
         "owns",
-        "names",
+        "readers",
         "values",
         "others",
         "buffered",
@@ -71,9 +73,9 @@ class Structure:
         self.known = set(self.modules)
         self.dicts: list[dict[str, Any]] = []
         self.founds: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        # For each name the dict that has it, and its value.
+        # Of each dict that holds something what reads all of it, and of all of them the values.
         self.owns: list[dict[str, Any]] = []
-        self.names: list[str] = []
+        self.readers: list[Any] = []
         self.values: list[Any] = []
         # Modules with other attributes, and modules with buffers.
         self.others: list[nn.Module] = []
@@ -95,11 +97,12 @@ class Structure:
         self.sizes = list(map(len, self.dicts))
         # A rule that derives from this one may do more.
         self.quiet = vars(type(coupling)).get("quiet", False)
-        self.everything = (
-            self.owns + self.parameter_owns,
-            self.names + self.parameter_names,
-            self.values + self.parameters,
-        )
+        # The same with parameters.
+        self.everything = list(self.owns), list(self.readers), list(self.values)
+        places = zip(self.parameter_owns, self.parameter_names, self.parameters, strict=True)
+        for _, of_module in groupby(places, lambda place: id(place[0])):
+            owns, names, values = zip(*of_module, strict=True)
+            _add_names(self.everything, owns[0], names, values)
         # Whether there is nothing in them that is copied or watched.
         self.simple = not (self.others or self.buffered or self.scripted or self.lazy)
 
@@ -160,23 +163,24 @@ class Structure:
     def _hold(self, own: dict[str, Any], found: dict[str, Any]) -> None:
         self.dicts.append(own)
         self.founds.append((own, found))
-        self.owns += [own] * len(found)
-        self.names += found
-        self.values += found.values()
+        _add_names((self.owns, self.readers, self.values), own, tuple(found), tuple(found.values()))
 
     def same(self) -> bool:
         """Check that every dict holds what it held, parameters apart."""
-        return self._sized() and all(map(is_, map(_get, self.owns, self.names), self.values))
+        return self._sized() and _hold(self.owns, self.readers, self.values)
 
     def current(self) -> bool:
         """Check that every dict holds what it held, parameters included."""
-        owns, names, values = self.everything
-        # What `_sized` returns, without a call: every step asks.
-        return (
-            not any(self.empty)
-            and list(map(len, self.dicts)) == self.sizes
-            and all(map(is_, map(_get, owns, names), values))
-        )
+        owns, readers, values = self.everything
+        # What `_sized` and `_hold` return, without their calls: every step asks.
+        try:
+            return (
+                not any(self.empty)
+                and list(map(len, self.dicts)) == self.sizes
+                and all(map(is_, chain.from_iterable(map(call, readers, owns)), values))
+            )
+        except KeyError:
+            return False
 
     def _sized(self) -> bool:
         return not any(self.empty) and list(map(len, self.dicts)) == self.sizes
@@ -240,14 +244,20 @@ class Layers:
         return (
             self.settled
             and list(map(len, self.tables)) == self.sizes
-            and [table.get(name) for table, name in self.children] == self.modules
+            and [table.get(name, ABSENT) for table, name in self.children] == self.modules
             and self._dims() == self.dims
         )
 
     def _dims(self) -> list[int]:
         """Return the dimensions of each tensor: not itself, as that would keep its memory."""
-        tensors = [table.get(name) for table, name in self.tensors]
-        return [-1 if tensor is None else tensor.ndim for tensor in tensors]
+        tensors = [table.get(name, ABSENT) for table, name in self.tensors]
+        return [_ndim(tensor) for tensor in tensors]
+
+
+def _ndim(tensor: Any) -> int:
+    if tensor is None:
+        return -1
+    return -2 if tensor is ABSENT else tensor.ndim
 
 
 def _is_wide(tensor: Any) -> bool:
@@ -339,7 +349,22 @@ class Memory:
         return structure
 
 
-_get = dict.get
+def _add_names(held: Any, own: Table, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
+    owns, readers, found = held
+    if names:
+        # Of a single name there would be no tuple.
+        twice = 2 if len(names) == 1 else 1
+        owns.append(own)
+        readers.append(itemgetter(*names * twice))
+        found += values * twice
+
+
+def _hold(owns: list[Any], readers: list[Any], values: list[Any]) -> bool:
+    """Check by identity that dicts hold these values."""
+    try:
+        return all(map(is_, chain.from_iterable(map(call, readers, owns)), values))
+    except KeyError:
+        return False
 
 
 def hold(own: Table, wanted: dict[str, Any], machinery: frozenset[str] = MACHINERY) -> None:
