@@ -33,7 +33,7 @@ from revnet._streams.buffer import BufferedStream
 from revnet._streams.checksum import checksum
 from revnet._streams.fixed import Fixed, fitting_fraction_bits
 from revnet._streams.format import Encoded, Float
-from revnet._streams.monitor import RangeMonitor
+from revnet._streams.monitor import RangeMonitor, key_of
 
 # Raised inside torch: by a module that its compiler imports, and by the compiler where it traces a
 # Function.
@@ -1729,6 +1729,91 @@ def test_a_bound_launch_hands_over_addresses_or_declines(monkeypatch: pytest.Mon
         finally:
             hook.remove(print)
     assert len(launched) == 1
+
+
+class Own(Tensor):
+    """A subclass, which may keep its numbers elsewhere."""
+
+
+def outlived() -> Tensor:
+    left: list[Tensor] = []
+    torch.func.grad(lambda x: (left.append(x * 1), x.sum())[1])(torch.ones(4, 16))
+    return left[0]
+
+
+# What a kernel cannot read by address, or would read in another order.
+UNREADABLE = {
+    "negated": lambda: torch.randn(4, 16, dtype=torch.complex64).conj().imag,
+    "transposed": lambda: torch.randn(16, 4).t(),
+    "expanded": lambda: torch.randn(4, 1).expand(4, 16),
+    "broadcast": lambda: torch.randn(16),
+    "subclass": lambda: torch.randn(4, 16).as_subclass(Own),
+    "parameter": lambda: torch.nn.Parameter(torch.randn(4, 16), requires_grad=False),
+    "outlived": outlived,
+    "zero": lambda: torch._efficientzerotensor((4, 16)),
+}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have every kernel built before for the CPU, as it seems; return what they are asked."""
+    asked: list[Any] = []
+
+    def launch(*arguments: Any) -> bool:
+        asked.append(arguments)
+        return False
+
+    for step in itertools.product((torch.float32, torch.bfloat16), (1, -1), (True, False)):
+        value, sign, silent = step
+        key = value, torch.float32, -1, sign, 24, silent
+        monkeypatch.setitem(dispatch.LAUNCHES, key, launch)
+    return asked
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_kernel_is_not_launched_on_memory_that_it_cannot_read(
+    kind: str, asked: list[Any]
+) -> None:
+    fixed, increment = Fixed(), UNREADABLE[kind]()
+    held = fixed.encode(torch.randn(4, 16))
+    found = fixed.add(held, increment)
+    assert not asked
+    assert same(found, plain_torch.combine(held, increment, 1, 24, None, 0))
+
+
+def test_a_kernel_is_not_launched_on_a_stream_that_it_cannot_read(asked: list[Any]) -> None:
+    fixed, x = Fixed(), torch.randn(4, 16)
+    value, residual = fixed.encode(x)
+    gaps = torch.zeros(4, 32, dtype=residual.dtype)[:, ::2].copy_(residual)
+    other = torch.zeros(4, 32)[:, ::2].copy_(value)
+    for held in (
+        Encoded(value, gaps),
+        Encoded(other, residual),
+        Encoded(value.as_subclass(Own), residual),
+    ):
+        fixed.subtract(held, x)
+    assert not asked
+
+
+def test_a_kernel_that_declines_leaves_no_trace(asked: list[Any]) -> None:
+    fixed, monitor = Fixed(), RangeMonitor()
+    x = torch.randn(4, 16).bfloat16()
+    increment = torch.full((4, 16), 1e-9)
+    monitor.addresses[-1] = 1234
+    held = fixed.encode(x)
+    found = fixed.add(held, increment, monitor, 3)
+    (((*read, value, residual, finding), bits, size, key),) = asked
+    assert read == [part.data_ptr() for part in (*held, increment)]
+    assert (finding, size, key) == (1234, 64, key_of(3))
+    assert all(bits | address == bits for address in (*read, value, residual, size))
+    assert same(found, plain_torch.combine(held, increment, 1, 24, None, 0))
+    assert monitor.vanishing() == {3: 1.0}
+    # Sampled once a call: next in the second, not in the third.
+    fixed.add(held, increment, monitor, 3)
+    assert monitor._awaited == {3}
+    monitor.vanishing()
+    fixed.add(held, increment, monitor, 3)
+    assert not monitor._awaited
 
 
 @pytest.mark.gpu
