@@ -251,13 +251,8 @@ class Layers:
     def _dims(self) -> list[int]:
         """Return the dimensions of each tensor: not itself, as that would keep its memory."""
         tensors = [table.get(name, ABSENT) for table, name in self.tensors]
-        return [_ndim(tensor) for tensor in tensors]
-
-
-def _ndim(tensor: Any) -> int:
-    if tensor is None:
-        return -1
-    return -2 if tensor is ABSENT else tensor.ndim
+        # In one line: calls would cost as many as there are tensors.
+        return [-1 if x is None else -2 if x is ABSENT else x.ndim for x in tensors]
 
 
 def _is_wide(tensor: Any) -> bool:
