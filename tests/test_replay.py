@@ -403,6 +403,53 @@ def test_a_parameter_or_branch_put_in_anothers_place_after_forward_takes_no_part
     assert_same_gradients(*found)
 
 
+class Shifted(nn.Module):
+    """Shifts by a parameter where it has one, and makes it in its first call if it is told to."""
+
+    def __init__(self, width: int, makes: bool = False):
+        super().__init__()
+        self.enter = nn.Linear(width, width)
+        self.makes = makes
+        self.register_parameter("shift", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.makes and self.shift is None:
+            self.shift = nn.Parameter(x.new_ones(x.shape[-1]))
+        y = self.enter(x).tanh()
+        y = y if self.shift is None else y + self.shift
+        return y * self.scale if hasattr(self, "scale") else y
+
+
+def test_a_parameter_that_was_put_where_none_was_after_forward_takes_no_part():
+    net, oracle = both(Shifted, depth=3)
+    found = []
+    for module in (net, oracle):
+        x = randn(2, 6, 8, requires_grad=True)
+        loss = weighted(module(x))
+        branches = [branch for branch in module.modules() if isinstance(branch, Shifted)]
+        for branch in branches:
+            branch.shift = nn.Parameter(randn(8))
+            branch.scale = nn.Parameter(randn(8))
+            branch.register_parameter("offset", None)
+        loss.backward()
+        for branch in branches:
+            assert list(branch._parameters) == ["shift", "scale", "offset"]
+            assert branch.shift.grad is branch.scale.grad is branch.offset is None
+        found.append({"x": x.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
+def test_a_parameter_that_the_first_call_made_takes_part_in_replays():
+    net, oracle = both(lambda width: Shifted(width, makes=True), depth=3)
+    found = []
+    for module in (net, oracle):
+        x = randn(2, 6, 8, requires_grad=True)
+        weighted(module(x)).backward()
+        found.append({"x": x.grad, **gradients_of(module)})
+    assert found[0]["blocks.0.f.shift"] is not None
+    assert_same_gradients(*found)
+
+
 def test_a_parameter_that_is_changed_in_place_after_another_took_its_place():
     """A bias, which autograd does not save, but a replay reads."""
     net, _ = both(Linear)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -107,7 +109,13 @@ class StepState:
         Args:
             random_after: the generators after the call.
         """
-        if not self.modules.structure.simple or self.modules.kwargs:
+        structure = self.modules.structure
+        if (
+            not structure.simple
+            or self.modules.kwargs
+            or list(map(len, structure.tables)) != structure.table_sizes
+            or not all(map(is_, map(dict.get, *structure.without), repeat(None)))
+        ):
             self.modules.settle()
         if self.results is not None:
             self.results.settle()

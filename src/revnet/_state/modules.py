@@ -64,12 +64,14 @@ class ModuleState:
         where: what errors call the step.
     """
 
-    __slots__ = ("structure", "objects", "owners", "kwargs", "marks", "lazy")
+    __slots__ = ("structure", "objects", "owners", "kwargs", "marks", "made", "lazy")
 
     def __init__(self, structure: Structure, kwargs: Mapping[str, Any], where: str) -> None:
         self.structure = structure
         self.owners: list[_Owner] = []
         self.marks = _marks(structure.parameters)
+        # Where the call itself put parameters: a replay goes on with them.
+        self.made: frozenset[tuple[int, str]] = frozenset()
         self.lazy = structure.lazy and UninitializedParameter in map(type, structure.parameters)
         if structure.simple and not kwargs:
             self.objects, self.kwargs = _NOTHING, _NO_KEYWORDS
@@ -123,6 +125,7 @@ class ModuleState:
 
     def settle(self) -> None:
         """Note what the call changed."""
+        self.made = self.structure.made()
         objects = self.objects
         if objects is _NOTHING:
             return
@@ -240,6 +243,17 @@ class ModuleState:
             if not aliased and not fsdp.exchanged(parameter, present):
                 undo.add(partial(_put, own, name, present))
                 own[name] = parameter
+        self._restore_tables(undo)
+
+    def _restore_tables(self, undo: Undo) -> None:
+        """Leave in the tables of parameters the names that were there or that the call made."""
+        for own, held in zip(self.structure.tables, self.structure.held, strict=True):
+            kept = {name for name in own if held.get(name) or (id(own), name) in self.made}
+            wanted = dict.fromkeys(held) | {name: own[name] for name in own if name in kept}
+            present = map(own.get, wanted, repeat(ABSENT))
+            if len(own) != len(wanted) or not all(map(is_, present, wanted.values())):
+                undo.add(partial(_reset, [(own, own.copy())]))
+                hold(own, wanted, frozenset())
 
     def _restore_flags(self, undo: Undo) -> None:
         for parameter, (_, flag) in zip(self.structure.parameters, self.marks, strict=True):

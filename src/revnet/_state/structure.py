@@ -61,6 +61,10 @@ class Structure:
         "parameters",
         "parameter_owns",
         "parameter_names",
+        "tables",
+        "table_sizes",
+        "held",
+        "without",
         "lazy",
         "simple",
         "quiet",
@@ -85,6 +89,11 @@ class Structure:
         self.parameters: list[Any] = []
         self.parameter_owns: list[dict[str, Any]] = []
         self.parameter_names: list[str] = []
+        # Tables of parameters, and the names under which each held one, or none.
+        self.tables: list[dict[str, Any]] = []
+        self.held: list[dict[str, bool]] = []
+        # Names without a parameter, each with its table.
+        self.without: tuple[list[dict[str, Any]], list[str]] = [], []
         self._add_hidden(given)
         for module in self.modules:
             self._add(module)
@@ -95,6 +104,7 @@ class Structure:
         self.empty = [own for own in self.dicts if not own]
         self.dicts = [own for own in self.dicts if own]
         self.sizes = list(map(len, self.dicts))
+        self.table_sizes = list(map(len, self.tables))
         # A rule that derives from this one may do more.
         self.quiet = vars(type(coupling)).get("quiet", False)
         # The same with parameters.
@@ -103,6 +113,8 @@ class Structure:
         for _, of_module in groupby(places, lambda place: id(place[0])):
             owns, names, values = zip(*of_module, strict=True)
             _add_names(self.everything, owns[0], names, values)
+        for own, name in zip(*self.without, strict=True):
+            _add_names(self.everything, own, (name,), (None,))
         # Whether there is nothing in them that is copied or watched.
         self.simple = not (self.others or self.buffered or self.scripted or self.lazy)
 
@@ -125,8 +137,13 @@ class Structure:
         else:
             self._hold(buffers, {})
         self.dicts.append(parameters)
+        self.tables.append(parameters)
+        self.held.append({name: x is not None for name, x in parameters.items()})
         for name, parameter in parameters.items():
-            if parameter is not None:
+            if parameter is None:
+                self.without[0].append(parameters)
+                self.without[1].append(name)
+            else:
                 self.parameters.append(unaliased(parameter))
                 self.parameter_owns.append(parameters)
                 self.parameter_names.append(name)
@@ -184,6 +201,15 @@ class Structure:
 
     def _sized(self) -> bool:
         return not any(self.empty) and list(map(len, self.dicts)) == self.sizes
+
+    def made(self) -> frozenset[tuple[int, str]]:
+        """Return where parameters are that were not there: the `id` of the table, and the name."""
+        return frozenset(
+            (id(own), name)
+            for own, held in zip(self.tables, self.held, strict=True)
+            for name, parameter in own.items()
+            if parameter is not None and not held.get(name)
+        )
 
     def put_back(self) -> None:
         """Put into every dict what it held, where something is different."""
