@@ -639,6 +639,16 @@ def test_unconvert_gives_the_first_outputs() -> None:
     assert not any("revnet" in key for layer in net.layers for key in vars(layer))
 
 
+def test_unconvert_between_forward_and_backward() -> None:
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        found = whole(net, x)
+        revnet.unconvert(net)
+        return found
+
+    net, x = Net(), torch.randn(2, 3, WIDTH)
+    assert_same(executed(net, "invert", loss, x), executed(net, "store", loss, x))
+
+
 def test_two_threads() -> None:
     net, inputs = Net(layer=lambda: Block(dropout=0.0)), torch.randn(2, 4, 3, WIDTH)
     revnet.convert(net, calibrate=inputs[0])

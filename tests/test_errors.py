@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from cases import Linear, Mlp, Modulated, SavesInput, SavesResult, build, every, noted, randn
 from oracle import assert_same_step, stored_copy, train_step, weighted
@@ -242,6 +243,23 @@ def test_a_buffer_changed_in_place():
     net.blocks[0].g.factor.zero_()
     with pytest.raises(ReversibleError, match=naming(0, "g")):
         loss.backward()
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_a_parametrization_removed():
+    net, _ = network()
+    branch = net.blocks[0].g.linear
+    register_parametrization(branch, "weight", Twice())
+    loss = weighted(net(randn(2, 6, 8, requires_grad=True)))
+    remove_parametrizations(branch, "weight", leave_parametrized=False)
+    expected = naming(0, "g") + ".*ParametrizedLinear has class Linear now"
+    with pytest.raises(ReversibleError, match=expected):
+        loss.backward()
+    weighted(net(randn(2, 6, 8))).backward()
 
 
 class Masked(Linear):

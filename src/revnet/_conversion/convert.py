@@ -14,6 +14,7 @@ from .._engine import Options
 from .._errors import ReversibleError
 from .._execution import ExecutionName, resolve
 from .._program import callers_level, streams_of
+from .._state.branch import OWN
 from .._state.random import devices_of
 from .._state.structure import Memory
 from .._streams.fixed import Fixed
@@ -21,7 +22,7 @@ from .._streams.format import Float
 from ._timm import checkpoints_blocks
 from ._transformers import was_loaded
 from .find import Found, find, named
-from .layer import KEY, OWN, converted_class, dense_class, switching_class
+from .layer import KEY, converted_class, dense_class, switching_class
 from .rules import RULES
 from .stack import HEADROOM, Stack
 from .tiles import TILE, cut_into_tiles, parts_of

@@ -22,6 +22,7 @@ from .._engine import Call
 from .._errors import ReversibleError
 from .._execution import STORE
 from .._source import Adapter
+from .._state.branch import OWN
 from .._streams.arithmetic import FixedArithmetic, Stream
 from .._torch import (
     counted_writes,
@@ -40,8 +41,6 @@ from .trial import Trial
 
 # Where a converted layer finds its stack, and its place there.
 KEY = "_revnet_place"
-# Where a class that conversion made finds the class before it.
-OWN = "_revnet_own"
 
 
 @dataclass(slots=True)

@@ -20,6 +20,8 @@ MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 MACHINERY |= {"_compiled_call_impl", "_hf_hook", "_old_forward", "_is_fsdp_managed_module"}
 # Where a converted layer finds its stack.
 MACHINERY |= {"_revnet_place"}
+# Where a class that conversion made finds the class before it.
+OWN = "_revnet_own"
 # Stands for what a module does not have: `None` is a value.
 ABSENT: Any = object()
 
@@ -79,6 +81,13 @@ def attributes_of(module: nn.Module) -> tuple[dict[str, Any], bool]:
         forget = partial(_simple.pop, id(module))
         _simple[id(module)] = weakref.ref(module, forget), len(own), found
     return found, simple
+
+
+def own_class(kind: Any) -> Any:
+    """Return the class from which conversion made this one; others are returned as they are."""
+    while OWN in vars(kind):
+        kind = vars(kind)[OWN]
+    return kind
 
 
 class ScriptTable(MutableMapping[str, Any]):

@@ -9,12 +9,13 @@ from operator import attrgetter, is_
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
 from .._errors import ReversibleError, changed_message
 from .._torch import is_dtensor, storage_id
 from . import fsdp
-from .branch import ABSENT, Table, attributes_of, unaliased
+from .branch import ABSENT, Table, attributes_of, own_class, unaliased
 from .copies import Copies, refill
 from .objects import Container, Large, Objects, stands_for
 from .structure import Structure, hold
@@ -147,8 +148,11 @@ class ModuleState:
 
         Raises:
             ReversibleError: a parameter, a keyword tensor, or a tensor of a module that the call
-                left alone; or a container that is too large to be copied.
+                left alone; a container that is too large to be copied; or a module that has
+                another class.
         """
+        if list(map(type, self.structure.modules)) != self.structure.kinds:
+            self._check_kinds(where)
         if _marks(self.structure.parameters) != self.marks:
             self._check_parameters(where)
         for state in self.objects.tensors.values():
@@ -160,6 +164,17 @@ class ModuleState:
                     f"{where}: a {type(large.original).__name__} of {large.length} items, too many "
                     "to be copied in each call, has another number of them now. Call backward "
                     "before it changes, or keep what changes in smaller containers."
+                )
+
+    def _check_kinds(self, where: str) -> None:
+        for module, kind in zip(self.structure.modules, self.structure.kinds, strict=True):
+            # A lazy module takes its own class in its first call, and `unconvert` gives it back.
+            same = own_class(type(module)) is own_class(kind)
+            if not same and not issubclass(kind, LazyModuleMixin):
+                raise ReversibleError(
+                    f"{where}: a module of class {kind.__name__} has class {type(module).__name__} "
+                    "now, so the forward pass cannot be replayed. Call backward before what "
+                    "changes it, such as registering or removing a parametrization."
                 )
 
     def _check_parameters(self, where: str) -> None:

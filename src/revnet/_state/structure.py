@@ -47,6 +47,7 @@ class Structure:
 
     __slots__ = (
         "modules",
+        "kinds",
         "known",
         "dicts",
         "empty",
@@ -97,6 +98,7 @@ class Structure:
         self._add_hidden(given)
         for module in self.modules:
             self._add(module)
+        self.kinds = list(map(type, self.modules))
         self.lazy = UninitializedParameter in map(type, self.parameters)
         if not self.lazy:  # Such a module takes its hook away in the first call.
             self._add_hooks()
@@ -194,6 +196,7 @@ class Structure:
             return (
                 not any(self.empty)
                 and list(map(len, self.dicts)) == self.sizes
+                and list(map(type, self.modules)) == self.kinds
                 and all(map(is_, chain.from_iterable(map(call, readers, owns)), values))
             )
         except KeyError:
