@@ -450,6 +450,42 @@ def test_a_parameter_that_the_first_call_made_takes_part_in_replays():
     assert_same_gradients(*found)
 
 
+class Slotted(nn.Module):
+    """Counts its calls, and keeps what it counted, in slots."""
+
+    __slots__ = ("calls", "seen", "first")
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.calls, self.seen = 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.calls)
+        first = getattr(self, "first", 3)
+        self.first = 1
+        return self.linear(x).tanh() * self.calls * len(self.seen) * first
+
+
+def test_what_modules_hold_in_slots():
+    found = []
+    for execution in ("invert", "store"):
+        # torch copies no slots.
+        module = ReversibleSequence(build([(Slotted, Slotted)] * 3, 8), execution=execution)
+        x = randn(6, 8, requires_grad=True)
+        loss = weighted(module(x)) + weighted(module(x.cos()))
+        branches = [branch for branch in module.modules() if isinstance(branch, Slotted)]
+        for branch in branches:
+            branch.calls = 7
+            del branch.first
+        loss.backward()
+        assert [(branch.calls, branch.seen) for branch in branches] == [(7, [1, 2])] * 6
+        assert not any(hasattr(branch, "first") for branch in branches)
+        found.append({"x": x.grad, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
 def test_a_parameter_that_is_changed_in_place_after_another_took_its_place():
     """A bias, which autograd does not save, but a replay reads."""
     net, _ = both(Linear)

@@ -119,7 +119,37 @@ class ScriptTable(MutableMapping[str, Any]):
         return dict(self)
 
 
-Table = dict[str, Any] | ScriptTable
+class SlotTable(MutableMapping[str, Any]):
+    """What a module holds in slots of its class, as a dict."""
+
+    def __init__(self, module: nn.Module, names: Collection[str]) -> None:
+        self.module = module
+        self.names = names
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self.module, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self.module, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self.module, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.copy())
+
+    def __len__(self) -> int:
+        return len(self.copy())
+
+    def copy(self) -> dict[str, Any]:
+        """Return the present contents."""
+        return {name: self[name] for name in self.names if name in self}
+
+
+Table = dict[str, Any] | ScriptTable | SlotTable
 
 
 def tables_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -78,7 +78,8 @@ def blank(kind: Any) -> Any:
 
 
 @cache
-def _slots(kind: Any) -> tuple[str, ...]:
+def slots_of(kind: Any) -> tuple[str, ...]:
+    """Return the names of the slots of a class, as its objects have them."""
     names: list[str] = []
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
@@ -92,7 +93,7 @@ def _slots(kind: Any) -> tuple[str, ...]:
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, those in slots included."""
     found = dict(value.__dict__) if hasattr(value, "__dict__") else {}
-    for name in _slots(value.__class__):
+    for name in slots_of(value.__class__):
         try:
             found[name] = object.__getattribute__(value, name)
         except AttributeError:

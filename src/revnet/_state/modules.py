@@ -87,7 +87,7 @@ class ModuleState:
             buffers = module._buffers
             self.owners.append(_Owner(buffers, objects.take_all(buffers)))
         objects.eager = True
-        for table in structure.scripted:
+        for table in structure.outside:
             self.owners.append(_Owner(table, objects.take_all(table.copy())))
         self.kwargs = self._keywords(kwargs, where)
 

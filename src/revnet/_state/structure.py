@@ -17,6 +17,7 @@ from .._step import BoundStep, Step
 from .branch import (
     ABSENT,
     MACHINERY,
+    SlotTable,
     Table,
     attributes_of,
     modules_of,
@@ -24,6 +25,7 @@ from .branch import (
     tables_of,
     unaliased,
 )
+from .contents import slots_of
 from .objects import modules_in
 
 # A hook that is called in another way than by itself stands in one of the tables behind the first.
@@ -58,7 +60,7 @@ class Structure:
         "values",
         "others",
         "buffered",
-        "scripted",
+        "outside",
         "parameters",
         "parameter_owns",
         "parameter_names",
@@ -85,8 +87,8 @@ class Structure:
         # Modules with other attributes, and modules with buffers.
         self.others: list[nn.Module] = []
         self.buffered: list[nn.Module] = []
-        # What scripted modules hold.
-        self.scripted: list[Table] = []
+        # What scripted modules hold in C++, and others in slots.
+        self.outside: list[Table] = []
         self.parameters: list[Any] = []
         self.parameter_owns: list[dict[str, Any]] = []
         self.parameter_names: list[str] = []
@@ -118,7 +120,7 @@ class Structure:
         for own, name in zip(*self.without, strict=True):
             _add_names(self.everything, own, (name,), (None,))
         # Whether there is nothing in them that is copied or watched.
-        self.simple = not (self.others or self.buffered or self.scripted or self.lazy)
+        self.simple = not (self.others or self.buffered or self.outside or self.lazy)
 
     def _add(self, module: nn.Module) -> None:
         own = module.__dict__
@@ -130,8 +132,11 @@ class Structure:
             self.others.append(module)
             self._add_hidden(modules_in(attributes.values()))
         self._hold(children, children.copy())
+        kind: Any = type(module)
+        if slots := slots_of(kind):
+            self.outside.append(SlotTable(module, slots))
         if isinstance(module, torch.jit.ScriptModule):
-            self.scripted += scripted_tables(module)
+            self.outside += scripted_tables(module)
             self.dicts.append(buffers)
         elif buffers:
             self.buffered.append(module)
