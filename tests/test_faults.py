@@ -1714,7 +1714,9 @@ class Setting(NamedTuple):
 def settings() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     kernels = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    dtype = torch.get_default_dtype()
     yield
+    torch.set_default_dtype(dtype)
     torch.set_float32_matmul_precision(precision)
     torch.backends.cuda.enable_math_sdp(kernels[0])
     torch.backends.cuda.enable_flash_sdp(kernels[1])
@@ -1734,6 +1736,7 @@ SETTINGS = {
         lambda: torch.is_autocast_enabled("cpu"),
         lambda: torch.set_autocast_enabled("cpu", True),
     ),
+    "dtype": Setting(torch.get_default_dtype, lambda: torch.set_default_dtype(torch.float16)),
 }
 
 

@@ -13,7 +13,7 @@ check and restore before a replay, verify after it.
     modules      attributes, buffers, parameters and keywords of a step
     fsdp         what FSDP2 exchanges between call and replay
     random       generators
-    environment  autocast, TF32 and the kernels of attention: settings of the process
+    environment  autocast, TF32, kernels of attention, default dtype: settings of the process
     decisions    what `revnet.remember` was given
     outputs      what modules under `revnet.remember_outputs` decided and returned
     results      results of single operations

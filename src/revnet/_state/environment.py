@@ -1,4 +1,4 @@
-"""Settings of the process under which a step runs: autocast, TF32, the kernels of attention.
+"""Settings of the process under which a step runs: autocast, TF32, attention, the default dtype.
 
 A setting is a class with two static methods: `readers` returns what reads its values, `write` sets
 them. To have another one replayed, write such a class and name it in `SETTINGS`.
@@ -112,7 +112,24 @@ class AttentionKernels:
         torch._C._set_sdp_priority_order(order)
 
 
-SETTINGS: tuple[type[Setting], ...] = (Autocast, MatmulPrecision, AttentionKernels)
+class DefaultDtype:
+    """The dtype of tensors that are made without one."""
+
+    @staticmethod
+    def readers(device_types: Sequence[str]) -> list[Reader]:
+        return [torch.get_default_dtype]
+
+    @staticmethod
+    def write(values: Sequence[Any], device_types: Sequence[str]) -> None:
+        torch.set_default_dtype(*values)
+
+
+SETTINGS: tuple[type[Setting], ...] = (
+    Autocast,
+    MatmulPrecision,
+    AttentionKernels,
+    DefaultDtype,
+)
 
 
 @cache
