@@ -403,6 +403,19 @@ def _through_reference(module: nn.Module) -> float:
     return held.count
 
 
+_held_elsewhere: list[Plain] = []
+
+
+def _referred() -> Any:
+    _held_elsewhere.append(Plain())
+    return weakref.ref(_held_elsewhere[-1])
+
+
+def _through_reference_alone(module: nn.Module) -> float:
+    module.state().count += 1
+    return module.state().count
+
+
 def _objects_as_keys() -> Any:
     key = Plain()
     return {"key": key, key: 0}
@@ -473,6 +486,7 @@ STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "default": (_default, _call),
     "bound method": (lambda: Ticker().tick, _call),
     "weak reference": (_held_and_referred, _through_reference),
+    "weak reference alone": (_referred, _through_reference_alone),
     "objects as keys": (_objects_as_keys, _by_object),
     "generator": (
         lambda: torch.Generator().manual_seed(3),

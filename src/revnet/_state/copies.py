@@ -62,6 +62,10 @@ class Copies:
             self._build(value)
         return self._made[id(value)]
 
+    def free(self) -> None:
+        """Free the copies, at the end of the replay: weak references keep none of them."""
+        self._made.clear()
+
     def _build(self, container: Container) -> None:
         kind = container.kind
         if issubclass(kind, tuple | frozenset) or (kind in FUNCTIONS and kind is not CellType):

@@ -228,6 +228,7 @@ class ModuleState:
         for whole in objects.wholes.values():
             whole.restore(undo)
         copies = Copies(objects, replaced, originals)
+        undo.add(copies.free)
         if self.owners:
             self._restore_owners(copies, undo)
         return {name: copies.make(value) for name, value in self.kwargs.items()}
