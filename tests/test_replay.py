@@ -486,6 +486,41 @@ def test_what_modules_hold_in_slots():
     assert_same_gradients(*found)
 
 
+class ScaledBy(nn.Module):
+    """Scales by an attribute, a buffer and a keyword."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.register_buffer("factor", torch.full((width,), 2.0, dtype=torch.float64))
+        self.held = [torch.full((width,), 0.5, dtype=torch.float64)]
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.linear(x).tanh() * self.factor * self.held[0] * scale
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_tensors_that_are_frozen_or_thawed_after_forward(frozen: bool):
+    pairs = build([(ScaledBy, ScaledBy)] * 3, 8)
+    route = {"scale": ((True, True),) * 3}
+    found = []
+    for module in (ReversibleSequence(pairs, route), stored_copy(pairs, route)):
+        x, scale = randn(6, 8, requires_grad=True), randn(8)
+        branches = [branch for branch in module.modules() if isinstance(branch, ScaledBy)]
+        tensors = [scale, *(branch.factor for branch in branches)]
+        tensors += [branch.held[0] for branch in branches]
+        for tensor in tensors:
+            tensor.requires_grad_(frozen)
+        loss = weighted(module(x, scale=scale))
+        for tensor in tensors:
+            tensor.requires_grad_(not frozen)
+        loss.backward()
+        assert all(tensor.requires_grad is not frozen for tensor in tensors)
+        gradients = {str(i): tensor.grad for i, tensor in enumerate(tensors)} if frozen else {}
+        found.append({"x": x.grad, **gradients, **gradients_of(module)})
+    assert_same_gradients(*found)
+
+
 def test_a_parameter_that_is_changed_in_place_after_another_took_its_place():
     """A bias, which autograd does not save, but a replay reads."""
     net, _ = both(Linear)

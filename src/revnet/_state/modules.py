@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
@@ -219,10 +219,12 @@ class ModuleState:
         if not current:
             self._restore_parameters(undo)
         if _marks(structure.parameters) != self.marks:
-            self._restore_flags(undo)
+            flags = [flag for _, flag in self.marks]
+            _restore_flags(zip(structure.parameters, flags, strict=True), undo)
         objects = self.objects
         if objects is _NOTHING:
             return {}
+        _restore_flags(((state.tensor, state.flag) for state in objects.tensors.values()), undo)
         replaced = replacements(objects.tensors.values()) if objects.tensors else {}
         originals = objects.locate(self._values()) if objects.containers else {}
         for whole in objects.wholes.values():
@@ -271,11 +273,13 @@ class ModuleState:
                 undo.add(partial(_reset, [(own, own.copy())]))
                 hold(own, wanted, frozenset())
 
-    def _restore_flags(self, undo: Undo) -> None:
-        for parameter, (_, flag) in zip(self.structure.parameters, self.marks, strict=True):
-            if parameter.requires_grad is not flag and parameter.is_leaf:
-                undo.add(partial(parameter.requires_grad_, not flag))
-                parameter.requires_grad_(flag)
+
+def _restore_flags(flags: Iterable[tuple[Tensor, bool]], undo: Undo) -> None:
+    """Let each tensor take a gradient where it did, and nowhere else."""
+    for tensor, flag in flags:
+        if tensor.requires_grad is not flag and tensor.is_leaf:
+            undo.add(partial(tensor.requires_grad_, not flag))
+            tensor.requires_grad_(flag)
 
 
 # Of a step without keywords whose modules hold nothing but numbers and parameters.

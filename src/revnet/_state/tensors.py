@@ -48,6 +48,7 @@ class TensorState:
             that may hold the record.
         keyword: whether the step was given it.
         attached: whether it had a graph.
+        flag: whether it took a gradient.
         copy: its contents before the call, or None where the call did not write to it.
         version: its version, None where writes to it are no matter, since there is a copy.
     """
@@ -56,6 +57,7 @@ class TensorState:
         "tensor",
         "keyword",
         "attached",
+        "flag",
         "copy",
         "version",
         "_address",
@@ -71,6 +73,7 @@ class TensorState:
             self._original = weakref.ref(tensor)
             tensor = tensor.detach().requires_grad_()
         self.tensor = tensor
+        self.flag = tensor.requires_grad
         self.copy: Tensor | None = None
         self._address: int | None = None
         # Shares the memory until somebody writes to it after the call.
