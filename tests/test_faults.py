@@ -1208,6 +1208,7 @@ class View(collections.abc.Mapping):
         (lambda: {"a": [zip([1], [2], strict=True)]}, "zip"),
         (lambda: types.MappingProxyType({"mask": 1}), "mappingproxy"),
         (lambda: {"a": 1}.keys(), "dict_keys"),
+        (lambda: {"a": 1}.values(), "dict_values"),
         (lambda: memoryview(b"abc"), "memoryview"),
     ],
     ids=lambda p: p if isinstance(p, str) else "",

@@ -10,7 +10,7 @@ them is that of the call and the originals are never touched.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from itertools import cycle
 from operator import is_, length_hint
 from typing import Any
@@ -33,6 +33,9 @@ from .wholes import Whole, whole_of
 # A container of more leaves is kept by reference: to copy it in each call would cost more than the
 # step.
 LARGEST = 1000
+
+# Containers of which no copy can be made, where they are none that were written in Python.
+_UNCOPIED: Any = (Iterator, Mapping, Sequence, Set, ValuesView)
 
 
 class Container:
@@ -274,7 +277,7 @@ class Objects:
             self.modules.append(value)
         elif isinstance(value, Iterator) and not keyword:
             self.iterations.append(Iteration(value))
-        elif keyword and isinstance(value, Iterator | Mapping | Sequence | Set):
+        elif keyword and isinstance(value, _UNCOPIED):
             raise TypeError(type(value).__name__)
 
     def _tensor(self, tensor: Tensor, keyword: bool) -> Any:
