@@ -436,8 +436,9 @@ def test_errors_name_the_step():
     net = Reversible([Step(branch(), 0, 1), Step(branch(WIDTH + 1), 1, 0, Affine())])
     with pytest.raises(revnet.ReversibleError, match=r"step 1 returned .* side by side along"):
         net(*streams_of(torch.float32))
-    with pytest.raises(ValueError, match="positive bound"):
-        Affine(limit=0)
+    for limit in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive bound"):
+            Affine(limit=limit)
     with pytest.raises(TypeError, match="no inverse"):
         Bijection(nn.Linear(2, 2))
 

@@ -301,7 +301,7 @@ class Affine(Coupling):
         self, dim: int = -1, *, limit: float = 2.0, log_det: bool = False, approximate: bool = False
     ) -> None:
         super().__init__(approximate=approximate)
-        if limit <= 0:
+        if not 0 < limit < math.inf:
             raise ValueError(f"Affine(limit={limit}): expected a positive bound of the log-scale")
         self.dim = dim
         self.limit = limit
