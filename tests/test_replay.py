@@ -521,6 +521,49 @@ def test_tensors_that_are_frozen_or_thawed_after_forward(frozen: bool):
     assert_same_gradients(*found)
 
 
+class AsksItsHolder(nn.Module):
+    """Shifts by a parameter, and scales by a buffer, of the network that holds it."""
+
+    def __init__(self, width: int, holder: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        object.__setattr__(self, "holder", holder)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.holder.calls.add_(1)
+        y = self.linear(x).tanh() * self.holder.calls.clone() + self.holder.shift
+        y = y + self.holder.offset
+        return y if self.holder.factor is None else y * self.holder.factor
+
+
+class Holder(nn.Module):
+    def __init__(self, execution: str) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.full((8,), 0.5, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("offset", torch.ones((), dtype=torch.float64))
+        self.register_buffer("factor", None)
+        torch.manual_seed(0)
+        pairs = [(AsksItsHolder(8, self), AsksItsHolder(8, self)) for _ in range(3)]
+        self.net = ReversibleSequence(pairs, execution=execution).double()
+
+
+def test_what_a_branch_reads_of_the_module_that_holds_it():
+    found = []
+    for execution in ("store", "invert"):
+        holder = Holder(execution)
+        x, shift = randn(6, 8, requires_grad=True), holder.shift
+        loss = weighted(holder.net(x))
+        holder.shift, holder.factor = nn.Parameter(randn(8)), randn(8)
+        holder.calls.add_(1)
+        holder.offset.add_(1)
+        loss.backward()
+        assert int(holder.calls) == 7
+        assert int(holder.offset) == 2
+        found.append({"x": x.grad, "shift": shift.grad, **gradients_of(holder.net)})
+    assert_same_gradients(*found)
+
+
 def test_a_parameter_that_is_changed_in_place_after_another_took_its_place():
     """A bias, which autograd does not save, but a replay reads."""
     net, _ = both(Linear)

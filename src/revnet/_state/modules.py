@@ -85,7 +85,12 @@ class ModuleState:
             # A module in evaluation mode writes to none, as a rule.
             objects.eager = module.training
             buffers = module._buffers
-            self.owners.append(_Owner(buffers, objects.take_all(buffers)))
+            found = objects.take_all(buffers)
+            self.owners.append(_Owner(buffers, found))
+            if module in structure.holders:
+                for state in found.values():
+                    if state.__class__ is TensorState:
+                        state.elsewhere = True
         objects.eager = True
         for table in structure.outside:
             self.owners.append(_Owner(table, objects.take_all(table.copy())))
@@ -195,7 +200,7 @@ class ModuleState:
         for name, value in self.kwargs.items():
             if any(value is part for part in parts):
                 return "keyword tensor", name
-        buffers = {id(module._buffers) for module in self.modules}
+        buffers = {id(module._buffers) for module in self.structure.buffered}
         for owner in self.owners:
             for name, value in owner.found.items():
                 if any(value is part for part in parts):

@@ -51,6 +51,7 @@ class Structure:
         "modules",
         "kinds",
         "known",
+        "holders",
         "dicts",
         "empty",
         "sizes",
@@ -76,8 +77,9 @@ class Structure:
 
     def __init__(self, fn: nn.Module, coupling: nn.Module, given: Iterable[nn.Module] = ()) -> None:
         self.modules = modules_of(fn, coupling)
-        # These, and those of which nothing but attributes are looked at.
+        # These, and those of which children are not looked at.
         self.known = set(self.modules)
+        self.holders: set[nn.Module] = set()
         self.dicts: list[dict[str, Any]] = []
         self.founds: list[tuple[dict[str, Any], dict[str, Any]]] = []
         # Of each dict that holds something what reads all of it, and of all of them the values.
@@ -123,15 +125,20 @@ class Structure:
         self.simple = not (self.others or self.buffered or self.outside or self.lazy)
 
     def _add(self, module: nn.Module) -> None:
-        own = module.__dict__
+        attributes, simple = self._add_own(module)
+        if not simple:
+            self._add_hidden(modules_in(attributes.values()))
+        children = tables_of(module)[0]
+        self._hold(children, children.copy())
+
+    def _add_own(self, module: nn.Module) -> tuple[dict[str, Any], bool]:
+        """Add what a module holds itself; return its attributes, and whether they are simple."""
         attributes, simple = attributes_of(module)
-        children, parameters, buffers = tables_of(module)
         if simple:
-            self._hold(own, attributes)
+            self._hold(module.__dict__, attributes)
         else:
             self.others.append(module)
-            self._add_hidden(modules_in(attributes.values()))
-        self._hold(children, children.copy())
+        _, parameters, buffers = tables_of(module)
         kind: Any = type(module)
         if slots := slots_of(kind):
             self.outside.append(SlotTable(module, slots))
@@ -154,6 +161,7 @@ class Structure:
                 self.parameters.append(unaliased(parameter))
                 self.parameter_owns.append(parameters)
                 self.parameter_names.append(name)
+        return attributes, simple
 
     def _add_hidden(self, modules: Iterable[nn.Module]) -> None:
         """Add modules that attributes and keywords hold, and all within."""
@@ -165,13 +173,10 @@ class Structure:
                 self.modules += [each for each in inside if each not in self.known]
                 self.known.update(inside)
                 continue
-            # Of one that holds the branch, the branch may read attributes.
+            # Of one that holds the branch, the branch may read what it holds beside children.
             self.known.add(module)
-            attributes, simple = attributes_of(module)
-            if simple:
-                self._hold(module.__dict__, attributes)
-            else:
-                self.others.append(module)
+            self.holders.add(module)
+            self._add_own(module)
 
     def _add_hooks(self) -> None:
         for module in self.modules:

@@ -49,6 +49,7 @@ class TensorState:
         keyword: whether the step was given it.
         attached: whether it had a graph.
         flag: whether it took a gradient.
+        elsewhere: whether it belongs to a module that holds the branch, and others may write to it.
         copy: its contents before the call, or None where the call did not write to it.
         version: its version, None where writes to it are no matter, since there is a copy.
     """
@@ -58,6 +59,7 @@ class TensorState:
         "keyword",
         "attached",
         "flag",
+        "elsewhere",
         "copy",
         "version",
         "_address",
@@ -74,6 +76,7 @@ class TensorState:
             tensor = tensor.detach().requires_grad_()
         self.tensor = tensor
         self.flag = tensor.requires_grad
+        self.elsewhere = False
         self.copy: Tensor | None = None
         self._address: int | None = None
         # Shares the memory until somebody writes to it after the call.
@@ -180,7 +183,9 @@ class TensorState:
 
     def changed(self) -> bool:
         """Check whether somebody wrote to a tensor that the call left alone."""
-        return self.version is not None and self.tensor._version != self.version
+        if self.version is None or self.tensor._version == self.version:
+            return False
+        return not self.elsewhere or self.contents() is None
 
 
 def same_contents(tensor: Tensor, copy: Tensor, version: int | None) -> bool:
