@@ -28,7 +28,7 @@ from oracle import (
     train_step,
     weighted,
 )
-from revnet import ReversibleError, ReversibleSequence
+from revnet import Reversible, ReversibleError, ReversibleSequence, Step
 
 
 class EmaInPlace(nn.Module):
@@ -561,6 +561,34 @@ def test_what_a_branch_reads_of_the_module_that_holds_it():
         assert int(holder.calls) == 7
         assert int(holder.offset) == 2
         found.append({"x": x.grad, "shift": shift.grad, **gradients_of(holder.net)})
+    assert_same_gradients(*found)
+
+
+class OfMethods(nn.Module):
+    """A program whose branches are methods, of which one moves a buffer on."""
+
+    def __init__(self, execution: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 8)
+        steps = [Step((self.f, self.g)[i % 2], i % 2, (i + 1) % 2) for i in range(4)]
+        self.net = Reversible(steps, execution=execution)
+
+    def f(self, x: Tensor) -> Tensor:
+        return self.norm(x).tanh()
+
+    def g(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+def test_methods_of_one_module_of_which_one_moves_a_buffer_on():
+    found = []
+    for execution in ("store", "invert"):
+        module = OfMethods(execution).double()
+        x = randn(6, 8, requires_grad=True)
+        weighted(module.net(x, x.cos())[0]).backward()
+        assert int(module.norm.num_batches_tracked) == 2
+        found.append({"x": x.grad, "mean": module.norm.running_mean, **gradients_of(module)})
     assert_same_gradients(*found)
 
 

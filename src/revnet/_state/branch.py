@@ -26,6 +26,12 @@ OWN = "_revnet_own"
 ABSENT: Any = object()
 
 
+def owner_of(fn: nn.Module) -> nn.Module | None:
+    """Return the module of the method that a step calls; None for other branches."""
+    owner = getattr(vars(fn).get("fn"), "__self__", None)
+    return owner if isinstance(owner, nn.Module) and owner is not fn else None
+
+
 def modules_of(fn: nn.Module, coupling: nn.Module | None = None) -> list[nn.Module]:
     """Return every distinct module that a step may enter.
 
@@ -33,8 +39,8 @@ def modules_of(fn: nn.Module, coupling: nn.Module | None = None) -> list[nn.Modu
     those of the coupling.
     """
     found = [fn]
-    owner = getattr(vars(fn).get("fn"), "__self__", None)
-    if isinstance(owner, nn.Module) and owner is not fn:
+    owner = owner_of(fn)
+    if owner is not None:
         found.append(owner)
     # An additive coupling holds nothing.
     if coupling is not None and type(coupling) is not Additive:

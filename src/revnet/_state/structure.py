@@ -21,6 +21,7 @@ from .branch import (
     Table,
     attributes_of,
     modules_of,
+    owner_of,
     scripted_tables,
     tables_of,
     unaliased,
@@ -79,7 +80,10 @@ class Structure:
         self.modules = modules_of(fn, coupling)
         # These, and those of which children are not looked at.
         self.known = set(self.modules)
-        self.holders: set[nn.Module] = set()
+        # Those to whose buffers other branches may write: the ones that hold the branch, and for a
+        # method all of its own module.
+        owner = owner_of(fn)
+        self.holders = set(modules_of(owner)) if owner is not None else set()
         self.dicts: list[dict[str, Any]] = []
         self.founds: list[tuple[dict[str, Any], dict[str, Any]]] = []
         # Of each dict that holds something what reads all of it, and of all of them the values.
