@@ -33,7 +33,7 @@ STORED, BLOCK, BRANCH, FLOAT, FIXED = (
     "fixed",
 )
 ALL = (STORED, BLOCK, BRANCH, FLOAT, FIXED)
-# The shortest loop in Python that rebuilds the streams: what no engine can undercut on a host.
+# The shortest loop in Python that rebuilds the streams, with a backward call for each branch.
 HAND = "by hand"
 # The same on autograd's own graph: what no engine can undercut that composes with all of torch.
 HOOKS = "hooks alone"

@@ -115,14 +115,16 @@ class LongContext(nn.Module):
             return fused(self.head.weight, self.norm(hidden), targets)
         # In at least float32, so that the gradients of the chunks are added up in it.
         high = torch.promote_types(hidden.dtype, torch.float32)
-        weight, total = self.head.weight.to(high), hidden.new_zeros((), dtype=high)
+        gain, weight = self.norm.weight.to(high), self.head.weight.to(high)
+        total = hidden.new_zeros((), dtype=high)
         pairs = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
         for part, wanted in pairs:
-            total = total + checkpoint(self.piece, part, weight, wanted, use_reentrant=False)
+            total = total + checkpoint(self.piece, part, gain, weight, wanted, use_reentrant=False)
         return total / targets.numel()
 
-    def piece(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(self.norm(hidden), weight.to(hidden.dtype))
+    def piece(self, hidden: Tensor, gain: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        hidden = F.layer_norm(hidden, gain.shape, gain.to(hidden.dtype), eps=self.norm.eps)
+        logits = F.linear(hidden, weight.to(hidden.dtype))
         high = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(high), targets, reduction="sum")
 

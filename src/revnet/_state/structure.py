@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, groupby
-from operator import call, is_, itemgetter
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Structure:
         "sizes",
         "founds",
         "owns",
-        "readers",
+        "names",
         "values",
         "others",
         "buffered",
@@ -86,9 +86,9 @@ class Structure:
         self.holders = set(modules_of(owner)) if owner is not None else set()
         self.dicts: list[dict[str, Any]] = []
         self.founds: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        # Of each dict that holds something what reads all of it, and of all of them the values.
+        # For each name the dict that has it, and its value.
         self.owns: list[dict[str, Any]] = []
-        self.readers: list[Any] = []
+        self.names: list[str] = []
         self.values: list[Any] = []
         # Modules with other attributes, and modules with buffers.
         self.others: list[nn.Module] = []
@@ -117,14 +117,11 @@ class Structure:
         self.table_sizes = list(map(len, self.tables))
         # A rule that derives from this one may do more.
         self.quiet = vars(type(coupling)).get("quiet", False)
-        # The same with parameters.
-        self.everything = list(self.owns), list(self.readers), list(self.values)
-        places = zip(self.parameter_owns, self.parameter_names, self.parameters, strict=True)
-        for _, of_module in groupby(places, lambda place: id(place[0])):
-            owns, names, values = zip(*of_module, strict=True)
-            _add_names(self.everything, owns[0], names, values)
-        for own, name in zip(*self.without, strict=True):
-            _add_names(self.everything, own, (name,), (None,))
+        self.everything = (
+            self.owns + self.parameter_owns + self.without[0],
+            self.names + self.parameter_names + self.without[1],
+            self.values + self.parameters + [None] * len(self.without[0]),
+        )
         # Whether there is nothing in them that is copied or watched.
         self.simple = not (self.others or self.buffered or self.outside or self.lazy)
 
@@ -196,25 +193,24 @@ class Structure:
     def _hold(self, own: dict[str, Any], found: dict[str, Any]) -> None:
         self.dicts.append(own)
         self.founds.append((own, found))
-        _add_names((self.owns, self.readers, self.values), own, tuple(found), tuple(found.values()))
+        self.owns += [own] * len(found)
+        self.names += found
+        self.values += found.values()
 
     def same(self) -> bool:
         """Check that every dict holds what it held, parameters apart."""
-        return self._sized() and _hold(self.owns, self.readers, self.values)
+        present = map(_get, self.owns, self.names, _ABSENCES)
+        return self._sized() and all(map(is_, present, self.values))
 
     def current(self) -> bool:
         """Check that every dict holds what it held, parameters included."""
-        owns, readers, values = self.everything
-        # What `_sized` and `_hold` return, without their calls: every step asks.
-        try:
-            return (
-                not any(self.empty)
-                and list(map(len, self.dicts)) == self.sizes
-                and list(map(type, self.modules)) == self.kinds
-                and all(map(is_, chain.from_iterable(map(call, readers, owns)), values))
-            )
-        except KeyError:
-            return False
+        owns, names, values = self.everything
+        # What `_sized` returns, without a call: every step asks.
+        return (
+            not any(self.empty)
+            and list(map(len, self.dicts)) == self.sizes
+            and all(map(is_, map(_get, owns, names, _ABSENCES), values))
+        )
 
     def _sized(self) -> bool:
         return not any(self.empty) and list(map(len, self.dicts)) == self.sizes
@@ -376,7 +372,7 @@ class Memory:
             and (known[1] is coupling or known[1] is coupling.state_owner)
         ):
             structure = known[2]
-            if structure.current():
+            if structure.current() and list(map(type, structure.modules)) == structure.kinds:
                 return structure
         owner = coupling.state_owner
         structure = Structure(fn, owner, given)
@@ -387,22 +383,7 @@ class Memory:
         return structure
 
 
-def _add_names(held: Any, own: Table, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
-    owns, readers, found = held
-    if names:
-        # Of a single name there would be no tuple.
-        twice = 2 if len(names) == 1 else 1
-        owns.append(own)
-        readers.append(itemgetter(*names * twice))
-        found += values * twice
-
-
-def _hold(owns: list[Any], readers: list[Any], values: list[Any]) -> bool:
-    """Check by identity that dicts hold these values."""
-    try:
-        return all(map(is_, chain.from_iterable(map(call, readers, owns)), values))
-    except KeyError:
-        return False
+_get, _ABSENCES = dict.get, repeat(ABSENT)
 
 
 def hold(own: Table, wanted: dict[str, Any], machinery: frozenset[str] = MACHINERY) -> None:

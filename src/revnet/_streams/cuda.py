@@ -293,7 +293,7 @@ def _bind(built: Any, device: int, numbers: tuple[Any, ...]) -> Launch:
     return launch
 
 
-def _relaunched(
+def _launched_again(
     build: tuple[Any, ...], tensors: tuple[Tensor | None, ...], size: int, key: int
 ) -> bool:
     """Launch a kernel that was built before; False where there is none for these tensors."""
@@ -332,7 +332,7 @@ def launch(
     read = dtype if encoded is not None else ("encode", dtype)
     build = (read, increment.dtype, increment.get_device(), sign, fraction_bits, finding is None)
     same_device = new.value.get_device() == increment.get_device()
-    if same_device and _relaunched(build, tensors, size, key):
+    if same_device and _launched_again(build, tensors, size, key):
         return True
     exact = (sign, 2.0**fraction_bits, bound(fraction_bits, dtype), _integers(increment))
     numbers = (2.0**-fraction_bits, *exact, _BLOCK)
@@ -372,7 +372,7 @@ def launch_scaled(
     parts = (new.value, addend, buffer, new_buffer, less, scale)
     places = tuple(None if x is None else (x.get_device(), x.dtype) for x in parts)
     build = ("scale", places, sign, fraction_bits, n, d, gain, finding is None)
-    if _relaunched(build, tensors, size, key):
+    if _launched_again(build, tensors, size, key):
         return True
     limit = bound(fraction_bits, dtype)
     mask = None if buffer is None else MASKS.get(buffer.dtype)
