@@ -5,9 +5,11 @@ times.
 from __future__ import annotations
 
 import copy
+import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -502,6 +504,21 @@ def test_what_is_not_a_program_is_refused():
         Step(nn.Linear(2, 2), coupling=Momentum)
     with pytest.raises(ValueError, match="counted from 0"):
         Step(nn.Linear(2, 2), -1)
+    for wrong in ({"target": 0.5}, {"target": "0"}, {"source": 1.0}, {"source": (0, "a")}):
+        with pytest.raises(TypeError, match="counted by integers"):
+            Step(nn.Linear(2, 2), **wrong)
+    assert Step(nn.Linear(2, 2), np.int64(1), np.array([0])).source == (0,)
+
+
+@pytest.mark.parametrize("rule", [revnet.Midpoint, revnet.Leapfrog])
+def test_a_step_size_is_a_finite_number(rule: Any) -> None:
+    for wrong in ("a", None, [1.0], torch.ones(())):
+        with pytest.raises(TypeError, match=r"\(step_size=.*\): expected a number"):
+            rule(wrong)
+    for wrong in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match=r"\(step_size=.*\): expected a finite one"):
+            rule(wrong)
+    assert rule(np.float32(0.5)).step_size == rule(Fraction(1, 2)).step_size == 0.5
 
 
 @given(

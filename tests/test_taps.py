@@ -124,6 +124,9 @@ def test_what_is_returned():
     for tap in (3, -4):
         with pytest.raises(IndexError, match=f"taps: there is no block {tap} among 3"):
             net(x, taps=[tap])
+    for taps in ([0.5], "a", 1, [None]):
+        with pytest.raises(TypeError, match=r"taps=.*: expected the indices of some blocks"):
+            net(x, taps=taps)
 
 
 class WithAux(nn.Linear):

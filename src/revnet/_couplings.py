@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -179,6 +180,10 @@ class _Scheme(Coupling):
 
     def __init__(self, step_size: float) -> None:
         super().__init__()
+        if not isinstance(step_size, float | Real):
+            raise TypeError(f"{type(self).__name__}(step_size={step_size!r}): expected a number")
+        if not math.isfinite(step_size):
+            raise ValueError(f"{type(self).__name__}(step_size={step_size}): expected a finite one")
         self.step_size = step_size
 
     def increment(self, out: Any) -> Any:

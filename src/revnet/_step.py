@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -36,7 +37,7 @@ class Step(nn.Module):
     Raises:
         ValueError: a negative stream, a keyword of `fn` that is named twice, or a step that cannot
             be cut into tiles.
-        TypeError: `fn` is not callable, or `coupling` no `Coupling`.
+        TypeError: `fn` is not callable, a stream no integer, or `coupling` no `Coupling`.
     """
 
     def __init__(
@@ -55,8 +56,15 @@ class Step(nn.Module):
         if source is None:
             source = () if fn is None else 1
         self.fn = fn
-        self.target = target
-        self.source = (source,) if isinstance(source, int) else tuple(source)
+        try:
+            # Any kind of integer, and nothing that is only equal to one.
+            self.target = index(target)
+            sources = source if isinstance(source, Iterable) else (source,)
+            self.source = tuple(map(index, sources))
+        except TypeError:
+            raise TypeError(
+                f"Step: target {target!r}, source {source!r}: streams are counted by integers"
+            ) from None
         self.coupling = Additive() if coupling is None else coupling
         if fn is not None and not callable(fn):
             raise TypeError(
@@ -67,9 +75,9 @@ class Step(nn.Module):
                 f"Step: coupling is {self.coupling!r}, which is not a Coupling: did you leave out "
                 f"the ()?"
             )
-        if min((target, *self.source)) < 0:
+        if min((self.target, *self.source)) < 0:
             raise ValueError(
-                f"Step: target {target}, source {self.source}: streams are counted from 0"
+                f"Step: target {self.target}, source {self.source}: streams are counted from 0"
             )
         self.tile = tile_of(tile)
         if self.tile is not None:

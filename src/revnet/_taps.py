@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 
@@ -51,7 +52,12 @@ def positions_of(taps: Sequence[int], count: int, steps: int, name: str) -> list
 
     Raises:
         IndexError: there is no such block.
+        TypeError: an index is no integer.
     """
+    try:
+        taps = list(map(index, taps))
+    except TypeError:
+        raise TypeError(f"taps={taps!r}: expected the indices of some {name}s") from None
     for tap in taps:
         if not -count <= tap < count:
             raise IndexError(f"taps: there is no {name} {tap} among {count}")
