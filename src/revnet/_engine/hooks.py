@@ -80,15 +80,11 @@ class PackHook:
     def pack(self, tensor: Tensor) -> Any:
         # Called for each tensor that each step saves: every attribute counts.
         saved = self.saved
-        root = tensor
-        if tensor.__class__ is Parameter:
-            passes = tensor.requires_grad
-        else:
-            base = tensor._base
-            if base is not None:
-                root = base
-            passes = root.is_leaf and root.requires_grad
-        if passes:
+        root = tensor._base
+        if root is None:
+            root = tensor
+        # Of most tensors this is the one to answer no.
+        if root.is_leaf and root.requires_grad:
             for source in self.sources:
                 if root is source:
                     break
