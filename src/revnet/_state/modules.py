@@ -271,8 +271,11 @@ class ModuleState:
     def _restore_tables(self, undo: Undo) -> None:
         """Leave in the tables of parameters the names that were there or that the call made."""
         for own, held in zip(self.structure.tables, self.structure.held, strict=True):
-            kept = {name for name in own if held.get(name) or (id(own), name) in self.made}
-            wanted = dict.fromkeys(held) | {name: own[name] for name in own if name in kept}
+            wanted = dict.fromkeys(held) | {
+                name: parameter
+                for name, parameter in own.items()
+                if held.get(name) or (id(own), name) in self.made
+            }
             present = map(own.get, wanted, repeat(ABSENT))
             if len(own) != len(wanted) or not all(map(is_, present, wanted.values())):
                 undo.add(partial(_reset, [(own, own.copy())]))
